@@ -1,0 +1,48 @@
+"""`Prompt` and `Sample`: one question, and one answer to it with everything known about that answer.
+
+Who fills each field is said beside it; `None` or an empty list means "not yet".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Prompt:
+    """One question to the actor."""
+
+    token_ids: list[int]  # data: the tokenised prompt, chat template applied
+    text: str = ""  # data: the same as text, for rewards and logs
+    answer: Any = None  # data: ground truth for rule-based rewards, in whatever form the reward expects
+    metadata: dict[str, Any] = field(default_factory=dict)  # data: every other column of the record
+    index: int = 0  # data: position in the data set; seeds this prompt's sampling and names it in errors
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response to one prompt."""
+
+    prompt: Prompt  # actor.sample
+    response_ids: list[int]  # actor.sample: generated token ids, the stop token included where one was produced
+    rollout_logprobs: list[float]  # actor.sample: log-probability of each response token under the rollout engine
+    response_text: str = ""  # actor.sample: decoded response without special tokens
+    response_mask: list[int] = field(default_factory=list)  # actor.sample: 1 = train on it; empty means all ones
+    finish_reason: str = "stop"  # actor.sample: "stop" | "length" | "abort"
+    policy_version: int = 0  # actor.sample: version of the weights that generated it
+    policy_version_spans: list[tuple[int, int]] = field(default_factory=list)  # engine: (version, token count) runs
+    group: int = 0  # actor.sample: samples with the same group answer the same prompt of this batch
+    reward: float | None = None  # reward.score: the scalar that training uses
+    reward_parts: dict[str, float] = field(default_factory=dict)  # reward.score: each named reward before weighting
+    metadata: dict[str, Any] = field(default_factory=dict)  # engines and rewards: anything worth keeping
+
+    @property
+    def mask(self) -> list[int]:
+        """Training mask over the response tokens, ``[len(response_ids)]`` of 0/1."""
+        return self.response_mask or [1] * len(self.response_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and response tokens together."""
+        return len(self.prompt.token_ids) + len(self.response_ids)

@@ -1,0 +1,6 @@
+"""A flow is data: stages that declare what they read and write, joined with ``>>``, checked before they run."""
+
+from megatron_rl.dataflow.flow import Flow
+from megatron_rl.dataflow.stage import Stage
+
+__all__ = ["Flow", "Stage"]

@@ -1,0 +1,102 @@
+"""`Flow`: stages in order; a value that can be checked and printed before anything runs.
+
+`flow(batch)` runs the stages one after another on this rank's batch and frees each intermediate field after its last
+reader. A flow inside a flow is simply more stages, so the short form and the explicit form are one object.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow.stage import Stage
+
+KEPT = frozenset({"samples", "rewards", "metrics"})  # results that the caller of a flow looks at
+
+
+class FlowError(ValueError):
+    """A flow that cannot run: the message names the stage, the field and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Stages in order.
+
+    Raises:
+        FlowError: on construction, when a stage reads a field that only a later stage writes, or when two stages have
+            the same name.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        for position, stage in enumerate(self.stages):
+            before = {name for s in self.stages[:position] for name in s.writes}
+            for name in stage.reads:
+                later = next((s for s in self.stages[position + 1 :] if name in s.writes), None)
+                if name not in before and later is not None and name not in later.reads:
+                    raise FlowError(
+                        f"{stage.name} reads {name!r}, which {later.name} writes only afterwards: "
+                        f"put {later.name} before {stage.name}"
+                    )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Fields that the flow needs from its input batch, in order of first use."""
+        needed: dict[str, None] = {}
+        written: set[str] = set()
+        for stage in self.stages:
+            needed.update(dict.fromkeys(name for name in stage.reads if name not in written))
+            written |= set(stage.writes)
+        return tuple(needed)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Every field that some stage writes, in order."""
+        return tuple(dict.fromkeys(name for stage in self.stages for name in stage.writes))
+
+    def freed_after(self, position: int) -> tuple[str, ...]:
+        """Fields written inside the flow whose last reader (or, unread, whose writer) is the stage at ``position``."""
+        last_use: dict[str, int] = {}
+        for index, stage in enumerate(self.stages):
+            last_use.update(dict.fromkeys((*stage.reads, *stage.writes), index))
+        return tuple(name for name in self.writes if last_use[name] == position and name not in KEPT)
+
+    def __rshift__(self, then: Stage | Flow) -> Flow:
+        return Flow(self.stages + (then.stages if isinstance(then, Flow) else (then,)))
+
+    def check(self, batch: Batch) -> None:
+        """Raises FlowError when the batch lacks a field that the flow reads first."""
+        if missing := [name for name in self.reads if name not in batch]:
+            reader = next(s.name for s in self.stages if missing[0] in s.reads)
+            raise FlowError(
+                f"{reader} reads {missing[0]!r}, which no earlier stage writes and the input batch does not have "
+                f"(it has: {', '.join(batch) or 'nothing'}); add the stage that writes it before {reader}"
+            )
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Run every stage on this rank's batch; stage wall times are written to ``batch.metrics`` as
+        ``time/<stage>_s``.
+
+        Raises:
+            FlowError: a field is missing from the input, or a stage did not write what it declares.
+        """
+        self.check(batch)
+        for position, stage in enumerate(self.stages):
+            started = time.perf_counter()
+            stage.run(batch)
+            batch.metrics[f"time/{stage.name}_s"] = time.perf_counter() - started
+            if absent := [name for name in stage.writes if name not in batch]:
+                raise FlowError(f"{stage.name} declares that it writes {absent}, but did not")
+            for name in self.freed_after(position):
+                batch.free(name)
+        return batch
+
+    def __str__(self) -> str:
+        rows = [("stage", "reads", "writes", "where")]
+        rows += [(s.name, ", ".join(s.reads) or "-", ", ".join(s.writes) or "-", s.place or "-") for s in self.stages]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )

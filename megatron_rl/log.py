@@ -1,0 +1,32 @@
+"""Logging for many ranks: every module uses `logging.getLogger(__name__)`; this sets what reaches the terminal.
+
+Rank 0 speaks at INFO; other ranks only from WARNING up, with their rank in front, so that 512 ranks do not
+repeat one another but none fails in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def configure_logging(rank: int = 0, level: str = "INFO") -> None:
+    """Send the ``megatron_rl`` loggers to stderr, once per process; calling it again only changes the level.
+
+    Args:
+        rank: global rank of this process.
+        level: threshold on rank 0; the other ranks use at least WARNING.
+    """
+    logger = logging.getLogger("megatron_rl")
+    threshold = logging.getLevelName(level)
+    if not isinstance(threshold, int):
+        raise ValueError(f"log level {level!r} is unknown: use DEBUG, INFO, WARNING or ERROR")
+    logger.setLevel(threshold if rank == 0 else max(threshold, logging.WARNING))
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter(f"%(asctime)s %(levelname).1s [rank {rank}] %(name)s: %(message)s", "%H:%M:%S")
+    )
+    logger.addHandler(handler)
+    logger.propagate = False

@@ -1,0 +1,47 @@
+"""`Architecture`: what a decoder looks like, free of Hugging Face's, Megatron's and SGLang's names for it.
+
+Layouts, the Megatron builder and the local rollout engine all read this record; families translate a Hugging Face
+config to and from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The mixture-of-experts part of an `Architecture`."""
+
+    num_experts: int
+    experts_per_token: int
+    ffn: int  # intermediate size of one expert
+    normalize_weights: bool = True  # router weights of the chosen experts are rescaled to sum to 1
+    shared_ffn: int = 0  # intermediate size of the shared expert; 0 = none
+    dense_layers: tuple[int, ...] = ()  # layers with a dense MLP instead of experts
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Sizes and switches of a pre-norm, rotary, gated-SiLU decoder."""
+
+    family: str  # Hugging Face model_type: "llama", "qwen2", "qwen3", "qwen3_moe"
+    num_layers: int
+    hidden: int
+    ffn: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab: int  # logical vocabulary: rows of the Hugging Face embedding, without any padding
+    tied: bool  # the output layer is the embedding
+    qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each query and key head
+    norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, object], ...] = ()  # Hugging Face rope_scaling, as sorted items; () = none
+    max_positions: int = 4096
+    experts: Experts | None = None
+
+    @property
+    def queries_per_group(self) -> int:
+        return self.num_heads // self.num_kv_heads

@@ -1,0 +1,100 @@
+"""Where each rank stands: sizes of the parallel axes, and the coordinate of every rank, without any process group.
+
+The rank order is Megatron-Core's default, ``tp-cp-ep-dp-pp`` (`parallel_state.RankGenerator`): tensor parallel ranks
+are neighbours, pipeline stages are farthest apart. Experts have their own grid over the same ranks: etp, ep, edp, pp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.config import ConfigError, ConfigRecord
+
+
+class ParallelSizes(ConfigRecord):
+    """Sizes of the parallel axes of one model; data parallelism takes the ranks that remain."""
+
+    tp: int = 1
+    """Tensor-parallel ranks."""
+    pp: int = 1
+    """Pipeline stages."""
+    vpp: int = 1
+    """Model chunks per pipeline stage (virtual pipeline); 1 switches interleaving off."""
+    cp: int = 1
+    """Context-parallel ranks: each sequence is split over them."""
+    ep: int = 1
+    """Expert-parallel ranks (MoE only)."""
+    etp: int = 1
+    """Tensor-parallel ranks inside each expert (MoE only)."""
+    sequence_parallel: bool = False
+    """Split norms and dropout along the sequence over the tensor-parallel ranks."""
+
+    def dp(self, world_size: int) -> int:
+        """Data-parallel ranks among ``world_size``.
+
+        Raises:
+            ConfigError: the sizes do not divide the world.
+        """
+        for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected a whole number of at least 1")
+        model = self.tp * self.pp * self.cp
+        if world_size % model:
+            raise ConfigError(
+                f"tp={self.tp} * pp={self.pp} * cp={self.cp} = {model} ranks for one replica of the model, but "
+                f"torchrun started {world_size}: start a multiple of {model}, or lower one of them"
+            )
+        experts = self.etp * self.ep * self.pp
+        if world_size % experts:
+            raise ConfigError(
+                f"etp={self.etp} * ep={self.ep} * pp={self.pp} = {experts} ranks for one replica of the experts, but "
+                f"torchrun started {world_size}: start a multiple of {experts}, or lower one of them"
+            )
+        return world_size // model
+
+    def __str__(self) -> str:
+        shown = [(n, getattr(self, n)) for n in ("tp", "pp", "vpp", "cp", "ep", "etp") if getattr(self, n) > 1]
+        text = " x ".join(f"{name.upper()}{size}" for name, size in shown) or "one rank a replica"
+        return text + (" + SP" if self.sequence_parallel else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinates:
+    """Where one rank stands on each axis."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    etp: int
+    ep: int
+    edp: int
+
+
+@dataclass(frozen=True)
+class RankGrid:
+    """Coordinates of all ranks, as a pure function of sizes and world size."""
+
+    sizes: ParallelSizes
+    world_size: int
+
+    def __post_init__(self) -> None:
+        self.sizes.dp(self.world_size)
+
+    @property
+    def dp(self) -> int:
+        return self.sizes.dp(self.world_size)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        sizes, stage_ranks = self.sizes, self.world_size // self.sizes.pp
+        pp, inside = divmod(rank, stage_ranks)
+        rest, tp = divmod(inside, sizes.tp)
+        dp, cp = divmod(rest, sizes.cp)
+        rest, etp = divmod(inside, sizes.etp)
+        edp, ep = divmod(rest, sizes.ep)
+        return Coordinates(tp=tp, cp=cp, dp=dp, pp=pp, etp=etp, ep=ep, edp=edp)
+
+    def ranks(self, **fixed: int) -> tuple[int, ...]:
+        """All ranks whose coordinates have the given values, ascending: ``grid.ranks(dp=0, pp=1)``."""
+        places = ((rank, self.coordinates(rank)) for rank in range(self.world_size))
+        return tuple(r for r, place in places if all(getattr(place, axis) == value for axis, value in fixed.items()))

@@ -1,0 +1,116 @@
+"""Layouts as data: which part of which logical tensor sits where, on every rank.
+
+A *logical tensor* is one Hugging Face parameter (``model.layers.0.self_attn.q_proj.weight``). Every tensor, logical or
+local, is seen as a row-major matrix: ``[n]`` as ``[n, 1]``, ``[a, b, c]`` as ``[a * b, c]``. A `Span` places one
+rectangle of a logical tensor into one local tensor (a `Shard`). Two layouts of the same logical tensors meet by
+intersecting rectangles, so no layout ever needs to know the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows ``[row_start, row_stop)`` and columns ``[col_start, col_stop)`` of logical ``tensor`` sit in the shard's
+    matrix with their upper left corner at ``(row, col)``. Units: elements."""
+
+    tensor: str
+    row_start: int
+    row_stop: int
+    col_start: int
+    col_stop: int
+    row: int
+    col: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_stop - self.row_start
+
+    @property
+    def num_cols(self) -> int:
+        return self.col_stop - self.col_start
+
+    @property
+    def numel(self) -> int:
+        return self.num_rows * self.num_cols
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's local tensor: its name in that system, its shape, and the spans that fill it. Elements that no span
+    covers are padding and hold zeros."""
+
+    name: str
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return matrix_shape(self.shape)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How a tensor of ``shape`` is seen as a matrix: the last dim is the columns, except that ``[n]`` is ``[n, 1]``."""
+    if len(shape) < 2:
+        return (math.prod(shape), 1)
+    return (math.prod(shape[:-1]), shape[-1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who holds what. Ranks with the same *cell* (say the same (tp, pp) coordinate) hold the same shards: they are
+    replicas of one another. A pure function of configuration: no rank needs to ask another.
+
+    Args:
+        name: for people, "megatron TP2 PP2".
+        cells: global rank -> cell, for every rank that takes part.
+        emit: cell -> the shards of a rank in that cell; called once per cell.
+    """
+
+    name: str
+    cells: Mapping[int, Hashable]
+    emit: Callable[[Hashable], Iterable[Shard]]
+
+    def shards(self, rank: int) -> tuple[Shard, ...]:
+        """The shards of ``rank``; empty when the rank takes no part."""
+        return self.shards_of(self.cells[rank]) if rank in self.cells else ()
+
+    def shards_of(self, cell: Hashable) -> tuple[Shard, ...]:
+        return self._emitted(cell)
+
+    @functools.cached_property
+    def _emitted(self) -> Callable[[Hashable], tuple[Shard, ...]]:
+        return functools.cache(lambda cell: tuple(self.emit(cell)))
+
+    @functools.cached_property
+    def replicas(self) -> dict[Hashable, tuple[int, ...]]:
+        """Cell -> the ranks in it, ascending."""
+        groups: dict[Hashable, list[int]] = {}
+        for rank in sorted(self.cells):
+            groups.setdefault(self.cells[rank], []).append(rank)
+        return {cell: tuple(ranks) for cell, ranks in groups.items()}
+
+
+def block(size: int, index: int, count: int, what: str = "dimension") -> tuple[int, int]:
+    """``[start, stop)`` of the ``index``-th of ``count`` equal blocks.
+
+    Raises:
+        ValueError: ``size`` is not divisible by ``count``.
+    """
+    if size % count:
+        raise ValueError(f"{what} of {size} cannot be split over {count} ranks: choose a divisor of {size}")
+    return index * size // count, (index + 1) * size // count
+
+
+def stack_rows(pieces: Iterable[tuple[str, int, int]], num_cols: int, row: int = 0) -> tuple[Span, ...]:
+    """Lay full-width row ranges ``(tensor, start, stop)`` below one another, beginning at local ``row``."""
+    spans = []
+    for tensor, start, stop in pieces:
+        spans.append(Span(tensor, start, stop, 0, num_cols, row, 0))
+        row += stop - start
+    return tuple(spans)
