@@ -1,0 +1,32 @@
+"""Fixtures shared by all tests: where the optional real model and data lie, and one thread per process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_shared() -> Path | None:
+    """The folder with the optional real model and data: $MEGATRON_RL_TEST_DATA, or ``../shared`` beside the project."""
+    for candidate in (os.environ.get("MEGATRON_RL_TEST_DATA"), ROOT.parent / "shared"):
+        if candidate and (Path(candidate) / "models").is_dir():
+            return Path(candidate)
+    return None
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    found = find_shared()
+    if found is None:
+        pytest.skip("no test data: set MEGATRON_RL_TEST_DATA to a folder with models/ and data/")
+    return found
+
+
+@pytest.fixture(scope="session")
+def stories_model(shared_dir: Path) -> Path:
+    """A real pretrained Llama of 260,032 parameters as a Hugging Face folder."""
+    return shared_dir / "models" / "stories260k-hf"
