@@ -24,7 +24,12 @@ def run_torchrun(program: Path | str, nproc: int, *args: str, timeout: float = 3
         "PYTHONWARNINGS": "ignore",
     }
     with subprocess.Popen(
-        command, env=environment | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         try:
             out, err = process.communicate(timeout=timeout)

@@ -1,0 +1,1 @@
+"""Actor, Critic, Reference and RewardModel: roles around Megatron-Core model chunks."""
