@@ -1,0 +1,131 @@
+"""`Platform`: the device and the communication backend of this process, chosen once from what torch can see.
+
+Everything that would otherwise read ``torch.cuda`` or name a backend asks this record:
+`current_platform().init_process_group()`, `.device`, `.peak_memory_bytes()`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class RngState:
+    """Every random generator a step may use; holds plain tensors and Python values, so it can be saved."""
+
+    python: Any
+    numpy: Any
+    torch_cpu: torch.Tensor
+    device: torch.Tensor | None  # None on CPU, where the device's generator is the CPU's
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """One process's device: ``cuda`` with NCCL, or ``cpu`` with gloo."""
+
+    name: Literal["cuda", "cpu"]
+    backend: Literal["nccl", "gloo"]
+    device: torch.device
+
+    def init_process_group(self, timeout: float = 1800.0) -> None:
+        """Join torchrun's world, or make a world of one when torchrun did not start this process.
+
+        Args:
+            timeout: seconds after which a collective that a peer never joined fails.
+        """
+        self.set_device()
+        limit = timedelta(seconds=timeout)
+        if "RANK" in os.environ:
+            dist.init_process_group(self.backend, timeout=limit)
+        else:
+            # A store in memory: no port is opened, so any number of single-process runs can share a machine.
+            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+    def set_device(self) -> None:
+        """Make `device` the default of CUDA calls in this process; nothing on CPU."""
+        if self.name == "cuda":
+            torch.cuda.set_device(self.device)
+
+    def seed_all(self, seed: int) -> None:
+        """Seed Python's, numpy's and torch's generators, the device's included."""
+        random.seed(seed)
+        numpy.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def rng_state(self) -> RngState:
+        """A copy of every generator's state, for exact resume."""
+        device = torch.cuda.get_rng_state(self.device) if self.name == "cuda" else None
+        return RngState(random.getstate(), numpy.random.get_state(), torch.get_rng_state(), device)
+
+    def set_rng_state(self, state: RngState) -> None:
+        """Restore what `rng_state` returned.
+
+        Raises:
+            ValueError: the state was taken on the other kind of device.
+        """
+        if (state.device is not None) != (self.name == "cuda"):
+            taken = "cpu" if state.device is None else "cuda"
+            raise ValueError(f"this random state was taken on {taken}, but this process runs on {self.name}")
+        random.setstate(state.python)
+        numpy.random.set_state(state.numpy)
+        torch.set_rng_state(state.torch_cpu)
+        if state.device is not None:
+            torch.cuda.set_rng_state(state.device, self.device)
+
+    def peak_memory_bytes(self) -> int:
+        """Most device memory held at once since `reset_peak_memory`; on CPU, the peak resident set of the process."""
+        if self.name == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        if status.exists():
+            line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+            return int(line.split()[1]) * 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def reset_peak_memory(self) -> None:
+        """Start a new peak. Where the system cannot (no /proc, or not ours to write) the peak stays the process's."""
+        if self.name == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        counter = Path("/proc/self/clear_refs")
+        if os.access(counter, os.W_OK):
+            counter.write_text("5")  # proc(5): 5 resets the peak resident set, VmHWM
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished everything queued."""
+        if self.name == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def empty_cache(self) -> None:
+        """Give cached, unused device memory back to the driver."""
+        if self.name == "cuda":
+            torch.cuda.empty_cache()
+
+
+def current_platform() -> Platform:
+    """The platform of this process; with several GPUs, torchrun's LOCAL_RANK picks the device.
+
+    Raises:
+        RuntimeError: torchrun started more processes on this machine than it has visible GPUs.
+    """
+    if not torch.cuda.is_available():
+        return Platform("cpu", "gloo", torch.device("cpu"))
+    local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= visible:
+        raise RuntimeError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {visible} GPUs: start torchrun with "
+            f"--nproc-per-node {visible}, or widen CUDA_VISIBLE_DEVICES"
+        )
+    return Platform("cuda", "nccl", torch.device("cuda", local_rank))
