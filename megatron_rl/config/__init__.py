@@ -1,5 +1,7 @@
 """Configuration: frozen records that name their own mistakes, and YAML files with dotted overrides."""
 
+from megatron_rl.config.files import load_config, save_config
 from megatron_rl.config.record import ConfigError, ConfigRecord
+from megatron_rl.config.user_code import load_user_object
 
-__all__ = ["ConfigError", "ConfigRecord"]
+__all__ = ["ConfigError", "ConfigRecord", "load_config", "load_user_object", "save_config"]
