@@ -33,6 +33,7 @@ class Batch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    temperature: float = 1.0  # actor.sample: logits are divided by it wherever log-probabilities are computed
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> Batch:
@@ -117,6 +118,7 @@ class Batch:
             cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths[picked].cumsum(0)]),
             tokens={name: value[index] for name, value in self.tokens.items()},
             sequences={name: value[picked] for name, value in self.sequences.items()},
+            temperature=self.temperature,
         )
 
 

@@ -91,6 +91,7 @@ class LossOutput:
 
     loss: Tensor
     metrics: Mapping[str, Mean] = field(default_factory=dict)
+    of_sequences: bool = False  # a function of whole sequences (`sequence_sum`): equal on all context-parallel ranks
 
 
 class _SumOverContext(torch.autograd.Function):

@@ -1,0 +1,183 @@
+"""Packing: which sequences share a micro-batch, and where each of their tokens goes on this rank.
+
+A `MicroBatch` is index arrays into a `Batch`, nothing more: for every local position the token that stands there
+(`input_index`) and the token that the model predicts there (`target_index`). Inputs, labels and loss fields are gathers
+through these, results go back by a scatter, and masks can therefore not shift under context parallelism or packing.
+
+Packed: all sequences end to end in one row, one padding sequence last. Padded: one row a sequence. Context parallelism
+splits every sequence into ``2 * cp`` chunks and gives rank r chunks r and ``2 * cp - 1 - r`` (the balanced "zig-zag"
+order of Megatron-Core, `get_batch_on_this_cp_rank` and TransformerEngine's THD slicing).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """What the parallel layout demands of lengths, and this rank's place in it."""
+
+    cp_size: int = 1
+    cp_rank: int = 0
+    tp_size: int = 1  # >1 only with sequence parallelism, which splits positions over the tensor-parallel ranks
+
+    @property
+    def sequence_multiple(self) -> int:
+        """Every sequence is padded to a multiple of this many tokens."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """Every row of the micro-batch is padded to a multiple of this many tokens."""
+        return self.sequence_multiple * self.tp_size
+
+    def padded(self, length: int) -> int:
+        return _round_up(length, self.sequence_multiple)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward's worth of sequences on one rank. ``n = rows * columns`` local positions, row-major."""
+
+    rows: int
+    columns: int
+    input_index: Tensor  # [n] int64: index into the batch's token fields; -1 on padding
+    target_index: Tensor  # [n] int64: index of the token predicted here; -1 at sequence ends and on padding
+    position_ids: Tensor  # [n] int64: position inside the sequence
+    sequence_ids: Tensor  # [n] int64: which of `members`; 0 on padding (where every mask is 0)
+    members: tuple[int, ...]  # indices of the batch's sequences
+    cu_seqlens: Tensor | None  # [s + 1] int32 of the padded sequences over all cp ranks; None = padded rows
+
+    def input_ids(self, batch: Batch, pad_id: int = 0) -> Tensor:
+        """``[rows, columns]`` int64."""
+        return gather(batch.tokens["input_ids"], self.input_index, pad_id).view(self.rows, self.columns)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """The token predicted at each position, ``[n]`` int64; 0 where none is."""
+        return gather(batch.tokens["input_ids"], self.target_index)
+
+    def token_fields(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Predictor-aligned token fields, each ``[n]``."""
+        return {name: gather(batch.tokens[name], self.target_index) for name in names}
+
+    def sequence_fields(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        """Sequence fields of the members, each ``[len(members)]``."""
+        return {name: batch.sequences[name][list(self.members)] for name in names}
+
+    def scatter(self, values: Tensor, out: Tensor) -> None:
+        """Write predictor-aligned ``values`` ``[n]`` to the tokens they belong to in ``out`` ``[num_tokens]``."""
+        known = self.target_index >= 0
+        out[self.target_index[known]] = values[known].to(out)
+
+
+def gather(field: Tensor, index: Tensor, fill: float = 0) -> Tensor:
+    """``field[index]`` with ``fill`` where the index is negative."""
+    if field.numel() == 0:
+        return field.new_full(index.shape, fill)
+    return torch.where(index >= 0, field[index.clamp_min(0)], field.new_full((), fill))
+
+
+def split_micro_batches(
+    lengths: Sequence[int], token_budget: int, units: Sequence[int] | None = None, at_least: int = 0
+) -> list[list[int]]:
+    """Share sequences out over as few micro-batches as the budget allows, evenly filled.
+
+    Longest unit first into the emptiest micro-batch (LPT scheduling, Graham 1969), which for a fixed number of
+    micro-batches keeps the fullest within 4/3 of the best; the number grows until every one fits.
+
+    Args:
+        lengths: tokens of each sequence, padding included.
+        token_budget: tokens a micro-batch may hold; a longer single unit gets a micro-batch of its own.
+        units: sequences with equal numbers stay in one micro-batch (preference pairs); None = each on its own.
+        at_least: lower bound on the number of micro-batches.
+
+    Returns:
+        Indices of the sequences of each micro-batch, ascending inside each.
+    """
+    members: dict[int, list[int]] = {}
+    for index in range(len(lengths)):
+        members.setdefault(index if units is None else units[index], []).append(index)
+    sizes = {unit: sum(lengths[i] for i in indices) for unit, indices in members.items()}
+    order = sorted(sizes, key=lambda unit: (-sizes[unit], unit))
+    count = max(at_least, min(len(order), math.ceil(sum(sizes.values()) / token_budget)), 1 if order else 0)
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [0] * count
+        for unit in order:
+            target = min(range(count), key=loads.__getitem__)
+            bins[target] += members[unit]
+            loads[target] += sizes[unit]
+        if count >= len(order) or max(loads) <= max(token_budget, sizes[order[0]]):
+            return [sorted(indices) for indices in bins]
+        count += 1
+
+
+def pack(batch: Batch, members: Sequence[int], align: Alignment, total: int | None = None) -> MicroBatch:
+    """Lay the sequences end to end in one row; ``total`` is the row's length over all cp ranks (None = just enough)."""
+    starts = batch.cu_seqlens.tolist()
+    lengths = [starts[i + 1] - starts[i] for i in members]
+    padded = [align.padded(length) for length in lengths]
+    total = _round_up(sum(padded), align.row_multiple) if total is None else total
+    if (rest := total - sum(padded)) < 0:
+        raise ValueError(f"{sum(padded)} tokens do not fit a micro-batch of {total}")
+    pieces = [
+        _place(starts[i], length, width, number, align)
+        for number, (i, length, width) in enumerate(zip(members, lengths, padded, strict=True))
+    ]
+    if rest:
+        pieces.append(_place(0, 0, rest, 0, align))
+        padded.append(rest)
+    cu_seqlens = torch.tensor([0, *padded], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return _micro_batch(pieces, tuple(members), rows=1, cu_seqlens=cu_seqlens)
+
+
+def pad(
+    batch: Batch, members: Sequence[int], align: Alignment, columns: int | None = None, rows: int | None = None
+) -> MicroBatch:
+    """Give every sequence a row of ``columns`` tokens over all cp ranks (None = as long as the longest needs), and add
+    empty rows up to ``rows``."""
+    starts = batch.cu_seqlens.tolist()
+    lengths = [starts[i + 1] - starts[i] for i in members]
+    width = _round_up(max(lengths, default=1), align.row_multiple) if columns is None else columns
+    pieces = [
+        _place(starts[i], length, width, number, align)
+        for number, (i, length) in enumerate(zip(members, lengths, strict=True))
+    ]
+    rows = max(len(members), 1) if rows is None else rows
+    pieces += [_place(0, 0, width, 0, align)] * (rows - len(members))
+    return _micro_batch(pieces, tuple(members), rows=rows)
+
+
+def _place(start: int, length: int, width: int, number: int, align: Alignment) -> Mapping[str, Tensor]:
+    """This rank's positions of one sequence of ``length`` tokens padded to ``width``."""
+    position = torch.arange(width)
+    if align.cp_size > 1:
+        chunks = position.chunk(2 * align.cp_size)
+        position = torch.cat([chunks[align.cp_rank], chunks[2 * align.cp_size - 1 - align.cp_rank]])
+    none = torch.full_like(position, -1)
+    return {
+        "input_index": torch.where(position < length, start + position, none),
+        "target_index": torch.where(position + 1 < length, start + position + 1, none),
+        "position_ids": position,
+        "sequence_ids": torch.full_like(position, number),
+    }
+
+
+def _micro_batch(
+    pieces: Sequence[Mapping[str, Tensor]], members: tuple[int, ...], rows: int, cu_seqlens: Tensor | None = None
+) -> MicroBatch:
+    joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    columns = joined["input_index"].numel() // rows
+    return MicroBatch(rows=rows, columns=columns, members=members, cu_seqlens=cu_seqlens, **joined)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,201 @@
+"""`Actor`: the policy. It samples, scores tokens, is optimised, publishes its weights to the rollout engine and exports.
+
+actor = Actor(model="path/or/HF model", tokenizer=tokenizer)
+actor = Actor(model=chunks, tokenizer=tokenizer, optimizer=optimizer, parallel_state=parallel_state)
+flow = actor.sample(n=8) >> reward.score() >> grpo.update()
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.dataflow import Stage
+from megatron_rl.models.tokenizer import align_tokenizer
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.rollout.base import RolloutEngine, SamplingParams
+from megatron_rl.weights.hf_out import save_hf
+from megatron_rl.workers.assembly import assemble, job_context
+from megatron_rl.workers.heads import LossFunction, logprob_head, score_tokens
+from megatron_rl.workers.loss import LossInputs, LossOutput
+from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.rollouts import Rollouts
+from megatron_rl.workers.scoring import token_values_stage
+from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.trainable import Optimization, TrainableModel
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["Actor", "LossInputs", "LossOutput"]
+
+
+class Actor:
+    """The policy model in this job's layout, with its optimizer and its rollout engine.
+
+    Args:
+        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks (with ``optimizer`` they must be
+            wrapped in Megatron's DistributedDataParallel).
+        tokenizer: of the model; its pad and eos are aligned with the model.
+        optimizer: the job's own Megatron optimizer; None builds one from ``settings.optimizer``.
+        parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
+            ``parallel``.
+        parallel: sizes of the parallel axes when there is no ``parallel_state`` yet.
+        settings: everything else; ``overrides`` are fields of it by name.
+        engine: a ready rollout engine; None builds the one that ``settings.rollout`` names on first use.
+
+    Raises:
+        ConfigError: layout, model and settings do not fit together.
+    """
+
+    Config = WorkerSettings
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Any = None,
+        parallel_state: Any = None,
+        *,
+        parallel: ParallelSizes | None = None,
+        context: ParallelContext | None = None,
+        scheduler: Any = None,
+        settings: WorkerSettings | None = None,
+        engine: RolloutEngine | None = None,
+        **overrides: Any,
+    ) -> None:
+        settings = settings or WorkerSettings()
+        self.settings = WorkerSettings.parse(settings.model_dump() | overrides, "Actor") if overrides else settings
+        context = context or job_context(parallel_state, parallel, self.settings.seed)
+        self.trainable: TrainableModel = assemble(
+            model, context, self.settings, optimizer=optimizer, scheduler=scheduler, vocab=len(tokenizer), name="actor"
+        )
+        self.tokenizer = align_tokenizer(tokenizer, self.model.hf_config)
+        self.rollouts = Rollouts(self.model, self.tokenizer, self.settings.rollout, self.settings.seed, engine)
+
+    @property
+    def model(self) -> MegatronModel:
+        return self.trainable.model
+
+    @property
+    def context(self) -> ParallelContext:
+        return self.model.context
+
+    @property
+    def policy_version(self) -> int:
+        """Number of calls of `optimize` so far: the version of the weights that training holds."""
+        return self.rollouts.trained_version
+
+    # Stages
+
+    def sample(self, n: int | None = None, **sampling: Any) -> Stage:
+        """A stage that generates ``n`` responses for each prompt with the newest weights.
+
+        Args:
+            n: samples a prompt; None = ``settings.sampling.n``.
+            sampling: other fields of `SamplingParams`, over ``settings.sampling``.
+        """
+        values = self.settings.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
+        params = SamplingParams.parse(values, "actor.sample")
+
+        def run(batch: Batch) -> None:
+            self.publish(batch.metrics)
+            batch.samples = self.rollouts.generate(batch.prompts, params)
+            batch.temperature = params.temperature or 1.0
+            batch.metrics.update(_sample_metrics(batch.samples))
+
+        place = f"{self.settings.rollout.engine} engine TP{self.settings.rollout.tp}"
+        return Stage("actor.sample", run, reads=("prompts",), writes=("samples",), place=place)
+
+    def logprobs(self, write: str = "old_logprobs") -> Stage:
+        """A stage that writes log-probabilities of every token under the training weights, fp32 ``[num_tokens]``."""
+        return token_values_stage("actor.logprobs", self.trainable, logprob_head, write)
+
+    # Work
+
+    def optimize(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        *,
+        num_epochs: int = 1,
+        num_mini_batches: int = 1,
+        reads: tuple[str, ...] = (),
+        sequence_reads: tuple[str, ...] = (),
+        with_entropy: bool = False,
+        group_field: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, float]:
+        """Take ``num_epochs * num_mini_batches`` optimizer steps on ``loss``; returns metrics over all ranks.
+
+        Args:
+            loss: pure function of `LossInputs`, run on the last pipeline stage for each micro-batch.
+            reads, sequence_reads: token and sequence fields of the batch that the loss reads.
+            group_field: sequence field; sequences with equal values stay in one micro-batch.
+            seed: of the order of mini-batches; the actor's own seed and step count are mixed in.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite.
+        """
+        mixed = (self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.policy_version
+        how = Optimization(num_epochs, num_mini_batches, reads, sequence_reads, group_field, mixed % 2**62)
+
+        def scorer(part: Batch) -> Any:
+            score = score_tokens(self.model, part, part.temperature, with_entropy)
+            return lambda micro_batch, hidden: dict(
+                zip(("logprobs", "entropy"), score(micro_batch, hidden), strict=True)
+            )
+
+        metrics = self.trainable.optimize(batch, loss, how, scorer)
+        self.rollouts.trained_version += 1
+        return metrics
+
+    def publish(self, metrics: dict[str, float] | None = None) -> None:
+        """Push the weights to the rollout engine if it does not have the newest version yet."""
+        if self.rollouts.is_current:
+            return
+        started = time.perf_counter()
+        self.model.sync_parameters()
+        report = self.rollouts.push()
+        if metrics is not None:
+            metrics["time/weight_sync_s"] = time.perf_counter() - started
+            metrics["weight_sync/wire_bytes"] = float(report.wire_bytes)
+
+    def generate(self, prompts: list[Prompt], **sampling: Any) -> list[Sample]:
+        """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""
+        values = self.settings.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
+        self.publish()
+        return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank."""
+        self.model.sync_parameters()
+        return save_hf(
+            self.model.layout,
+            self.model.tensors(),
+            self.model.architecture,
+            Path(folder),
+            rank=self.context.rank,
+            tokenizer=self.tokenizer,
+            hf_config=self.model.hf_config,
+        )
+
+    def close(self) -> None:
+        """Release the rollout engine."""
+        self.rollouts.close()
+
+
+def _sample_metrics(samples: list[Sample]) -> dict[str, float]:
+    if not samples:
+        return {}
+    lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float32)
+    stopped = sum(sample.finish_reason == "length" for sample in samples)
+    return {
+        "rollout/response_tokens_mean": float(lengths.mean()),
+        "rollout/response_tokens_max": float(lengths.max()),
+        "rollout/truncated_fraction": stopped / len(samples),
+    }

@@ -1,0 +1,92 @@
+"""Putting a worker together: the job's parallel context, the model, its optimizer, and how it is cut into micro-batches.
+
+One path for both ways in: a Megatron job's own chunks and optimizer, or a Hugging Face model that is built here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.config import ConfigError
+from megatron_rl.devices import current_platform
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.weights.hf_in import open_source
+from megatron_rl.workers.megatron_model import MegatronModel, hf_folder_or_model
+from megatron_rl.workers.optimizer import build_optimizer, connect, wrap_data_parallel
+from megatron_rl.workers.schedule import MicroBatching
+from megatron_rl.workers.settings import DTYPES, WorkerSettings
+from megatron_rl.workers.trainable import TrainableModel
+
+
+def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) -> ParallelContext:
+    """The context of this process: around the job's ``parallel_state``, or a new one of the given sizes.
+
+    Without torchrun the process is a world of one.
+    """
+    if parallel_state is not None:
+        if parallel is not None:
+            raise ConfigError("give parallel_state (sizes come from it) or parallel (it is initialised here), not both")
+        return ParallelContext.from_parallel_state(parallel_state)
+    if not dist.is_initialized():
+        current_platform().init_process_group()
+    return ParallelContext.create(parallel or ParallelSizes(), seed=seed)
+
+
+def assemble(
+    model: Any,
+    context: ParallelContext,
+    settings: WorkerSettings,
+    *,
+    vocab: int,
+    name: str,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    value_head: bool = False,
+) -> TrainableModel:
+    """A trainable model from either way in.
+
+    Raises:
+        ConfigError: an optimizer came with a Hugging Face model, or without DDP-wrapped chunks.
+    """
+    if hf_folder_or_model(model):
+        if optimizer is not None:
+            raise ConfigError(
+                "an optimizer was given with a Hugging Face model: it cannot know the weights that are made"
+                " here; leave it out, or give Megatron model chunks"
+            )
+        held = MegatronModel.from_hf(
+            open_source(model),
+            context,
+            dtype=DTYPES[settings.dtype],
+            recompute=settings.recompute,
+            value_head=value_head,
+        )
+    else:
+        chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
+        held = MegatronModel.from_chunks(chunks, context, vocab)
+    wrapped = all(hasattr(chunk, "ddp_config") for chunk in held.chunks)
+    if optimizer is not None and not wrapped:
+        raise ConfigError(
+            "an optimizer was given with model chunks that are not wrapped in Megatron's "
+            "DistributedDataParallel: wrap them, or leave the optimizer out"
+        )
+    if not wrapped:
+        held.chunks = list(wrap_data_parallel(held.chunks, settings.optimizer))
+    if optimizer is None:
+        optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
+    else:
+        connect(held.chunks, optimizer)
+    return TrainableModel(held, optimizer, scheduler, _micro_batching(held, settings), name)
+
+
+def _micro_batching(model: MegatronModel, settings: WorkerSettings) -> MicroBatching:
+    if settings.packing and not model.packs:
+        raise ConfigError(
+            "packing=true, but this model's core attention does not take packed sequences: set "
+            "packing=false, or build the model with megatron_rl.models.layer_spec"
+        )
+    packing = model.packs if settings.packing is None else settings.packing
+    return MicroBatching(settings.token_budget, packing, settings.micro_batch_size)

@@ -1,0 +1,146 @@
+"""`MegatronModel`: Megatron-Core model chunks together with where they stand and what they contain.
+
+Made from a job's own chunks (`from_chunks`) or from a Hugging Face model (`from_hf`). Everything above sees one thing:
+chunks for Megatron's schedule, a `ParallelContext`, an `Architecture`, and the weights as named shards of a layout.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
+from megatron_rl.models.attention import supports_packing
+from megatron_rl.models.builder import build_model, transformer_config
+from megatron_rl.models.hf_config import architecture_from_megatron
+from megatron_rl.models.naming import unwrap
+from megatron_rl.models.pipeline import padded_vocab, stage_layers
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.reshard import Layout
+from megatron_rl.weights.hf_in import HFSource, load_hf
+
+
+@dataclass
+class MegatronModel:
+    """Chunks of one rank, one per virtual pipeline stage, wrapped (DDP) or bare."""
+
+    chunks: list[torch.nn.Module]
+    context: ParallelContext
+    architecture: Architecture
+    padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
+    hf_config: Mapping[str, Any] = field(default_factory=dict)  # of the model it was loaded from; empty otherwise
+    value_head: bool = False  # the output layer is a value head
+
+    @classmethod
+    def from_hf(
+        cls,
+        source: HFSource,
+        context: ParallelContext,
+        *,
+        dtype: torch.dtype = torch.float32,
+        recompute: bool = False,
+        value_head: bool = False,
+    ) -> MegatronModel:
+        """Build the model in this job's layout and fill it from a Hugging Face folder or an in-memory model."""
+        architecture = source.architecture
+        sizes = context.sizes
+        config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
+        vocab = padded_vocab(architecture.vocab, sizes.tp)
+        chunks = build_model(architecture, context, config, value_head=value_head)
+        model = cls(
+            [c.to(context.platform.device) for c in chunks], context, architecture, vocab, source.config, value_head
+        )
+        load_hf(source, model.layout, context.rank, model.tensors())
+        return model
+
+    @classmethod
+    def from_chunks(cls, chunks: Sequence[torch.nn.Module], context: ParallelContext, vocab: int) -> MegatronModel:
+        """Adopt a job's own `GPTModel` chunks, wrapped or not.
+
+        Args:
+            vocab: logical vocabulary, without padding: usually ``len(tokenizer)``.
+
+        Raises:
+            ConfigError: the chunks do not hold the layers that their place in the pipeline asks for.
+        """
+        inner = [unwrap(chunk) for chunk in chunks]
+        config = inner[0].config
+        sizes = context.sizes
+        if len(inner) != sizes.vpp:
+            raise ConfigError(f"{len(inner)} model chunks were given, but parallel_state has vpp={sizes.vpp} per rank")
+        tied = bool(inner[-1].share_embeddings_and_output_weights)
+        architecture = architecture_from_megatron(
+            config,
+            vocab=vocab,
+            tied=tied,
+            rope_theta=float(inner[0].rotary_base),
+            max_positions=inner[0].max_sequence_length,
+        )
+        model = cls(list(chunks), context, architecture, int(inner[0].vocab_size))
+        model.check_layers()
+        return model
+
+    @property
+    def config(self) -> TransformerConfig:
+        return unwrap(self.chunks[0]).config  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.context.platform.device
+
+    @property
+    def last_chunk(self) -> torch.nn.Module:
+        """The bare chunk with the output layer, on the last pipeline stage."""
+        return unwrap(self.chunks[-1])
+
+    @functools.cached_property
+    def packs(self) -> bool:
+        """Whether the core attention takes packed sequences (Megatron's plain `DotProductAttention` does not)."""
+        return all(supports_packing(chunk) for chunk in self.chunks)
+
+    @functools.cached_property
+    def naming(self) -> MegatronNaming:
+        return MegatronNaming.detect(self.tensors())
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """Where every rank's shards of the logical tensors sit."""
+        return megatron_layout(
+            self.architecture, self.context.grid, self.padded_vocab, self.naming, output_layer=not self.value_head
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """This rank's weights by shard name: views that see every later update."""
+        return chunk_tensors(self.chunks)
+
+    def check_layers(self) -> None:
+        """Raise ConfigError unless each chunk holds the layers that the layout says it does."""
+        sizes, at = self.context.sizes, self.context.coordinates
+        for stage, chunk in enumerate(self.chunks):
+            expected = list(stage_layers(self.architecture.num_layers, sizes.pp, sizes.vpp, at.pp, stage))
+            layers = [m.layer_number - 1 for m in unwrap(chunk).modules() if isinstance(m, TransformerLayer)]
+            if layers != expected:
+                raise ConfigError(
+                    f"pipeline stage {at.pp} chunk {stage} holds layers {layers}, expected {expected}: build the model "
+                    "with evenly divided stages (the first stages one layer longer where they do not divide)"
+                )
+
+    def sync_parameters(self) -> None:
+        """Finish a pending all-gather of updated parameters (distributed optimizer with overlap)."""
+        for chunk in self.chunks:
+            if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+                chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+def hf_folder_or_model(model: Any) -> bool:
+    """Whether ``model`` is a Hugging Face folder or model rather than Megatron chunks."""
+    return isinstance(model, (str, Path)) or hasattr(model, "save_pretrained")

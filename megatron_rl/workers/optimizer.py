@@ -1,0 +1,130 @@
+"""Megatron-Core's own data-parallel wrapper, optimizer and learning-rate schedule, from one small record.
+
+Nothing here is ours but the defaults: `DistributedDataParallel`, `get_megatron_optimizer` and `OptimizerParamScheduler`
+do the work. A job that already has them passes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_rl.config import ConfigRecord
+
+
+class OptimizerSettings(ConfigRecord):
+    """AdamW and its schedule."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    min_learning_rate: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the schedule after the warm-up."""
+    decay_steps: int = 0
+    """Optimizer steps until `min_learning_rate`; 0 = the length of the run, where the trainer knows it."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    beta1: float = 0.9
+    """AdamW's first-moment decay."""
+    beta2: float = 0.95
+    """AdamW's second-moment decay."""
+    epsilon: float = 1e-8
+    """AdamW's denominator floor."""
+    clip_gradient: float = 1.0
+    """Largest global L2 norm of the gradient; 0 = no clipping."""
+    distributed: bool = True
+    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
+    overlap_gradient_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    gradient_reduce_in_fp32: bool = True
+    """Accumulate and reduce gradients in fp32 even when weights are bf16."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Update rule."""
+
+
+def wrap_data_parallel(
+    chunks: Sequence[torch.nn.Module], settings: OptimizerSettings, *, groups: Any = None
+) -> list[DistributedDataParallel]:
+    """Wrap model chunks in Megatron's DDP and give every data-parallel rank the same weights."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=settings.gradient_reduce_in_fp32,
+        overlap_grad_reduce=settings.overlap_gradient_reduce,
+        use_distributed_optimizer=settings.distributed,
+        check_for_nan_in_grad=False,  # a NaN is reported by the worker with the name of the step, see `Actor.optimize`
+    )
+    extra = {} if groups is None else {"pg_collection": groups}
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0, **extra)
+        for index, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:
+    """Megatron's optimizer over DDP-wrapped chunks, connected to the schedule's hooks."""
+    model_config = chunks[0].config
+    bf16 = model_config.params_dtype == torch.bfloat16
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=settings.optimizer,
+            lr=settings.learning_rate,
+            min_lr=settings.min_learning_rate,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.epsilon,
+            sgd_momentum=0.0,
+            clip_grad=settings.clip_gradient,
+            use_distributed_optimizer=settings.distributed,
+            bf16=bf16,
+            params_dtype=model_config.params_dtype,
+        ),
+        chunks,
+    )
+    connect(chunks, optimizer)
+    return optimizer
+
+
+def connect(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+    """Fill the hooks through which Megatron's schedules reach gradients, where the job has not set its own."""
+    config = chunks[0].config  # type: ignore[union-attr]
+    if config.finalize_model_grads_func is None:
+        config.finalize_model_grads_func = finalize_model_grads
+    if config.grad_scale_func is None:
+        config.grad_scale_func = optimizer.scale_loss
+    if config.no_sync_func is None:
+        syncs = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
+    if chunks[0].ddp_config.overlap_grad_reduce and config.grad_sync_func is None:  # type: ignore[union-attr]
+        starts = [chunk.start_grad_sync for chunk in chunks]
+        config.grad_sync_func = starts[0] if len(starts) == 1 else starts
+
+
+def build_scheduler(
+    optimizer: MegatronOptimizer, settings: OptimizerSettings, total_steps: int
+) -> OptimizerParamScheduler:
+    """Learning-rate schedule counted in optimizer steps."""
+    steps = max(settings.decay_steps or total_steps, settings.warmup_steps + 1)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.learning_rate,
+        min_lr=settings.min_learning_rate,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=steps,
+        wd_incr_style="constant",
+    )

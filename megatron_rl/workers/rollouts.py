@@ -1,0 +1,136 @@
+"""`Rollouts`: the actor's link to its rollout engine: who generates what, and which version of the weights serves.
+
+The prompts of a data-parallel rank are known to all ranks of its model replica. Together these ranks form one or more
+rollout replicas, share the prompts out and exchange the finished samples. The seed of a prompt depends on the run, the
+call and the prompt alone, so the layout of training and rollout changes no sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_rl.batch import Prompt, Sample
+from megatron_rl.models import rollout_layout
+from megatron_rl.reshard.execute import TransferReport
+from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.placement import RolloutPlacement
+from megatron_rl.weights.sync import WeightSync
+from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.settings import DTYPES, RolloutSettings
+
+
+class Rollouts:
+    """One rank's view of the rollout engine."""
+
+    def __init__(
+        self, model: MegatronModel, tokenizer: Any, settings: RolloutSettings, seed: int, engine: RolloutEngine | None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.seed = seed
+        self.trained_version = 0  # of the weights that training holds
+        self.calls = 0  # of generate, evaluation aside: part of every seed
+        self._served_version: int | None = None  # of the weights that the engine holds
+        self._engine = engine
+        self._sync: WeightSync | None = None
+        context = model.context
+        ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
+        self.placements = [RolloutPlacement(replica, settings.tp) for replica in ranks]
+
+    @property
+    def placement(self) -> RolloutPlacement:
+        return self.placements[self.model.context.coordinates.dp]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the engine serves the newest weights."""
+        return self._served_version == self.trained_version
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The engine, built on first use."""
+        if self._engine is None:
+            self._engine = self._build_engine()
+        return self._engine
+
+    def _build_engine(self) -> RolloutEngine:
+        model, tp = self.model, self.settings.tp
+        replicas = [replica for placement in self.placements for replica in placement.replicas]
+        dtype = DTYPES[self.settings.dtype] if self.settings.dtype else model.config.params_dtype
+        group = model.context.new_host_groups(replicas) if tp > 1 else None
+        return ENGINES[self.settings.engine](  # type: ignore[call-arg]
+            architecture=model.architecture,
+            layout=rollout_layout(model.architecture, tp, replicas),
+            rank=model.context.rank,
+            dtype=dtype,
+            tp_group=group,
+            eos_token_ids=eos_token_ids(self.tokenizer, model.hf_config),
+            tokenizer=self.tokenizer,
+            max_running=self.settings.max_running,
+            device=model.device,
+            **self.settings.options,
+        )
+
+    def push(self) -> TransferReport:
+        """Carry the training weights into the engine as `trained_version`; collective over all ranks."""
+        engine = self.engine
+        if self._sync is None:
+            self._sync = WeightSync(
+                self.model.layout,
+                engine,
+                rank=self.model.context.rank,
+                max_staging_bytes=self.settings.max_staging_bytes,
+            )
+        report = self._sync.push(self.model.tensors(), self.trained_version)
+        self._served_version = self.trained_version
+        return report
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, evaluation: bool = False) -> list[Sample]:
+        """``params.n`` samples of each prompt, in prompt order, on every rank of the model replica.
+
+        Args:
+            prompts: the same on every rank of the replica.
+            evaluation: draws from seeds of its own and leaves the training seeds as they were.
+        """
+        context, placement = self.model.context, self.placement
+        mine = placement.share(len(prompts), placement.replica(context.rank))
+        call = -1 if evaluation else self.calls
+        seeds = [sample_seed(self.seed, call, prompts[i].index) for i in mine]
+        answers = self.engine.generate([prompts[i].token_ids for i in mine], params, seeds) if mine else []
+        self.calls += not evaluation
+        share = answers if placement.tp_rank(context.rank) == 0 else None
+        shares = context.gather_objects(share, context.host_model_group)
+        merged = placement.merge([part for part in shares if part is not None])
+        return [
+            self._sample(prompt, completion, group)
+            for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
+            for completion in completions
+        ]
+
+    def _sample(self, prompt: Prompt, completion: Completion, group: int) -> Sample:
+        return Sample(
+            prompt=prompt,
+            response_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            response_text=self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            finish_reason=completion.finish_reason,
+            policy_version=completion.policy_version,
+            policy_version_spans=completion.policy_version_spans,
+            group=group,
+            metadata=dict(completion.metadata),
+        )
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def eos_token_ids(tokenizer: Any, hf_config: Any) -> tuple[int, ...]:
+    """Tokens that end a response: the tokenizer's eos and those that the model's config names."""
+    found = [tokenizer.eos_token_id]
+    named = hf_config.get("eos_token_id") if hf_config else None
+    found += named if isinstance(named, list) else [named]
+    return tuple(sorted({int(token) for token in found if token is not None}))

@@ -1,0 +1,148 @@
+"""Running micro-batches through Megatron-Core's own pipeline schedule, forward only or with backward.
+
+`get_forward_backward_func` wants a data iterator, a forward step and a loss function. Here the data are `MicroBatch`
+index records over one `Batch`, the forward step asks the model for hidden states instead of logits, and what happens
+to the hidden states on the last stage is a function that is passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_rl.batch import Batch
+from megatron_rl.data.packing import Alignment, MicroBatch, pack, pad, split_micro_batches
+from megatron_rl.models.hidden_states import hidden_states_only
+from megatron_rl.workers.megatron_model import MegatronModel
+
+Head = Callable[
+    [MicroBatch, Tensor], Any
+]  # (micro-batch, hidden [n, hidden]) on the last stage -> what the caller wants
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatching:
+    """How a batch is cut into micro-batches."""
+
+    token_budget: int = 4096  # tokens of one micro-batch over all context-parallel ranks
+    packing: bool = True  # False: padded rows
+    rows: int = 1  # sequences of a micro-batch when padded
+
+
+def plan_micro_batches(
+    batch: Batch, model: MegatronModel, how: MicroBatching, units: Sequence[int] | None = None
+) -> list[MicroBatch]:
+    """Micro-batches of this rank, all of one shape, and as many on every data-parallel rank (collectives inside the
+    model and its gradient reduction are entered equally often); ranks with less work get empty ones."""
+    context = model.context
+    sizes = context.sizes
+    tp = sizes.tp if model.config.sequence_parallel else 1
+    align = Alignment(sizes.cp, context.coordinates.cp, tp)
+    lengths = [align.padded(length) for length in batch.lengths.tolist()]
+    if how.packing:
+        shares = split_micro_batches(lengths, how.token_budget, units)
+    else:
+        order = _padded_order(batch.num_sequences, units)
+        shares = [order[i : i + how.rows] for i in range(0, len(order), how.rows)]
+    width = (
+        max((sum(lengths[i] for i in share) for share in shares), default=1) if how.packing else max(lengths, default=1)
+    )
+    count, width = _maximum((len(shares), width), context.dp_group, model.device)
+    if (chunks := sizes.vpp) > 1:  # the interleaved schedule wants a multiple of the pipeline stages
+        count = -(-count // sizes.pp) * sizes.pp
+        del chunks
+    shares += [[]] * (count - len(shares))
+    width = -(-width // align.row_multiple) * align.row_multiple
+    if how.packing:
+        return [pack(batch, share, align, width) for share in shares]
+    return [pad(batch, share, align, width, how.rows) for share in shares]
+
+
+def _padded_order(num_sequences: int, units: Sequence[int] | None) -> list[int]:
+    return sorted(range(num_sequences), key=lambda i: (i if units is None else units[i], i))
+
+
+def _maximum(values: tuple[int, int], group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
+    if group is None or group.size() == 1:
+        return values
+    tensor = torch.tensor(values, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    first, second = tensor.tolist()
+    return first, second
+
+
+def run_schedule(
+    model: MegatronModel, batch: Batch, micro_batches: Sequence[MicroBatch], head: Head, *, backward: bool
+) -> list[Any]:
+    """Run all micro-batches.
+
+    Args:
+        head: called on the last pipeline stage with each micro-batch and its hidden states ``[n, hidden]``. With
+            ``backward`` it returns ``(loss, result)``: ``loss`` is a scalar whose sum over micro-batches and
+            data- and context-parallel ranks is the loss to differentiate. Without, it returns ``result``.
+
+    Returns:
+        The results in order on the last stage; an empty list elsewhere.
+    """
+    first = micro_batches[0]
+    # Both of Megatron's conventions (`calculate_per_token_loss` or not) end in a division by micro-batches times
+    # data- and context-parallel ranks when every micro-batch reports one "token": see `forward_step_calc_loss`,
+    # `finalize_model_grads` and the gradient scaling of DistributedDataParallel.
+    scale = len(micro_batches) * model.context.dp_cp_size
+
+    def loss_function(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = False) -> Any:
+        hidden = output.reshape(-1, output.shape[-1])
+        if not backward:
+            return head(micro_batch, hidden)
+        loss, result = head(micro_batch, hidden)
+        return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), result
+
+    def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        micro_batch = next(iterator)
+        return _forward(model, batch, micro_batch, chunk), partial(loss_function, micro_batch)
+
+    iterators = [iter(micro_batches) for _ in model.chunks]
+    single = len(model.chunks) == 1
+    results = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators[0] if single else iterators,
+        model=model.chunks[0] if single else model.chunks,
+        num_microbatches=len(micro_batches),
+        seq_length=first.columns * model.context.sizes.cp,
+        micro_batch_size=first.rows,
+        forward_only=not backward,
+        collect_non_loss_data=not backward,
+    )
+    return results if model.context.is_last_stage else []
+
+
+def _forward(model: MegatronModel, batch: Batch, micro_batch: MicroBatch, chunk: torch.nn.Module) -> Tensor:
+    device = model.device
+    packed = None
+    if micro_batch.cu_seqlens is not None:
+        cu_seqlens = micro_batch.cu_seqlens.to(device)
+        longest = int(micro_batch.cu_seqlens.diff().max())
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    with hidden_states_only(chunk):
+        return chunk(
+            micro_batch.input_ids(batch).to(device),
+            micro_batch.position_ids.view(micro_batch.rows, micro_batch.columns).to(device),
+            None,
+            packed_seq_params=packed,
+        )

@@ -1,0 +1,36 @@
+"""Forward-only passes as stages: one number for every token of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.heads import collect_token_values
+from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.schedule import Head, plan_micro_batches, run_schedule
+from megatron_rl.workers.trainable import TrainableModel
+
+MakeHead = Callable[[MegatronModel, Batch, float], Head]
+
+
+@torch.no_grad()
+def token_values(worker: TrainableModel, batch: Batch, make_head: MakeHead) -> torch.Tensor:
+    """Run ``make_head``'s head over the whole batch; ``[num_tokens]`` fp32 on the CPU, on every rank of the replica."""
+    micro_batches = plan_micro_batches(batch, worker.model, worker.micro_batching)
+    for chunk in worker.model.chunks:
+        chunk.eval()
+    head = make_head(worker.model, batch, batch.temperature)
+    results = run_schedule(worker.model, batch, micro_batches, head, backward=False)
+    return collect_token_values(worker.model, batch, micro_batches, results)
+
+
+def token_values_stage(name: str, worker: TrainableModel, make_head: MakeHead, write: str) -> Stage:
+    """A stage that writes `token_values` to the token field ``write``."""
+
+    def run(batch: Batch) -> None:
+        batch.tokens[write] = token_values(worker, batch, make_head)
+
+    return Stage(name, run, reads=("input_ids",), writes=(write,), place=str(worker.model.context.sizes))

@@ -1,0 +1,54 @@
+"""Settings of the workers: how a model is built, cut into micro-batches, sampled from and synchronised."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.rollout.base import SamplingParams
+from megatron_rl.workers.optimizer import OptimizerSettings
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class RolloutSettings(ConfigRecord):
+    """The engine that generates samples."""
+
+    engine: str = "local"
+    """Name of a registered rollout engine."""
+    tp: int = 1
+    """Tensor-parallel ranks of one rollout replica."""
+    dtype: DtypeName | None = None
+    """Of the rollout weights; None = the training dtype."""
+    max_running: int = 256
+    """Sequences that one replica decodes at once."""
+    max_staging_bytes: int = 64 * 2**20
+    """Most memory that a weight sync may hold beside both copies of the weights, in bytes a rank."""
+    options: dict[str, object] = {}
+    """Further keyword arguments of the engine."""
+
+
+class WorkerSettings(ConfigRecord):
+    """An Actor, Critic or trainable RewardModel."""
+
+    dtype: DtypeName = "float32"
+    """Of the weights and of the forward pass."""
+    recompute: bool = False
+    """Recompute activations in the backward pass instead of keeping them."""
+    token_budget: int = 4096
+    """Tokens of one packed micro-batch, over all context-parallel ranks."""
+    packing: bool | None = None
+    """Pack sequences end to end; False = padded rows; None = pack where the model's attention can."""
+    micro_batch_size: int = 8
+    """Sequences of one padded micro-batch."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer and schedule, for models that do not bring their own."""
+    seed: int = 0
+    """Of sampling and mini-batch order."""
+    sampling: SamplingParams = SamplingParams()
+    """Defaults of `actor.sample`."""
+    rollout: RolloutSettings = RolloutSettings()
+    """The rollout engine."""

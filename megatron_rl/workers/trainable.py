@@ -1,0 +1,164 @@
+"""`TrainableModel`: a `MegatronModel` with an optimizer, and the loop over epochs, mini-batches and optimizer steps.
+
+Actor and Critic are both one; they differ in what their head computes and in nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from megatron_rl.batch import Batch
+from megatron_rl.data.packing import MicroBatch
+from megatron_rl.workers.heads import LossFunction, loss_head
+from megatron_rl.workers.loss import Mean, Totals
+from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
+from megatron_rl.workers.schedule import MicroBatching, plan_micro_batches, run_schedule
+
+Scorer = Callable[[MicroBatch, Tensor], dict[str, Tensor | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Optimization:
+    """How one batch is turned into optimizer steps."""
+
+    num_epochs: int = 1  # passes over the batch
+    num_mini_batches: int = 1  # optimizer steps of one pass
+    reads: tuple[str, ...] = ()  # token fields that the loss reads, besides response_mask
+    sequence_reads: tuple[str, ...] = ()  # sequence fields that the loss reads
+    group_field: str | None = None  # sequences with equal values stay in one micro-batch and mini-batch
+    seed: int = 0  # of the permutation into mini-batches
+
+
+@dataclass
+class TrainableModel:
+    """A model and what trains it."""
+
+    model: MegatronModel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler | None
+    micro_batching: MicroBatching
+    name: str = "actor"  # in errors and metrics
+    num_steps: int = field(default=0, init=False)  # optimizer steps so far
+
+    def optimize(
+        self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
+    ) -> dict[str, float]:
+        """Run every mini-batch of every epoch.
+
+        Args:
+            scorer: batch -> the function that turns hidden states into what the loss sees.
+
+        Returns:
+            Metrics over all steps and ranks, and ``optimizer/...``.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; no parameter was touched in the first case.
+        """
+        collected: list[dict[str, Mean]] = []
+        norms = []
+        for epoch in range(how.num_epochs):
+            for members in self._mini_batches(batch, how, epoch):
+                part = batch.select(members) if len(members) < batch.num_sequences else batch
+                metrics, norm = self._step(part, loss, how, scorer)
+                collected += metrics
+                norms.append(norm)
+        metrics = self._reduce(collected)
+        metrics["optimizer/gradient_norm"] = sum(norms) / len(norms)
+        metrics["optimizer/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
+        metrics["optimizer/steps"] = float(len(norms))
+        return metrics
+
+    def _mini_batches(self, batch: Batch, how: Optimization, epoch: int) -> list[list[int]]:
+        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        units = unit_ids(batch.num_sequences, groups)
+        context = self.model.context
+        counts = _gather_counts(max(units, default=-1) + 1, context.dp_group, self.model.device)
+        return split_mini_batches(units, counts, context.coordinates.dp, how.num_mini_batches, how.seed + epoch)
+
+    def _step(
+        self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
+    ) -> tuple[list[dict[str, Mean]], float]:
+        model = self.model
+        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        totals = self._totals(batch, groups)
+        micro_batches = plan_micro_batches(batch, model, self.micro_batching, groups)
+        for chunk in model.chunks:
+            chunk.zero_grad_buffer()
+            chunk.train()
+        self.optimizer.zero_grad()
+        head = loss_head(model, batch, loss, totals, how.reads, how.sequence_reads, scorer(batch))
+        results = run_schedule(model, batch, micro_batches, head, backward=True)
+        value = sum(result[0].double() for result in results) if results else torch.zeros((), dtype=torch.float64)
+        self._require_finite(float(value), "loss")
+        if self.scheduler is not None:
+            self.scheduler.step(increment=1)
+        _, norm, _ = self.optimizer.step()
+        self._require_finite(float(norm or 0.0), "gradient norm")
+        self.num_steps += 1
+        metrics = [dict(result[1]) for result in results]
+        one = torch.ones((), device=model.device)
+        dp_share = one / model.context.dp_cp_size
+        metrics += (
+            [{"loss/total": Mean(torch.as_tensor(value, device=model.device).float(), dp_share)}] if results else []
+        )
+        return metrics, float(norm or 0.0)
+
+    def _totals(self, batch: Batch, groups: Sequence[int] | None) -> Totals:
+        """Global counts. A mask position is trained on where some position predicts it: never a sequence's first."""
+        mask = batch.tokens["response_mask"].clone()
+        starts = batch.cu_seqlens[:-1]
+        mask[starts[starts < mask.numel()]] = False
+        per_sequence = torch.zeros(batch.num_sequences).index_add(0, batch.sequence_ids, mask.float())
+        counts = torch.tensor(
+            [float(mask.sum()), float((per_sequence > 0).sum()), float(len(set(groups)) if groups else 0)],
+            dtype=torch.float64,
+        ).to(self.model.device)
+        if self.model.context.grid.dp > 1:
+            dist.all_reduce(counts, group=self.model.context.dp_group)
+        tokens, sequences, units = counts.tolist()
+        return Totals(tokens=max(tokens, 1.0), sequences=max(sequences, 1.0), groups=max(units, 1.0))
+
+    def _require_finite(self, value: float, what: str) -> None:
+        bad = torch.tensor(0.0 if math.isfinite(value) else 1.0, device=self.model.device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        if bad.item():
+            raise FloatingPointError(
+                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank ({value} here); "
+                "lower the learning rate, or look for NaN rewards or log-probabilities in this step's metrics"
+            )
+
+    def _reduce(self, collected: Sequence[dict[str, Mean]]) -> dict[str, float]:
+        """Metrics over all ranks that computed some: the last stage, one rank of each tensor-parallel group."""
+        sums: dict[str, list[float]] = {}
+        if self.model.context.coordinates.tp == 0:
+            for metrics in collected:
+                for name, mean in metrics.items():
+                    entry = sums.setdefault(name, [0.0, 0.0])
+                    entry[0] += float(mean.total)
+                    entry[1] += float(mean.weight)
+        merged: dict[str, list[float]] = {}
+        for part in self.model.context.gather_objects(sums):
+            for name, (total, weight) in part.items():
+                entry = merged.setdefault(name, [0.0, 0.0])
+                entry[0] += total
+                entry[1] += weight
+        return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(merged.items())}
+
+
+def _gather_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    if group is None or group.size() == 1:
+        return [count]
+    counts = torch.zeros(group.size(), dtype=torch.int64, device=device)
+    counts[group.rank()] = count
+    dist.all_reduce(counts, group=group)
+    return counts.tolist()
