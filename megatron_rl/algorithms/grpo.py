@@ -1,0 +1,62 @@
+"""GRPO and Dr. GRPO: several responses to one prompt are each other's baseline."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_rl.algorithms.advantages import group_advantages, spread_over_tokens, sum_over_tokens
+from megatron_rl.algorithms.aggregation import LossAggregation
+from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.policy_gradient import PolicyGradient
+from megatron_rl.batch import Batch
+
+
+@ALGORITHMS.register("grpo")
+class GRPO(PolicyGradient):
+    """Group Relative Policy Optimization (arXiv 2402.03300, eqs. 3 and 4).
+
+    The advantage of a response is its reward, centred and (``normalize_std``) scaled within the responses to the same
+    prompt; each of its tokens has that advantage.
+    """
+
+    class Config(PolicyGradient.Config):
+        """Settings of GRPO."""
+
+        loss_aggregation: LossAggregation = "seq-mean-token-mean"
+        """The paper's: mean over a response's tokens, then over responses."""
+        normalize_std: bool = True
+        """Divide a group's centred rewards by their standard deviation."""
+
+    name = "grpo"
+    config: Config
+
+    def prepare(self, batch: Batch) -> None:
+        batch.tokens["advantages"] = spread_over_tokens(batch, self.advantages(self.shaped_rewards(batch), batch))
+
+    def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
+        """``[num_sequences]`` -> ``[num_sequences]``; the hook of other group baselines."""
+        return group_advantages(rewards, batch["groups"], normalize_std=self.config.normalize_std)
+
+    def shaped_rewards(self, batch: Batch) -> Tensor:
+        """Rewards before grouping, ``[num_sequences]``: less the responses' KL when it is part of the reward."""
+        rewards = batch["rewards"]
+        if self.kl_in_reward:
+            rewards = rewards - self.config.kl_coefficient * sum_over_tokens(batch, self.token_kl(batch))
+        return rewards
+
+
+@ALGORITHMS.register("dr-grpo")
+class DrGRPO(GRPO):
+    """Dr. GRPO (arXiv 2503.20783, section 3.2): no division by the group's deviation, and a constant divisor instead of
+    each response's length, so neither easy prompts nor short answers are favoured."""
+
+    class Config(GRPO.Config):
+        """Settings of Dr. GRPO; ``norm_length`` is required."""
+
+        loss_aggregation: LossAggregation = "fixed-length"
+        """The sum over a response's tokens divided by norm_length."""
+        normalize_std: bool = False
+        """Off: only centred."""
+
+    name = "dr-grpo"
+    config: Config

@@ -1,0 +1,182 @@
+"""`PolicyGradient`: the loss that GRPO, its kin and PPO share; each overrides one small hook.
+
+loss = policy term (weighted by the trainer/rollout correction) + kl_coefficient * KL - entropy_coefficient * entropy,
+each averaged over tokens in the same way.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from megatron_rl.algorithms.advantages import sum_over_tokens
+from megatron_rl.algorithms.aggregation import LossAggregation, TokenAverage, token_average
+from megatron_rl.algorithms.base import BaseAlgorithm
+from megatron_rl.algorithms.importance import (
+    MismatchCorrection,
+    bounded_exp,
+    masked_log_ratio,
+    mismatch_metrics,
+    mismatch_weights,
+)
+from megatron_rl.algorithms.kl import KLEstimator, kl_penalty
+from megatron_rl.algorithms.moments import masked_moments
+from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
+
+
+class PolicyGradient(BaseAlgorithm):
+    """Clipped policy optimisation over token fields ``advantages`` and, with a KL term, ``ref_logprobs``."""
+
+    class Config(BaseAlgorithm.Config):
+        """Settings shared by the policy-gradient family."""
+
+        clip_low: float = 0.2
+        """The ratio is held above 1 - clip_low where that lowers the objective."""
+        clip_high: float = 0.2
+        """The ratio is held below 1 + clip_high where that lowers the objective."""
+        dual_clip: float | None = None
+        """Bound c > 1 on the loss of tokens with negative advantage, in units of -advantage; none: unbounded."""
+        loss_aggregation: LossAggregation = "token-mean"
+        """How token losses become one number: see `aggregation.token_average`."""
+        norm_length: int | None = None
+        """Constant divisor in tokens of the fixed-length aggregation: the generation budget."""
+        kl_coefficient: float = 0.0
+        """Weight of the KL to the reference; 0 needs no reference."""
+        kl_estimator: KLEstimator = "k3"
+        """Estimator of that KL per token."""
+        kl_in: Literal["loss", "reward"] = "loss"
+        """Whether the KL is a term of the loss or is taken off the reward before advantages."""
+        entropy_coefficient: float = 0.0
+        """Weight of the entropy bonus."""
+        log_entropy: bool = True
+        """Report the policy's entropy also when it is not part of the loss."""
+        correction: MismatchCorrection = MismatchCorrection()
+        """Weights against the mismatch of trainer and rollout engine."""
+
+        @model_validator(mode="after")
+        def _check(self) -> Self:
+            if self.loss_aggregation == "fixed-length" and not self.norm_length:
+                raise ValueError("loss_aggregation='fixed-length' needs norm_length, the generation budget in tokens")
+            if self.dual_clip is not None and self.dual_clip <= 1.0:
+                raise ValueError(f"dual_clip={self.dual_clip} must be above 1 (3 is usual)")
+            return self
+
+    config: Config
+
+    # --- hooks -----------------------------------------------------------------------------------------------------
+
+    def surrogate(self, inputs: LossInputs, log_ratio: Tensor) -> Surrogate:
+        """The policy loss per token."""
+        config = self.config
+        return clipped_surrogate(
+            log_ratio, inputs.fields["advantages"], config.clip_low, config.clip_high, config.dual_clip
+        )
+
+    def policy_loss(
+        self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor, average: TokenAverage
+    ) -> tuple[Tensor, dict[str, Mean]]:
+        """The policy term of this micro-batch and its metrics; ``weights`` is the mismatch correction per token."""
+        surrogate = self.surrogate(inputs, log_ratio)
+        per_token = surrogate.loss * weights
+        metrics = {
+            "loss/policy": average.metric(per_token),
+            "policy/clip_fraction": inputs.token_metric(surrogate.clipped.float()),
+        }
+        return average(per_token), metrics
+
+    # --- the loss --------------------------------------------------------------------------------------------------
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        config = self.config
+        average = token_average(inputs, config.loss_aggregation, config.norm_length)
+        old = self.old_logprobs_of(inputs)
+        log_ratio = masked_log_ratio(inputs, inputs.logprobs, old)
+        weights, metrics = self.correction_weights(inputs, old)
+        loss, terms = self.policy_loss(inputs, log_ratio, weights, average)
+        metrics |= terms | ratio_metrics(inputs, log_ratio)
+        if "ref_logprobs" in inputs.fields:
+            difference = masked_log_ratio(inputs, inputs.logprobs, inputs.fields["ref_logprobs"])
+            penalty = kl_penalty(difference, difference.new_zeros(()), config.kl_estimator)
+            metrics["loss/kl"] = average.metric(penalty)
+            loss = loss + config.kl_coefficient * average(penalty)
+        if inputs.entropy is not None:
+            metrics["policy/entropy"] = inputs.token_metric(inputs.entropy)
+            if config.entropy_coefficient:
+                loss = loss - config.entropy_coefficient * average(inputs.entropy)
+        return LossOutput(loss, metrics)
+
+    def correction_weights(self, inputs: LossInputs, old: Tensor) -> tuple[Tensor, dict[str, Mean]]:
+        """Weight 1 without correction; then ``rollout_logprobs`` is not read at all."""
+        if self.config.correction.level == "off":
+            return inputs.mask, {}
+        log_ratio = masked_log_ratio(inputs, old, inputs.fields["rollout_logprobs"])
+        weights = mismatch_weights(inputs, log_ratio, self.config.correction)
+        return weights, mismatch_metrics(inputs, log_ratio, weights)
+
+    # --- data flow -------------------------------------------------------------------------------------------------
+
+    def forward_stages(self) -> list[Stage]:
+        stages = super().forward_stages()
+        if self.config.kl_coefficient:
+            self.require("reference", f"kl_coefficient={self.config.kl_coefficient}")
+            assert self.reference is not None
+            stages.append(self.reference.logprobs(write="ref_logprobs"))
+        return stages
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return bool(self.config.kl_coefficient) and self.config.kl_in == "reward"
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        return self.kl_in_reward
+
+    @property
+    def with_entropy(self) -> bool:
+        return self.config.log_entropy or self.config.entropy_coefficient != 0.0
+
+    @property
+    def token_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        reads = ["advantages"]
+        reads += ["ref_logprobs"] if self.config.kl_coefficient and not self.kl_in_reward else []
+        reads += ["rollout_logprobs"] if self.config.correction.level != "off" else []
+        return tuple(reads)
+
+    @property
+    def prepare_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        reads = ["rewards", "groups", "response_mask"]
+        reads += [self.sampling_logprobs_field, "ref_logprobs"] if self.kl_in_reward else []
+        return tuple(reads)
+
+    @property
+    def sampling_logprobs_field(self) -> str:
+        """The policy's log-probabilities before the step, for KL penalties in the reward."""
+        return self.old_logprobs_field or "rollout_logprobs"
+
+    def token_kl(self, batch: Batch) -> Tensor:
+        """KL estimate of each response token to the reference, ``[num_tokens]``, 0 outside the mask; also reported as
+        ``policy/reference_kl``, nats per response."""
+        mask = batch["response_mask"].bool()
+        difference = batch[self.sampling_logprobs_field] - batch["ref_logprobs"]
+        difference = torch.where(mask, difference, 0.0)
+        kl = kl_penalty(difference, torch.zeros_like(difference), self.config.kl_estimator)
+        everything = torch.ones(batch.num_sequences, dtype=torch.bool)
+        per_response = masked_moments(sum_over_tokens(batch, kl), everything, self.dp_group)
+        batch.metrics["policy/reference_kl"] = per_response.mean
+        return kl
+
+
+def ratio_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
+    """Mean ratio, and k3 of KL(old || policy), which is 0 on policy."""
+    log_ratio = log_ratio.detach()
+    ratio = bounded_exp(log_ratio)
+    return {
+        "policy/ratio_mean": inputs.token_metric(ratio),
+        "policy/approx_kl": inputs.token_metric(ratio - 1.0 - log_ratio),
+    }

@@ -1,0 +1,69 @@
+"""What an algorithm asks of its workers, as protocols: `Actor`, `Reference` and `Critic` of `megatron_rl.workers` have
+these methods. Algorithms know nothing else about models, so their formulas are testable without any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.loss import LossInputs, LossOutput
+
+LossFunction = Callable[[LossInputs], LossOutput]
+
+
+class Replicas(Protocol):
+    """Where a worker stands among the data-parallel copies of its model."""
+
+    @property
+    def dp_group(self) -> dist.ProcessGroup | None:
+        """The ranks that hold other sequences of the same step; None in a single process."""
+
+
+class Trainable(Protocol):
+    """A worker whose weights an algorithm may change."""
+
+    @property
+    def context(self) -> Replicas:
+        """Where this worker stands in its parallel layout."""
+
+    def optimize(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        *,
+        num_epochs: int,
+        num_mini_batches: int,
+        reads: tuple[str, ...],
+        sequence_reads: tuple[str, ...],
+        with_entropy: bool,
+        group_field: str | None,
+        seed: int,
+    ) -> dict[str, float]:
+        """Take ``num_epochs * num_mini_batches`` optimizer steps; returns metrics reduced over all ranks."""
+
+
+class LogprobSource(Protocol):
+    """A model that can score tokens: the reference, or the actor itself."""
+
+    def logprobs(self, write: str) -> Stage:
+        """A stage that reads ``input_ids`` and writes the token field ``write``."""
+
+
+class Policy(Trainable, LogprobSource, Protocol):
+    """The actor."""
+
+
+class ValueSource(Trainable, Protocol):
+    """The critic, or a reward model in training: a model with a scalar head."""
+
+    def values(self, write: str) -> Stage:
+        """A stage that reads ``input_ids`` and writes the token field ``write``: at token t, the head's output on the
+        prefix that ends just before t."""
+
+
+Overrides = dict[str, Any]
