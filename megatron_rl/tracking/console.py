@@ -1,0 +1,85 @@
+"""`ConsoleTracker`: one compact line per step, with a progress bar below where the output is a terminal.
+
+step  12/200 | reward/mean 0.412 | loss/policy -0.0031 | time/step_s 1.31
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
+
+
+@TRACKERS.register("console")
+class ConsoleTracker(Tracker):
+    """Writes to ``stream``, by default standard output as it is at construction."""
+
+    class Config(ConfigRecord):
+        """What the lines show."""
+
+        columns: tuple[str, ...] = (
+            "reward/mean",
+            "eval/*",
+            "loss/*",
+            "*kl*",
+            "grad_norm",
+            "*/grad_norm",
+            "time/step_s",
+        )
+        """Metrics to show, in this order; * matches anything. Where none matches, the first ones are shown."""
+        max_columns: int = 8
+        """Metrics in a line at most."""
+        every: int = 1
+        """Show every n-th step; lines without a step's training metrics (evaluation) are always shown."""
+
+    config: Config
+
+    def __init__(self, run: TrackedRun, config: ConfigRecord | None = None, stream: TextIO | None = None) -> None:
+        super().__init__(run, config)
+        self.stream = stream or sys.stdout
+        self._progress = self._start_bar() if self.stream.isatty() else None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        evaluation = all(name.startswith("eval/") for name in metrics)
+        if evaluation or step % self.config.every == 0:
+            self._write(self._line(metrics, step))
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def close(self, status: str = "finished") -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _start_bar(self) -> Progress:
+        columns = (
+            TextColumn(self.run.name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        progress = Progress(*columns, console=Console(file=self.stream), redirect_stdout=False, redirect_stderr=False)
+        progress.add_task(self.run.name, total=self.run.total_steps, completed=self.run.resume_step or 0)
+        progress.start()
+        return progress
+
+    def _line(self, metrics: Mapping[str, float], step: int) -> str:
+        total = self.run.total_steps
+        head = f"step {step:>{len(str(total))}}/{total}" if total else f"step {step}"
+        chosen = dict.fromkeys(n for pattern in self.config.columns for n in metrics if fnmatchcase(n, pattern))
+        names = list(chosen or metrics)[: self.config.max_columns]
+        return " | ".join([head, *(f"{name} {metrics[name]:.4g}" for name in names)])
+
+    def _write(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.stream.write(line + "\n")
+            self.stream.flush()

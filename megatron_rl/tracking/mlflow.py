@@ -1,0 +1,102 @@
+"""`MlflowTracker`: an MLflow run, by default in an SQLite store inside the output folder.
+
+    mlflow ui --backend-store-uri sqlite:///<output_dir>/mlflow.db
+
+A resumed run continues the same MLflow run. MLflow cannot forget: steps that are trained again after a resume stand
+in its history twice, with equal values.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
+
+logger = logging.getLogger(__name__)
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlflow_artifacts"
+RUN_ID_FILE = "mlflow_run_id"
+MAX_PARAM_CHARS = 500  # the shortest limit among MLflow's stores
+PARAMS_PER_CALL = 100  # MLflow refuses more in one log_batch
+STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
+
+
+@TRACKERS.register("mlflow")
+class MlflowTracker(Tracker):
+    """One MLflow run. The import and a new store take seconds, which is why both happen in the constructor."""
+
+    class Config(ConfigRecord):
+        """Where the run is kept."""
+
+        uri: str = ""
+        """Tracking URI (http://host:5000, sqlite:///file.db); empty means <output_dir>/mlflow.db."""
+
+    config: Config
+    package: ClassVar[str] = "mlflow"
+
+    def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:
+        super().__init__(run, config)
+        # Read by MLflow on import; training jobs should not report anywhere unless their owner says so.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # Creating the store logs a line per schema migration.
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        from mlflow.tracking import MlflowClient
+
+        self.uri = self.config.uri or f"sqlite:///{run.output_dir / DATABASE}"
+        self._client = MlflowClient(self.uri)
+        self.experiment_id = self._find_experiment()
+        self.run_id = self._find_run()
+        logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, self.uri)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._client.log_batch(self.run_id, metrics=[Metric(name, float(v), now, step) for name, v in metrics.items()])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Parameters are written once; a resumed run keeps those of its start, and a changed one is warned about."""
+        from mlflow.entities import Param
+
+        known = self._client.get_run(self.run_id).data.params
+        texts = {name: str(value)[:MAX_PARAM_CHARS] for name, value in params.items()}
+        for name in sorted(name for name in texts if known.get(name, texts[name]) != texts[name]):
+            logger.warning("parameter %s is %s now; MLflow keeps %s", name, texts[name], known[name])
+        new = [Param(name, text) for name, text in texts.items() if name not in known]
+        for start in range(0, len(new), PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=new[start : start + PARAMS_PER_CALL])
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        if Path(path).is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder or None)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+
+    def close(self, status: str = "finished") -> None:
+        self._client.set_terminated(self.run_id, STATUSES[status])
+
+    def _find_experiment(self) -> str:
+        known = self._client.get_experiment_by_name(self.run.experiment)
+        if known is not None:
+            return str(known.experiment_id)
+        # A server of its own knows where artifacts go; for our own store they stay in the output folder.
+        place = None if self.config.uri else (self.run.output_dir / ARTIFACTS).as_uri()
+        return str(self._client.create_experiment(self.run.experiment, artifact_location=place))
+
+    def _find_run(self) -> str:
+        kept = self.run.output_dir / RUN_ID_FILE
+        if self.run.resume_step is not None and kept.exists():
+            run_id = kept.read_text().strip()
+            self._client.update_run(run_id, status="RUNNING")
+            return run_id
+        created = self._client.create_run(self.experiment_id, run_name=self.run.name)
+        kept.write_text(created.info.run_id + "\n")
+        return str(created.info.run_id)

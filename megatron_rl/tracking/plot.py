@@ -1,0 +1,58 @@
+"""`plot_reward_curve`: the training reward, raw and smoothed, and the evaluations, as a PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+SMOOTHING = 0.9  # weight of the past in the moving average
+
+
+def plot_reward_curve(
+    metrics: Mapping[int, Mapping[str, float]],
+    path: Path,
+    train: str = "reward/mean",
+    evaluation: str = "eval/reward",
+    title: str = "Reward",
+) -> None:
+    """Draw ``train`` against the step, raw and smoothed, with ``evaluation`` as points.
+
+    Args:
+        metrics: metrics by step, as `read_metrics` returns them.
+        path: the PNG to write.
+
+    Raises:
+        ValueError: neither metric occurs; the message lists those that do.
+    """
+    import matplotlib.figure  # half a second, and needed by rank 0 only at the end of a run
+
+    curve = {step: values[train] for step, values in metrics.items() if train in values}
+    points = {step: values[evaluation] for step, values in metrics.items() if evaluation in values}
+    if not curve and not points:
+        known = sorted({name for values in metrics.values() for name in values})
+        raise ValueError(
+            f"nothing to draw: neither {train!r} nor {evaluation!r} is among {', '.join(known) or 'nothing'}"
+        )
+    # A Figure without pyplot draws with Agg and keeps no global state.
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if curve:
+        steps, values = list(curve), list(curve.values())
+        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=1, label=f"{train} (raw)")
+        axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label=f"{train} (smoothed)")
+    if points:
+        axes.plot(list(points), list(points.values()), "o-", color="tab:orange", markersize=5, label=evaluation)
+    axes.set(xlabel="step", ylabel="reward", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:
+    """Exponential moving average with the bias of its start removed (Adam, arXiv:1412.6980, section 3)."""
+    smoothed, average = [], 0.0
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed
