@@ -1,0 +1,231 @@
+"""The layouts of one model: Hugging Face's, Megatron's and SGLang's, all as data over the same logical tensors.
+
+Each is a pure function of the architecture and the parallel sizes, so every rank computes any rank's part by itself.
+Impossible sizes are refused here, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.family import family_of
+from megatron_rl.models.naming import MegatronNaming, chunk_prefix
+from megatron_rl.models.parameters import Axis, Parameter, Place, Shape, whole
+from megatron_rl.models.pipeline import stage_layers
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.reshard.layout import Layout, Shard
+
+EVERYWHERE = "everywhere"  # the one cell of a layout in which all ranks hold the same
+
+
+def parameters(architecture: Architecture) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter with the prefix of its logical names, in the order of the forward pass."""
+    family = family_of(architecture.family)
+    yield "", family.embedding(architecture)
+    for index in range(architecture.num_layers):
+        for parameter in family.layer(architecture, index):
+            yield f"model.layers.{index}.", parameter
+    yield "", family.final_norm(architecture)
+    if not architecture.tied:
+        yield "", family.output(architecture)
+
+
+def logical_tensors(architecture: Architecture) -> dict[str, Shape]:
+    """Names and shapes of the model's Hugging Face tensors; a tied model has no ``lm_head.weight``."""
+    items = parameters(architecture)
+    return {prefix + name: shape for prefix, parameter in items for name, shape in parameter.logical()}
+
+
+def hf_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout:
+    """Each of ``ranks`` holds all logical tensors, as Hugging Face files store them."""
+    tensors = logical_tensors(architecture)
+    return Layout(
+        "huggingface",
+        dict.fromkeys(ranks, EVERYWHERE),
+        lambda cell: [whole(name, name, shape) for name, shape in tensors.items()],
+    )
+
+
+def transformers_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout:
+    """Each of ``ranks`` holds a whole `transformers` model: as `hf_layout`, but experts are stacked."""
+
+    def emit(cell: Hashable) -> Iterator[Shard]:
+        for prefix, parameter in parameters(architecture):
+            yield from parameter.transformers(Place(hf=prefix, local=prefix))
+
+    return Layout("transformers", dict.fromkeys(ranks, EVERYWHERE), emit)
+
+
+@dataclass(frozen=True, slots=True)
+class MegatronCell:
+    """Ranks with equal indices hold the same parameters: data and context parallel ranks are replicas."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int
+
+
+def megatron_layout(
+    architecture: Architecture,
+    grid: RankGrid,
+    padded_vocab: int,
+    naming: MegatronNaming | None = None,
+    output_layer: bool = True,
+) -> Layout:
+    """What each Megatron rank holds, named as `models/local_tensors.py` names them.
+
+    Args:
+        padded_vocab: rows of Megatron's embedding over all tensor-parallel ranks.
+        naming: the spelling of the model's layer spec; None is the local spec.
+        output_layer: False for a model whose output layer is a value head, which has no logical tensor.
+
+    Raises:
+        ConfigError: the sizes do not fit the architecture.
+    """
+    sizes = grid.sizes
+    check_megatron(architecture, sizes, padded_vocab)
+    emit = _MegatronStage(architecture, sizes, padded_vocab, naming or MegatronNaming(), output_layer)
+    mixes = architecture.experts is not None
+    cells = {}
+    for rank in range(grid.world_size):
+        at = grid.coordinates(rank)
+        cells[rank] = MegatronCell(at.tp, at.pp, at.ep if mixes else 0, at.etp if mixes else 0)
+    return Layout(f"megatron {sizes}", cells, emit)
+
+
+@dataclass(frozen=True)
+class _MegatronStage:
+    """Cell -> shards: the chunks of one pipeline stage, in order."""
+
+    architecture: Architecture
+    sizes: ParallelSizes
+    padded_vocab: int
+    naming: MegatronNaming
+    output_layer: bool
+
+    def __call__(self, cell: Hashable) -> Iterator[Shard]:
+        assert isinstance(cell, MegatronCell)
+        for chunk in range(self.sizes.vpp):
+            place = Place(
+                local=chunk_prefix(chunk, self.sizes.vpp),
+                tp=Axis(cell.tp, self.sizes.tp),
+                ep=Axis(cell.ep, self.sizes.ep),
+                expert_tp=Axis(cell.etp, self.sizes.etp),
+                padded_vocab=self.padded_vocab,
+                naming=self.naming,
+            )
+            yield from self._chunk(cell.pp, chunk, place)
+
+    def _chunk(self, stage: int, chunk: int, place: Place) -> Iterator[Shard]:
+        a, sizes = self.architecture, self.sizes
+        family = family_of(a.family)
+        if stage == 0 and chunk == 0:
+            yield from family.embedding(a).megatron(place)
+        for local, index in enumerate(stage_layers(a.num_layers, sizes.pp, sizes.vpp, stage, chunk)):
+            at = replace(place, hf=f"model.layers.{index}.", local=f"{place.local}decoder.layers.{local}.")
+            for parameter in family.layer(a, index):
+                yield from parameter.megatron(at)
+        if stage == sizes.pp - 1 and chunk == sizes.vpp - 1:
+            yield from family.final_norm(a).megatron(place)
+            if self.output_layer and (not a.tied or sizes.pp > 1):
+                yield from family.output(a).megatron(place)
+
+
+def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]], ep: int = 1) -> Layout:
+    """What each rank of an SGLang engine (or of the local engine) holds, in SGLang's names.
+
+    Args:
+        tp: tensor-parallel ranks of one engine.
+        replicas: for each engine the global ranks that hold (or feed) its tensor-parallel ranks, in order.
+        ep: expert-parallel ranks among the ``tp``.
+
+    Raises:
+        ConfigError: the sizes do not fit the architecture, or an engine has not ``tp`` ranks.
+    """
+    check_rollout(architecture, tp, ep)
+    cells: dict[int, Hashable] = {}
+    for ranks in replicas:
+        if len(ranks) != tp:
+            raise ConfigError(f"a rollout engine on ranks {list(ranks)} has {len(ranks)} ranks, expected tp={tp}")
+        for index, rank in enumerate(ranks):
+            if rank in cells:
+                raise ConfigError(f"rank {rank} is in two rollout engines: give each rank to one engine")
+            cells[rank] = index
+
+    def emit(cell: Hashable) -> Iterator[Shard]:
+        assert isinstance(cell, int)
+        expert_tp = tp // ep
+        place = Place(
+            tp=Axis(cell, tp),
+            ep=Axis(cell // expert_tp, ep),
+            expert_tp=Axis(cell % expert_tp, expert_tp),
+            padded_vocab=rollout_vocab(architecture.vocab, tp),
+        )
+        for prefix, parameter in parameters(architecture):
+            yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
+
+    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit)
+
+
+def rollout_vocab(vocab: int, tp: int) -> int:
+    """Rows of SGLang's embedding over all ranks: a multiple of 64, or of ``64 * tp`` where tp does not divide that
+    (sglang VocabParallelEmbedding)."""
+    padded = -(-vocab // 64) * 64
+    return padded if padded % tp == 0 else -(-vocab // (64 * tp)) * 64 * tp
+
+
+def check_megatron(architecture: Architecture, sizes: ParallelSizes, padded_vocab: int) -> None:
+    """Raise ConfigError unless Megatron can hold ``architecture`` in these sizes."""
+    a = architecture
+    _check_heads(a, sizes.tp, "parallel.tp")
+    _check_dense(a, sizes.tp, "parallel.tp")
+    _check_divides(padded_vocab, sizes.tp, "padded vocabulary", "parallel.tp")
+    if padded_vocab < a.vocab:
+        raise ConfigError(f"padded vocabulary of {padded_vocab} rows cannot hold {a.vocab} tokens: raise it")
+    stage_layers(a.num_layers, sizes.pp, sizes.vpp)
+    if sizes.vpp > 1 and sizes.pp == 1:
+        raise ConfigError(f"parallel.vpp={sizes.vpp} needs parallel.pp of at least 2: raise pp, or leave vpp out")
+    if a.experts is None:
+        if sizes.ep * sizes.etp > 1:
+            raise ConfigError(
+                f"parallel.ep={sizes.ep}, parallel.etp={sizes.etp}, but {a.family} has no experts: leave both at 1"
+            )
+        return
+    _check_divides(a.experts.num_experts, sizes.ep, "number of experts", "parallel.ep")
+    _check_divides(a.experts.ffn, sizes.etp, "expert intermediate size", "parallel.etp")
+
+
+def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
+    """Raise ConfigError unless SGLang can hold ``architecture`` in these sizes."""
+    a = architecture
+    _check_heads(a, tp, "rollout.tp")
+    _check_dense(a, tp, "rollout.tp")
+    if ep > 1 and a.experts is None:
+        raise ConfigError(f"rollout.ep={ep}, but {a.family} has no experts: leave it at 1")
+    _check_divides(tp, ep, "rollout.tp", "rollout.ep")
+    if a.experts is not None:
+        _check_divides(a.experts.num_experts, ep, "number of experts", "rollout.ep")
+        _check_divides(a.experts.ffn, tp // ep, "expert intermediate size", "rollout.tp / rollout.ep")
+
+
+def _check_divides(size: int, count: int, what: str, key: str) -> None:
+    if count < 1 or size % count:
+        raise ConfigError(f"{what} {size} is not divisible by {key}={count}: set {key} to a divisor of {size}")
+
+
+def _check_heads(a: Architecture, tp: int, key: str) -> None:
+    _check_divides(a.num_heads, tp, "number of attention heads", key)
+    if a.num_kv_heads % tp and tp % a.num_kv_heads:
+        raise ConfigError(
+            f"{a.num_kv_heads} key/value heads and {key}={tp}: one must divide the other, "
+            f"set {key} to a divisor or a multiple of {a.num_kv_heads}"
+        )
+
+
+def _check_dense(a: Architecture, tp: int, key: str) -> None:
+    if a.experts is None or a.experts.dense_layers:
+        _check_divides(a.ffn, tp, "intermediate size", key)

@@ -1,0 +1,153 @@
+"""Independent oracles for layouts: full logical tensors, and each system's shards made from them with view/cat/chunk.
+
+Nothing here uses spans; the Megatron side follows the Hugging Face converters in Megatron-LM (view as groups, cat,
+chunk), the SGLang side its weight loaders (chunk per projection, cat).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from megatron_rl.models import Architecture, Experts, logical_tensors
+from megatron_rl.models.pipeline import stage_layers
+from megatron_rl.parallel import RankGrid
+
+LLAMA = Architecture(
+    family="llama",
+    num_layers=4,
+    hidden=24,
+    ffn=32,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    vocab=50,
+    tied=False,
+)
+QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, tied=True)
+QWEN3 = replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=2)
+QWEN3_MOE = replace(QWEN3, family="qwen3_moe", experts=Experts(8, 2, 16, dense_layers=(1,)))
+ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+
+
+def random_logical(architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = logical_tensors(architecture)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def vocabulary_rows(full: Tensor, padded: int, rank: int, tp: int) -> Tensor:
+    padding = full.new_zeros(padded - full.shape[0], full.shape[1])
+    return torch.cat([full, padding]).chunk(tp)[rank]
+
+
+def fused_halves(gate: Tensor, up: Tensor, rank: int, tp: int) -> Tensor:
+    return torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
+
+
+def megatron_qkv(a: Architecture, full: dict[str, Tensor], layer: int, suffix: str, rank: int, tp: int) -> Tensor:
+    groups = []
+    for letter in "qkv":
+        tensor = full[f"model.layers.{layer}.self_attn.{letter}_proj.{suffix}"]
+        groups.append(tensor.view(a.num_kv_heads, -1, *tensor.shape[1:]))
+    joined = torch.cat(groups, dim=1).flatten(0, 1)
+    return joined.chunk(tp)[rank]
+
+
+def rollout_qkv(a: Architecture, full: dict[str, Tensor], layer: int, suffix: str, rank: int, tp: int) -> Tensor:
+    parts = []
+    for letter in "qkv":
+        tensor = full[f"model.layers.{layer}.self_attn.{letter}_proj.{suffix}"]
+        if letter != "q" and a.num_kv_heads < tp:
+            repeated = tensor.view(a.num_kv_heads, a.head_dim, *tensor.shape[1:])
+            tensor = repeated.repeat_interleave(tp // a.num_kv_heads, dim=0).flatten(0, 1)
+        parts.append(tensor.chunk(tp)[rank])
+    return torch.cat(parts)
+
+
+def megatron_by_hand(a: Architecture, full: dict[str, Tensor], grid: RankGrid, rank: int, padded: int) -> dict:
+    """Local-spec names -> tensors of one rank, chunks of the virtual pipeline prefixed."""
+    sizes, at = grid.sizes, grid.coordinates(rank)
+    out = {}
+    for chunk in range(sizes.vpp):
+        start = f"chunk{chunk}." if sizes.vpp > 1 else ""
+        if at.pp == 0 and chunk == 0:
+            rows = vocabulary_rows(full["model.embed_tokens.weight"], padded, at.tp, sizes.tp)
+            out[start + "embedding.word_embeddings.weight"] = rows
+        for local, layer in enumerate(stage_layers(a.num_layers, sizes.pp, sizes.vpp, at.pp, chunk)):
+            for name, tensor in megatron_layer(a, full, grid, rank, layer).items():
+                out[f"{start}decoder.layers.{local}.{name}"] = tensor
+        if at.pp == sizes.pp - 1 and chunk == sizes.vpp - 1:
+            out[start + "decoder.final_layernorm.weight"] = full["model.norm.weight"]
+            head = full["model.embed_tokens.weight" if a.tied else "lm_head.weight"]
+            if not a.tied or sizes.pp > 1:
+                out[start + "output_layer.weight"] = vocabulary_rows(head, padded, at.tp, sizes.tp)
+    return out
+
+
+def megatron_layer(a: Architecture, full: dict[str, Tensor], grid: RankGrid, rank: int, layer: int) -> dict:
+    at, tp, p = grid.coordinates(rank), grid.sizes.tp, f"model.layers.{layer}."
+    out = {
+        "input_layernorm.weight": full[p + "input_layernorm.weight"],
+        "pre_mlp_layernorm.weight": full[p + "post_attention_layernorm.weight"],
+        "self_attention.linear_qkv.weight": megatron_qkv(a, full, layer, "weight", at.tp, tp),
+        "self_attention.linear_proj.weight": full[p + "self_attn.o_proj.weight"].chunk(tp, dim=1)[at.tp],
+    }
+    if a.qkv_bias:
+        out["self_attention.linear_qkv.bias"] = megatron_qkv(a, full, layer, "bias", at.tp, tp)
+    if a.qk_norm:
+        out["self_attention.q_layernorm.weight"] = full[p + "self_attn.q_norm.weight"]
+        out["self_attention.k_layernorm.weight"] = full[p + "self_attn.k_norm.weight"]
+    if a.experts is None or layer in a.experts.dense_layers:
+        gate, up, down = (full[f"{p}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        out["mlp.linear_fc1.weight"] = fused_halves(gate, up, at.tp, tp)
+        out["mlp.linear_fc2.weight"] = down.chunk(tp, dim=1)[at.tp]
+        return out
+    out["mlp.router.weight"] = full[p + "mlp.gate.weight"]
+    count, etp = a.experts.num_experts // grid.sizes.ep, grid.sizes.etp
+    for local in range(count):
+        expert = f"{p}mlp.experts.{at.ep * count + local}."
+        gate, up, down = (full[f"{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        out[f"mlp.experts.local_experts.{local}.linear_fc1.weight"] = fused_halves(gate, up, at.etp, etp)
+        out[f"mlp.experts.local_experts.{local}.linear_fc2.weight"] = down.chunk(etp, dim=1)[at.etp]
+    return out
+
+
+def rollout_by_hand(a: Architecture, full: dict[str, Tensor], rank: int, tp: int, ep: int, padded: int) -> dict:
+    """SGLang's names -> tensors of one rank."""
+    out = {
+        "model.embed_tokens.weight": vocabulary_rows(full["model.embed_tokens.weight"], padded, rank, tp),
+        "model.norm.weight": full["model.norm.weight"],
+    }
+    if not a.tied:
+        out["lm_head.weight"] = vocabulary_rows(full["lm_head.weight"], padded, rank, tp)
+    for layer in range(a.num_layers):
+        p = f"model.layers.{layer}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{p}{norm}.weight"] = full[f"{p}{norm}.weight"]
+        for norm in ("q_norm", "k_norm") if a.qk_norm else ():
+            out[f"{p}self_attn.{norm}.weight"] = full[f"{p}self_attn.{norm}.weight"]
+        for suffix in ("weight", "bias") if a.qkv_bias else ("weight",):
+            out[f"{p}self_attn.qkv_proj.{suffix}"] = rollout_qkv(a, full, layer, suffix, rank, tp)
+        out[p + "self_attn.o_proj.weight"] = full[p + "self_attn.o_proj.weight"].chunk(tp, dim=1)[rank]
+        if a.experts is None or layer in a.experts.dense_layers:
+            gate, up, down = (full[f"{p}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            out[p + "mlp.gate_up_proj.weight"] = fused_halves(gate, up, rank, tp)
+            out[p + "mlp.down_proj.weight"] = down.chunk(tp, dim=1)[rank]
+        else:
+            out[p + "mlp.gate.weight"] = full[p + "mlp.gate.weight"]
+            out |= rollout_experts(a.experts, full, p, rank, tp, ep)
+    return out
+
+
+def rollout_experts(experts: Experts, full: dict[str, Tensor], p: str, rank: int, tp: int, ep: int) -> dict:
+    ep_rank, moe_rank, moe_tp = rank // (tp // ep), rank % (tp // ep), tp // ep
+    count = experts.num_experts // ep
+    w13, w2 = [], []
+    for expert in range(ep_rank * count, (ep_rank + 1) * count):
+        gate, up, down = (full[f"{p}mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        w13.append(fused_halves(gate, up, moe_rank, moe_tp))
+        w2.append(down.chunk(moe_tp, dim=1)[moe_rank])
+    return {p + "mlp.experts.w13_weight": torch.stack(w13), p + "mlp.experts.w2_weight": torch.stack(w2)}
