@@ -38,6 +38,11 @@ class Platform:
     backend: Literal["nccl", "gloo"]
     device: torch.device
 
+    @property
+    def host_backend(self) -> Literal["gloo"]:
+        """Backend for Python objects and tensors in host memory."""
+        return "gloo"
+
     def init_process_group(self, timeout: float = 1800.0) -> None:
         """Join torchrun's world, or make a world of one when torchrun did not start this process.
 

@@ -98,3 +98,11 @@ class RankGrid:
         """All ranks whose coordinates have the given values, ascending: ``grid.ranks(dp=0, pp=1)``."""
         places = ((rank, self.coordinates(rank)) for rank in range(self.world_size))
         return tuple(r for r, place in places if all(getattr(place, axis) == value for axis, value in fixed.items()))
+
+    def partition(self, *axes: str) -> tuple[tuple[int, ...], ...]:
+        """The disjoint sets of ranks that agree on ``axes``: ``partition("dp")`` is one set for each replica."""
+        sets: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world_size):
+            place = self.coordinates(rank)
+            sets.setdefault(tuple(getattr(place, axis) for axis in axes), []).append(rank)
+        return tuple(tuple(ranks) for _, ranks in sorted(sets.items()))

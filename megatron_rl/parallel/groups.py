@@ -1,0 +1,57 @@
+"""Process groups that Megatron-Core does not make: one per world and set of ranks, made on first demand.
+
+Every rank must ask for the same partitions in the same order, as with `torch.distributed.new_group`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+
+Partition = tuple[tuple[int, ...], ...]
+
+# A communicator is a resource of the world, not of whoever asks first: several models in one job share it, and it
+# goes when `destroy_process_group` ends the world that is its key.
+_MADE: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Partition, str], dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def world_group() -> dist.ProcessGroup:
+    """The group of all ranks.
+
+    Raises:
+        RuntimeError: torch.distributed has not been initialised.
+    """
+    world = dist.group.WORLD
+    if world is None:
+        raise RuntimeError("torch.distributed is not initialised: call init_process_group() first")
+    return world
+
+
+def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
+    """Global ranks of ``group``, in the order of their ranks inside it."""
+    return tuple(dist.get_process_group_ranks(group))
+
+
+def own_group(
+    partition: Partition, backend: str, timeout: float, known: Iterable[dist.ProcessGroup] = ()
+) -> dist.ProcessGroup:
+    """This rank's group among the disjoint sets of ``partition``; collective over the world when it is first made.
+
+    Args:
+        partition: sets of global ranks; every rank of the world is in exactly one.
+        backend: communication backend of the group.
+        timeout: seconds.
+        known: groups that will do as they are, if their ranks and backend fit; every rank passes the same ones.
+    """
+    mine = next(ranks for ranks in partition if dist.get_rank() in ranks)
+    for group in (world_group(), *known):
+        if ranks_of(group) == mine and dist.get_backend(group) == backend:
+            return group
+    made = _MADE.setdefault(world_group(), {})
+    if (partition, backend) not in made:
+        groups = {ranks: dist.new_group(ranks, timedelta(seconds=timeout), backend) for ranks in partition}
+        made[partition, backend] = groups[mine]
+    return made[partition, backend]

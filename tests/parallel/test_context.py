@@ -1,0 +1,35 @@
+"""`ParallelContext` under the real torchrun on four gloo ranks, and alone in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torchrun import run_torchrun
+
+import megatron_rl  # noqa: F401  (before megatron.core)
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+
+from megatron.core import parallel_state  # isort: skip
+
+
+@pytest.mark.distributed
+def test_every_group_of_every_layout_holds_the_ranks_the_layout_says() -> None:
+    assert "15 layouts hold" in run_torchrun(Path(__file__).with_name("groups_program.py"), 4, timeout=280)
+
+
+def test_one_process_without_torchrun_is_a_whole_replica(monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    try:
+        context = ParallelContext.create(ParallelSizes(), timeout=30, seed=3)
+        assert str(context) == "rank 0 of 1 at tp 0, cp 0, dp 0, pp 0 in one rank a replica, DP1"
+        assert context.is_first_stage
+        assert context.is_last_stage
+        assert context.gather_objects("x") == ["x"]
+        assert context.all_reduce_sum(torch.ones(2), "world").tolist() == [1.0, 1.0]
+        assert context.host_model_group is context.model_group is context.world_group
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
