@@ -1,0 +1,17 @@
+"""Engines that generate completions: one face, a local engine for laptops and tests, and servers behind HTTP."""
+
+from __future__ import annotations
+
+from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.local.engine import LocalEngine
+from megatron_rl.rollout.placement import RolloutPlacement
+
+__all__ = [
+    "ENGINES",
+    "Completion",
+    "LocalEngine",
+    "RolloutEngine",
+    "RolloutPlacement",
+    "SamplingParams",
+    "sample_seed",
+]

@@ -1,0 +1,167 @@
+"""`RolloutEngine`: the one face that workers and weight sync know of whatever generates text.
+
+An engine says in what layout it holds its weights, takes new ones between `begin_update` and `commit_update`, and turns
+token ids into token ids with their log-probabilities. Workers start none of its parts themselves:
+``ENGINES[name](...)`` builds one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.registry import Registry
+from megatron_rl.reshard import Layout
+
+FinishReason = Literal["stop", "length", "abort"]
+Progress = Callable[[int, int], None]  # (completions finished, completions asked for)
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class SamplingParams(ConfigRecord):
+    """How to draw completions. Engines give the same meaning to every field."""
+
+    n: int = Field(default=1, ge=1)
+    """Completions of each prompt."""
+    max_tokens: int = Field(default=128, ge=1)
+    """Longest completion, in tokens, the stop token included."""
+    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Logits are divided by it; 0 = greedy, whose log-probabilities are those of temperature 1."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Draw from the smallest set of likeliest tokens whose probability reaches this; 1 = off."""
+    top_k: int = Field(default=0, ge=0)
+    """Draw from this many likeliest tokens; 0 = off."""
+    stop: tuple[str, ...] = ()
+    """A completion ends with the token that completes one of these texts; that token is kept."""
+    stop_token_ids: tuple[int, ...] = ()
+    """A completion ends with one of these tokens, beside the model's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    """The model's own end-of-sequence tokens do not end a completion; `stop` and `stop_token_ids` still do."""
+    seed: int = 0
+    """Mixed into the seed of every prompt."""
+
+
+@dataclass(slots=True)
+class Completion:
+    """One answer of an engine to one prompt. Every field is filled by the engine."""
+
+    token_ids: list[int]  # generated tokens, the stop token included
+    logprobs: list[float]  # of each token under the temperature-scaled full softmax, before top-k and top-p
+    finish_reason: FinishReason
+    policy_version: int  # of the weights that generated the last token
+    policy_version_spans: list[tuple[int, int]] = field(default_factory=list)  # (version, token count) runs
+    metadata: dict[str, Any] = field(default_factory=dict)  # "stop": the stop text found; engines may add more
+
+
+class RolloutEngine(ABC):
+    """Generates completions, and serves exactly the version of the weights that was committed last.
+
+    An engine is a context manager: leaving it closes it.
+    """
+
+    @property
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Where each global rank's shards of the rollout weights sit."""
+
+    @property
+    @abstractmethod
+    def policy_version(self) -> int:
+        """Version committed last.
+
+        Raises:
+            RuntimeError: no weights were committed yet.
+        """
+
+    @abstractmethod
+    def targets(self) -> Mapping[str, torch.Tensor]:
+        """This rank's own parameter storage by shard name, to be written in place between `begin_update` and
+        `commit_update`; empty where the weights live in another process, which `load_shards` then reaches."""
+
+    @abstractmethod
+    def begin_update(self) -> None:
+        """Stop serving: from here until `commit_update` the weights may be a mixture of two versions."""
+
+    @abstractmethod
+    def commit_update(self, version: int) -> None:
+        """Serve the weights now held as ``version``.
+
+        Raises:
+            RuntimeError: no update was begun.
+        """
+
+    @abstractmethod
+    def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
+        """A whole update in one call: every shard of this rank, by name, in the layout's shapes.
+
+        Raises:
+            ValueError: a shard is missing, unknown or of another shape; the weights served do not change.
+        """
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """``params.n`` completions of each prompt, in the order of ``prompts``.
+
+        Args:
+            prompts: token ids of each prompt.
+            params: the same for all prompts.
+            seeds: one per prompt; None numbers the prompts. See `sample_seed`.
+            progress: called now and then with the number of completions finished and asked for.
+
+        Raises:
+            ValueError: a prompt that is empty, too long, or has a token outside the vocabulary.
+            RuntimeError: no weights are committed, or an update is under way.
+        """
+
+    @abstractmethod
+    def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Give the memory behind ``tags`` back; the contents are lost."""
+
+    @abstractmethod
+    def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
+        """Take the memory behind ``tags`` again. Weights must be updated before the next `generate`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release everything; may be called twice."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+ENGINES: Registry[type[RolloutEngine]] = Registry("rollout engine")
+
+
+def sample_seed(seed: int, prompt_seed: int, sample: int) -> int:
+    """64-bit seed of sample ``sample`` of a prompt: what it draws depends on nothing else, so neither the batch, nor
+    its order, nor the number of ranks changes a completion. Unsigned; SplitMix64 finaliser over the three numbers."""
+    state = 0
+    for part in (seed, prompt_seed, sample):
+        state = _mix((state + _GOLDEN + part) & _MASK)
+    return state
+
+
+def _mix(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)

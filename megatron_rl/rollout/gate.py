@@ -1,0 +1,54 @@
+"""`UpdateGate`: an engine's answer to "may I generate, and with which version?".
+
+    empty --begin--> updating --commit(v)--> ready(v) --begin--> updating ...
+
+A half-written engine is in `updating` and refuses to generate until a complete update is committed.
+"""
+
+from __future__ import annotations
+
+
+class UpdateGate:
+    """The state of one engine's weights."""
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self._updating = False
+
+    @property
+    def version(self) -> int:
+        """Version committed last.
+
+        Raises:
+            RuntimeError: there is none.
+        """
+        if self._version is None:
+            raise RuntimeError("the rollout engine holds no weights: push or load a version before using it")
+        return self._version
+
+    def begin(self) -> None:
+        self._updating = True
+
+    def commit(self, version: int) -> None:
+        if not self._updating:
+            raise RuntimeError(
+                f"commit_update({version}) without begin_update: call begin_update before writing weights"
+            )
+        self._version, self._updating = version, False
+
+    def empty(self) -> None:
+        """The weights are gone."""
+        self._version, self._updating = None, False
+
+    def require_ready(self) -> int:
+        """The version to generate with.
+
+        Raises:
+            RuntimeError: there is none, or an update is under way.
+        """
+        if self._updating:
+            raise RuntimeError(
+                "the rollout engine is in the middle of a weight update (begun, not committed), so its weights may mix "
+                "two versions: finish the update with commit_update, or push again"
+            )
+        return self.version

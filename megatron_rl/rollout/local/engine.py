@@ -1,0 +1,239 @@
+"""`LocalEngine`: generation inside the training process, for laptops, tests and CI, on CPU or GPU.
+
+It holds its weights in the per-rank layout of SGLang, so the plan that feeds a server feeds it too. All ranks of
+``tp_group`` call `generate` together with the same arguments and get the same answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.models import Architecture
+from megatron_rl.reshard import Layout
+from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.gate import UpdateGate
+from megatron_rl.rollout.local.decoder import Decoder
+from megatron_rl.rollout.local.kv_cache import KVCache
+from megatron_rl.rollout.local.running import Sequenced
+from megatron_rl.rollout.local.scheduler import Scheduler, request_groups
+from megatron_rl.rollout.local.sharding import TensorParallel
+from megatron_rl.rollout.local.stopping import TextDecoder, stop_table
+
+logger = logging.getLogger(__name__)
+
+TAGS = ("weights", "kv_cache")
+
+
+@ENGINES.register("local")
+class LocalEngine(RolloutEngine):
+    """A decoder with a KV cache over this rank's shards.
+
+    Args:
+        architecture: the model's sizes.
+        layout: where the shards of the rollout weights sit; allocated here, written by weight sync.
+        rank: this process's global rank in ``layout``.
+        dtype: of all weights, activations and the cache.
+        tp_group: the ranks that share one copy of the weights; None = this rank alone.
+        eos_token_ids: the model's own end-of-sequence tokens.
+        tokenizer: needed for stop texts only.
+        device: where to hold and run everything.
+        config: limits.
+
+    Raises:
+        ValueError: the layout does not hold this rank, or its shards do not fit the architecture.
+    """
+
+    class Config(ConfigRecord):
+        """Limits of the local engine."""
+
+        max_running: int = Field(default=256, ge=1)
+        """Most sequences generated at a time."""
+        kv_cache_bytes: int = Field(default=2**30, ge=1)
+        """Upper bound of this rank's KV cache, in bytes; lowers the number of running sequences where needed."""
+        prefill_tokens: int = Field(default=8192, ge=1)
+        """Most prompt tokens computed in one go; a longer prompt goes alone."""
+        max_context: int = Field(default=0, ge=0)
+        """Most tokens of prompt and completion together; 0 = the model's own limit."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layout: Layout,
+        rank: int = 0,
+        dtype: torch.dtype = torch.float32,
+        *,
+        tp_group: dist.ProcessGroup | None = None,
+        eos_token_ids: Iterable[int] = (),
+        tokenizer: TextDecoder | None = None,
+        device: torch.device | str = "cpu",
+        config: LocalEngine.Config | None = None,
+    ) -> None:
+        self.config = config or self.Config()
+        self.architecture, self.rank, self.tokenizer = architecture, rank, tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.device = torch.device(device)
+        self._layout, self._gate, self._tp = layout, UpdateGate(), TensorParallel.over(tp_group)
+        self._targets = _allocate(layout, rank, dtype, self.device)
+        self._asleep: set[str] = set()
+        cache = KVCache(
+            architecture.num_layers,
+            max(architecture.num_kv_heads // self._tp.size, 1),
+            architecture.head_dim,
+            self.config.kv_cache_bytes,
+            dtype,
+            self.device,
+        )
+        self._decoder = Decoder(architecture, self._targets, self._tp, cache)
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def policy_version(self) -> int:
+        return self._gate.version
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self.config.max_context or self.architecture.max_positions
+
+    def targets(self) -> Mapping[str, torch.Tensor]:
+        return self._targets
+
+    def begin_update(self) -> None:
+        if "weights" in self._asleep:
+            raise RuntimeError("the rollout weights sleep: call wake(['weights']) before updating them")
+        self._gate.begin()
+
+    def commit_update(self, version: int) -> None:
+        self._gate.commit(version)
+
+    def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
+        _check_shards(shards, self._targets)
+        self.begin_update()
+        for name, target in self._targets.items():
+            target.copy_(shards[name])
+        self.commit_update(version)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        version = self._gate.require_ready()
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        self._check_prompts(prompts, seeds, params)
+        if not prompts:
+            return []
+        rows, length = self._size(prompts, params)
+        self._decoder.cache.reserve(rows, length)
+        results: list[dict[int, Completion]] = [{} for _ in prompts]
+        finished = 0
+
+        def emit(sequence: Sequenced, completion: Completion) -> None:
+            nonlocal finished
+            results[sequence.prompt][sequence.sample] = completion
+            finished += 1
+            if progress is not None:
+                progress(finished, len(prompts) * params.n)
+
+        sample_seeds = [[sample_seed(params.seed, seed, j) for j in range(params.n)] for seed in seeds]
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+        table = stop_table(stops, self.architecture.vocab, self.device)
+        scheduler = Scheduler(self._decoder, params, rows, self.config.prefill_tokens, table, version, emit)
+        scheduler.run(request_groups(prompts, sample_seeds, rows, params.stop, self.tokenizer))
+        return [[samples[j] for j in range(params.n)] for samples in results]
+
+    def sleep(self, tags: Sequence[str] = TAGS) -> None:
+        _check_tags(tags)
+        self._asleep.update(tags)
+        if "kv_cache" in tags:
+            self._decoder.cache.release()
+        if "weights" in tags:
+            self._gate.empty()
+            # The tensors stay the same objects: whoever holds them may write them again after `wake`.
+            for target in self._targets.values():
+                target.untyped_storage().resize_(0)
+
+    def wake(self, tags: Sequence[str] = TAGS) -> None:
+        _check_tags(tags)
+        if "weights" in tags and "weights" in self._asleep:
+            for target in self._targets.values():
+                target.untyped_storage().resize_(target.numel() * target.itemsize)
+                target.zero_()
+        self._asleep.difference_update(tags)
+
+    def close(self) -> None:
+        self.sleep()
+
+    def _size(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[int, int]:
+        """Rows and row length of the KV cache for this call."""
+        length = max(map(len, prompts)) + params.max_tokens
+        rows = min(self.config.max_running, len(prompts) * params.n)
+        fitting = self._decoder.cache.rows(length)
+        if fitting < rows:
+            logger.info("%d of %d sequences of %d tokens at a time fit the KV cache", fitting, rows, length)
+        return min(rows, fitting), length
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt")
+        if params.stop and self.tokenizer is None:
+            raise ValueError(
+                f"stop texts {list(params.stop)} need a tokenizer: give one to LocalEngine, or use stop_token_ids"
+            )
+        for index, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ValueError(f"prompt {index} is empty: give at least one token, for example the BOS token")
+            if len(prompt) + params.max_tokens > self.max_context:
+                raise ValueError(
+                    f"prompt {index} has {len(prompt)} tokens, which with max_tokens={params.max_tokens} exceeds the "
+                    f"context of {self.max_context} tokens: shorten it, drop it, or lower max_tokens"
+                )
+            if min(prompt) < 0 or max(prompt) >= self.architecture.vocab:
+                token = min(prompt) if min(prompt) < 0 else max(prompt)
+                raise ValueError(
+                    f"prompt {index} has token {token}, outside the vocabulary of {self.architecture.vocab}: "
+                    f"was it made with another model's tokenizer?"
+                )
+
+
+def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
+    shards = layout.shards(rank)
+    if not shards:
+        raise ValueError(
+            f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {sorted(layout.cells)})"
+        )
+    numel = sum(math.prod(shard.shape) for shard in shards)
+    logger.info("rollout weights: %d tensors, %.1f MB", len(shards), numel * dtype.itemsize / 1e6)
+    return {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
+
+
+def _check_shards(shards: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
+    if shards.keys() != targets.keys():
+        missing, unknown = sorted(targets.keys() - shards.keys()), sorted(shards.keys() - targets.keys())
+        raise ValueError(
+            f"a whole update is expected: shards missing: {missing or 'none'}; unknown: {unknown or 'none'}"
+        )
+    for name, target in targets.items():
+        if shards[name].shape != target.shape:
+            raise ValueError(f"shard {name!r} has shape {tuple(shards[name].shape)}, expected {tuple(target.shape)}")
+
+
+def _check_tags(tags: Sequence[str]) -> None:
+    unknown = sorted(set(tags) - set(TAGS))
+    if unknown:
+        raise ValueError(f"unknown sleep tags {unknown}: known are {list(TAGS)}")

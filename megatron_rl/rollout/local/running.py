@@ -1,0 +1,120 @@
+"""`RunningBatch`: what is known of each sequence that is being generated, as tensors of one row per sequence.
+
+Row i belongs to KV cache row i. Rows ``[0, count)`` are in use; a sequence that ends is replaced by the last ones, so
+that no step spends time on dead rows and no Python loop runs over the living.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl.rollout.base import Completion
+from megatron_rl.rollout.local.sampler import uniforms
+from megatron_rl.rollout.local.stopping import StopText
+
+
+@dataclass(slots=True)
+class Sequenced:
+    """One completion in the making."""
+
+    prompt: int  # index of its prompt
+    sample: int  # which of the prompt's samples
+    seed: int  # from `sample_seed`
+    watch: StopText | None = None
+    matched: str | None = None  # the stop text found
+
+
+class RunningBatch:
+    """Up to ``rows`` sequences of up to ``max_tokens`` new tokens."""
+
+    def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
+        self.sequences: list[Sequenced] = []
+        self.max_tokens, self.device = max_tokens, device
+        self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.prompt_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.generated = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.uniforms = torch.zeros(rows, max_tokens, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(rows, max_tokens, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, max_tokens, dtype=torch.float32, device=device)
+        self._rows = torch.arange(rows, device=device)
+
+    @property
+    def count(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def free(self) -> int:
+        return len(self.last_tokens) - self.count
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where each sequence's last token stands, ``[count]``."""
+        return (self.prompt_lengths + self.generated)[: self.count] - 1
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, prompt included."""
+        return int(self.positions.max()) + 1
+
+    def append(self, sequences: Sequence[Sequenced], prompt_lengths: torch.Tensor) -> slice:
+        """Take new sequences in; the rows they got."""
+        rows = slice(self.count, self.count + len(sequences))
+        self.sequences.extend(sequences)
+        self.prompt_lengths[rows] = prompt_lengths
+        self.generated[rows] = 0
+        draws = uniforms([sequence.seed for sequence in sequences], self.max_tokens)
+        self.uniforms[rows] = torch.from_numpy(draws).to(self.device)
+        return rows
+
+    def next_uniforms(self, rows: slice) -> torch.Tensor:
+        """The random number of each row's next token, ``[rows]``."""
+        return self.uniforms[rows].gather(1, self.generated[rows, None])[:, 0]
+
+    def record(self, rows: slice, tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
+        """One more token of each of ``rows``."""
+        steps = self.generated[rows]
+        self.last_tokens[rows] = tokens
+        self.tokens[self._rows[rows], steps] = tokens
+        self.logprobs[self._rows[rows], steps] = logprobs
+        self.generated[rows] += 1
+
+    def completion(self, row: int, stopped: bool, version: int) -> Completion:
+        """What sequence ``row`` has become.
+
+        Raises:
+            RuntimeError: its log-probabilities are not finite.
+        """
+        sequence, count = self.sequences[row], int(self.generated[row])
+        logprobs = self.logprobs[row, :count]
+        if not logprobs.isfinite().all():
+            raise RuntimeError(
+                f"prompt {sequence.prompt}, sample {sequence.sample}: log-probabilities are not finite, so the weights "
+                f"of version {version} give NaN or infinite logits: look at the last update's loss and gradient norm"
+            )
+        return Completion(
+            token_ids=self.tokens[row, :count].tolist(),
+            logprobs=logprobs.tolist(),
+            finish_reason="stop" if stopped else "length",
+            policy_version=version,
+            policy_version_spans=[(version, count)],
+            metadata={} if sequence.matched is None else {"stop": sequence.matched},
+        )
+
+    def remove(self, finished: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Close the gaps left by rows ``finished``: the moves made, ``(targets, sources)``, for the KV cache."""
+        gone, kept = set(finished), self.count - len(finished)
+        sources = [row for row in range(kept, self.count) if row not in gone]
+        targets = [row for row in finished if row < kept]
+        for target, source in zip(targets, sources, strict=True):
+            self.sequences[target] = self.sequences[source]
+        del self.sequences[kept:]
+        moved = torch.tensor(targets, device=self.device), torch.tensor(sources, device=self.device)
+        if targets:
+            for state in (self.last_tokens, self.prompt_lengths, self.generated):
+                state[moved[0]] = state[moved[1]]
+            for state in (self.uniforms, self.tokens, self.logprobs):
+                state[moved[0]] = state[moved[1]]
+        return moved

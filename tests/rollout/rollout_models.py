@@ -1,0 +1,196 @@
+"""Small models for the rollout tests, and their weights in the per-rank layout, cut by hand with plain torch: an oracle
+that shares no code with the layouts of the package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from megatron_rl.models import Architecture
+from megatron_rl.models.architecture import Experts
+from megatron_rl.reshard import Layout
+from megatron_rl.reshard.layout import Shard
+from megatron_rl.rollout import LocalEngine
+
+_SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "dtype": "float32",
+    "attn_implementation": "eager",
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
+    "llama3_rope": LlamaConfig(**_SMALL, tie_word_embeddings=False, rope_parameters=_LLAMA3),
+    "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**_SMALL, head_dim=16, tie_word_embeddings=False),
+    "qwen3_moe": Qwen3MoeConfig(
+        **_SMALL,
+        head_dim=16,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        tie_word_embeddings=False,
+        experts_implementation="eager",
+    ),
+}
+
+
+def random_model(name: str, seed: int = 0) -> PreTrainedModel:
+    """A Hugging Face model whose weights are large enough for peaked, varied distributions."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def architecture_of(config: PretrainedConfig) -> Architecture:
+    """The record, filled by hand from a Hugging Face config."""
+    rope = dict(config.rope_parameters)
+    theta = rope.pop("rope_theta")
+    experts = None
+    if config.model_type == "qwen3_moe":
+        experts = Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    return Architecture(
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type.startswith("qwen3"),
+        norm_eps=config.rms_norm_eps,
+        rope_theta=theta,
+        rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
+        max_positions=config.max_position_embeddings,
+        experts=experts,
+    )
+
+
+@dataclass
+class Cutter:
+    """Cuts a Hugging Face state dict into one rank's tensors."""
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+    tp: int = 1
+    rank: int = 0
+    expert_parallel: bool = False
+    out: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        return tensor.chunk(self.tp)[self.rank]
+
+    def cols(self, tensor: Tensor) -> Tensor:
+        return tensor.chunk(self.tp, 1)[self.rank]
+
+    def heads(self, tensor: Tensor, count: int) -> Tensor:
+        by_head = tensor.unflatten(0, (count, -1))
+        if self.tp > count:
+            return by_head[self.rank * count // self.tp]
+        return by_head.chunk(self.tp)[self.rank].flatten(0, 1)
+
+    def vocabulary(self, tensor: Tensor) -> Tensor:
+        padded = -(-len(tensor) // 64) * 64
+        if padded % self.tp:
+            padded = -(-len(tensor) // (64 * self.tp)) * 64 * self.tp
+        return self.rows(torch.cat([tensor, tensor.new_zeros(padded - len(tensor), tensor.shape[1])]))
+
+    def cut(self) -> dict[str, Tensor]:
+        self.out["model.embed_tokens.weight"] = self.vocabulary(self.state["model.embed_tokens.weight"])
+        if not self.architecture.tied:
+            self.out["lm_head.weight"] = self.vocabulary(self.state["lm_head.weight"])
+        self.out["model.norm.weight"] = self.state["model.norm.weight"]
+        for layer in range(self.architecture.num_layers):
+            self._layer(f"model.layers.{layer}.")
+        return {name: tensor.detach().clone().contiguous() for name, tensor in self.out.items()}
+
+    def _layer(self, prefix: str) -> None:
+        size, state = self.architecture, self.state
+        for suffix in ("weight", "bias") if size.qkv_bias else ("weight",):
+            self.out[f"{prefix}self_attn.qkv_proj.{suffix}"] = torch.cat(
+                [
+                    self.heads(state[f"{prefix}self_attn.{part}_proj.{suffix}"], count)
+                    for part, count in (("q", size.num_heads), ("k", size.num_kv_heads), ("v", size.num_kv_heads))
+                ]
+            )
+        for norm in ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm"):
+            if f"{prefix}{norm}.weight" in state:
+                self.out[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"]
+        self.out[prefix + "self_attn.o_proj.weight"] = self.cols(state[prefix + "self_attn.o_proj.weight"])
+        if size.experts is None:
+            parts = [self.rows(state[f"{prefix}mlp.{part}_proj.weight"]) for part in ("gate", "up")]
+            self.out[prefix + "mlp.gate_up_proj.weight"] = torch.cat(parts)
+            self.out[prefix + "mlp.down_proj.weight"] = self.cols(state[prefix + "mlp.down_proj.weight"])
+        else:
+            self._experts(prefix + "mlp.")
+
+    def _experts(self, prefix: str) -> None:
+        self.out[prefix + "gate.weight"] = self.state[prefix + "gate.weight"]
+        gate_up, down = self.state[prefix + "experts.gate_up_proj"], self.state[prefix + "experts.down_proj"]
+        if self.expert_parallel:
+            w13, w2 = self.rows(gate_up), self.rows(down)
+        else:
+            halves = [half.chunk(self.tp, 1)[self.rank] for half in gate_up.chunk(2, 1)]
+            w13, w2 = torch.cat(halves, 1), down.chunk(self.tp, 2)[self.rank]
+        self.out[prefix + "experts.w13_weight"], self.out[prefix + "experts.w2_weight"] = w13, w2
+
+
+def layout_of(shards: dict[str, Tensor], ranks: int = 1) -> Layout:
+    """A layout with these shapes on every rank; the local engine reads nothing else of it."""
+    emitted = tuple(Shard(name, tuple(tensor.shape), ()) for name, tensor in shards.items())
+    return Layout("by hand", dict.fromkeys(range(ranks), 0), lambda cell: emitted)
+
+
+def local_engine(model: PreTrainedModel, version: int = 1, **options: object) -> LocalEngine:
+    """A loaded engine over ``model`` on this rank alone."""
+    architecture = architecture_of(model.config)
+    shards = Cutter(architecture, model.state_dict()).cut()
+    engine = LocalEngine(architecture, layout_of(shards), **options)  # type: ignore[arg-type]
+    engine.load_shards(shards, version)
+    return engine
+
+
+def reference_logprobs(
+    model: PreTrainedModel, prompt: list[int], tokens: list[int], temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities of ``tokens`` after ``prompt`` by one full forward of transformers."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens])).logits[0].float() / temperature
+    return torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
