@@ -12,9 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
 
-from megatron_rl.config import ConfigRecord
 from megatron_rl.models import Architecture
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
@@ -44,23 +42,14 @@ class LocalEngine(RolloutEngine):
         eos_token_ids: the model's own end-of-sequence tokens.
         tokenizer: needed for stop texts only.
         device: where to hold and run everything.
-        config: limits.
+        max_running: most sequences generated at a time.
+        kv_cache_bytes: upper bound of this rank's KV cache; lowers the number of running sequences where needed.
+        prefill_tokens: most prompt tokens computed in one go; a longer prompt goes alone.
+        max_context: most tokens of prompt and completion together; None = the model's own limit.
 
     Raises:
-        ValueError: the layout does not hold this rank, or its shards do not fit the architecture.
+        ValueError: a limit below 1, or the layout does not hold this rank, or its shards do not fit the architecture.
     """
-
-    class Config(ConfigRecord):
-        """Limits of the local engine."""
-
-        max_running: int = Field(default=256, ge=1)
-        """Most sequences generated at a time."""
-        kv_cache_bytes: int = Field(default=2**30, ge=1)
-        """Upper bound of this rank's KV cache, in bytes; lowers the number of running sequences where needed."""
-        prefill_tokens: int = Field(default=8192, ge=1)
-        """Most prompt tokens computed in one go; a longer prompt goes alone."""
-        max_context: int = Field(default=0, ge=0)
-        """Most tokens of prompt and completion together; 0 = the model's own limit."""
 
     def __init__(
         self,
@@ -73,9 +62,15 @@ class LocalEngine(RolloutEngine):
         eos_token_ids: Iterable[int] = (),
         tokenizer: TextDecoder | None = None,
         device: torch.device | str = "cpu",
-        config: LocalEngine.Config | None = None,
+        max_running: int = 256,
+        kv_cache_bytes: int = 2**30,
+        prefill_tokens: int = 8192,
+        max_context: int | None = None,
     ) -> None:
-        self.config = config or self.Config()
+        if max_running < 1 or prefill_tokens < 1:
+            raise ValueError(f"max_running={max_running}, prefill_tokens={prefill_tokens}: both must be at least 1")
+        self.max_running, self.prefill_tokens = max_running, prefill_tokens
+        self.max_context = max_context or architecture.max_positions
         self.architecture, self.rank, self.tokenizer = architecture, rank, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.device = torch.device(device)
@@ -86,7 +81,7 @@ class LocalEngine(RolloutEngine):
             architecture.num_layers,
             max(architecture.num_kv_heads // self._tp.size, 1),
             architecture.head_dim,
-            self.config.kv_cache_bytes,
+            kv_cache_bytes,
             dtype,
             self.device,
         )
@@ -99,11 +94,6 @@ class LocalEngine(RolloutEngine):
     @property
     def policy_version(self) -> int:
         return self._gate.version
-
-    @property
-    def max_context(self) -> int:
-        """Most tokens of prompt and completion together."""
-        return self.config.max_context or self.architecture.max_positions
 
     def targets(self) -> Mapping[str, torch.Tensor]:
         return self._targets
@@ -153,7 +143,7 @@ class LocalEngine(RolloutEngine):
         sample_seeds = [[sample_seed(params.seed, seed, j) for j in range(params.n)] for seed in seeds]
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
         table = stop_table(stops, self.architecture.vocab, self.device)
-        scheduler = Scheduler(self._decoder, params, rows, self.config.prefill_tokens, table, version, emit)
+        scheduler = Scheduler(self._decoder, params, rows, self.prefill_tokens, table, version, emit)
         scheduler.run(request_groups(prompts, sample_seeds, rows, params.stop, self.tokenizer))
         return [[samples[j] for j in range(params.n)] for samples in results]
 
@@ -182,7 +172,7 @@ class LocalEngine(RolloutEngine):
     def _size(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> tuple[int, int]:
         """Rows and row length of the KV cache for this call."""
         length = max(map(len, prompts)) + params.max_tokens
-        rows = min(self.config.max_running, len(prompts) * params.n)
+        rows = min(self.max_running, len(prompts) * params.n)
         fitting = self._decoder.cache.rows(length)
         if fitting < rows:
             logger.info("%d of %d sequences of %d tokens at a time fit the KV cache", fitting, rows, length)
