@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.weights.hf_in import open_source
-from megatron_rl.workers.megatron_model import MegatronModel, hf_folder_or_model
+from megatron_rl.workers.megatron_model import MegatronModel, is_hf_model
 from megatron_rl.workers.optimizer import build_optimizer, connect, wrap_data_parallel
 from megatron_rl.workers.schedule import MicroBatching
+from megatron_rl.workers.scoring import ScoringModel
 from megatron_rl.workers.settings import DTYPES, WorkerSettings
 from megatron_rl.workers.trainable import TrainableModel
 
@@ -51,22 +51,12 @@ def assemble(
     Raises:
         ConfigError: an optimizer came with a Hugging Face model, or without DDP-wrapped chunks.
     """
-    if hf_folder_or_model(model):
-        if optimizer is not None:
-            raise ConfigError(
-                "an optimizer was given with a Hugging Face model: it cannot know the weights that are made"
-                " here; leave it out, or give Megatron model chunks"
-            )
-        held = MegatronModel.from_hf(
-            open_source(model),
-            context,
-            dtype=DTYPES[settings.dtype],
-            recompute=settings.recompute,
-            value_head=value_head,
+    if is_hf_model(model) and optimizer is not None:
+        raise ConfigError(
+            "an optimizer was given with a Hugging Face model, but it cannot know the weights that are made here: "
+            "leave it out, or give Megatron model chunks"
         )
-    else:
-        chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-        held = MegatronModel.from_chunks(chunks, context, vocab)
+    held = hold(model, context, settings, vocab, value_head)
     wrapped = all(hasattr(chunk, "ddp_config") for chunk in held.chunks)
     if optimizer is not None and not wrapped:
         raise ConfigError(
@@ -79,7 +69,26 @@ def assemble(
         optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
     else:
         connect(held.chunks, optimizer)
-    return TrainableModel(held, optimizer, scheduler, _micro_batching(held, settings), name)
+    return TrainableModel(held, _micro_batching(held, settings), optimizer, scheduler, name)
+
+
+def build_frozen(model: Any, context: ParallelContext, settings: WorkerSettings, vocab: int) -> ScoringModel:
+    """A model that only scores: no gradient buffers, no optimizer."""
+    held = hold(model, context, settings, vocab)
+    for chunk in held.chunks:
+        chunk.requires_grad_(False)
+    return ScoringModel(held, _micro_batching(held, settings))
+
+
+def hold(
+    model: Any, context: ParallelContext, settings: WorkerSettings, vocab: int, value_head: bool = False
+) -> MegatronModel:
+    """Either way in, without an optimizer."""
+    if not is_hf_model(model):
+        chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
+        return MegatronModel.from_chunks(chunks, context, vocab)
+    dtype = DTYPES[settings.dtype]
+    return MegatronModel.from_hf(model, context, dtype=dtype, recompute=settings.recompute, value_head=value_head)
 
 
 def _micro_batching(model: MegatronModel, settings: WorkerSettings) -> MicroBatching:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
-from megatron_rl.models.hidden_states import output_weight
+from megatron_rl.models.chunk import output_weight
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean, Totals
 from megatron_rl.workers.megatron_model import MegatronModel
@@ -51,9 +51,9 @@ def logprob_head(model: MegatronModel, batch: Batch, temperature: float) -> Head
     return lambda micro_batch, hidden: score(micro_batch, hidden)[0]
 
 
-def value_head(model: MegatronModel) -> Head:
+def value_head(model: MegatronModel, batch: Batch, temperature: float) -> Head:
     """Head of a forward-only pass through a model with a value head: values ``[n]`` fp32."""
-    return lambda micro_batch, hidden: model.values(hidden)
+    return lambda micro_batch, output: output.squeeze(-1).float()
 
 
 def loss_head(
@@ -70,7 +70,7 @@ def loss_head(
     def head(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, tuple[Tensor, dict[str, Mean]]]:
         outputs = score(micro_batch, hidden)
         if not micro_batch.members:
-            nothing = sum(value.sum() * 0.0 for value in outputs.values() if value is not None)
+            nothing = torch.stack([value.sum() * 0.0 for value in outputs.values() if value is not None]).sum()
             return nothing, (nothing.detach(), {})
         device = hidden.device
         names = dict.fromkeys(("response_mask", *reads))

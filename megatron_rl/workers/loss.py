@@ -98,11 +98,11 @@ class _SumOverContext(torch.autograd.Function):
     """All-reduce forward, identity backward: each rank holds the same sum and owns its tokens' gradient."""
 
     @staticmethod
-    def forward(ctx, sums: Tensor, group: dist.ProcessGroup) -> Tensor:  # noqa: ANN001
+    def forward(ctx, sums: Tensor, group: dist.ProcessGroup) -> Tensor:
         total = sums.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

@@ -10,23 +10,28 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.devices import current_platform
 from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
-from megatron_rl.models.attention import supports_packing
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.hf_config import architecture_from_megatron
-from megatron_rl.models.naming import unwrap
+from megatron_rl.models.chunk import layer_indices, supports_packing, unwrap
+from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
+from megatron_rl.models.megatron_architecture import architecture_from_megatron
+from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout
-from megatron_rl.weights.hf_in import HFSource, load_hf
+from megatron_rl.weights.fill import fill
+from megatron_rl.weights.hf_in import load_folder, model_source, resolve_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -43,23 +48,32 @@ class MegatronModel:
     @classmethod
     def from_hf(
         cls,
-        source: HFSource,
+        source: str | Path | PreTrainedModel,
         context: ParallelContext,
         *,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         value_head: bool = False,
     ) -> MegatronModel:
-        """Build the model in this job's layout and fill it from a Hugging Face folder or an in-memory model."""
-        architecture = source.architecture
-        sizes = context.sizes
+        """Build the model in this job's layout and fill it from a Hugging Face folder or an in-memory model.
+
+        From a folder each rank reads only its own part of the files.
+        """
+        in_memory = not isinstance(source, (str, Path))
+        folder = Path() if in_memory else resolve_folder(source)
+        hf_config = source.config if in_memory else read_hf_config(folder)
+        architecture, sizes = architecture_from_hf(hf_config), context.sizes
+        device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
-        vocab = padded_vocab(architecture.vocab, sizes.tp)
-        chunks = build_model(architecture, context, config, value_head=value_head)
-        model = cls(
-            [c.to(context.platform.device) for c in chunks], context, architecture, vocab, source.config, value_head
+        chunks = build_model(
+            architecture, config, pg_collection=context.collection, device=device, value_head=value_head
         )
-        load_hf(source, model.layout, context.rank, model.tensors())
+        vocab = padded_vocab(architecture.vocab, sizes.tp)
+        model = cls(list(chunks), context, architecture, vocab, hf_config.to_dict(), value_head)
+        if in_memory:
+            fill(model.layout, context.rank, model.tensors(), model_source(source)[1])
+        else:
+            load_folder(folder, model.layout, context.rank, model.tensors())
         return model
 
     @classmethod
@@ -95,7 +109,7 @@ class MegatronModel:
 
     @property
     def device(self) -> torch.device:
-        return self.context.platform.device
+        return current_platform().device
 
     @property
     def last_chunk(self) -> torch.nn.Module:
@@ -122,12 +136,20 @@ class MegatronModel:
         """This rank's weights by shard name: views that see every later update."""
         return chunk_tensors(self.chunks)
 
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The same by the same names, as the parameters themselves."""
+        return {
+            chunk_prefix(index, len(self.chunks)) + name: parameter
+            for index, chunk in enumerate(self.chunks)
+            for name, parameter in unwrap(chunk).named_parameters()
+        }
+
     def check_layers(self) -> None:
         """Raise ConfigError unless each chunk holds the layers that the layout says it does."""
         sizes, at = self.context.sizes, self.context.coordinates
         for stage, chunk in enumerate(self.chunks):
             expected = list(stage_layers(self.architecture.num_layers, sizes.pp, sizes.vpp, at.pp, stage))
-            layers = [m.layer_number - 1 for m in unwrap(chunk).modules() if isinstance(m, TransformerLayer)]
+            layers = list(layer_indices(chunk))
             if layers != expected:
                 raise ConfigError(
                     f"pipeline stage {at.pp} chunk {stage} holds layers {layers}, expected {expected}: build the model "
@@ -141,6 +163,6 @@ class MegatronModel:
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
-def hf_folder_or_model(model: Any) -> bool:
+def is_hf_model(model: Any) -> bool:
     """Whether ``model`` is a Hugging Face folder or model rather than Megatron chunks."""
     return isinstance(model, (str, Path)) or hasattr(model, "save_pretrained")

@@ -97,7 +97,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSe
 
 def connect(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
     """Fill the hooks through which Megatron's schedules reach gradients, where the job has not set its own."""
-    config = chunks[0].config  # type: ignore[union-attr]
+    config: Any = chunks[0].config
     if config.finalize_model_grads_func is None:
         config.finalize_model_grads_func = finalize_model_grads
     if config.grad_scale_func is None:

@@ -11,13 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.batch import Prompt, Sample
+from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
+from megatron_rl.parallel.groups import own_group
 from megatron_rl.reshard.execute import TransferReport
 from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.sync import WeightSync
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import DTYPES, RolloutSettings
+
+RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait for its ranks
 
 
 class Rollouts:
@@ -59,7 +63,8 @@ class Rollouts:
         model, tp = self.model, self.settings.tp
         replicas = [replica for placement in self.placements for replica in placement.replicas]
         dtype = DTYPES[self.settings.dtype] if self.settings.dtype else model.config.params_dtype
-        group = model.context.new_host_groups(replicas) if tp > 1 else None
+        platform = current_platform()
+        group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
         return ENGINES[self.settings.engine](  # type: ignore[call-arg]
             architecture=model.architecture,
             layout=rollout_layout(model.architecture, tp, replicas),
@@ -101,7 +106,7 @@ class Rollouts:
         answers = self.engine.generate([prompts[i].token_ids for i in mine], params, seeds) if mine else []
         self.calls += not evaluation
         share = answers if placement.tp_rank(context.rank) == 0 else None
-        shares = context.gather_objects(share, context.host_model_group)
+        shares = context.gather_objects(share, "model")
         merged = placement.merge([part for part in shares if part is not None])
         return [
             self._sample(prompt, completion, group)

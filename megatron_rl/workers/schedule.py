@@ -7,6 +7,7 @@ to the hidden states on the last stage is a function that is passed in.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import Alignment, MicroBatch, pack, pad, split_micro_batches
-from megatron_rl.models.hidden_states import hidden_states_only
+from megatron_rl.models.hidden_states import hidden_states
 from megatron_rl.workers.megatron_model import MegatronModel
 
 Head = Callable[
@@ -56,9 +57,8 @@ def plan_micro_batches(
         max((sum(lengths[i] for i in share) for share in shares), default=1) if how.packing else max(lengths, default=1)
     )
     count, width = _maximum((len(shares), width), context.dp_group, model.device)
-    if (chunks := sizes.vpp) > 1:  # the interleaved schedule wants a multiple of the pipeline stages
+    if sizes.vpp > 1:  # the interleaved schedule wants a multiple of the pipeline stages
         count = -(-count // sizes.pp) * sizes.pp
-        del chunks
     shares += [[]] * (count - len(shares))
     width = -(-width // align.row_multiple) * align.row_multiple
     if how.packing:
@@ -85,7 +85,8 @@ def run_schedule(
     """Run all micro-batches.
 
     Args:
-        head: called on the last pipeline stage with each micro-batch and its hidden states ``[n, hidden]``. With
+        head: called on the last pipeline stage with each micro-batch and its hidden states
+            ``[n, hidden]`` (a model with a value head: values ``[n, 1]``). With
             ``backward`` it returns ``(loss, result)``: ``loss`` is a scalar whose sum over micro-batches and
             data- and context-parallel ranks is the loss to differentiate. Without, it returns ``result``.
 
@@ -139,7 +140,7 @@ def _forward(model: MegatronModel, batch: Batch, micro_batch: MicroBatch, chunk:
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
         )
-    with hidden_states_only(chunk):
+    with contextlib.nullcontext() if model.value_head else hidden_states(chunk):
         return chunk(
             micro_batch.input_ids(batch).to(device),
             micro_batch.position_ids.view(micro_batch.rows, micro_batch.columns).to(device),

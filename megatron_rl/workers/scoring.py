@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -10,14 +11,21 @@ from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.heads import collect_token_values
 from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.schedule import Head, plan_micro_batches, run_schedule
-from megatron_rl.workers.trainable import TrainableModel
+from megatron_rl.workers.schedule import Head, MicroBatching, plan_micro_batches, run_schedule
 
 MakeHead = Callable[[MegatronModel, Batch, float], Head]
 
 
+@dataclass
+class ScoringModel:
+    """A model and how batches are cut for it; `TrainableModel` adds what trains it."""
+
+    model: MegatronModel
+    micro_batching: MicroBatching
+
+
 @torch.no_grad()
-def token_values(worker: TrainableModel, batch: Batch, make_head: MakeHead) -> torch.Tensor:
+def token_values(worker: ScoringModel, batch: Batch, make_head: MakeHead) -> torch.Tensor:
     """Run ``make_head``'s head over the whole batch; ``[num_tokens]`` fp32 on the CPU, on every rank of the replica."""
     micro_batches = plan_micro_batches(batch, worker.model, worker.micro_batching)
     for chunk in worker.model.chunks:
@@ -27,7 +35,7 @@ def token_values(worker: TrainableModel, batch: Batch, make_head: MakeHead) -> t
     return collect_token_values(worker.model, batch, micro_batches, results)
 
 
-def token_values_stage(name: str, worker: TrainableModel, make_head: MakeHead, write: str) -> Stage:
+def token_values_stage(name: str, worker: ScoringModel, make_head: MakeHead, write: str) -> Stage:
     """A stage that writes `token_values` to the token field ``write``."""
 
     def run(batch: Batch) -> None:

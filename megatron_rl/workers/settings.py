@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
 from megatron_rl.rollout.base import SamplingParams
@@ -27,7 +28,7 @@ class RolloutSettings(ConfigRecord):
     """Sequences that one replica decodes at once."""
     max_staging_bytes: int = 64 * 2**20
     """Most memory that a weight sync may hold beside both copies of the weights, in bytes a rank."""
-    options: dict[str, object] = {}
+    options: dict[str, object] = Field(default_factory=dict)
     """Further keyword arguments of the engine."""
 
 

@@ -19,9 +19,9 @@ from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.workers.heads import LossFunction, loss_head
 from megatron_rl.workers.loss import Mean, Totals
-from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
-from megatron_rl.workers.schedule import MicroBatching, plan_micro_batches, run_schedule
+from megatron_rl.workers.schedule import plan_micro_batches, run_schedule
+from megatron_rl.workers.scoring import ScoringModel
 
 Scorer = Callable[[MicroBatch, Tensor], dict[str, Tensor | None]]
 
@@ -39,13 +39,11 @@ class Optimization:
 
 
 @dataclass
-class TrainableModel:
+class TrainableModel(ScoringModel):
     """A model and what trains it."""
 
-    model: MegatronModel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler | None
-    micro_batching: MicroBatching
     name: str = "actor"  # in errors and metrics
     num_steps: int = field(default=0, init=False)  # optimizer steps so far
 
@@ -133,7 +131,7 @@ class TrainableModel:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
             raise FloatingPointError(
-                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank ({value} here); "
+                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank ({value} here): "
                 "lower the learning rate, or look for NaN rewards or log-probabilities in this step's metrics"
             )
 

@@ -1,0 +1,67 @@
+"""`Callback`: what a user may do at each event of a training run; override the methods you need.
+
+Callbacks run on every rank, in the order given. They may read the trainer, change ``metrics`` in place before they are
+tracked, and end the run with ``trainer.stop("why")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl.batch import Batch
+
+if TYPE_CHECKING:
+    from megatron_rl.trainer.loop import Trainer
+
+
+class Callback:
+    """Base class: every event does nothing."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """After a checkpoint was restored, before the first step."""
+
+    def on_step_begin(self, trainer: Trainer, batch: Batch) -> None:
+        """The batch holds its input only."""
+
+    def on_step_end(self, trainer: Trainer, batch: Batch, metrics: dict[str, float]) -> None:
+        """``metrics`` are reduced over ranks and not yet tracked; ``batch`` holds samples and rewards."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+        """After an evaluation; ``metrics`` are named ``eval/...``."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: str) -> None:
+        """A checkpoint was handed to the writer (an asynchronous one may still be on its way to the disk)."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """The run has ended by itself; not called after an error."""
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """The run is about to end with ``error``; no collectives here: other ranks may be gone."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What a resumed run must know; saved with each checkpoint under the class name."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+
+
+class StopAtReward(Callback):
+    """End the run once the mean training reward has reached ``threshold`` in ``patience`` steps running."""
+
+    def __init__(self, threshold: float, patience: int = 3) -> None:
+        self.threshold = threshold
+        self.patience = patience
+        self.reached = 0
+
+    def on_step_end(self, trainer: Trainer, batch: Batch, metrics: dict[str, float]) -> None:
+        self.reached = self.reached + 1 if metrics.get("rewards/mean", float("-inf")) >= self.threshold else 0
+        if self.reached >= self.patience:
+            trainer.stop(f"reward {metrics['rewards/mean']:.3f} reached {self.threshold} {self.patience} times running")
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.reached = int(state["reached"])

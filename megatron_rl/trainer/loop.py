@@ -1,0 +1,203 @@
+"""`Trainer`: the loop. One step = the next prompts, one call of the flow, metrics; evaluation and checkpoints between.
+
+The trainer knows neither models nor algorithms: it is given a flow, a loader, and the parts whose state a checkpoint
+must hold. Every rank runs the same loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Flow
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.tracking import Tracker
+from megatron_rl.trainer.agreement import agree_over
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.metrics import reduce_metrics
+from megatron_rl.trainer.settings import TrainerSettings
+
+logger = logging.getLogger(__name__)
+
+
+class BatchSource(Protocol):
+    """What the loop draws its input from; resumable."""
+
+    def next_batch(self) -> Batch:
+        """This rank's input of the next step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that one pass over the data takes."""
+
+    def state_dict(self) -> Mapping[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Checkpoints(Protocol):
+    """Where the loop leaves and finds its state; see `trainer.checkpoint`."""
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Load the checkpoint that the settings ask for; False for a fresh start."""
+
+    def save(self, trainer: Trainer) -> str:
+        """Write a checkpoint of the present step; returns its folder."""
+
+    def finish(self) -> None:
+        """Wait until everything is on the disk."""
+
+
+class Trainer:
+    """Runs ``flow`` until the settings say that it is enough.
+
+    Args:
+        evaluate: returns ``eval/...`` metrics, the same on all ranks; called collectively.
+        export: writes the trained model into the given folder; called collectively at the end.
+        trackers: receive metrics on rank 0; other ranks pass none.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        source: BatchSource,
+        context: ParallelContext,
+        settings: TrainerSettings,
+        *,
+        checkpoints: Checkpoints | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        export: Callable[[Path], object] | None = None,
+        callbacks: Sequence[Callback] = (),
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        self.flow = flow
+        self.source = source
+        self.context = context
+        self.settings = settings
+        self.checkpoints = checkpoints
+        self.evaluate = evaluate
+        self.export = export
+        self.callbacks = list(callbacks)
+        self.trackers = list(trackers)
+        self.step = 0  # steps completed
+        self.history: dict[str, float] = {}  # the newest metrics
+        self._stop_reason: str | None = None
+        self._agree = agree_over(context)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.settings.num_steps is not None:
+            return self.settings.num_steps
+        return max(1, round(self.settings.num_epochs * self.source.steps_per_epoch))
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the present step. Call it on every rank."""
+        self._stop_reason = reason
+
+    def train(self) -> dict[str, float]:
+        """Run to the end; returns the newest metrics, evaluation included.
+
+        Raises:
+            Exception: what a stage raised; callbacks and trackers have been told.
+        """
+        try:
+            return self._train()
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.on_error(self, error)
+            raise
+        finally:
+            for tracker in self.trackers:
+                tracker.close()
+
+    def _train(self) -> dict[str, float]:
+        resumed = self.checkpoints is not None and self.checkpoints.restore(self)
+        self._each("on_train_begin")
+        logger.info(
+            "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow
+        )
+        if self.settings.evaluate_at_start and not resumed:
+            self._evaluate()
+        while self.step < self.total_steps and self._stop_reason is None:
+            self._one_step()
+        if self._stop_reason is not None:
+            logger.info("stopped after step %d: %s", self.step, self._stop_reason)
+        self._finish()
+        return self.history
+
+    def _one_step(self) -> None:
+        started = time.perf_counter()
+        batch = self.source.next_batch()
+        self._each("on_step_begin", batch)
+        self.flow(batch, self._agree)
+        self.step += 1
+        batch.metrics["time/step_s"] = time.perf_counter() - started
+        metrics = reduce_metrics(self.context.gather_objects(batch.metrics))
+        self._each("on_step_end", batch, metrics)
+        self.history |= metrics
+        if self.step % self.settings.log_every == 0:
+            self._track(metrics)
+        if self.settings.evaluate_every and self.step % self.settings.evaluate_every == 0:
+            self._evaluate()
+        if self.settings.save_every and self.step % self.settings.save_every == 0 and self.step < self.total_steps:
+            self._save()
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        started = time.perf_counter()
+        metrics = self.evaluate()
+        metrics["time/evaluation_s"] = time.perf_counter() - started
+        self._each("on_evaluate", metrics)
+        self.history |= metrics
+        self._track(metrics)
+
+    def _save(self) -> None:
+        if self.checkpoints is not None:
+            self._each("on_checkpoint", self.checkpoints.save(self))
+
+    def _finish(self) -> None:
+        evaluated = self.settings.evaluate_every and self.step % self.settings.evaluate_every == 0 and self.step > 0
+        if not evaluated:
+            self._evaluate()
+        if self.settings.save_at_end:
+            self._save()
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
+        if self.export is not None and self.settings.export:
+            self.export(self.output_dir / "hf")
+        self._each("on_train_end")
+
+    def _track(self, metrics: Mapping[str, float]) -> None:
+        for tracker in self.trackers:
+            tracker.log(metrics, self.step)
+
+    def _each(self, event: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *arguments)
+
+    # What a checkpoint holds of the loop itself
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loop's own state: step, data cursor, callbacks."""
+        return {
+            "step": self.step,
+            "source": dict(self.source.state_dict()),
+            "callbacks": {type(c).__name__: dict(c.state_dict()) for c in self.callbacks},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+        self.source.load_state_dict(state["source"])
+        for callback in self.callbacks:
+            if type(callback).__name__ in state["callbacks"]:
+                callback.load_state_dict(state["callbacks"][type(callback).__name__])

@@ -1,0 +1,25 @@
+"""Reducing one step's metrics over all ranks, by what their names say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+
+def reduce_metrics(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One number a metric: times and ``_max`` are the maximum over ranks (the slowest rank sets the pace), ``_min``
+    the minimum, bytes the sum, everything else the mean over the ranks that have it."""
+    values: dict[str, list[float]] = {}
+    for metrics in per_rank:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(float(value))
+    return {name: _reduce(name, numbers) for name, numbers in sorted(values.items())}
+
+
+def _reduce(name: str, numbers: Sequence[float]) -> float:
+    if name.startswith("time/") or name.endswith("_max"):
+        return max(numbers)
+    if name.endswith("_min"):
+        return min(numbers)
+    if name.endswith("_bytes"):
+        return sum(numbers)
+    return sum(numbers) / len(numbers)

@@ -1,0 +1,37 @@
+"""`TrainerSettings`: how long a run lasts, and what it does on the way."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from megatron_rl.config import ConfigRecord
+
+
+class TrainerSettings(ConfigRecord):
+    """The loop around a flow."""
+
+    output_dir: str = "outputs/run"
+    """Folder for checkpoints, logs, plots and the exported model."""
+    num_steps: int | None = Field(default=None, ge=0)
+    """Steps (calls of the flow) of the whole run; None = `num_epochs` over the data."""
+    num_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the data when `num_steps` is not given."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 = none during training."""
+    evaluate_at_start: bool = True
+    """Evaluate before the first step of a fresh run, where there is something to evaluate on."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 = only at the end."""
+    save_at_end: bool = True
+    """Write a checkpoint after the last step."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on."""
+    export: bool = True
+    """Write a Hugging Face folder, ``<output_dir>/hf``, at the end."""
+    resume: str = "auto"
+    """auto = continue from the newest complete checkpoint of `output_dir` if there is one; never = start afresh (an
+    output folder with checkpoints is then refused); or the path of a checkpoint."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between tracked lines."""

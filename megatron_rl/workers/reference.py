@@ -1,0 +1,107 @@
+"""`Reference`: the frozen policy that KL penalties are measured against.
+
+`Reference(actor)` keeps a copy of the actor's weights as they are now, and lends it to the actor's own model while it
+scores: no second model is built, and it works for any model that the actor works for. `Reference(model=...)` builds its
+own model, for a reference of another origin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+from megatron_rl.config import ConfigError
+from megatron_rl.dataflow import Stage
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.assembly import build_frozen, job_context
+from megatron_rl.workers.heads import logprob_head
+from megatron_rl.workers.megatron_model import MegatronModel, is_hf_model
+from megatron_rl.workers.scoring import ScoringModel, token_values
+from megatron_rl.workers.settings import WorkerSettings
+
+
+class Reference:
+    """A frozen policy.
+
+    Args:
+        model: an `Actor` (its present weights are copied), or a Hugging Face folder or model, or Megatron chunks.
+        tokenizer: needed for Megatron chunks, whose logical vocabulary is its length.
+        offload: keep the copy in host memory and bring it to the device only while scoring (with an `Actor`).
+        parallel_state, parallel, context, settings: as for `Actor`, when ``model`` is not one.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        parallel_state: Any = None,
+        *,
+        offload: bool = False,
+        parallel: ParallelSizes | None = None,
+        context: ParallelContext | None = None,
+        settings: WorkerSettings | None = None,
+    ) -> None:
+        self._frozen: dict[str, Tensor] | None = None
+        if isinstance(model, Actor):
+            self._scored: ScoringModel = model.trainable
+            self._frozen = copy_weights(model.model, offload)
+            return
+        if tokenizer is None and not is_hf_model(model):
+            raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
+        settings = settings or WorkerSettings()
+        context = context or job_context(parallel_state, parallel, settings.seed)
+        self._scored = build_frozen(model, context, settings, vocab=len(tokenizer) if tokenizer is not None else 0)
+
+    @property
+    def model(self) -> MegatronModel:
+        return self._scored.model
+
+    @property
+    def context(self) -> ParallelContext:
+        return self.model.context
+
+    def logprobs(self, write: str = "ref_logprobs") -> Stage:
+        """A stage that writes log-probabilities of every token under the frozen weights, fp32 ``[num_tokens]``."""
+
+        def run(batch: Any) -> None:
+            with self.in_place():
+                batch.tokens[write] = token_values(self._scored, batch, logprob_head)
+
+        return Stage("reference.logprobs", run, reads=("input_ids",), writes=(write,), place=str(self.context.sizes))
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While open, the shared model computes with the frozen weights; afterwards with its own again."""
+        if self._frozen is None:
+            yield
+            return
+        self.model.sync_parameters()
+        parameters = self.model.parameters()
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self._frozen[name].to(parameter.device, non_blocking=True)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
+
+    def state(self) -> dict[str, Tensor] | None:
+        """This rank's frozen shards for a checkpoint; None when they are those of a model of its own."""
+        return self._frozen
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Restore what `state` returned."""
+        assert self._frozen is not None, "a reference with a model of its own has no state to restore"
+        for name, tensor in state.items():
+            self._frozen[name].copy_(tensor)
+
+
+def copy_weights(model: MegatronModel, offload: bool) -> dict[str, Tensor]:
+    """A copy of this rank's shards, in host memory when ``offload``."""
+    model.sync_parameters()
+    return {name: (t.cpu().clone() if offload else t.clone()) for name, t in model.tensors().items()}

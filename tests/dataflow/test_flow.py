@@ -1,0 +1,98 @@
+"""Flows are checked before they run, printed, and free what nobody reads any more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.dataflow.flow import FlowError
+
+
+def writing(name: str, *writes: str, reads: tuple[str, ...] = (), place: str = "") -> Stage:
+    def run(batch: Batch) -> None:
+        for field in writes:
+            batch.tokens[field] = torch.ones(1)
+
+    return Stage(name, run, reads, writes, place=place)
+
+
+def sampling() -> Stage:
+    def run(batch: Batch) -> None:
+        batch.samples = [Sample(prompt, [1], [0.0]) for prompt in batch.prompts]
+
+    return Stage("actor.sample", run, ("prompts",), ("samples",))
+
+
+def test_a_stage_that_reads_what_only_a_later_stage_writes_is_refused_when_the_flow_is_built():
+    with pytest.raises(FlowError, match=r"use reads 'x', which make writes only afterwards: put make before use"):
+        writing("use", "y", reads=("x",)) >> writing("make", "x")
+
+
+def test_a_field_that_nobody_writes_is_refused_before_anything_runs():
+    ran = []
+    first = Stage("first", lambda batch: ran.append(1), (), ())
+    flow = first >> writing("use", "y", reads=("x",))
+    with pytest.raises(FlowError, match="use reads 'x', which no earlier stage writes"):
+        flow(Batch())
+    assert not ran
+
+
+def test_fields_are_freed_after_their_last_reader():
+    seen = []
+    look = Stage("look", lambda batch: seen.append("a" in batch), ("a",), ())
+    later = Stage("later", lambda batch: seen.append("a" in batch), (), ())
+    batch = (writing("make", "a") >> look >> later)(Batch())
+    assert seen == [True, False]
+    assert "a" not in batch
+
+
+def test_results_that_callers_look_at_are_kept():
+    batch = sampling()
+    flow = Flow((batch,))
+    result = flow(Batch(prompts=[Prompt([1, 2])]))
+    assert len(result.samples) == 1
+
+
+def test_a_stage_that_does_not_write_what_it_declares_is_an_error():
+    liar = Stage("liar", lambda batch: None, (), ("x",))
+    with pytest.raises(FlowError, match="liar declares that it writes"):
+        Flow((liar,))(Batch())
+
+
+def test_nested_flows_are_the_same_object_as_the_explicit_chain():
+    a, b, c = writing("a", "x"), writing("b", "y", reads=("x",)), writing("c", "z", reads=("y",))
+    assert (a >> (b >> c)).stages == (a >> b >> c).stages
+
+
+def test_printing_names_stages_fields_and_places():
+    text = str(writing("make", "x", place="host") >> writing("use", "y", reads=("x",)))
+    assert [line.split() for line in text.splitlines()] == [
+        ["stage", "reads", "writes", "where"],
+        ["make", "-", "x", "host"],
+        ["use", "x", "y", "-"],
+    ]
+
+
+def test_errors_of_host_stages_are_agreed_on_and_those_of_others_are_not():
+    def fail(batch: Batch) -> None:
+        raise ValueError("bad reward")
+
+    heard = []
+
+    def agree(stage: str, error: Exception | None) -> None:
+        heard.append((stage, type(error)))
+        if error:
+            raise error
+
+    with pytest.raises(ValueError, match="bad reward"):
+        Flow((Stage("host", fail, place="host"),))(Batch(), agree)
+    with pytest.raises(ValueError, match="bad reward"):
+        Flow((Stage("device", fail, place="TP2"),))(Batch(), agree)
+    assert heard == [("host", ValueError)]
+
+
+def test_time_of_each_stage_is_a_metric():
+    batch = Flow((writing("make", "x"),))(Batch())
+    assert batch.metrics["time/make_s"] >= 0
