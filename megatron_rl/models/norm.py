@@ -15,7 +15,7 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """``x / rms(x) * weight`` over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    The cast back to the input's dtype comes after the weight, as in TransformerEngine; Hugging Face's LlamaRMSNorm casts
+    The cast back to the input's dtype comes after the weight, as in TransformerEngine; Hugging Face casts
     before it, which differs in bf16 by one rounding.
     """
 

@@ -1,0 +1,199 @@
+"""`token_logprobs` against log_softmax in float64, for every implementation that runs here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_rl.ops.registry import UnavailableError, implementations, load
+from megatron_rl.ops.token_logprobs import token_logprobs
+
+
+def available() -> list[str]:
+    names = []
+    for name in implementations("token_logprobs"):
+        try:
+            load("token_logprobs", name, "cpu")
+        except UnavailableError:
+            continue
+        names.append(name)
+    return names
+
+
+class Problem(NamedTuple):
+    """Random inputs; ``rows`` beyond ``vocab`` are padding and hold large values that must not be seen."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    vocab: int
+    grad_logprobs: Tensor
+    grad_entropy: Tensor
+    temperature: float = 1.0
+
+
+def problem(tokens=37, width=16, vocab=50, rows=64, temperature=1.0, dtype=torch.float32, seed=0, scale=1.0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, width, generator=generator)
+    weight = torch.randn(rows, width, generator=generator) * scale
+    weight[vocab:] = 100.0
+    targets = torch.randint(0, vocab, (tokens,), generator=generator)
+    grads = torch.randn(2, tokens, generator=generator)
+    return Problem(hidden.to(dtype), weight.to(dtype), targets, vocab, grads[0], grads[1], temperature)
+
+
+class Outcome(NamedTuple):
+    logprobs: Tensor
+    entropy: Tensor
+    grad_hidden: Tensor
+    grad_weight: Tensor
+
+
+def plain(p: Problem, dtype: torch.dtype) -> Outcome:
+    """The textbook form, computed in ``dtype`` from the same inputs."""
+    hidden, weight = (x.to(dtype).detach().requires_grad_() for x in (p.hidden, p.weight))
+    logits = hidden @ weight[: p.vocab].t()
+    logits = (logits if dtype == torch.float64 else logits.float()) / p.temperature
+    logs = torch.log_softmax(logits, dim=-1)
+    logprobs = logs.gather(1, p.targets[:, None]).squeeze(1)
+    entropy = -(logs.exp() * logs).sum(dim=-1)
+    (logprobs @ p.grad_logprobs.to(logprobs) + entropy @ p.grad_entropy.to(entropy)).backward()
+    return Outcome(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
+
+
+def ours(p: Problem, **options) -> Outcome:
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (p.hidden, p.weight))
+    logprobs, entropy = token_logprobs(
+        hidden, weight, p.targets, vocab_size=p.vocab, temperature=p.temperature, with_entropy=True, **options
+    )
+    (logprobs @ p.grad_logprobs + entropy @ p.grad_entropy).backward()
+    return Outcome(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
+
+
+def assert_as_good_as(got: Outcome, plain_outcome: Outcome, exact: Outcome) -> None:
+    """Root-mean-square error against float64 at most twice that of plain torch in the same precision."""
+    for name, mine, theirs, truth in zip(Outcome._fields, got, plain_outcome, exact, strict=True):
+        floor = torch.finfo(torch.float32).eps * truth.abs().max()  # where plain torch happens to be exact
+        error, allowed = ((x.double() - truth).pow(2).mean().sqrt() for x in (mine, theirs))
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, plain torch {allowed:.2e}"
+
+
+@pytest.fixture(params=available())
+def implementation(request) -> str:
+    return request.param
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("chunk_tokens", [None, 8, 1])
+def test_values_and_gradients_match_log_softmax(implementation, temperature, chunk_tokens):
+    p = problem(temperature=temperature)
+    got = ours(p, chunk_tokens=chunk_tokens, implementation=implementation)
+    assert_as_good_as(got, plain(p, torch.float32), plain(p, torch.float64))
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "rows"), [(1, 1, 1), (5, 64, 64), (130, 257, 384), (64, 1000, 1024)])
+def test_all_shapes(implementation, tokens, vocab, rows):
+    p = problem(tokens=tokens, vocab=vocab, rows=rows, width=24)
+    assert_as_good_as(ours(p, implementation=implementation), plain(p, torch.float32), plain(p, torch.float64))
+
+
+def test_confident_and_near_tied_tokens_keep_their_precision(implementation):
+    for scale in (10.0, 1e-3):
+        p = problem(scale=scale)
+        assert_as_good_as(ours(p, implementation=implementation), plain(p, torch.float32), plain(p, torch.float64))
+
+
+def test_large_logits_do_not_overflow(implementation):
+    p = problem(scale=1e4)
+    got = ours(p, implementation=implementation)
+    assert all(field.isfinite().all() for field in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_good_as_plain_torch(implementation, dtype):
+    p = problem(tokens=64, width=32, vocab=200, rows=256, dtype=dtype, scale=0.3)
+    got = ours(p, chunk_tokens=16, implementation=implementation)
+    assert got.logprobs.dtype == got.entropy.dtype == torch.float32
+    assert got.grad_hidden.dtype == got.grad_weight.dtype == dtype
+    assert_as_good_as(got, plain(p, dtype), plain(p, torch.float64))
+
+
+def test_padding_rows_get_no_gradient_and_no_probability(implementation):
+    p = problem()
+    got = ours(p, implementation=implementation)
+    assert (got.grad_weight[p.vocab :] == 0).all()
+    assert (got.logprobs > -50).all()  # a visible padding row (logits of several hundred) would push them far below
+
+
+def test_entropy_is_only_returned_when_asked_for(implementation):
+    p = problem()
+    logprobs, entropy = token_logprobs(p.hidden, p.weight, p.targets, vocab_size=p.vocab, implementation=implementation)
+    assert entropy is None
+    assert torch.equal(logprobs, ours(p, implementation=implementation).logprobs)
+
+
+def test_gradients_of_logprobs_alone_and_of_entropy_alone_add_up(implementation):
+    p = problem()
+    whole = ours(p, implementation=implementation)
+    zero = torch.zeros_like(p.grad_logprobs)
+    parts = [
+        ours(p._replace(grad_entropy=zero), implementation=implementation),
+        ours(p._replace(grad_logprobs=zero), implementation=implementation),
+    ]
+    torch.testing.assert_close(parts[0].grad_hidden + parts[1].grad_hidden, whole.grad_hidden)
+    torch.testing.assert_close(parts[0].grad_weight + parts[1].grad_weight, whole.grad_weight)
+
+
+def test_tokens_without_gradient_are_skipped_exactly(implementation):
+    p = problem()
+    keep = torch.arange(37) % 3 == 0
+    masked = p._replace(grad_logprobs=p.grad_logprobs * keep, grad_entropy=p.grad_entropy * keep)
+    alone = p._replace(
+        hidden=p.hidden[keep],
+        targets=p.targets[keep],
+        grad_logprobs=p.grad_logprobs[keep],
+        grad_entropy=p.grad_entropy[keep],
+    )
+    got, few = ours(masked, implementation=implementation), ours(alone, implementation=implementation)
+    assert (got.grad_hidden[~keep] == 0).all()
+    torch.testing.assert_close(got.grad_hidden[keep], few.grad_hidden, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got.grad_weight, few.grad_weight, rtol=1e-5, atol=1e-6)
+
+
+def test_no_tokens_and_frozen_inputs(implementation):
+    p = problem()
+    hidden = p.hidden[:0].clone().requires_grad_()
+    logprobs, _ = token_logprobs(hidden, p.weight, p.targets[:0], vocab_size=p.vocab, implementation=implementation)
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,)
+    frozen = p.hidden.clone().requires_grad_()
+    logprobs, _ = token_logprobs(frozen, p.weight, p.targets, vocab_size=p.vocab, implementation=implementation)
+    logprobs.sum().backward()
+    assert frozen.grad is not None
+
+
+def test_a_tied_weight_collects_both_gradients(implementation):
+    p = problem()
+    weight = p.weight.clone().requires_grad_()
+    hidden = torch.nn.functional.embedding(p.targets.roll(1), weight)
+    logprobs, _ = token_logprobs(hidden, weight, p.targets, vocab_size=p.vocab, implementation=implementation)
+    logprobs.sum().backward()
+    again = p.weight.double().requires_grad_()
+    logits = torch.nn.functional.embedding(p.targets.roll(1), again) @ again[: p.vocab].t()
+    torch.log_softmax(logits, -1).gather(1, p.targets[:, None]).sum().backward()
+    torch.testing.assert_close(weight.grad.double(), again.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_calls_say_what_is_wrong():
+    p = problem()
+    with pytest.raises(ValueError, match=r"temperature=0.0: expected a positive number"):
+        token_logprobs(p.hidden, p.weight, p.targets, temperature=0.0)
+    with pytest.raises(ValueError, match=r"expected \[tokens, hidden\] and \[rows, hidden\]"):
+        token_logprobs(p.hidden, p.weight[:, :3], p.targets)
+    with pytest.raises(ValueError, match=r"expected \[37\] torch.int64"):
+        token_logprobs(p.hidden, p.weight, p.targets[:5])
+    with pytest.raises(ValueError, match="expected one of"):
+        token_logprobs(p.hidden, p.weight.bfloat16(), p.targets)
