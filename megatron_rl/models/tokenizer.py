@@ -1,0 +1,141 @@
+"""Tokenizers: loading one, and aligning its pad and eos with the model's config when both are first seen together.
+
+The tokenizer decides; the model's config follows, as in `transformers`' Trainer. A tokenizer without pad is an error
+unless a choice is given (``pad_token="eos"`` or a token it knows) or the model's config names one: pad must never be
+guessed, because batches, servers and exported folders would disagree about it in silence.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_rl.config import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+@dataclass(frozen=True, slots=True)
+class SpecialTokens:
+    """Token ids that tokenizer and model agree on."""
+
+    pad: int
+    eos: tuple[int, ...]  # any of them ends a response; the tokenizer's own comes first
+
+
+def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or model id, with its pad token set.
+
+    Args:
+        pad_token: see `align_tokenizer`; needed only where the tokenizer has no pad.
+
+    Raises:
+        ConfigError: there is no tokenizer.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"no tokenizer could be loaded from {source} ({error}): give a folder that has one") from None
+    if pad_token is not None:
+        _set_pad(tokenizer, pad_token)
+    return tokenizer
+
+
+def align_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, pad_token: str | None = None
+) -> SpecialTokens:
+    """Give tokenizer and config the same pad and eos, in place.
+
+    Args:
+        config: the model's; its pad, bos and eos ids are set to the tokenizer's. Further eos ids it names are kept.
+        pad_token: what pads where the tokenizer does not say: "eos", or a token of its vocabulary.
+
+    Raises:
+        ConfigError: no pad or no eos can be found, or a special token lies outside of the model's vocabulary.
+    """
+    declared = _declared_eos(config)
+    if tokenizer.eos_token_id is None:
+        if not declared:
+            raise ConfigError(
+                "neither the tokenizer nor the model's config names an eos token, so no response would ever end: "
+                "set tokenizer.eos_token"
+            )
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
+    if tokenizer.pad_token_id is None:
+        _find_pad(tokenizer, config, pad_token)
+    eos = (tokenizer.eos_token_id, *(token for token in declared if token != tokenizer.eos_token_id))
+    special = SpecialTokens(tokenizer.pad_token_id, eos)
+    if config is not None:
+        _align_config(tokenizer, config, special)
+    return special
+
+
+def _find_pad(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None, pad_token: str | None) -> None:
+    if pad_token is not None:
+        _set_pad(tokenizer, pad_token)
+    elif config is not None and config.pad_token_id is not None and 0 <= config.pad_token_id < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        logger.info("the tokenizer has no pad token; taking the model's, %r", tokenizer.pad_token)
+    else:
+        raise ConfigError(
+            "the tokenizer has no pad token and the model's config names none: choose one with pad_token='eos' (or "
+            "tokenizer.pad_token = tokenizer.eos_token), or with pad_token=<a token of its vocabulary>"
+        )
+
+
+def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> None:
+    token = tokenizer.eos_token if pad_token == "eos" else pad_token
+    if token is None or token not in tokenizer.get_vocab():
+        raise ConfigError(
+            f"pad_token={pad_token!r} is not in the tokenizer's vocabulary: use 'eos' or a token it has, since a new "
+            "token would need a new row in the embedding"
+        )
+    tokenizer.pad_token = token
+
+
+def _declared_eos(config: PretrainedConfig | None) -> tuple[int, ...]:
+    eos = config.eos_token_id if config is not None else None
+    if eos is None:
+        return ()
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _align_config(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, special: SpecialTokens) -> None:
+    vocab = config.vocab_size
+    for name, token in (("pad", special.pad), *(("eos", token) for token in special.eos)):
+        if not 0 <= token < vocab:
+            raise ConfigError(
+                f"{name} token id {token} lies outside of the model's vocabulary of {vocab}: this tokenizer belongs to "
+                "another model"
+            )
+    changed = {"pad_token_id": special.pad, "eos_token_id": special.eos[0] if len(special.eos) == 1 else [*special.eos]}
+    if tokenizer.bos_token_id is not None:
+        changed["bos_token_id"] = tokenizer.bos_token_id
+    for key, value in changed.items():
+        if getattr(config, key) != value:
+            logger.info("model config: %s %s -> %s, as in the tokenizer", key, getattr(config, key), value)
+            setattr(config, key, value)
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """Token ids of a prompt: a text with the tokenizer's own special tokens, or messages through its chat template,
+    open for the assistant's turn.
+
+    Raises:
+        ConfigError: messages were given, but the tokenizer has no chat template.
+    """
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            "the prompt is a list of messages, but the tokenizer has no chat template: give plain text, or set "
+            "tokenizer.chat_template"
+        )
+    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

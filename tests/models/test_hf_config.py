@@ -1,0 +1,113 @@
+"""Hugging Face configs and Megatron configs to `Architecture` and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from models.oracle import ALL, LLAMA, QWEN3_MOE
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture, Experts
+from megatron_rl.models.builder import transformer_config
+from megatron_rl.models.family import family_of, matching_family
+from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, read_hf_config
+from megatron_rl.models.megatron_architecture import architecture_from_megatron
+from megatron_rl.parallel import ParallelSizes
+
+
+@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+def test_an_exported_config_reads_back_as_the_same_architecture(architecture: Architecture, tmp_path) -> None:
+    config = hf_config_from(architecture, dtype="float32")
+    config.save_pretrained(tmp_path)
+    assert architecture_from_hf(read_hf_config(tmp_path)) == architecture
+    assert config.architectures == [family_of(architecture.family).hf_class]
+
+
+@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+def test_a_megatron_config_reads_back_as_the_same_architecture(architecture: Architecture) -> None:
+    config = transformer_config(architecture, ParallelSizes())
+    assert architecture_from_megatron(config, architecture.vocab, architecture.tied) == architecture
+
+
+def test_llama3_rope_scaling_survives_both_ways() -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(rope_parameters={"rope_theta": 5e5, **scaling}, max_position_embeddings=131072)
+    architecture = architecture_from_hf(config)
+    assert architecture.rope_theta == 5e5
+    assert dict(architecture.rope_scaling) == scaling
+    assert hf_config_from(architecture).rope_parameters == config.rope_parameters
+
+
+def test_published_moe_config_is_read() -> None:
+    config = Qwen3MoeConfig(num_experts=128, mlp_only_layers=[3], decoder_sparse_step=2, num_hidden_layers=6)
+    expected = Experts(128, 8, 768, normalize_weights=False, dense_layers=(0, 2, 3, 4))
+    assert architecture_from_hf(config).experts == expected
+
+
+def test_qwen2_keeps_a_head_size_of_its_own() -> None:
+    config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
+    architecture = architecture_from_hf(config)
+    assert architecture.head_dim == 32
+    assert hf_config_from(architecture).head_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+    ],
+)
+def test_what_would_be_computed_differently_is_refused(fields: dict, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        architecture_from_hf(LlamaConfig(**fields))
+
+
+def test_sliding_windows_are_refused() -> None:
+    with pytest.raises(ConfigError, match="sliding_window=8"):
+        architecture_from_hf(Qwen2Config(use_sliding_window=True, sliding_window=8))
+
+
+def test_unknown_families_are_refused_with_the_list_and_the_place_to_add_one(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"'gpt2' is not supported.*llama, qwen2, qwen3, qwen3_moe.*_rl/models"):
+        architecture_from_hf(AutoConfig.for_model("gpt2"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen_3"}))
+    with pytest.raises(ConfigError, match="Did you mean 'qwen3'"):
+        read_hf_config(tmp_path)
+
+
+def test_missing_or_broken_config_files_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json is not a JSON object"):
+        read_hf_config(tmp_path)
+
+
+def test_megatron_models_that_no_family_computes_are_refused() -> None:
+    config = transformer_config(LLAMA, ParallelSizes(), normalization="LayerNorm", add_bias_linear=True)
+    with pytest.raises(ConfigError, match=r"normalization='LayerNorm', add_bias_linear=True"):
+        architecture_from_megatron(config, 50, False)
+    with pytest.raises(ConfigError, match="no Hugging Face family"):
+        matching_family(qkv_bias=True, qk_norm=True, has_experts=False)
+
+
+def test_unnormalised_router_weights_are_megatrons_softmax_before_top_k() -> None:
+    experts = QWEN3_MOE.experts
+    assert experts is not None
+    architecture = replace(QWEN3_MOE, experts=replace(experts, normalize_weights=False))
+    config = transformer_config(architecture, ParallelSizes())
+    assert config.moe_router_pre_softmax
+    assert architecture_from_megatron(config, 50, False) == architecture

@@ -1,0 +1,177 @@
+"""Weights from Hugging Face folders and models into rank-local tensors, and every way a folder can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models.oracle import ALL, LLAMA, QWEN2, megatron_by_hand
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture, logical_tensors, megatron_layout
+from megatron_rl.models.hf_config import hf_config_from
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.reshard.layout import Span
+from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.hf_in import load_folder, model_source, read_architecture, resolve_folder
+from megatron_rl.weights.source import SafetensorsFolder
+
+GRID = RankGrid(ParallelSizes(tp=2, pp=2), 4)
+
+
+def random_model(architecture: Architecture) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(hf_config_from(architecture, dtype="float32"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="module", params=ALL, ids=lambda a: a.family)
+def saved(request, tmp_path_factory) -> tuple[Architecture, PreTrainedModel, Path]:
+    """A random model, and its folder written by transformers in several files."""
+    folder = tmp_path_factory.mktemp(request.param.family)
+    model = random_model(request.param)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    return request.param, model, folder
+
+
+@pytest.fixture
+def llama_folder(tmp_path) -> Path:
+    random_model(LLAMA).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def read_files(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def test_the_logical_tensors_are_those_that_transformers_writes(saved) -> None:
+    architecture, _, folder = saved
+    assert {k: tuple(v.shape) for k, v in read_files(folder).items()} == logical_tensors(architecture)
+
+
+def test_a_folder_in_several_files_fills_each_rank_as_slicing_by_hand_does(saved) -> None:
+    architecture, _, folder = saved
+    assert (folder / "model.safetensors.index.json").is_file()
+    layout, full = megatron_layout(architecture, GRID, 64), read_files(folder)
+    for rank in range(4):
+        tensors = empty_tensors(layout, rank, torch.float32)
+        load_folder(folder, layout, rank, tensors)
+        expected = megatron_by_hand(architecture, full, GRID, rank, 64)
+        assert sorted(tensors) == sorted(expected)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_model_in_memory_fills_the_same_as_its_folder(saved) -> None:
+    architecture, model, folder = saved
+    found, source = model_source(model)
+    assert found == architecture == read_architecture(folder)
+    layout = megatron_layout(architecture, GRID, 64)
+    for rank in range(4):
+        from_memory, from_folder = (empty_tensors(layout, rank, torch.float32) for _ in range(2))
+        fill(layout, rank, from_memory, source)
+        load_folder(folder, layout, rank, from_folder)
+        assert all(torch.equal(from_memory[name], from_folder[name]) for name in from_folder)
+
+
+def test_values_are_cast_to_the_dtype_of_the_local_tensor(llama_folder) -> None:
+    layout = megatron_layout(LLAMA, GRID, 64)
+    tensors = empty_tensors(layout, 0, torch.bfloat16)
+    load_folder(llama_folder, layout, 0, tensors)
+    norm = load_file(llama_folder / "model.safetensors")["model.layers.0.input_layernorm.weight"]
+    assert torch.equal(tensors["decoder.layers.0.input_layernorm.weight"], norm.bfloat16())
+
+
+def test_a_rank_reads_no_element_that_it_does_not_hold(llama_folder) -> None:
+    class Counting(SafetensorsFolder):
+        num_read = 0
+
+        def read(self, span: Span) -> torch.Tensor:
+            self.num_read += span.numel
+            return super().read(span)
+
+    layout = megatron_layout(LLAMA, GRID, 64)
+    with Counting(llama_folder) as source:
+        tensors = empty_tensors(layout, 0, torch.float32)
+        fill(layout, 0, tensors, source)
+    padding = 0  # rank 0 holds rows 0..31 of 50: no padding
+    assert source.num_read == sum(t.numel() for t in tensors.values()) - padding
+
+
+def test_tensors_outside_of_the_layout_stay_as_they_are(llama_folder) -> None:
+    layout = megatron_layout(LLAMA, GRID, 64, output_layer=False)
+    tensors = empty_tensors(layout, 2, torch.float32) | {"output_layer.weight": torch.full((1, 24), 7.0)}
+    load_folder(llama_folder, layout, 2, tensors)
+    assert bool((tensors["output_layer.weight"] == 7).all())
+
+
+def test_a_tied_folder_may_also_store_its_head(tmp_path, caplog) -> None:
+    model = random_model(QWEN2)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.ones(50, 24)}, tmp_path / "model.safetensors")
+    layout = megatron_layout(QWEN2, GRID, 64)
+    local = empty_tensors(layout, 2, torch.float32)
+    load_folder(tmp_path, layout, 2, local)
+    assert torch.equal(local["output_layer.weight"], tensors["model.embed_tokens.weight"][:32])
+    assert not caplog.records
+
+
+def load(folder: Path) -> None:
+    layout = megatron_layout(LLAMA, GRID, 64)
+    load_folder(folder, layout, 0, empty_tensors(layout, 0, torch.float32))
+
+
+def test_a_missing_tensor_is_named(llama_folder) -> None:
+    tensors = load_file(llama_folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, llama_folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"lacks 1 of 39 tensors, first 'model.layers.2.mlp.up_proj.weight'"):
+        load(llama_folder)
+
+
+def test_a_missing_or_corrupt_file_is_named(tmp_path) -> None:
+    random_model(LLAMA).save_pretrained(tmp_path, max_shard_size="20KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=f"{victim.name} is not a readable safetensors file"):
+        load(tmp_path)
+    victim.unlink()
+    with pytest.raises(ConfigError, match=rf"{victim.name} does not exist, but the folder's index names it"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not a safetensors index"):
+        load(tmp_path)
+
+
+def test_pickled_weights_are_refused(llama_folder) -> None:
+    (llama_folder / "model.safetensors").rename(llama_folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pytorch_model.bin but no safetensors"):
+        load(llama_folder)
+
+
+def test_weights_of_another_size_than_the_config_are_refused(llama_folder) -> None:
+    config = json.loads((llama_folder / "config.json").read_text()) | {"vocab_size": 60}
+    (llama_folder / "config.json").write_text(json.dumps(config))
+    layout = megatron_layout(read_architecture(llama_folder), GRID, 64)
+    with pytest.raises(ConfigError, match=r"embed_tokens.weight has shape \[50, 24\]"):
+        load_folder(llama_folder, layout, 1, empty_tensors(layout, 1, torch.float32))
+
+
+def test_a_model_of_another_shape_than_the_layout_is_refused(llama_folder) -> None:
+    layout = megatron_layout(LLAMA, GRID, 64)
+    tensors = empty_tensors(layout, 0, torch.float32)
+    del tensors["decoder.layers.1.mlp.linear_fc2.weight"]
+    with pytest.raises(ConfigError, match=r"'decoder.layers.1.mlp.linear_fc2.weight' on rank 0"):
+        load_folder(llama_folder, layout, 0, tensors)
+
+
+def test_a_path_that_does_not_exist_is_an_error_at_once() -> None:
+    with pytest.raises(ConfigError, match="neither a folder nor a model id"):
+        resolve_folder("/no/such/folder")
