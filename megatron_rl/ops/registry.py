@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: the folder is the registry.
 
 `megatron_rl/ops/<op>/<implementation>.py` holds a callable named `<op>`; adding the file registers it. A module that
-needs more than torch also defines `requires(device_type)`, which raises `UnavailableError` with the reason. `choose` takes
+needs more than torch also has `requires(device_type)`, which raises `UnavailableError` with the reason. `choose` takes
 the best available one for a device and logs it once; a forced choice (argument, or the environment variable
 MEGATRON_RL_OPS="copy_spans=reference,gae=cpu") is used or raises, and never falls back.
 """

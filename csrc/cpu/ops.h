@@ -1,0 +1,22 @@
+// The CPU operations, over raw memory. Arguments were validated by the Python interfaces.
+#pragma once
+#include <cstdint>
+
+#include "tables.h"
+
+namespace mrl {
+
+// src_bytes and dst_bytes: element sizes. Types: NumberType codes; both kRaw copies bits.
+void copy_spans(const void* const* sources, void* const* destinations, const CopyJob* jobs, int64_t num_jobs,
+                int src_type, int dst_type, int64_t src_bytes, int64_t dst_bytes, int num_threads);
+
+// x: [rows, cols] of NumberType `type`; codes: [rows, cols] e4m3; scales: [ceil(rows / 128), ceil(cols / 128)].
+void block_quantize(const void* x, uint8_t* codes, float* scales, int64_t rows, int64_t cols, int type,
+                    int num_threads);
+
+// sums[slot] += checksum of each span. word_bytes: 1 or 2 for raw words; otherwise elements of `type` are first cast
+// to `as_type`, and each result is one word.
+void span_checksum(const void* const* tensors, const ChecksumSpan* spans, int64_t num_spans, int type, int as_type,
+                   int word_bytes, uint64_t* sums, int num_threads);
+
+}  // namespace mrl

@@ -1,0 +1,65 @@
+// The CPU operations as torch.ops.megatron_rl_cpu.*, over the stable ABI: one build serves later torch versions.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "ops.h"
+#include "vector_level.h"
+
+namespace {
+
+using torch::stable::Tensor;
+
+std::vector<const void*> addresses(const std::vector<Tensor>& tensors) {
+  std::vector<const void*> result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) result.push_back(tensor.data_ptr());
+  return result;
+}
+
+void copy_spans(std::vector<Tensor> sources, std::vector<Tensor> destinations, Tensor jobs, int64_t src_type,
+                int64_t dst_type, int64_t num_threads) {
+  const auto from = addresses(sources), to = addresses(destinations);
+  mrl::copy_spans(from.data(), const_cast<void* const*>(to.data()), static_cast<const mrl::CopyJob*>(jobs.data_ptr()),
+                  jobs.size(0), static_cast<int>(src_type), static_cast<int>(dst_type), sources[0].element_size(),
+                  destinations[0].element_size(), static_cast<int>(num_threads));
+}
+
+void block_quantize(Tensor x, Tensor codes, Tensor scales, int64_t type, int64_t num_threads) {
+  mrl::block_quantize(x.data_ptr(), static_cast<uint8_t*>(codes.data_ptr()), static_cast<float*>(scales.data_ptr()),
+                      x.size(0), x.size(1), static_cast<int>(type), static_cast<int>(num_threads));
+}
+
+void span_checksum(std::vector<Tensor> tensors, Tensor spans, Tensor sums, int64_t type, int64_t as_type,
+                   int64_t word_bytes, int64_t num_threads) {
+  const auto data = addresses(tensors);
+  mrl::span_checksum(data.data(), static_cast<const mrl::ChecksumSpan*>(spans.data_ptr()), spans.size(0),
+                     static_cast<int>(type), static_cast<int>(as_type), static_cast<int>(word_bytes),
+                     static_cast<uint64_t*>(sums.data_ptr()), static_cast<int>(num_threads));
+}
+
+int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
+  library.def(
+      "copy_spans(Tensor[] sources, Tensor(a!)[] destinations, Tensor jobs, int src_type, int dst_type, "
+      "int num_threads) -> ()");
+  library.def("block_quantize(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int type, int num_threads) -> ()");
+  library.def(
+      "span_checksum(Tensor[] tensors, Tensor spans, Tensor(a!) sums, int type, int as_type, int word_bytes, "
+      "int num_threads) -> ()");
+  library.def("limit_vector_level(int level) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
+  library.impl("copy_spans", TORCH_BOX(&copy_spans));
+  library.impl("block_quantize", TORCH_BOX(&block_quantize));
+  library.impl("span_checksum", TORCH_BOX(&span_checksum));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CompositeExplicitAutograd, library) {
+  library.impl("limit_vector_level", TORCH_BOX(&limit_vector_level));
+}
