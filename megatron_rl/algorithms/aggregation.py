@@ -19,14 +19,18 @@ LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-me
 
 @dataclass(frozen=True, slots=True)
 class TokenAverage:
-    """Weights of one micro-batch's tokens, ``[num_tokens]`` in the dtype of the log-probabilities, zero outside the mask."""
+    """Weights of one micro-batch's tokens, ``[num_tokens]`` in the dtype of the log-probabilities, 0 off the mask."""
 
     scale: Tensor  # weight in the loss
     share: Tensor  # part of the mini-batch this token stands for: sums to 1 over the whole mini-batch
 
     def __call__(self, per_token: Tensor) -> Tensor:
         """This micro-batch's contribution, a scalar; values outside the mask are ignored, NaN included."""
-        return (torch.where(self.scale > 0, per_token, 0.0) * self.scale).sum()
+        return self.weighted(per_token).sum()
+
+    def weighted(self, per_token: Tensor) -> Tensor:
+        """Each token's contribution, ``[num_tokens]``."""
+        return torch.where(self.scale > 0, per_token, 0.0) * self.scale
 
     def metric(self, per_token: Tensor) -> Mean:
         """The same number as a metric: summed over micro-batches and ranks it is the mini-batch's value."""
@@ -69,3 +73,13 @@ def sequence_average(inputs: LossInputs, per_sequence: Tensor) -> Tensor:
 def answered(inputs: LossInputs) -> Tensor:
     """Which sequences have at least one trained token, ``[num_sequences]`` bool."""
     return inputs.sequence_sum(inputs.mask) > 0
+
+
+def answered_metric(inputs: LossInputs, per_sequence: Tensor) -> Mean:
+    """Mean over the non-empty sequences."""
+    return inputs.sequence_metric(per_sequence, answered(inputs).to(inputs.logprobs.dtype))
+
+
+def on_mask(inputs: LossInputs, per_token: Tensor) -> Tensor:
+    """``per_token`` with 0 outside the response mask, also in the gradient; NaN outside does not spread."""
+    return torch.where(inputs.fields["response_mask"].bool(), per_token, 0.0)

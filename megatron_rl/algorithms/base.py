@@ -6,7 +6,7 @@ and/or `loss` (a pure function of a record), and name the fields that they read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +20,7 @@ from megatron_rl.algorithms.moments import describe
 from megatron_rl.algorithms.packing import pack_samples, require_finite
 from megatron_rl.algorithms.roles import LogprobSource, Policy, ValueSource
 from megatron_rl.algorithms.surrogate import clipped_surrogate
-from megatron_rl.batch import Batch
+from megatron_rl.batch import Batch, Sample
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.registry import Registry
@@ -113,6 +113,10 @@ class BaseAlgorithm:
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Look at a finished step's metrics (same on all ranks) and adapt; called once per step."""
+
+    def keep_samples(self, samples: Sequence[Sample]) -> list[bool]:
+        """Which scored samples are worth training on; a trainer that fills its batch asks this after scoring."""
+        return [True] * len(samples)
 
     # --- the flow --------------------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ class GRPO(PolicyGradient):
 
     name = "grpo"
     config: Config
+    usual_kl_coefficient = 0.04  # the paper's
 
     def prepare(self, batch: Batch) -> None:
         batch.tokens["advantages"] = spread_over_tokens(batch, self.advantages(self.shaped_rewards(batch), batch))
@@ -41,7 +42,7 @@ class GRPO(PolicyGradient):
         """Rewards before grouping, ``[num_sequences]``: less the responses' KL when it is part of the reward."""
         rewards = batch["rewards"]
         if self.kl_in_reward:
-            rewards = rewards - self.config.kl_coefficient * sum_over_tokens(batch, self.token_kl(batch))
+            rewards = rewards - self.kl_coefficient * sum_over_tokens(batch, self.token_kl(batch))
         return rewards
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO
 from megatron_rl.config import ConfigRecord
 from megatron_rl.workers.loss import LossInputs, Mean
@@ -33,8 +34,7 @@ class MismatchCorrection(ConfigRecord):
 
 def masked_log_ratio(inputs: LossInputs, numerator: Tensor, denominator: Tensor) -> Tensor:
     """``numerator - denominator`` on the response mask and 0 elsewhere, also in the gradient; ``[num_tokens]``."""
-    mask = inputs.fields["response_mask"].bool()
-    return torch.where(mask, numerator, 0.0) - torch.where(mask, denominator, 0.0)
+    return on_mask(inputs, numerator) - on_mask(inputs, denominator)
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.devices import current_platform
+
 WHITEN_EPSILON = 1e-8  # added to the variance, as in verl.utils.torch_functional.masked_whiten
 
 
@@ -33,9 +35,9 @@ def sum_over_replicas(values: Tensor, group: dist.ProcessGroup | None) -> Tensor
     """Sum of a small tensor over the group, ``[n]`` float64 in, the same out; None means a single process."""
     if group is None or group.size() == 1:
         return values
-    total = values.clone()
+    total = values.to(current_platform().device, copy=True)  # the group's backend may not take host memory
     dist.all_reduce(total, group=group)
-    return total
+    return total.to(values.device)
 
 
 def masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> Moments:

@@ -6,7 +6,7 @@ each averaged over tokens in the same way.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import model_validator
@@ -46,8 +46,8 @@ class PolicyGradient(BaseAlgorithm):
         """How token losses become one number: see `aggregation.token_average`."""
         norm_length: int | None = None
         """Constant divisor in tokens of the fixed-length aggregation: the generation budget."""
-        kl_coefficient: float = 0.0
-        """Weight of the KL to the reference; 0 needs no reference."""
+        kl_coefficient: float | None = None
+        """Weight of the KL to the reference. None: the algorithm's usual weight where there is a reference, else 0."""
         kl_estimator: KLEstimator = "k3"
         """Estimator of that KL per token."""
         kl_in: Literal["loss", "reward"] = "loss"
@@ -68,6 +68,8 @@ class PolicyGradient(BaseAlgorithm):
             return self
 
     config: Config
+    usual_kl_coefficient: ClassVar[float] = 0.05  # where a reference is given and no coefficient
+    of_sequences: bool = False  # whether `policy_loss` is made of sequence sums (see `LossInputs.sequence_sum`)
 
     # --- hooks -----------------------------------------------------------------------------------------------------
 
@@ -99,17 +101,25 @@ class PolicyGradient(BaseAlgorithm):
         log_ratio = masked_log_ratio(inputs, inputs.logprobs, old)
         weights, metrics = self.correction_weights(inputs, old)
         loss, terms = self.policy_loss(inputs, log_ratio, weights, average)
-        metrics |= terms | ratio_metrics(inputs, log_ratio)
+        per_token, more = self.regularizers(inputs, average)
+        extra = inputs.sequence_sum(average.weighted(per_token)).sum() if self.of_sequences else average(per_token)
+        return LossOutput(loss + extra, metrics | terms | more | ratio_metrics(inputs, log_ratio), self.of_sequences)
+
+    def regularizers(self, inputs: LossInputs, average: TokenAverage) -> tuple[Tensor, dict[str, Mean]]:
+        """KL to the reference and entropy bonus, per token, already weighted by their coefficients."""
+        config = self.config
+        total = torch.zeros_like(inputs.logprobs)
+        metrics = {}
         if "ref_logprobs" in inputs.fields:
             difference = masked_log_ratio(inputs, inputs.logprobs, inputs.fields["ref_logprobs"])
-            penalty = kl_penalty(difference, difference.new_zeros(()), config.kl_estimator)
+            penalty = kl_penalty(difference, torch.zeros_like(difference), config.kl_estimator)
             metrics["loss/kl"] = average.metric(penalty)
-            loss = loss + config.kl_coefficient * average(penalty)
+            total = total + self.kl_coefficient * penalty
         if inputs.entropy is not None:
             metrics["policy/entropy"] = inputs.token_metric(inputs.entropy)
             if config.entropy_coefficient:
-                loss = loss - config.entropy_coefficient * average(inputs.entropy)
-        return LossOutput(loss, metrics)
+                total = total - config.entropy_coefficient * inputs.entropy
+        return total, metrics
 
     def correction_weights(self, inputs: LossInputs, old: Tensor) -> tuple[Tensor, dict[str, Mean]]:
         """Weight 1 without correction; then ``rollout_logprobs`` is not read at all."""
@@ -123,15 +133,26 @@ class PolicyGradient(BaseAlgorithm):
 
     def forward_stages(self) -> list[Stage]:
         stages = super().forward_stages()
-        if self.config.kl_coefficient:
-            self.require("reference", f"kl_coefficient={self.config.kl_coefficient}")
+        if self.with_kl:
+            self.require("reference", f"kl_coefficient={self.kl_coefficient}")
             assert self.reference is not None
             stages.append(self.reference.logprobs(write="ref_logprobs"))
         return stages
 
     @property
+    def kl_coefficient(self) -> float:
+        """The weight in use now."""
+        if self.config.kl_coefficient is None:
+            return self.usual_kl_coefficient if self.reference is not None else 0.0
+        return self.config.kl_coefficient
+
+    @property
+    def with_kl(self) -> bool:
+        return self.kl_coefficient != 0.0
+
+    @property
     def kl_in_reward(self) -> bool:
-        return bool(self.config.kl_coefficient) and self.config.kl_in == "reward"
+        return self.with_kl and self.config.kl_in == "reward"
 
     @property
     def needs_old_logprobs(self) -> bool:
@@ -144,7 +165,7 @@ class PolicyGradient(BaseAlgorithm):
     @property
     def token_reads(self) -> tuple[str, ...]:  # type: ignore[override]
         reads = ["advantages"]
-        reads += ["ref_logprobs"] if self.config.kl_coefficient and not self.kl_in_reward else []
+        reads += ["ref_logprobs"] if self.with_kl and not self.kl_in_reward else []
         reads += ["rollout_logprobs"] if self.config.correction.level != "off" else []
         return tuple(reads)
 
@@ -168,7 +189,7 @@ class PolicyGradient(BaseAlgorithm):
         kl = kl_penalty(difference, torch.zeros_like(difference), self.config.kl_estimator)
         everything = torch.ones(batch.num_sequences, dtype=torch.bool)
         per_response = masked_moments(sum_over_tokens(batch, kl), everything, self.dp_group)
-        batch.metrics["policy/reference_kl"] = per_response.mean
+        batch.metrics |= {"policy/reference_kl": per_response.mean, "policy/num_responses": per_response.count}
         return kl
 
 

@@ -49,7 +49,7 @@ def cispo_surrogate(
 
 
 def soft_gate_surrogate(log_ratio: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float) -> Surrogate:
-    """-A sigmoid(tau (r - 1)) 4 / tau, tau chosen by the sign of A: SAPO (arXiv 2511.20347, eqs. 5 and 6). Nothing is
+    """-A sigmoid(tau (r - 1)) 4 / tau, tau chosen by the sign of A: SAPO (arXiv 2511.20347, section 3). Nothing is
     clipped; the gate's slope is 1 at r = 1 and fades away from it."""
     tau = torch.where(advantages > 0, tau_positive, tau_negative)
     gate = torch.sigmoid(tau * (bounded_exp(log_ratio) - 1.0)) * 4.0 / tau
@@ -62,12 +62,11 @@ def sequence_token_log_ratio(sequence_log_ratio: Tensor, logprobs: Tensor) -> Te
     return sequence_log_ratio.detach() + logprobs - logprobs.detach()
 
 
-def geometric_log_ratio(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Surrogate:
-    """Token log-ratios of GMPO (arXiv 2507.20673, eq. 4), pessimistically clipped to [-low, high]; the ``loss`` field
-    holds the log-ratio that enters the geometric mean: the smaller of plain and clipped for A > 0, else the larger."""
-    bounded = log_ratio.clamp(-clip_low, clip_high)
-    chosen = torch.where(advantages >= 0, torch.minimum(log_ratio, bounded), torch.maximum(log_ratio, bounded))
-    return Surrogate(chosen, chosen != log_ratio)
+def pessimistic_log_ratio(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
+    """Token log-ratios of GMPO (arXiv 2507.20673, eq. 4): held in [-low, high] where that lowers the objective, that is
+    the smaller of plain and held for A >= 0, the larger otherwise."""
+    held = log_ratio.clamp(-clip_low, clip_high)
+    return torch.where(advantages >= 0, torch.minimum(log_ratio, held), torch.maximum(log_ratio, held))
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Surrogate:

@@ -1,0 +1,60 @@
+"""CISPO and SAPO: no token loses its gradient; the ratio's influence is bounded or fades instead."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import LossAggregation, on_mask
+from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.grpo import GRPO
+from megatron_rl.algorithms.surrogate import Surrogate, cispo_surrogate, soft_gate_surrogate
+from megatron_rl.workers.loss import LossInputs
+
+
+@ALGORITHMS.register("cispo")
+class CISPO(GRPO):
+    """Clipped Importance Sampling weights Policy Optimization (MiniMax-M1, arXiv 2506.13585, eqs. 4 and 5).
+
+    Bounds are relative to 1: the weight is held in [1 - clip_low, 1 + clip_high].
+    """
+
+    class Config(GRPO.Config):
+        """Settings of CISPO."""
+
+        clip_low: float = 1.0
+        """1 means no lower bound, as in the paper."""
+        clip_high: float = 4.0
+        """The weight is held below 1 + clip_high."""
+        loss_aggregation: LossAggregation = "token-mean"
+        """Mean over all tokens of the mini-batch."""
+
+    name = "cispo"
+    config: Config
+    usual_kl_coefficient = 0.0
+
+    def surrogate(self, inputs: LossInputs, log_ratio: Tensor) -> Surrogate:
+        logprobs = on_mask(inputs, inputs.logprobs)
+        advantages = on_mask(inputs, inputs.fields["advantages"])
+        return cispo_surrogate(logprobs, log_ratio, advantages, self.config.clip_low, self.config.clip_high)
+
+
+@ALGORITHMS.register("sapo")
+class SAPO(GRPO):
+    """Soft Adaptive Policy Optimization (arXiv 2511.20347): a sigmoid gate around ratio 1 instead of a clip; the clip
+    settings are not used."""
+
+    class Config(GRPO.Config):
+        """Settings of SAPO."""
+
+        tau_positive: float = 1.0
+        """Steepness of the gate where the advantage is positive."""
+        tau_negative: float = 1.05
+        """Steepness elsewhere; a little more, as negative updates are the less stable ones."""
+
+    name = "sapo"
+    config: Config
+    usual_kl_coefficient = 0.0
+
+    def surrogate(self, inputs: LossInputs, log_ratio: Tensor) -> Surrogate:
+        advantages = on_mask(inputs, inputs.fields["advantages"])
+        return soft_gate_surrogate(log_ratio, advantages, self.config.tau_positive, self.config.tau_negative)
