@@ -1,0 +1,111 @@
+"""Rule-based rewards that compare the response with the prompt's answer as text, as a number, or by a pattern."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from megatron_rl.batch import Sample
+from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.rewards.answers import all_numbers, ground_truth, last_number
+from megatron_rl.rewards.reward import REWARDS, Reward, RewardError, describe
+
+
+def answer_of(name: str, sample: Sample) -> str:
+    """The prompt's ground truth as text.
+
+    Raises:
+        RewardError: the prompt has none.
+    """
+    if sample.prompt.answer is None or not str(sample.prompt.answer).strip():
+        raise RewardError(
+            f"reward {name!r} needs an answer to compare with, and the prompt has none: set data.answer to the column "
+            f"that holds it; sample: {describe(sample)}"
+        )
+    return ground_truth(sample.prompt.answer)
+
+
+@REWARDS.register("exact")
+class ExactReward(Reward):
+    """1 when the response, stripped, is the answer, else 0."""
+
+    class Config(ConfigRecord):
+        """How texts are compared."""
+
+        ignore_case: bool = False
+        """Compare without regard to case."""
+
+    def __init__(self, config: Config | None = None, name: str = "exact") -> None:
+        self.config = config or self.Config()
+        self.name = name
+
+    def score_one(self, sample: Sample) -> float:
+        response, answer = sample.response_text.strip(), answer_of(self.name, sample)
+        if self.config.ignore_case:
+            response, answer = response.casefold(), answer.casefold()
+        return float(response == answer)
+
+
+@REWARDS.register("number")
+class NumberReward(Reward):
+    """1 when the response's last (or first) number equals the answer's last number, else 0."""
+
+    class Config(ConfigRecord):
+        """Which numbers are compared, and how closely."""
+
+        which: Literal["last", "first"] = "last"
+        """The number of the response that counts."""
+        tolerance: float = 0.0
+        """Greatest absolute difference that still counts as equal."""
+
+    def __init__(self, config: Config | None = None, name: str = "number") -> None:
+        self.config = config or self.Config()
+        self.name = name
+
+    def score_one(self, sample: Sample) -> float:
+        answer = last_number(answer_of(self.name, sample))
+        if answer is None:
+            raise RewardError(
+                f"reward {self.name!r} compares numbers, and the answer {sample.prompt.answer!r} holds none; "
+                f"sample: {describe(sample)}"
+            )
+        numbers = all_numbers(sample.response_text)
+        if not numbers:
+            return 0.0
+        given = numbers[-1] if self.config.which == "last" else numbers[0]
+        return float(abs(given - answer) <= self.config.tolerance)
+
+
+@REWARDS.register("regex")
+class RegexReward(Reward):
+    """1 when the pattern is found in the response; with ``compare``, when its first group is also the answer."""
+
+    class Config(ConfigRecord):
+        """The pattern."""
+
+        pattern: str
+        """Python regular expression; (?s), (?i) and the like set flags."""
+        compare: bool = False
+        """The first group of the last match must equal the answer, both stripped."""
+        whole: bool = False
+        """The pattern must match the whole response, stripped."""
+
+    def __init__(self, config: Config, name: str = "regex") -> None:
+        self.config = config
+        self.name = name
+        try:
+            self.pattern = re.compile(config.pattern)
+        except re.error as error:
+            raise ConfigError(f"reward {name!r}: {config.pattern!r} is not a regular expression: {error}") from None
+        if config.compare and self.pattern.groups == 0:
+            raise ConfigError(
+                f"reward {name!r}: compare needs a group, e.g. '= (\\d+)', and {config.pattern!r} has none"
+            )
+
+    def score_one(self, sample: Sample) -> float:
+        text = sample.response_text.strip()
+        whole = self.pattern.fullmatch(text)
+        matches = ([whole] if whole else []) if self.config.whole else list(self.pattern.finditer(text))
+        if not matches or not self.config.compare:
+            return float(bool(matches))
+        return float((matches[-1].group(1) or "").strip() == answer_of(self.name, sample))

@@ -1,0 +1,142 @@
+"""`Reward`: samples in, one finite number each out; and `FunctionReward`, which makes one of a function.
+
+    def polite(sample: Sample) -> float:
+        return float("please" in sample.response_text)
+
+    reward = FunctionReward(polite)
+    reward(samples)  # [1.0, 0.0, ...], and each sample.reward_parts["polite"] is set
+
+What a reward returns is checked here, once, so that NaN never reaches an advantage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_rl.batch import Sample
+from megatron_rl.config import ConfigRecord
+from megatron_rl.registry import Registry
+
+HEAD_CHARS = 60  # of a prompt or response in an error message
+
+
+class RewardError(RuntimeError):
+    """A reward that raised, or returned something that is not one finite number for each sample."""
+
+
+class Reward:
+    """One way to score samples. Subclasses override `score_one`, or `score` where a whole batch is cheaper.
+
+    ``name`` stands in logs and in `Sample.reward_parts`.
+    """
+
+    class Config(ConfigRecord):
+        """Options, from YAML or keyword arguments."""
+
+    name: str = "reward"
+
+    def score_one(self, sample: Sample) -> float:
+        """The reward of one sample; any finite number."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither score_one nor score")
+
+    def score(self, samples: Sequence[Sample]) -> Sequence[float]:
+        """The rewards of ``samples``, in their order."""
+        return [self._score_named(sample) for sample in samples]
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+        """Score, check, and note the result in each sample's ``reward_parts[self.name]``.
+
+        Raises:
+            RewardError: the reward raised, or returned too few or too many values, or one that is not a finite number;
+                the message names the sample.
+        """
+        if not samples:
+            return []
+        try:
+            values = self.score(samples)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name!r} raised {type(error).__name__}: {error}; it was scoring {len(samples)} samples, "
+                f"the first of them {describe(samples[0])}"
+            ) from error
+        rewards = _checked(self.name, samples, values)
+        self.note(samples, rewards)
+        return rewards
+
+    def note(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
+        """Keep each reward on its sample under this reward's name."""
+        for sample, value in zip(samples, rewards, strict=True):
+            sample.reward_parts[self.name] = value
+
+    def _score_named(self, sample: Sample) -> float:
+        try:
+            return self.score_one(sample)
+        except RewardError:
+            raise
+        except Exception as error:
+            raise RewardError(
+                f"reward {self.name!r} raised {type(error).__name__}: {error}; sample: {describe(sample)}"
+            ) from error
+
+
+REWARDS: Registry[type[Reward]] = Registry("reward")
+
+
+class FunctionReward(Reward):
+    """A function ``Sample -> float``, or with ``batched`` a function ``list[Sample] -> list[float]`` (or a tensor)."""
+
+    def __init__(self, function: Callable[[Any], Any], name: str | None = None, batched: bool = False) -> None:
+        self.function = function
+        self.name = name or str(getattr(function, "__name__", type(function).__name__))  # partials have no name
+        self.batched = batched
+
+    def score_one(self, sample: Sample) -> float:
+        return self.function(sample)
+
+    def score(self, samples: Sequence[Sample]) -> Sequence[float]:
+        return self.function(list(samples)) if self.batched else super().score(samples)
+
+
+def describe(sample: Sample) -> str:
+    """How error messages name a sample: prompt index, and the heads of both texts."""
+    return f"prompt {sample.prompt.index} {_head(sample.prompt.text)}, response {_head(sample.response_text)}"
+
+
+def _checked(name: str, samples: Sequence[Sample], values: Any) -> list[float]:
+    if isinstance(values, torch.Tensor | np.ndarray):
+        values = values.tolist()
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise RewardError(
+            f"reward {name!r} returned {type(values).__name__} {_head(repr(values))} for {len(samples)} samples; "
+            "expected one number for each"
+        )
+    if len(values) != len(samples):
+        raise RewardError(f"reward {name!r} returned {len(values)} values for {len(samples)} samples")
+    return [_as_float(name, sample, value) for sample, value in zip(samples, values, strict=True)]
+
+
+def _as_float(name: str, sample: Sample, value: Any) -> float:
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if not isinstance(value, Real):
+        raise RewardError(
+            f"reward {name!r} returned {type(value).__name__} {_head(repr(value))}, expected one number; "
+            f"sample: {describe(sample)}"
+        )
+    if not math.isfinite(value):
+        raise RewardError(
+            f"reward {name!r} returned {float(value)}, expected a finite number; sample: {describe(sample)}"
+        )
+    return float(value)
+
+
+def _head(text: str) -> str:
+    return repr(text if len(text) <= HEAD_CHARS else text[:HEAD_CHARS] + "…")

@@ -1,0 +1,147 @@
+"""Mathematical equality: right on real GSM8K answers, bounded in time, and usable from any thread."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_rl.batch import Prompt, Sample
+from megatron_rl.rewards import MathReward, RewardError
+from megatron_rl.rewards import verifier as verifier_module
+
+pytest.importorskip("math_verify")
+
+MONSTER = "9^{9^{9^{9}}}"  # math-verify would evaluate it for ever
+
+
+def sample(response: str, answer: object) -> Sample:
+    return Sample(Prompt([1], text="question", answer=answer), [2], [0.0], response_text=response)
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[MathReward]:
+    reward = MathReward(MathReward.Config(seconds=1))
+    yield reward
+    reward.close()
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "expected"),
+    [
+        ("She pays $18.\n#### 18", "48/2=24\n#### 18", 1.0),
+        ("#### 1,000", "#### 1000", 1.0),
+        ("#### 17", "#### 18", 0.0),
+        ("The answer is 18.", "#### 18", 1.0),
+        ("I have 18 and add 1, so the answer is 19.", "#### 18", 0.0),
+        (r"so \boxed{0.5}", r"\frac{1}{2}", 1.0),
+        (r"so \boxed{\frac{2}{4}}", "1/2", 1.0),
+        (r"so \boxed{x^2+2x+1}", "(x+1)^2", 1.0),
+        (r"so \boxed{x^2+2x+2}", "(x+1)^2", 0.0),
+        (r"so \boxed{2\sqrt{3}}", r"\sqrt{12}", 1.0),
+        ("Yes", "yes", 1.0),
+        (r"\boxed{no}", "on", 0.0),  # not the product n*o
+        ("", "5", 0.0),
+        ("no idea", "5", 0.0),
+    ],
+)
+def test_verdict(reward: MathReward, response: str, answer: str, expected: float) -> None:
+    assert reward([sample(response, answer)]) == [expected]
+
+
+def test_gsm8k_solutions_are_right_and_their_neighbours_wrong(shared_dir: Path, reward: MathReward) -> None:
+    with gzip.open(shared_dir / "data" / "gsm8k_test.jsonl.gz", "rt") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    right = [sample(answer, answer) for answer in answers]
+    shifted = [sample(a, b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
+    assert sum(reward(right)) == len(answers) == 1319
+    equal = [a.split("####")[1] == b.split("####")[1] for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
+    assert reward(shifted) == [float(e) for e in equal]
+
+
+def test_unmarked_gsm8k_answers_go_through_math_verify(shared_dir: Path, reward: MathReward) -> None:
+    with gzip.open(shared_dir / "data" / "gsm8k_test.jsonl.gz", "rt") as file:
+        answers = [json.loads(line)["answer"] for line in file][:60]
+    spoken = [sample(f"Therefore, the answer is {a.split('####')[1].strip()}.", a) for a in answers]
+    assert sum(reward(spoken)) == 60
+
+
+def test_an_endless_comparison_costs_its_limit_and_is_counted() -> None:
+    reward = MathReward(MathReward.Config(seconds=1))
+    reward([sample("\\boxed{x}", "x^2")])  # starts the child
+    started = time.monotonic()
+    batch = [sample(f"\\boxed{{{MONSTER}}}", "18"), sample(r"\boxed{\frac{36}{2}}", "18")]
+    assert reward(batch) == [0.0, 1.0]
+    assert time.monotonic() - started < 25
+    assert reward.num_timeouts == 1
+    assert batch[0].metadata["math_timeout"] is True
+    assert "math_timeout" not in batch[1].metadata
+    reward.close()
+
+
+def test_threads_share_one_reward_and_the_main_thread_keeps_its_alarm(reward: MathReward) -> None:
+    def handler(signum: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGALRM, handler)
+    remaining = signal.setitimer(signal.ITIMER_REAL, 100)
+    verdicts: dict[int, float] = {}
+
+    def work(number: int) -> None:
+        verdicts[number] = reward([sample(f"\\boxed{{\\frac{{{2 * number}}}{{2}}}}", str(number))])[0]
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(1, 9)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert signal.getsignal(signal.SIGALRM) is handler
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *remaining)
+        signal.signal(signal.SIGALRM, before)
+    assert verdicts == dict.fromkeys(range(1, 9), 1.0)
+
+
+def test_a_child_that_died_is_replaced() -> None:
+    reward = MathReward()
+    half = sample(r"\boxed{0.5}", "1/2")
+    assert reward([half]) == [1.0]
+    child = reward._verifier._child
+    assert child is not None
+    child.kill()
+    child.wait()
+    assert reward([half]) == [1.0]
+    reward.close()
+    assert child.poll() is not None
+
+
+def test_closing_leaves_no_process() -> None:
+    reward = MathReward()
+    reward([sample(r"\boxed{0.5}", "1/2")])
+    child = reward._verifier._child
+    assert child is not None
+    del reward  # also without close()
+    assert child.wait(10) is not None
+
+
+def test_absent_math_verify_is_an_error_that_says_how_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "program.py"
+    source = verifier_module.PROGRAM.read_text()
+    program.write_text(source.replace("import math_verify", "import math_verify_that_is_not_there"))
+    monkeypatch.setattr(verifier_module, "PROGRAM", program)
+    with pytest.raises(RewardError, match="pip install math-verify"):
+        MathReward()([sample(r"\boxed{0.5}", "1/2")])
+
+
+def test_a_prompt_without_answer_is_an_error(reward: MathReward) -> None:
+    with pytest.raises(RewardError, match=r"set data\.answer"):
+        reward([sample("5", None)])
