@@ -167,6 +167,8 @@ def check_context_halves(loss, rows: Rows, monkeypatch, sequences=None, split=la
         joined[[i for i, place in enumerate(places) if split(*place) == rank]] = outputs[rank][1]
     np.testing.assert_allclose(joined, gradient_of(whole, whole_inputs.logprobs), rtol=1e-10, atol=1e-14)
     parts = [outputs[rank][0] for rank in range(2)]
+    share = 2 if whole.of_sequences else 1  # such a loss is whole on every rank
+    np.testing.assert_allclose(sum(p.loss.item() for p in parts) / share, whole.loss.item(), rtol=1e-12, atol=1e-14)
     for name in whole.metrics:
         np.testing.assert_allclose(
             metric_value(parts, name), metric_value([whole], name), rtol=1e-10, atol=1e-12, err_msg=name

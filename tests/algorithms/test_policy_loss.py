@@ -17,6 +17,7 @@ from algorithms.ragged import (
     metric_value,
     totals_of,
 )
+from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import GRPO, DrGRPO
 from megatron_rl.config import ConfigError
@@ -128,19 +129,9 @@ def oracle(rows: Rows, **c) -> float:
     return total
 
 
-class Standing:
-    dp_group = None
-
-
-class StandInActor:
-    """Only what constructing an algorithm needs; numerics never touch it."""
-
-    context = Standing()
-
-
 def grpo(**config) -> GRPO:
     config = {"old_logprobs": "recompute", **config}
-    return GRPO(actor=StandInActor(), reference=StandInActor(), **config)
+    return GRPO(actor=StandInWorker(), reference=StandInWorker(), **config)
 
 
 def without(rows: Rows, *names: str) -> Rows:
@@ -244,14 +235,14 @@ def test_policy_metrics_are_masked_means():
 
 def test_fixed_length_without_its_length_is_refused():
     with pytest.raises(ConfigError, match="norm_length"):
-        DrGRPO(actor=StandInActor())
+        DrGRPO(actor=StandInWorker())
 
 
 def test_unknown_setting_names_the_nearest_one():
     with pytest.raises(ConfigError, match="did you mean 'clip_high'"):
-        GRPO(actor=StandInActor(), clip_hihg=0.3)
+        GRPO(actor=StandInWorker(), clip_hihg=0.3)
 
 
 def test_kl_without_reference_is_refused_when_the_flow_is_built():
     with pytest.raises(ConfigError, match=r"kl_coefficient=0.1 needs reference=\.\.\."):
-        GRPO(actor=StandInActor(), kl_coefficient=0.1).forward_stages()
+        GRPO(actor=StandInWorker(), kl_coefficient=0.1).forward_stages()
