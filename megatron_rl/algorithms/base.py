@@ -139,7 +139,8 @@ class BaseAlgorithm:
 
     def prepare_stage(self) -> Stage:
         def run(batch: Batch) -> None:
-            require_finite(batch, [name for name in self.prepare_reads if name in batch])
+            checked = dict.fromkeys((*self.prepare_reads, *self.loss_fields))
+            require_finite(batch, [name for name in checked if name in batch])
             self.prepare(batch)
             if "advantages" in batch.tokens:
                 mask = batch["response_mask"]
