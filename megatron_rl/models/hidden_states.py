@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from megatron_rl.models.chunk import unwrap
+from megatron_rl.models.value_head import ValueHead
 
 
 @contextlib.contextmanager
@@ -28,10 +28,10 @@ def hidden_states(chunk: nn.Module) -> Iterator[None]:
 
     They are whole on each tensor-parallel rank, and each rank's gradient is a partial sum (what its part of the
     vocabulary contributes): the sum over the ranks is taken in the backward pass, as it is for logits. Chunks that are
-    not last are left as they are. Only the forward has to lie inside the context.
+    not last, and those with a `ValueHead`, are left as they are. Only the forward has to lie inside the context.
     """
     model = unwrap(chunk)
-    if not model.post_process:
+    if not model.post_process or isinstance(model.output_layer, ValueHead):
         yield
         return
     layer, group = model.output_layer, model.pg_collection.tp
@@ -53,4 +53,23 @@ def whole_hidden(hidden: Tensor, group: dist.ProcessGroup, sequence_parallel: bo
         return hidden
     if sequence_parallel:
         return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-    return copy_to_tensor_model_parallel_region(hidden, group=group)
+    return _SumGradient.apply(hidden, group)
+
+
+class _SumGradient(torch.autograd.Function):
+    """Identity; the gradient is summed over the group.
+
+    Megatron's `copy_to_tensor_model_parallel_region` is not used: its `_reduce` sums a contiguous copy and returns the
+    tensor it was given, so a transposed gradient (padded rows, more than one) would stay a partial sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
