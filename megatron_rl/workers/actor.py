@@ -74,8 +74,9 @@ class Actor:
         self.trainable: TrainableModel = assemble(
             model, context, self.settings, optimizer=optimizer, scheduler=scheduler, vocab=len(tokenizer), name="actor"
         )
-        self.tokenizer = align_tokenizer(tokenizer, self.model.hf_config)
-        self.rollouts = Rollouts(self.model, self.tokenizer, self.settings.rollout, self.settings.seed, engine)
+        self.tokenizer = tokenizer
+        special = align_tokenizer(tokenizer, self.model.hf_config)
+        self.rollouts = Rollouts(self.model, tokenizer, special.eos, self.settings.rollout, self.settings.seed, engine)
 
     @property
     def model(self) -> MegatronModel:

@@ -6,9 +6,10 @@ chunks for Megatron's schedule, a `ParallelContext`, an `Architecture`, and the 
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_in import load_folder, model_source, resolve_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -42,7 +43,7 @@ class MegatronModel:
     context: ParallelContext
     architecture: Architecture
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
-    hf_config: Mapping[str, Any] = field(default_factory=dict)  # of the model it was loaded from; empty otherwise
+    hf_config: PretrainedConfig | None = None  # of the Hugging Face model it was loaded from
     value_head: bool = False  # the output layer is a value head
 
     @classmethod
@@ -59,9 +60,8 @@ class MegatronModel:
 
         From a folder each rank reads only its own part of the files.
         """
-        in_memory = not isinstance(source, (str, Path))
-        folder = Path() if in_memory else resolve_folder(source)
-        hf_config = source.config if in_memory else read_hf_config(folder)
+        folder = resolve_folder(source) if isinstance(source, (str, Path)) else None
+        hf_config = read_hf_config(folder) if folder else copy.deepcopy(source.config)  # type: ignore[union-attr]
         architecture, sizes = architecture_from_hf(hf_config), context.sizes
         device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
@@ -69,11 +69,11 @@ class MegatronModel:
             architecture, config, pg_collection=context.collection, device=device, value_head=value_head
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
-        model = cls(list(chunks), context, architecture, vocab, hf_config.to_dict(), value_head)
-        if in_memory:
-            fill(model.layout, context.rank, model.tensors(), model_source(source)[1])
-        else:
+        model = cls(list(chunks), context, architecture, vocab, hf_config, value_head)
+        if folder:
             load_folder(folder, model.layout, context.rank, model.tensors())
+        else:
+            fill(model.layout, context.rank, model.tensors(), model_source(source)[1])  # type: ignore[arg-type]
         return model
 
     @classmethod

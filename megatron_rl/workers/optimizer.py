@@ -47,7 +47,12 @@ class OptimizerSettings(ConfigRecord):
     gradient_reduce_in_fp32: bool = True
     """Accumulate and reduce gradients in fp32 even when weights are bf16."""
     optimizer: Literal["adam", "sgd"] = "adam"
-    """Update rule."""
+    """Update rule; sgd (no momentum) is never sharded, as it has no state."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether Megatron's distributed optimizer is used."""
+        return self.distributed and self.optimizer == "adam"
 
 
 def wrap_data_parallel(
@@ -57,7 +62,7 @@ def wrap_data_parallel(
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=settings.gradient_reduce_in_fp32,
         overlap_grad_reduce=settings.overlap_gradient_reduce,
-        use_distributed_optimizer=settings.distributed,
+        use_distributed_optimizer=settings.is_sharded,
         check_for_nan_in_grad=False,  # a NaN is reported by the worker with the name of the step, see `Actor.optimize`
     )
     extra = {} if groups is None else {"pg_collection": groups}
@@ -85,7 +90,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSe
             adam_eps=settings.epsilon,
             sgd_momentum=0.0,
             clip_grad=settings.clip_gradient,
-            use_distributed_optimizer=settings.distributed,
+            use_distributed_optimizer=settings.is_sharded,
             bf16=bf16,
             params_dtype=model_config.params_dtype,
         ),

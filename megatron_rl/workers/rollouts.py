@@ -7,7 +7,7 @@ call and the prompt alone, so the layout of training and rollout changes no samp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rl.batch import Prompt, Sample
@@ -28,10 +28,17 @@ class Rollouts:
     """One rank's view of the rollout engine."""
 
     def __init__(
-        self, model: MegatronModel, tokenizer: Any, settings: RolloutSettings, seed: int, engine: RolloutEngine | None
+        self,
+        model: MegatronModel,
+        tokenizer: Any,
+        eos: tuple[int, ...],
+        settings: RolloutSettings,
+        seed: int,
+        engine: RolloutEngine | None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.eos = eos
         self.settings = settings
         self.seed = seed
         self.trained_version = 0  # of the weights that training holds
@@ -61,7 +68,7 @@ class Rollouts:
 
     def _build_engine(self) -> RolloutEngine:
         model, tp = self.model, self.settings.tp
-        replicas = [replica for placement in self.placements for replica in placement.replicas]
+        replicas = tuple(replica for placement in self.placements for replica in placement.replicas)
         dtype = DTYPES[self.settings.dtype] if self.settings.dtype else model.config.params_dtype
         platform = current_platform()
         group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
@@ -71,7 +78,7 @@ class Rollouts:
             rank=model.context.rank,
             dtype=dtype,
             tp_group=group,
-            eos_token_ids=eos_token_ids(self.tokenizer, model.hf_config),
+            eos_token_ids=self.eos,
             tokenizer=self.tokenizer,
             max_running=self.settings.max_running,
             device=model.device,
@@ -127,15 +134,17 @@ class Rollouts:
             metadata=dict(completion.metadata),
         )
 
+    def state_dict(self) -> dict[str, int]:
+        """What a resumed run needs for the same seeds and versions."""
+        return {"trained_version": self.trained_version, "calls": self.calls}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Restore what `state_dict` returned; the engine's weights are outdated from then on."""
+        self.trained_version, self.calls = state["trained_version"], state["calls"]
+        self._served_version = None
+
     def close(self) -> None:
+        """Release the engine."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
-
-
-def eos_token_ids(tokenizer: Any, hf_config: Any) -> tuple[int, ...]:
-    """Tokens that end a response: the tokenizer's eos and those that the model's config names."""
-    found = [tokenizer.eos_token_id]
-    named = hf_config.get("eos_token_id") if hf_config else None
-    found += named if isinstance(named, list) else [named]
-    return tuple(sorted({int(token) for token in found if token is not None}))

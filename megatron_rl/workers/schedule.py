@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import Alignment, MicroBatch, pack, pad, split_micro_batches
+from megatron_rl.models.attention import packed_params
 from megatron_rl.models.hidden_states import hidden_states
 from megatron_rl.workers.megatron_model import MegatronModel
 
@@ -129,17 +129,7 @@ def _forward(model: MegatronModel, batch: Batch, micro_batch: MicroBatch, chunk:
     device = model.device
     packed = None
     if micro_batch.cu_seqlens is not None:
-        cu_seqlens = micro_batch.cu_seqlens.to(device)
-        longest = int(micro_batch.cu_seqlens.diff().max())
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_kv=cu_seqlens,
-            cu_seqlens_q_padded=cu_seqlens,
-            cu_seqlens_kv_padded=cu_seqlens,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
+        packed = packed_params(micro_batch.cu_seqlens.to(device))
     with contextlib.nullcontext() if model.value_head else hidden_states(chunk):
         return chunk(
             micro_batch.input_ids(batch).to(device),

@@ -66,8 +66,8 @@ class TrainableModel(ScoringModel):
         for epoch in range(how.num_epochs):
             for members in self._mini_batches(batch, how, epoch):
                 part = batch.select(members) if len(members) < batch.num_sequences else batch
-                metrics, norm = self._step(part, loss, how, scorer)
-                collected += metrics
+                means, norm = self._step(part, loss, how, scorer)
+                collected += means
                 norms.append(norm)
         metrics = self._reduce(collected)
         metrics["optimizer/gradient_norm"] = sum(norms) / len(norms)
@@ -90,7 +90,7 @@ class TrainableModel(ScoringModel):
         totals = self._totals(batch, groups)
         micro_batches = plan_micro_batches(batch, model, self.micro_batching, groups)
         for chunk in model.chunks:
-            chunk.zero_grad_buffer()
+            chunk.zero_grad_buffer()  # type: ignore[operator]
             chunk.train()
         self.optimizer.zero_grad()
         head = loss_head(model, batch, loss, totals, how.reads, how.sequence_reads, scorer(batch))
