@@ -25,7 +25,7 @@ class ConsoleTracker(Tracker):
         """What the lines show."""
 
         columns: tuple[str, ...] = (
-            "reward/mean",
+            "reward*/mean",
             "eval/*",
             "loss/*",
             "*kl*",
@@ -44,7 +44,11 @@ class ConsoleTracker(Tracker):
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None, stream: TextIO | None = None) -> None:
         super().__init__(run, config)
         self.stream = stream or sys.stdout
-        self._progress = self._start_bar() if self.stream.isatty() else None
+        self._progress: Progress | None = None
+
+    def start(self, resume_step: int | None = None) -> None:
+        if self.stream.isatty():
+            self._progress = self._start_bar(resume_step or 0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         evaluation = all(name.startswith("eval/") for name in metrics)
@@ -57,7 +61,7 @@ class ConsoleTracker(Tracker):
         if self._progress is not None:
             self._progress.stop()
 
-    def _start_bar(self) -> Progress:
+    def _start_bar(self, completed: int) -> Progress:
         columns = (
             TextColumn(self.run.name),
             BarColumn(),
@@ -66,7 +70,7 @@ class ConsoleTracker(Tracker):
             TimeRemainingColumn(),
         )
         progress = Progress(*columns, console=Console(file=self.stream), redirect_stdout=False, redirect_stderr=False)
-        progress.add_task(self.run.name, total=self.run.total_steps, completed=self.run.resume_step or 0)
+        progress.add_task(self.run.name, total=self.run.total_steps, completed=completed)
         progress.start()
         return progress
 

@@ -33,6 +33,10 @@ class TrackerGroup(Tracker):
         super().__init__(run)
         self.trackers = list(trackers)
 
+    def start(self, resume_step: int | None = None) -> None:
+        for tracker in self.trackers:
+            tracker.start(resume_step)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for tracker in self.trackers:
             tracker.log(metrics, step)
@@ -53,11 +57,7 @@ class TrackerGroup(Tracker):
 
 
 def build_tracker(
-    config: TrackerGroup.Config,
-    output_dir: Path,
-    rank: int = 0,
-    total_steps: int | None = None,
-    resume_step: int | None = None,
+    config: TrackerGroup.Config, output_dir: Path, rank: int = 0, total_steps: int | None = None
 ) -> TrackerGroup:
     """The trackers that ``config`` asks for, on rank 0; an empty group elsewhere.
 
@@ -69,7 +69,6 @@ def build_tracker(
         experiment=config.experiment,
         name=config.run_name or Path(output_dir).absolute().name,
         total_steps=total_steps,
-        resume_step=resume_step,
     )
     if unused := sorted(set(config.options) - set(config.trackers)):
         raise ConfigError(f"tracking.options has {unused[0]!r}, which is not in tracking.trackers: {config.trackers}")

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from megatron_rl.config import ConfigRecord
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
@@ -29,19 +30,24 @@ class JsonlTracker(Tracker):
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:
         super().__init__(run, config)
         self.path = run.output_dir / FILE_NAME
-        kept = [] if run.resume_step is None else _lines_through(self.path, run.resume_step)
+        self._file: TextIO | None = None
+
+    def start(self, resume_step: int | None = None) -> None:
+        kept = [] if resume_step is None else _lines_through(self.path, resume_step)
         partial = self.path.with_name(f".{FILE_NAME}.{os.getpid()}")
         partial.write_text("".join(kept))
         os.replace(partial, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        assert self._file is not None, "start() comes before log()"
         values = {name: _encode(float(value)) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self, status: str = "finished") -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:

@@ -53,8 +53,17 @@ class MlflowTracker(Tracker):
         self.uri = self.config.uri or f"sqlite:///{run.output_dir / DATABASE}"
         self._client = MlflowClient(self.uri)
         self.experiment_id = self._find_experiment()
-        self.run_id = self._find_run()
+        self.run_id = ""  # start() sets it
         logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, self.uri)
+
+    def start(self, resume_step: int | None = None) -> None:
+        kept = self.run.output_dir / RUN_ID_FILE
+        if resume_step is not None and kept.exists():
+            self.run_id = kept.read_text().strip()
+            self._client.update_run(self.run_id, status="RUNNING")
+        else:
+            self.run_id = str(self._client.create_run(self.experiment_id, run_name=self.run.name).info.run_id)
+            kept.write_text(self.run_id + "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
@@ -81,7 +90,8 @@ class MlflowTracker(Tracker):
             self._client.log_artifact(self.run_id, str(path), folder or None)
 
     def close(self, status: str = "finished") -> None:
-        self._client.set_terminated(self.run_id, STATUSES[status])
+        if self.run_id:
+            self._client.set_terminated(self.run_id, STATUSES[status])
 
     def _find_experiment(self) -> str:
         known = self._client.get_experiment_by_name(self.run.experiment)
@@ -90,13 +100,3 @@ class MlflowTracker(Tracker):
         # A server of its own knows where artifacts go; for our own store they stay in the output folder.
         place = None if self.config.uri else (self.run.output_dir / ARTIFACTS).as_uri()
         return str(self._client.create_experiment(self.run.experiment, artifact_location=place))
-
-    def _find_run(self) -> str:
-        kept = self.run.output_dir / RUN_ID_FILE
-        if self.run.resume_step is not None and kept.exists():
-            run_id = kept.read_text().strip()
-            self._client.update_run(run_id, status="RUNNING")
-            return run_id
-        created = self._client.create_run(self.experiment_id, run_name=self.run.name)
-        kept.write_text(created.info.run_id + "\n")
-        return str(created.info.run_id)

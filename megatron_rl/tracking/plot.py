@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 SMOOTHING = 0.9  # weight of the past in the moving average
@@ -11,14 +12,15 @@ SMOOTHING = 0.9  # weight of the past in the moving average
 def plot_reward_curve(
     metrics: Mapping[int, Mapping[str, float]],
     path: Path,
-    train: str = "reward/mean",
-    evaluation: str = "eval/reward",
+    train: str = "reward*/mean",
+    evaluation: str = "eval/*reward*",
     title: str = "Reward",
 ) -> None:
-    """Draw ``train`` against the step, raw and smoothed, with ``evaluation`` as points.
+    """Draw one training metric against the step, raw and smoothed, with one evaluation metric as points.
 
     Args:
         metrics: metrics by step, as `read_metrics` returns them.
+        train, evaluation: names, or patterns whose first match is drawn (* matches anything).
         path: the PNG to write.
 
     Raises:
@@ -26,13 +28,13 @@ def plot_reward_curve(
     """
     import matplotlib.figure  # half a second, and needed by rank 0 only at the end of a run
 
+    names = dict.fromkeys(name for values in metrics.values() for name in values)
+    train, evaluation = _first(names, train), _first(names, evaluation)
     curve = {step: values[train] for step, values in metrics.items() if train in values}
     points = {step: values[evaluation] for step, values in metrics.items() if evaluation in values}
     if not curve and not points:
-        known = sorted({name for values in metrics.values() for name in values})
-        raise ValueError(
-            f"nothing to draw: neither {train!r} nor {evaluation!r} is among {', '.join(known) or 'nothing'}"
-        )
+        known = ", ".join(sorted(names)) or "nothing"
+        raise ValueError(f"nothing to draw: neither {train!r} nor {evaluation!r} is among {known}")
     # A Figure without pyplot draws with Agg and keeps no global state.
     figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
@@ -47,6 +49,10 @@ def plot_reward_curve(
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _first(names: Iterable[str], pattern: str) -> str:
+    return next((name for name in names if fnmatchcase(name, pattern)), pattern)
 
 
 def smooth(values: Sequence[float], weight: float = SMOOTHING) -> list[float]:

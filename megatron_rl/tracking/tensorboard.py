@@ -6,6 +6,7 @@ tensorboard --logdir <output_dir>/tensorboard
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigRecord
@@ -24,8 +25,11 @@ class TensorboardTracker(Tracker):
         super().__init__(run, config)
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = None if run.resume_step is None else run.resume_step + 1
-        self._writer = SummaryWriter(str(run.output_dir / FOLDER), purge_step=purge_step)
+        self._open = partial(SummaryWriter, str(run.output_dir / FOLDER))
+        self._writer: Any = None
+
+    def start(self, resume_step: int | None = None) -> None:
+        self._writer = self._open(purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -36,4 +40,5 @@ class TensorboardTracker(Tracker):
         self._writer.add_text("config", f"| parameter | value |\n|---|---|\n{rows}")
 
     def close(self, status: str = "finished") -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -1,7 +1,8 @@
 """`Tracker`: the face of one place that metrics go to, and `TrackedRun`: what every tracker knows about the run.
 
-A new tracker is one class here beside the others and one registry line. Its constructor does the slow and fallible
-work (imports, connections), so it is built on rank 0 only; see `build_tracker`.
+A new tracker is one class in a file beside the others and one registry line. Its constructor does the slow and
+fallible work (imports, connections), so it is built on rank 0 only; see `build_tracker`. `start` comes once, when it is
+known whether a checkpoint was loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ class TrackedRun:
     experiment: str = "megatron_rl"  # groups runs
     name: str = "run"  # this run among those of its experiment
     total_steps: int | None = None  # for progress bars; None when unknown
-    resume_step: int | None = None  # last step that the loaded checkpoint holds; None when the run starts anew
 
 
 class Tracker:
@@ -55,6 +55,10 @@ class Tracker:
                 f"tracker {name!r} needs the package {cls.package}, which is not installed: run "
                 f"pip install 'megatron-rl[{cls.package}]', or leave {name!r} out of tracking.trackers"
             )
+
+    def start(self, resume_step: int | None = None) -> None:
+        """Begin the run, or continue it after ``resume_step``, the last step that the loaded checkpoint holds; what an
+        interrupted run recorded later is dropped where the destination can forget."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record metrics of one step. Several calls for one step add up."""

@@ -32,12 +32,16 @@ class WandbTracker(Tracker):
         super().__init__(run, config)
         import wandb
 
-        kept = run.output_dir / RUN_ID_FILE
-        known = kept.read_text().strip() if run.resume_step is not None and kept.exists() else None
-        self._run = wandb.init(
-            project=run.experiment,
-            name=run.name,
-            dir=str(run.output_dir),
+        self._init = wandb.init
+        self._run: Any = None
+
+    def start(self, resume_step: int | None = None) -> None:
+        kept = self.run.output_dir / RUN_ID_FILE
+        known = kept.read_text().strip() if resume_step is not None and kept.exists() else None
+        self._run = self._init(
+            project=self.run.experiment,
+            name=self.run.name,
+            dir=str(self.run.output_dir),
             entity=self.config.entity or None,
             mode=self.config.mode,
             id=known,
@@ -56,4 +60,5 @@ class WandbTracker(Tracker):
         self._run.save(str(path), base_path=str(Path(path).parent), policy="now")
 
     def close(self, status: str = "finished") -> None:
-        self._run.finish(exit_code=EXIT_CODES[status])
+        if self._run is not None:
+            self._run.finish(exit_code=EXIT_CODES[status])

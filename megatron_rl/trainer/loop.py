@@ -109,18 +109,23 @@ class Trainer:
         Raises:
             Exception: what a stage raised; callbacks and trackers have been told.
         """
+        status = "failed"
         try:
-            return self._train()
+            metrics = self._train()
+            status = "finished"
+            return metrics
         except BaseException as error:
             for callback in self.callbacks:
                 callback.on_error(self, error)
             raise
         finally:
             for tracker in self.trackers:
-                tracker.close()
+                tracker.close(status)
 
     def _train(self) -> dict[str, float]:
         resumed = self.checkpoints is not None and self.checkpoints.restore(self)
+        for tracker in self.trackers:
+            tracker.start(self.step if resumed else None)
         self._each("on_train_begin")
         logger.info(
             "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow

@@ -25,11 +25,13 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An output folder with one run: killed after step 3, resumed from step 2, finished at step 4."""
     output = tmp_path_factory.mktemp("run with space")
     tracker = build_tracker(CONFIG, output)
+    tracker.start()
     tracker.log_params({"parallel": {"tp": 2}, "long": "x" * 9000} | {f"p{i}": i for i in range(150)})
     for step in (1, 2, 3):
         tracker.log({"reward/mean": step / 4, "loss/policy": float("nan")}, step)
     tracker.close("killed")
-    resumed = build_tracker(CONFIG, output, resume_step=2)
+    resumed = build_tracker(CONFIG, output)
+    resumed.start(resume_step=2)
     resumed.log_params({"parallel": {"tp": 4}, "new": "y"})
     for step in (3, 4):
         resumed.log({"reward/mean": step / 4}, step)

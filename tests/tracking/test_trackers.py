@@ -25,6 +25,7 @@ class Terminal(io.StringIO):
 
 def test_jsonl_reads_back_every_bit(tmp_path: Path) -> None:
     tracker = JsonlTracker(TrackedRun(tmp_path))
+    tracker.start()
     values = {"a/third": 1 / 3, "a/tiny": 5e-324, "a/nan": math.nan, "a/inf": -math.inf, "a/int": 7}
     tracker.log(values, step=1)
     tracker.log({"eval/reward": 0.1 + 0.2}, step=1)
@@ -39,7 +40,8 @@ def test_jsonl_reads_back_every_bit(tmp_path: Path) -> None:
 
 def test_jsonl_of_a_resumed_run_equals_that_of_an_uninterrupted_one(tmp_path: Path) -> None:
     def run(folder: Path, first: int, last: int, resume_step: int | None) -> None:
-        tracker = JsonlTracker(TrackedRun(folder, resume_step=resume_step))
+        tracker = JsonlTracker(TrackedRun(folder))
+        tracker.start(resume_step)
         for step in range(first, last + 1):
             tracker.log({"reward/mean": step / 7}, step)
         tracker.close()
@@ -57,7 +59,10 @@ def test_jsonl_of_a_resumed_run_equals_that_of_an_uninterrupted_one(tmp_path: Pa
 
 def test_jsonl_of_a_new_run_starts_empty(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    JsonlTracker(TrackedRun(tmp_path)).close()
+    tracker = JsonlTracker(TrackedRun(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text()  # nothing is lost before it is known that the run starts anew
+    tracker.start()
+    tracker.close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
@@ -86,7 +91,8 @@ def test_console_shows_every_nth_step_and_every_evaluation(tmp_path: Path) -> No
 def test_console_draws_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     stream = Terminal()
-    tracker = ConsoleTracker(TrackedRun(tmp_path, name="arithmetic", total_steps=4, resume_step=1), stream=stream)
+    tracker = ConsoleTracker(TrackedRun(tmp_path, name="arithmetic", total_steps=4), stream=stream)
+    tracker.start(resume_step=1)
     for step in (2, 3, 4):
         tracker.log({"reward/mean": 0.25 * step}, step)
     tracker.close()
@@ -100,11 +106,13 @@ def test_tensorboard_events_read_back(tmp_path: Path) -> None:
 
     config = TrackerGroup.Config(trackers=("tensorboard",))
     tracker = build_tracker(config, tmp_path)
+    tracker.start()
     tracker.log_params({"parallel": {"tp": 2}})
     for step in (1, 2, 3):
         tracker.log({"reward/mean": step / 4}, step)
     tracker.close()
-    resumed = build_tracker(config, tmp_path, resume_step=2)
+    resumed = build_tracker(config, tmp_path)
+    resumed.start(resume_step=2)
     resumed.log({"reward/mean": 9.0}, 3)
     resumed.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -115,6 +123,7 @@ def test_tensorboard_events_read_back(tmp_path: Path) -> None:
 
 def test_only_rank_0_writes_anything(tmp_path: Path) -> None:
     group = build_tracker(TrackerGroup.Config(trackers=("jsonl", "tensorboard")), tmp_path / "out", rank=1)
+    group.start()
     group.log({"a/b": 1.0}, 1)
     group.close()
     assert group.trackers == []
@@ -173,6 +182,7 @@ def test_wandb_offline_run_is_written(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WANDB_SILENT", "true")
     config = TrackerGroup.Config(trackers=("wandb",), options={"wandb": {"mode": "offline"}})
     tracker = build_tracker(config, tmp_path)
+    tracker.start()
     tracker.log_params({"seed": 1})
     tracker.log({"reward/mean": 0.5}, 1)
     tracker.close()
