@@ -102,11 +102,11 @@ class Decoder:
             Logits of the next token, ``[running, vocab]`` fp32.
         """
         self.rotary.reserve(length)
-        rows = torch.arange(len(tokens), device=tokens.device)
+        places = self.cache.places(positions)
         mask = length_mask(positions + 1, length, self.kv_heads, self.embedding.dtype)
 
         def attend(layer: int, queries: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            self.cache.write_tokens(layer, kv, rows, positions)
+            self.cache.write_tokens(layer, kv, places)
             keys, values = self.cache.read(layer, len(tokens), length)
             return attend_cache(queries, keys, values, mask)
 

@@ -68,15 +68,25 @@ class KVCache:
         rows = kv.permute(0, 3, 2, 1, 4)[sources]
         self.layers[layer][first_row : first_row + len(sources), :, :, : kv.shape[1]] = rows
 
-    def write_tokens(self, layer: int, kv: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    def places(self, positions: torch.Tensor) -> torch.Tensor:
+        """Where the keys and values of one token per running sequence go, for `write_tokens` of every layer.
+
+        Args:
+            positions: ``[running]``, where in its sequence each token stands.
+        """
+        length = self.layers[0].shape[3]
+        heads = torch.arange(len(positions) * self.kv_heads * 2, device=positions.device) * length
+        return (heads.view(len(positions), -1) + positions[:, None]).flatten()
+
+    def write_tokens(self, layer: int, kv: torch.Tensor, places: torch.Tensor) -> None:
         """One more token of every running sequence.
 
         Args:
             kv: ``[running, 2, kv_heads, head_dim]``.
-            rows: ``arange(running)``.
-            positions: ``[running]``, where in its sequence each token stands.
+            places: from `places`.
         """
-        self.layers[layer][rows, :, :, positions] = kv.transpose(1, 2)
+        vectors = kv.transpose(1, 2).reshape(-1, self.head_dim)
+        self.layers[layer].view(-1, self.head_dim).index_copy_(0, places, vectors)
 
     def read(self, layer: int, running: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values ``[running, kv_heads, length, head_dim]``, views."""
