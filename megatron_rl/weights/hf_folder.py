@@ -1,0 +1,177 @@
+"""`HFFolderWriter`: a Hugging Face folder written file by file, complete or not there at all.
+
+The tensors are divided into files of bounded size before anything is written, so that each file can be filled and
+written by itself, by any rank. Everything goes into a hidden folder beside the target, which takes the target's name
+when all is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.family import family_of
+from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
+from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
+
+MAX_SHARD_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class HFFile:
+    """One safetensors file of a folder."""
+
+    name: str
+    tensors: dict[str, tuple[int, ...]]
+    num_bytes: int
+
+
+def plan_files(tensors: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> tuple[HFFile, ...]:
+    """Divide ``tensors``, in order, into files of at most ``max_bytes``; a larger tensor gets a file of its own."""
+    groups: list[dict[str, tuple[int, ...]]] = []
+    sizes: list[int] = []
+    for name, shape in tensors.items():
+        size = math.prod(shape) * itemsize
+        if not groups or sizes[-1] + size > max_bytes:
+            groups.append({})
+            sizes.append(0)
+        groups[-1][name] = shape
+        sizes[-1] += size
+    if len(groups) == 1:
+        return (HFFile(SINGLE_FILE, groups[0], sizes[0]),)
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return tuple(HFFile(*parts) for parts in zip(names, groups, sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class HFDescription:
+    """What a Hugging Face folder holds beside tensors."""
+
+    architecture: Architecture
+    config: PretrainedConfig | Mapping[str, Any] | None = None  # of the model it came from; None makes a fresh one
+    tokenizer: PreTrainedTokenizerBase | None = None
+    generation: GenerationConfig | None = None
+
+    def write(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json, generation_config.json and the tokenizer's files."""
+        config = self._config(dtype)
+        config.save_pretrained(folder)
+        _add_older_spellings(folder / "config.json")
+        generation = self.generation or GenerationConfig.from_model_config(config)
+        generation.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    def _config(self, dtype: torch.dtype) -> PretrainedConfig:
+        a, name = self.architecture, str(dtype).removeprefix("torch.")
+        if not self.config:
+            return hf_config_from(a, self.tokenizer, name)
+        fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
+        config = CONFIG_MAPPING[a.family].from_dict(fields)
+        config.architectures, config.dtype = [family_of(a.family).hf_class], name
+        found = architecture_from_hf(config)
+        assert found == a, f"the config describes {found}, the weights are {a}"
+        return config
+
+
+def _add_older_spellings(path: Path) -> None:
+    """transformers 5 renamed keys; engines built on transformers 4 would take defaults for them without a word."""
+    fields = json.loads(path.read_text())
+    rope = dict(fields["rope_parameters"])
+    fields["rope_theta"] = rope.pop("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = rope
+    if "num_local_experts" in fields:
+        fields["num_experts"] = fields["num_local_experts"]
+    fields["torch_dtype"] = fields["dtype"]
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+class HFFolderWriter:
+    """Writes one folder: ``begin``, ``write`` each of ``files`` (on any rank that sees the file system), ``commit``.
+
+    Args:
+        folder: the result; its parent must exist or be creatable.
+        dtype: of all tensors.
+        max_shard_bytes: largest file, and with it the largest buffer a writer needs.
+        overwrite: replace a folder that exists and is not empty.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        description: HFDescription,
+        dtype: torch.dtype,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        overwrite: bool = False,
+    ) -> None:
+        self.folder = Path(folder).expanduser().absolute()
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
+        self.description, self.dtype, self.overwrite = description, dtype, overwrite
+        self.tensors = logical_tensors(description.architecture)
+        self.files = plan_files(self.tensors, dtype.itemsize, max_shard_bytes)
+
+    def begin(self) -> None:
+        """Make the hidden folder, removing what an earlier, broken attempt left. One rank calls this.
+
+        Raises:
+            ConfigError: the target exists and may not be replaced.
+        """
+        if self.folder.exists() and not self.overwrite and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"{self.folder} exists and is not empty: choose another folder, or allow overwriting")
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+
+    def write(self, file: HFFile, tensors: Mapping[str, Tensor]) -> None:
+        """Write one file; ``tensors`` are exactly those it names, on any device."""
+        assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.tensors
+        path = self.partial / file.name
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        with path.open("rb") as written:
+            os.fsync(written.fileno())
+
+    def commit(self) -> None:
+        """Write what belongs beside the tensors and give the folder its name. One rank calls this, after all writes."""
+        self.description.write(self.partial, self.dtype)
+        if len(self.files) > 1:
+            index = {
+                "metadata": {"total_size": sum(file.num_bytes for file in self.files)},
+                "weight_map": {name: file.name for file in self.files for name in file.tensors},
+            }
+            (self.partial / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        missing = [file.name for file in self.files if not (self.partial / file.name).is_file()]
+        if missing:
+            raise RuntimeError(
+                f"{self.partial} lacks {missing[0]}, which another rank wrote: all ranks must see one file system"
+            )
+        old = self.folder.with_name(f".{self.folder.name}.replaced")
+        if self.folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.folder.rename(old)
+        self.partial.rename(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Remove what was written so far."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def shares(self, ranks: tuple[int, ...]) -> Iterator[dict[int, HFFile]]:
+        """Waves of files, at most one for each rank at a time."""
+        for start in range(0, len(self.files), len(ranks)):
+            yield dict(zip(ranks, self.files[start : start + len(ranks)], strict=False))
