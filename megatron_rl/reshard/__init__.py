@@ -1,5 +1,44 @@
-"""Carrying weights between layouts: a layout is data, a plan is the intersection of two layouts."""
+"""Carrying weights between layouts: a layout is data, a plan is the intersection of two layouts.
 
+`ReshardPlan(source, target)` is an inspectable value (``print(plan.certificate())``); `Resharder` runs one rank's part.
+"""
+
+from megatron_rl.reshard.certificate import Certificate, Measure
+from megatron_rl.reshard.execute import Resharder, TransferReport
 from megatron_rl.reshard.layout import Layout, Shard, Span, block, stack_rows
+from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
+from megatron_rl.reshard.topology import Topology
+from megatron_rl.reshard.transport import (
+    LocalTransport,
+    MemoryHub,
+    MemoryTransport,
+    P2PTransport,
+    Transport,
+    TransportError,
+)
+from megatron_rl.reshard.wire import WireFormat
 
-__all__ = ["Layout", "Shard", "Span", "block", "stack_rows"]
+__all__ = [
+    "Certificate",
+    "Layout",
+    "LocalCopy",
+    "LocalTransport",
+    "Measure",
+    "MemoryHub",
+    "MemoryTransport",
+    "P2PTransport",
+    "RankPlan",
+    "ReshardPlan",
+    "Resharder",
+    "Shard",
+    "Span",
+    "Topology",
+    "Transfer",
+    "TransferReport",
+    "Transport",
+    "TransportError",
+    "WireFormat",
+    "block",
+    "plan_transfers",
+    "stack_rows",
+]

@@ -1,0 +1,140 @@
+"""`Binding`: one rank's local tensors behind the names of a plan, and the job tables of `copy_spans` over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_rl.ops.copy_spans import copy_spans
+from megatron_rl.reshard.layout import Shard
+from megatron_rl.reshard.plan import LocalCopy
+from megatron_rl.reshard.schedule import Message
+from megatron_rl.reshard.spots import Spot
+
+SOURCE, TARGET = "source", "target"
+
+
+class Group(NamedTuple):
+    """Tensors that one `copy_spans` call can take together."""
+
+    side: str
+    dtype: torch.dtype
+
+
+class Slot(NamedTuple):
+    """One local tensor: where it stands in its group, and its row length in elements."""
+
+    group: Group
+    index: int
+    stride: int
+
+
+class CopyCall(NamedTuple):
+    """One `copy_spans` call; None stands for the message buffer."""
+
+    src: Group | None
+    dst: Group | None
+    jobs: Tensor
+
+
+class Binding:
+    """Checks the tensors once and gives them numbers.
+
+    Args:
+        shards: side -> the shards of this rank there.
+        tensors: side -> shard name -> local tensor, contiguous, of the shard's shape.
+
+    Raises:
+        ValueError: a tensor is missing, has another shape, is not contiguous, or lies on another device.
+    """
+
+    def __init__(self, shards: Mapping[str, Iterable[Shard]], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.groups: dict[Group, list[Tensor]] = {}
+        self._slots: dict[tuple[str, str], Slot] = {}
+        self.device: torch.device | None = None
+        for side in (SOURCE, TARGET):
+            for shard in shards[side]:
+                if shard.spans:
+                    self._add(side, shard, tensors[side])
+
+    def _add(self, side: str, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+        if shard.name not in tensors:
+            raise ValueError(f"{side} tensors lack {shard.name} {list(shard.shape)}: got {sorted(tensors)[:8]}...")
+        tensor = tensors[shard.name].detach()
+        if tuple(tensor.shape) != shard.shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{side} tensor {shard.name}: expected a contiguous tensor of {list(shard.shape)}, got "
+                f"{list(tensor.shape)} with strides {list(tensor.stride())}"
+            )
+        self.device = self.device or tensor.device
+        if tensor.device != self.device:
+            raise ValueError(f"{side} tensor {shard.name} is on {tensor.device}, the others on {self.device}")
+        group = self.groups.setdefault(Group(side, tensor.dtype), [])
+        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1])
+        group.append(tensor)
+        self._slots[side, shard.name] = slot
+
+    @property
+    def signature(self) -> tuple[tuple[tuple[str, str], Slot], ...]:
+        """Equal for two bindings exactly when the same job tables serve both."""
+        return tuple(self._slots.items())
+
+    def slot(self, side: str, shard: str) -> Slot:
+        return self._slots[side, shard]
+
+    def in_place(self, side: str, message: Message) -> Tensor | None:
+        """The part of a local tensor that is, bit for bit, the message; None where packing is needed."""
+        if len(message.pieces) != 1:
+            return None
+        piece = message.pieces[0]
+        slot = self.slot(TARGET if piece.forwarded else side, piece.spot.shard)
+        if slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
+            return None
+        start = piece.spot.row * slot.stride + piece.spot.col
+        return self.groups[slot.group][slot.index].view(-1)[start : start + piece.numel]
+
+    def packing(self, message: Message) -> list[CopyCall]:
+        """Calls that fill the message from source shards and, for what is passed on, from target shards."""
+        jobs: dict[Group, list[list[int]]] = {}
+        for piece in message.pieces:
+            slot = self.slot(TARGET if piece.forwarded else SOURCE, piece.spot.shard)
+            begin = piece.spot.row * slot.stride + piece.spot.col
+            row = [slot.index, 0, begin, piece.offset, piece.rows, piece.cols, slot.stride, piece.cols]
+            jobs.setdefault(slot.group, []).append(row)
+        return [CopyCall(group, None, torch.tensor(rows)) for group, rows in jobs.items()]
+
+    def unpacking(self, message: Message) -> list[CopyCall]:
+        """Calls that lay the message out in target shards."""
+        jobs: dict[Group, list[list[int]]] = {}
+        for piece in message.pieces:
+            slot = self.slot(TARGET, piece.spot.shard)
+            begin = piece.spot.row * slot.stride + piece.spot.col
+            row = [0, slot.index, piece.offset, begin, piece.rows, piece.cols, piece.cols, slot.stride]
+            jobs.setdefault(slot.group, []).append(row)
+        return [CopyCall(None, group, torch.tensor(rows)) for group, rows in jobs.items()]
+
+    def copying(self, side: str, copies: Iterable[LocalCopy]) -> list[CopyCall]:
+        """Calls that copy from shards of ``side`` to target shards."""
+        jobs: dict[tuple[Group, Group], list[list[int]]] = {}
+        for copy in copies:
+            src, dst = self.slot(side, copy.src.shard), self.slot(TARGET, copy.dst.shard)
+            begin, end = _offset(copy.src, src), _offset(copy.dst, dst)
+            shape = (copy.rectangle.num_rows, copy.rectangle.num_cols)
+            row = [src.index, dst.index, begin, end, *shape, src.stride, dst.stride]
+            jobs.setdefault((src.group, dst.group), []).append(row)
+        return [CopyCall(src, dst, torch.tensor(rows)) for (src, dst), rows in jobs.items()]
+
+    def run(self, calls: Iterable[CopyCall], buffer: Tensor | None = None, check: bool = False) -> None:
+        """``check``: let `copy_spans` check the tables, as is done when they are new."""
+        packed = [] if buffer is None else [buffer]
+        for call in calls:
+            sources = packed if call.src is None else self.groups[call.src]
+            destinations = packed if call.dst is None else self.groups[call.dst]
+            copy_spans(sources, destinations, call.jobs, checked=check)
+
+
+def _offset(spot: Spot, slot: Slot) -> int:
+    return spot.row * slot.stride + spot.col

@@ -1,0 +1,229 @@
+"""`ReshardPlan`: two layouts laid over one another, and what one rank has to do about it.
+
+A pure function of configuration: each rank computes its own `RankPlan` and both ends of a transfer come to the same
+rectangles in the same order without a message. Nothing is moved here; `execute.py` runs a plan.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_rl.reshard.certificate import Certificate, certify
+from megatron_rl.reshard.index import MIN_SHARE, Cells, LayoutIndex, Pattern, SourceIndex
+from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
+from megatron_rl.reshard.route import Route
+from megatron_rl.reshard.spots import Spot, Spots
+from megatron_rl.reshard.topology import Topology
+from megatron_rl.reshard.wire import WireFormat
+
+
+class Transfer(NamedTuple):
+    """One rectangle that goes from one rank to another, seen from one of the two."""
+
+    src_rank: int
+    dst_rank: int
+    tensor: str  # logical tensor
+    rectangle: Rectangle  # of the logical tensor; the same at both ends
+    position: int  # orders the transfers between two ranks, alike at both ends
+    depth: int  # 0: the sender holds it in a source shard; n: it arrived by n hops, in a target shard
+    spot: Spot  # where it sits at this end: in a source shard (sender, depth 0) or a target shard
+
+    @property
+    def numel(self) -> int:
+        return self.rectangle.numel
+
+
+class LocalCopy(NamedTuple):
+    """One rectangle that is copied inside a rank."""
+
+    tensor: str
+    rectangle: Rectangle
+    src: Spot
+    dst: Spot  # in a target shard
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's part of a `ReshardPlan`. Sends and receives are sorted by position."""
+
+    rank: int
+    sends: tuple[Transfer, ...]
+    receives: tuple[Transfer, ...]
+    copies: tuple[LocalCopy, ...]  # from source shards to target shards
+    echoes: tuple[LocalCopy, ...]  # from target shards to target shards, for what a rank stores twice; after receiving
+
+    @property
+    def sent_elements(self) -> int:
+        return sum(transfer.numel for transfer in self.sends)
+
+    @property
+    def received_elements(self) -> int:
+        return sum(transfer.numel for transfer in self.receives)
+
+    @property
+    def copied_elements(self) -> int:
+        return sum(copy.rectangle.numel for copy in (*self.copies, *self.echoes))
+
+    @property
+    def forwarded_elements(self) -> int:
+        return sum(transfer.numel for transfer in self.sends if transfer.depth)
+
+    def __str__(self) -> str:
+        sources = len({transfer.src_rank for transfer in self.receives})
+        targets = len({transfer.dst_rank for transfer in self.sends})
+        return (
+            f"rank {self.rank}: copies {self.copied_elements:,} elements locally, receives {self.received_elements:,} "
+            f"in {len(self.receives):,} rectangles from {sources} ranks, sends {self.sent_elements:,} in "
+            f"{len(self.sends):,} rectangles to {targets} ranks, of which {self.forwarded_elements:,} are passed on"
+        )
+
+
+class ReshardPlan:
+    """How the tensors of layout ``source`` become those of layout ``target``.
+
+    Args:
+        source: every logical tensor of ``target`` must be covered by it.
+        target: its padding (elements under no span) is never written.
+        topology: which ranks share a node; None puts all on one.
+        min_share: elements; see `index.MIN_SHARE`. Must be equal on all ranks.
+    """
+
+    def __init__(
+        self, source: Layout, target: Layout, topology: Topology | None = None, min_share: int = MIN_SHARE
+    ) -> None:
+        self.source, self.target = source, target
+        self.topology = topology or Topology()
+        self._min_share = min_share
+        self._routes: dict[tuple[Cells, Cells], Route] = {}
+
+    @functools.cached_property
+    def source_index(self) -> SourceIndex:
+        return SourceIndex(self.source, self._min_share)
+
+    @functools.cached_property
+    def target_index(self) -> LayoutIndex:
+        return LayoutIndex(self.target)
+
+    @functools.cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """All ranks that take part, ascending."""
+        return tuple(sorted({*self.source.cells, *self.target.cells}))
+
+    def route(self, held_by: Cells, needed_by: Cells) -> Route:
+        key = (held_by, needed_by)
+        if key not in self._routes:
+            holders, needers = self.source_index.ranks(held_by), self.target_index.ranks(needed_by)
+            self._routes[key] = Route(holders, needers, self.topology)
+        return self._routes[key]
+
+    def for_rank(self, rank: int) -> RankPlan:
+        """What ``rank`` sends, receives and copies; empty when it takes no part.
+
+        Raises:
+            ValueError: the source does not cover a span of one of its target shards, or a shard is malformed.
+        """
+        return _RankPlanner(self, rank).plan()
+
+    def certificate(self, wire: WireFormat | None = None) -> Certificate:
+        """Bytes beside their lower bounds for all ranks together, and proof that coverage is exact.
+
+        Raises:
+            ValueError: coverage is not exact.
+        """
+        return certify(self, wire or WireFormat())
+
+    def __str__(self) -> str:
+        return (
+            f"{self.source.name} on {len(self.source.cells)} ranks ({len(self.source.replicas)} different) -> "
+            f"{self.target.name} on {len(self.target.cells)} ranks ({len(self.target.replicas)} different): "
+            f"{len(self.source_index.tensors):,} tensors, {self.source_index.num_elements:,} elements"
+        )
+
+
+def plan_transfers(source: Layout, target: Layout, rank: int, topology: Topology | None = None) -> RankPlan:
+    """``ReshardPlan(source, target, topology).for_rank(rank)``."""
+    return ReshardPlan(source, target, topology).for_rank(rank)
+
+
+class _RankPlanner:
+    """The walk over the tensors that one rank holds or needs."""
+
+    def __init__(self, plan: ReshardPlan, rank: int) -> None:
+        self._plan, self._rank = plan, rank
+        self._held = Spots(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
+        self._wanted = Spots(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
+        self._held_cell: Hashable = plan.source.cells.get(rank, _NO_CELL)
+        self._wanted_cell: Hashable = plan.target.cells.get(rank, _NO_CELL)
+        self._mine: dict[tuple[Pattern, Pattern], tuple[Crossing, ...]] = {}
+        self._sends: list[Transfer] = []
+        self._receives: list[Transfer] = []
+        self._copies: list[LocalCopy] = []
+        self._echoes: list[LocalCopy] = []
+
+    def plan(self) -> RankPlan:
+        tensors = self._plan.source_index.tensors
+        mine = {*self._held, *self._wanted}
+        for tensor in sorted(mine, key=lambda name: tensors[name].position if name in tensors else -1):
+            if tensor not in tensors:
+                self._refuse(tensor, self._plan.target_index.patterns[tensor].rectangles[0])
+            if tensor in self._plan.target_index.patterns:
+                self._tensor(tensor)
+        parts = (tuple(sorted(part, key=lambda t: t.position)) for part in (self._sends, self._receives))
+        return RankPlan(self._rank, *parts, tuple(self._copies), tuple(self._echoes))
+
+    def _tensor(self, tensor: str) -> None:
+        pattern, start, shares = self._plan.source_index.tensors[tensor]
+        wanted = self._plan.target_index.patterns[tensor]
+        key = (pattern, wanted)
+        if key not in self._mine:
+            self._mine[key] = self._crossings(tensor, pattern, wanted)
+        for left, right, rectangle in self._mine[key]:
+            route = self._plan.route(pattern.cells[left], wanted.cells[right])
+            piece = pattern.rectangles[left]
+            row, col = rectangle.row_start - piece.row_start, rectangle.col_start - piece.col_start
+            position = start + pattern.offsets[left] + row * piece.num_cols + col
+            self._piece(route, tensor, rectangle, position, shares[left])
+
+    def _crossings(self, tensor: str, pattern: Pattern, wanted: Pattern) -> tuple[Crossing, ...]:
+        """The crossings that touch this rank, after checking that all it wants is covered."""
+        mine = [
+            crossing
+            for crossing in cross(pattern.rectangles, wanted.rectangles)
+            if self._wanted_cell in wanted.cells[crossing.right] or self._held_cell in pattern.cells[crossing.left]
+        ]
+        for j, rectangle in enumerate(wanted.rectangles):
+            if self._wanted_cell in wanted.cells[j]:
+                covered = sum(crossing.rectangle.numel for crossing in mine if crossing.right == j)
+                if covered != rectangle.numel:
+                    self._refuse(tensor, uncovered(rectangle, pattern.rectangles) or rectangle)
+        return tuple(mine)
+
+    def _piece(self, route: Route, tensor: str, rectangle: Rectangle, position: int, share: int) -> None:
+        rank = self._rank
+        if rank in route.residents:
+            src = self._held.find(tensor, rectangle)[0]
+            self._copies += [LocalCopy(tensor, rectangle, src, dst) for dst in self._wanted.find(tensor, rectangle)]
+        for hop in route.hops_of(rank, share):
+            at_source = hop.src == rank and hop.depth == 0
+            first, *others = (self._held if at_source else self._wanted).find(tensor, rectangle)
+            transfer = Transfer(hop.src, hop.dst, tensor, rectangle, position, hop.depth, first)
+            if hop.src == rank:
+                self._sends.append(transfer)
+            else:
+                self._receives.append(transfer)
+                self._echoes += [LocalCopy(tensor, rectangle, first, other) for other in others]
+
+    def _refuse(self, tensor: str, rectangle: Rectangle) -> None:
+        spots = self._wanted.find(tensor, rectangle)
+        shard = spots[0].shard if spots else "?"
+        raise ValueError(
+            f"{self._plan.target.name}: {shard} on rank {self._rank} needs {tensor}{rectangle}, which no rank of "
+            f"{self._plan.source.name} holds: check that both layouts describe the same model"
+        )
+
+
+_NO_CELL = object()

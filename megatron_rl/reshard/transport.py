@@ -1,0 +1,160 @@
+"""Transports: how one packed buffer gets from one rank to another. Bounded waits, errors that name the peer."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = 600.0  # seconds
+
+
+class TransportError(RuntimeError):
+    """An exchange with another rank failed or took too long; the message names the rank."""
+
+
+class Pending(ABC):
+    """An exchange under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Return when the sent buffer may be reused and the received one read by work on the current stream.
+
+        Raises:
+            TransportError: the peer failed or did not answer in time.
+        """
+
+
+class Transport(ABC):
+    """Moves flat contiguous buffers. Exchanges between two ranks match in the order in which each posts them."""
+
+    @abstractmethod
+    def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
+        """Begin to send ``send`` to ``peer`` and to receive ``receive`` from it; either may be None. Both buffers must
+        stay alive and untouched until the wait returns."""
+
+
+class LocalTransport(Transport):
+    """For plans that move nothing between ranks: one process, or a source that lies where the target does."""
+
+    def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
+        raise TransportError(
+            f"this plan exchanges data with rank {peer}, but its transport is local only: pass a P2PTransport"
+        )
+
+
+class P2PTransport(Transport):
+    """Batched point-to-point messages of torch.distributed, over gloo or NCCL.
+
+    Args:
+        group: must contain every rank of the plan; ranks are global. None: the default group.
+        timeout: seconds that one exchange may take.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
+        self._group, self._timeout = group, timeout
+
+    def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
+        operations = []
+        if send is not None:
+            operations.append(dist.P2POp(dist.isend, _as_bytes(send), peer, self._group))
+        if receive is not None:
+            operations.append(dist.P2POp(dist.irecv, _as_bytes(receive), peer, self._group))
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise TransportError(f"could not start an exchange with rank {peer}: {error}") from error
+        return _P2PPending(works, peer, self._timeout, blocking=dist.get_backend(self._group) != "nccl")
+
+
+class _P2PPending(Pending):
+    def __init__(self, works: list[dist.Work], peer: int, timeout: float, blocking: bool) -> None:
+        self._works, self._peer, self._timeout, self._blocking = works, peer, timeout, blocking
+
+    def wait(self) -> None:
+        try:
+            for work in self._works:
+                if self._blocking:
+                    work.wait(timedelta(seconds=self._timeout))
+                else:  # NCCL: only the stream waits; the process group's own watchdog bounds it
+                    work.wait()
+        except RuntimeError as error:
+            raise TransportError(
+                f"the exchange with rank {self._peer} failed or took longer than {self._timeout} s: {error}"
+            ) from error
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """The tensor's memory as a flat byte tensor: no backend then needs to know its dtype.
+
+    gloo silently sends wrong values from non-contiguous memory; `Tensor.view` refuses it.
+    """
+    return tensor.detach().view(-1).view(torch.uint8)
+
+
+class MemoryHub:
+    """Connects `MemoryTransport`s of several ranks that run as threads of one process."""
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._links: dict[tuple[int, int], queue.Queue[_Letter]] = defaultdict(queue.Queue)
+
+    def transport(self, rank: int) -> MemoryTransport:
+        return MemoryTransport(self, rank)
+
+    def link(self, src: int, dst: int) -> queue.Queue[_Letter]:
+        with self._lock:
+            return self._links[src, dst]
+
+
+class _Letter:
+    """A posted send; it counts as sent only once its receiver has copied it, as with a rendezvous protocol."""
+
+    def __init__(self, content: Tensor) -> None:
+        self.content = content
+        self.taken = threading.Event()
+
+
+class MemoryTransport(Transport):
+    """Ranks as threads of one process: to run a whole job in memory, without process groups."""
+
+    def __init__(self, hub: MemoryHub, rank: int) -> None:
+        self._hub, self._rank = hub, rank
+
+    def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
+        letter = None
+        if send is not None:
+            letter = _Letter(_as_bytes(send))
+            self._hub.link(self._rank, peer).put(letter)
+        inbox = self._hub.link(peer, self._rank)
+        return _MemoryPending(letter, receive, inbox, peer, self._hub.timeout)
+
+
+class _MemoryPending(Pending):
+    def __init__(
+        self,
+        letter: _Letter | None,
+        receive: Tensor | None,
+        inbox: queue.Queue[_Letter],
+        peer: int,
+        timeout: float,
+    ) -> None:
+        self._letter, self._receive, self._inbox, self._peer, self._timeout = letter, receive, inbox, peer, timeout
+
+    def wait(self) -> None:
+        if self._receive is not None:
+            try:
+                arrived = self._inbox.get(timeout=self._timeout)
+            except queue.Empty:
+                raise TransportError(f"nothing arrived from rank {self._peer} within {self._timeout} s") from None
+            _as_bytes(self._receive).copy_(arrived.content)
+            arrived.taken.set()
+        if self._letter is not None and not self._letter.taken.wait(self._timeout):
+            raise TransportError(f"rank {self._peer} did not take what was sent to it within {self._timeout} s")
