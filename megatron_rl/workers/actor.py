@@ -164,7 +164,7 @@ class Actor:
         report = self.rollouts.push()
         if metrics is not None:
             metrics["time/weight_sync_s"] = time.perf_counter() - started
-            metrics["weight_sync/wire_bytes"] = float(report.wire_bytes)
+            metrics["weight_sync/wire_bytes"] = float(report.transfer.sent_bytes)
 
     def generate(self, prompts: list[Prompt], **sampling: Any) -> list[Sample]:
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""

@@ -14,10 +14,9 @@ from megatron_rl.batch import Prompt, Sample
 from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.groups import own_group
-from megatron_rl.reshard.execute import TransferReport
 from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
 from megatron_rl.rollout.placement import RolloutPlacement
-from megatron_rl.weights.sync import WeightSync
+from megatron_rl.weights.sync import SyncReport, WeightSync
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import DTYPES, RolloutSettings
 
@@ -85,7 +84,7 @@ class Rollouts:
             **self.settings.options,
         )
 
-    def push(self) -> TransferReport:
+    def push(self) -> SyncReport:
         """Carry the training weights into the engine as `trained_version`; collective over all ranks."""
         engine = self.engine
         if self._sync is None:
