@@ -28,7 +28,7 @@ class Slot(NamedTuple):
     """One local tensor: where it stands in its group, and its row length in elements."""
 
     group: Group
-    index: int
+    number: int
     stride: int
 
 
@@ -94,7 +94,7 @@ class Binding:
         if slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
             return None
         start = piece.spot.row * slot.stride + piece.spot.col
-        return self.groups[slot.group][slot.index].view(-1)[start : start + piece.numel]
+        return self.groups[slot.group][slot.number].view(-1)[start : start + piece.numel]
 
     def packing(self, message: Message) -> list[CopyCall]:
         """Calls that fill the message from source shards and, for what is passed on, from target shards."""
@@ -102,7 +102,7 @@ class Binding:
         for piece in message.pieces:
             slot = self.slot(TARGET if piece.forwarded else SOURCE, piece.spot.shard)
             begin = piece.spot.row * slot.stride + piece.spot.col
-            row = [slot.index, 0, begin, piece.offset, piece.rows, piece.cols, slot.stride, piece.cols]
+            row = [slot.number, 0, begin, piece.offset, piece.rows, piece.cols, slot.stride, piece.cols]
             jobs.setdefault(slot.group, []).append(row)
         return [CopyCall(group, None, torch.tensor(rows)) for group, rows in jobs.items()]
 
@@ -112,7 +112,7 @@ class Binding:
         for piece in message.pieces:
             slot = self.slot(TARGET, piece.spot.shard)
             begin = piece.spot.row * slot.stride + piece.spot.col
-            row = [0, slot.index, piece.offset, begin, piece.rows, piece.cols, piece.cols, slot.stride]
+            row = [0, slot.number, piece.offset, begin, piece.rows, piece.cols, piece.cols, slot.stride]
             jobs.setdefault(slot.group, []).append(row)
         return [CopyCall(None, group, torch.tensor(rows)) for group, rows in jobs.items()]
 
@@ -123,7 +123,7 @@ class Binding:
             src, dst = self.slot(side, copy.src.shard), self.slot(TARGET, copy.dst.shard)
             begin, end = _offset(copy.src, src), _offset(copy.dst, dst)
             shape = (copy.rectangle.num_rows, copy.rectangle.num_cols)
-            row = [src.index, dst.index, begin, end, *shape, src.stride, dst.stride]
+            row = [src.number, dst.number, begin, end, *shape, src.stride, dst.stride]
             jobs.setdefault((src.group, dst.group), []).append(row)
         return [CopyCall(src, dst, torch.tensor(rows)) for (src, dst), rows in jobs.items()]
 

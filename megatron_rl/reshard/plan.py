@@ -172,8 +172,8 @@ class _RankPlanner:
                 self._refuse(tensor, self._plan.target_index.patterns[tensor].rectangles[0])
             if tensor in self._plan.target_index.patterns:
                 self._tensor(tensor)
-        parts = (tuple(sorted(part, key=lambda t: t.position)) for part in (self._sends, self._receives))
-        return RankPlan(self._rank, *parts, tuple(self._copies), tuple(self._echoes))
+        sends, receives = (tuple(sorted(part, key=_position)) for part in (self._sends, self._receives))
+        return RankPlan(self._rank, sends, receives, tuple(self._copies), tuple(self._echoes))
 
     def _tensor(self, tensor: str) -> None:
         pattern, start, shares = self._plan.source_index.tensors[tensor]
@@ -224,6 +224,10 @@ class _RankPlanner:
             f"{self._plan.target.name}: {shard} on rank {self._rank} needs {tensor}{rectangle}, which no rank of "
             f"{self._plan.source.name} holds: check that both layouts describe the same model"
         )
+
+
+def _position(transfer: Transfer) -> int:
+    return transfer.position
 
 
 _NO_CELL = object()

@@ -9,6 +9,7 @@ node, so that a byte crosses into such a node once.
 from __future__ import annotations
 
 import bisect
+import itertools
 from typing import NamedTuple
 
 from megatron_rl.reshard.topology import Topology
@@ -76,7 +77,7 @@ class Route:
         return [
             Hop(src, dst, depth)
             for chain in self.chains(share)
-            for depth, (src, dst) in enumerate(zip(chain, chain[1:], strict=False))
+            for depth, (src, dst) in enumerate(itertools.pairwise(chain))
         ]
 
     def hops_of(self, rank: int, share: int) -> tuple[Hop, ...]:

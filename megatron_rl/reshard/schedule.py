@@ -120,8 +120,8 @@ def _shape(transfer: Transfer) -> tuple[int, int]:
 
 
 def messages(dtype: torch.dtype, rectangles: Iterable[tuple[Spot, bool, int, int]], pace: Pace) -> Iterator[Message]:
-    """Pack ``(spot, forwarded, rows, cols)`` in order. A rectangle of a quarter chunk or more travels alone, so that its
-    receiver can take it in place."""
+    """Pack ``(spot, forwarded, rows, cols)`` in order. A rectangle of a quarter chunk or more travels alone, so that
+    its receiver can take it in place."""
     limit = max(pace.chunk_bytes // dtype.itemsize, 1)
     pieces: list[Piece] = []
     filled = 0

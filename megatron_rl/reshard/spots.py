@@ -50,7 +50,7 @@ class Spots:
 
 
 def check_shard(shard: Shard, whose: str) -> None:
-    """Raise ValueError unless the spans of ``shard`` lie inside it and are disjoint: then no element is written twice."""
+    """Raise ValueError unless the spans lie inside the shard and are disjoint: then no element is written twice."""
     placed = tuple(Rectangle(s.row, s.row + s.num_rows, s.col, s.col + s.num_cols) for s in shard.spans)
     fault = _fault(shard.matrix_shape, placed)
     if fault is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Mapping
 from random import Random
@@ -51,8 +52,8 @@ def _grid(rng: Random, rows: int, cols: int) -> list[tuple[int, int, int, int]]:
     col_cuts = [0, *sorted(rng.sample(range(1, cols), rng.randint(0, min(2, cols - 1)))), cols]
     return [
         (top, bottom, left, right)
-        for top, bottom in zip(row_cuts, row_cuts[1:], strict=False)
-        for left, right in zip(col_cuts, col_cuts[1:], strict=False)
+        for top, bottom in itertools.pairwise(row_cuts)
+        for left, right in itertools.pairwise(col_cuts)
     ]
 
 
