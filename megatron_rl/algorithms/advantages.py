@@ -51,7 +51,7 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_std: bool, ep
 
 
 def leave_one_out_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
-    """r_i - mean of the group's other rewards = (r_i - mean) * n / (n - 1): RLOO (arXiv 2402.14740, eq. 8)."""
+    """r_i - mean of the group's other rewards = (r_i - mean) * n / (n - 1): RLOO (arXiv 2402.14740, section 3.2)."""
     group = group_statistics(rewards, groups)
     scaled = (rewards.double() - group.mean) * group.count / (group.count - 1).clamp_min(1)
     return torch.where(group.uniform, 0.0, scaled).to(rewards.dtype)

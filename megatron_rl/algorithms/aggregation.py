@@ -43,7 +43,7 @@ def token_average(inputs: LossInputs, mode: LossAggregation, norm_length: int | 
     - ``token-mean``: 1/T. DAPO (arXiv 2503.14476, eq. 8).
     - ``seq-mean-token-sum``: 1/S. Plain policy gradient of whole responses.
     - ``seq-mean-token-mean``: 1/(S * |o_i|). GRPO (arXiv 2402.03300, eq. 3).
-    - ``fixed-length``: 1/(S * norm_length). Dr. GRPO (arXiv 2503.20783, section 3.2 and listing 1).
+    - ``fixed-length``: 1/(S * norm_length). Dr. GRPO (arXiv 2503.20783, section 3).
 
     Args:
         norm_length: tokens; the generation budget, for ``fixed-length`` only.

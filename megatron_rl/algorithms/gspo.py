@@ -77,7 +77,7 @@ class GSPO(GRPO):
 
 @ALGORITHMS.register("gmpo")
 class GMPO(GRPO):
-    """Geometric-Mean Policy Optimization (arXiv 2507.20673, eq. 4): token ratios are clipped first, then averaged
+    """Geometric-Mean Policy Optimization (arXiv 2507.20673, section 3): token ratios are clipped first, then averaged
     geometrically over the response. Clips are in log space: a ratio is held in [exp(-low), exp(high)]."""
 
     class Config(GRPO.Config):

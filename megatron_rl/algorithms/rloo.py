@@ -20,7 +20,7 @@ from megatron_rl.ops.gae import gae
 
 @ALGORITHMS.register("rloo")
 class RLOO(GRPO):
-    """REINFORCE Leave-One-Out (arXiv 2402.14740, eq. 8): a response's baseline is the mean reward of its siblings.
+    """REINFORCE Leave-One-Out (arXiv 2402.14740): a response's baseline is the mean reward of its siblings.
 
     The response is one action, so token losses are summed; the KL to the reference is part of the reward. The ratio
     and its clip matter only with several optimizer steps per batch.
@@ -32,7 +32,7 @@ class RLOO(GRPO):
         loss_aggregation: LossAggregation = "seq-mean-token-sum"
         """The log-probability of a whole response."""
         kl_in: Literal["loss", "reward"] = "reward"
-        """As in the paper, eq. 1."""
+        """As in the paper."""
         kl_estimator: KLEstimator = "k1"
         """Unbiased in rewards."""
 

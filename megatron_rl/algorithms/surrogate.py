@@ -26,7 +26,7 @@ def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None
 ) -> Surrogate:
     """max(-A r, -A clip(r, 1 - low, 1 + high)): PPO (arXiv 1707.06347, eq. 7), low != high as in DAPO (2503.14476,
-    eq. 10). With ``dual_clip`` c > 1 and A < 0 the loss is at most -c A (arXiv 1912.09729, eq. 5).
+    eq. 10). With ``dual_clip`` c > 1 and A < 0 the loss is at most -c A (arXiv 1912.09729, "dual-clip PPO").
     """
     ratio = bounded_exp(log_ratio)
     plain = -advantages * ratio
@@ -63,7 +63,7 @@ def sequence_token_log_ratio(sequence_log_ratio: Tensor, logprobs: Tensor) -> Te
 
 
 def pessimistic_log_ratio(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:
-    """Token log-ratios of GMPO (arXiv 2507.20673, eq. 4): held in [-low, high] where that lowers the objective, that is
+    """Token log-ratios of GMPO (arXiv 2507.20673, section 3): held in [-low, high] where that lowers the objective, so
     the smaller of plain and held for A >= 0, the larger otherwise."""
     held = log_ratio.clamp(-clip_low, clip_high)
     return torch.where(advantages >= 0, torch.minimum(log_ratio, held), torch.maximum(log_ratio, held))

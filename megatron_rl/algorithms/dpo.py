@@ -1,0 +1,95 @@
+"""DPO and its relatives: the policy itself as the reward model, relative to a frozen reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
+from megatron_rl.algorithms.pairs import PAIR_LOSSES, SMOOTHED, Pairs, PairSettings
+from megatron_rl.algorithms.running_mean import RunningMean
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.loss import LossInputs
+
+
+@ALGORITHMS.register("dpo")
+class DPO(PairwiseAlgorithm):
+    """Direct Preference Optimization (arXiv 2305.18290) with any loss of `PAIR_LOSSES`, or a weighted mixture of them.
+
+    Log-probabilities are sums over response tokens. Pairs count equally; one whose both responses are empty counts
+    not at all. For bco_pair, the running mean reward is that of the steps *before* this one (TRL's includes the batch
+    at hand), so that it does not depend on micro-batches or ranks.
+    """
+
+    class Config(OfflineAlgorithm.Config, PairSettings):
+        """Settings of DPO."""
+
+        loss: str | dict[str, float] = "sigmoid"
+        """Name of a preference loss, or names with their weights: {"sigmoid": 0.8, "sft": 0.2}."""
+        reference_free: bool = False
+        """Treat the reference as uniform: its log-probabilities are 0."""
+        precomputed_reference: bool = False
+        """Batches bring ``ref_logprobs`` themselves (computed once and cached), no reference model is needed."""
+        label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+        """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
+
+        @property
+        def weights(self) -> dict[str, float]:
+            return {self.loss: 1.0} if isinstance(self.loss, str) else self.loss
+
+        @model_validator(mode="after")
+        def _check(self) -> Self:
+            for name in self.weights:
+                PAIR_LOSSES[name]
+            if not self.weights:
+                raise ValueError("loss={} has no term: name at least one preference loss")
+            if self.label_smoothing and not set(self.weights) & set(SMOOTHED):
+                raise ValueError(f"label_smoothing has no effect on {list(self.weights)}; it is for {list(SMOOTHED)}")
+            if "exo_pair" in self.weights and not self.label_smoothing:
+                raise ValueError(
+                    "exo_pair needs label_smoothing above 0 (1e-3 is usual): its target has log(smoothing)"
+                )
+            return self
+
+    name = "dpo"
+    config: Config
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.mean_reward = RunningMean()
+
+    def pair_loss(self, pairs: Pairs) -> dict[str, Tensor]:
+        return {name: weight * PAIR_LOSSES[name](pairs, self.config) for name, weight in self.config.weights.items()}
+
+    def pair_rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        return self.config.beta * pairs.chosen_ratio, self.config.beta * pairs.rejected_ratio
+
+    def pairs_of(self, inputs: LossInputs) -> Pairs:
+        return replace(super().pairs_of(inputs), shift=self.mean_reward.value)
+
+    def forward_stages(self) -> list[Stage]:
+        if self.config.reference_free or self.config.precomputed_reference:
+            return []
+        self.require("reference", "the log-ratio (unless reference_free or precomputed_reference is set)")
+        assert self.reference is not None
+        return [self.reference.logprobs(write="ref_logprobs")]
+
+    @property
+    def token_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return () if self.config.reference_free else ("ref_logprobs",)
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        if "bco_pair" in self.config.weights and "rewards/chosen" in metrics:
+            self.mean_reward.update(0.5 * (metrics["rewards/chosen"] + metrics["rewards/rejected"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"mean_reward": self.mean_reward.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean_reward.load_state_dict(state["mean_reward"])

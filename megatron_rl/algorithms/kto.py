@@ -1,0 +1,162 @@
+"""KTO and BCO: learning from single responses that are labelled good or bad."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_rl.algorithms.advantages import sum_over_tokens
+from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mask, sequence_average
+from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.mismatch import exchange_responses
+from megatron_rl.algorithms.moments import masked_moments
+from megatron_rl.algorithms.offline import OfflineAlgorithm
+from megatron_rl.algorithms.packing import require_finite
+from megatron_rl.algorithms.running_mean import RunningMean
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
+
+
+class LabelledAlgorithm(OfflineAlgorithm):
+    """Shared by KTO and BCO: sequence field ``labels`` (bool, True = desirable), log-ratios to a reference."""
+
+    class Config(OfflineAlgorithm.Config):
+        """Settings of algorithms on labelled responses."""
+
+        beta: float = 0.1
+        """Strength of the tie to the reference."""
+        desirable_weight: float = 1.0
+        """Weight of the desirable responses' losses."""
+        undesirable_weight: float = 1.0
+        """Weight of the undesirable responses' losses."""
+        precomputed_reference: bool = False
+        """Batches bring ``ref_logprobs`` themselves (computed once and cached)."""
+
+    config: Config
+    token_reads = ("ref_logprobs",)
+    sequence_reads: tuple[str, ...] = ("labels",)
+
+    def response_loss(self, rewards: Tensor, labels: Tensor, inputs: LossInputs) -> Tensor:
+        """Loss of each response before its class's weight; ``[num_sequences]``."""
+        raise NotImplementedError
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        labels = inputs.sequences["labels"].bool()
+        ratio = on_mask(inputs, inputs.logprobs) - on_mask(inputs, inputs.fields["ref_logprobs"])
+        rewards = self.config.beta * inputs.sequence_sum(ratio)
+        weights = torch.where(labels, self.config.desirable_weight, self.config.undesirable_weight)
+        per_sequence = weights * self.response_loss(rewards, labels, inputs)
+        metrics = {f"loss/{self.name}": answered_metric(inputs, per_sequence), **label_metrics(inputs, rewards, labels)}
+        return LossOutput(sequence_average(inputs, per_sequence), metrics, of_sequences=True)
+
+    def check_stages(self) -> list[Stage]:
+        def run(batch: Batch) -> None:
+            require_finite(batch, [name for name in self.loss_fields if name in batch])
+
+        return [Stage("batch.check", run, reads=("input_ids", "response_mask", "labels"), place="host")]
+
+    def forward_stages(self) -> list[Stage]:
+        if self.config.precomputed_reference:
+            return []
+        self.require("reference", "the log-ratio (unless precomputed_reference is set)")
+        assert self.reference is not None
+        return [self.reference.logprobs(write="ref_logprobs")]
+
+
+@ALGORITHMS.register("kto")
+class KTO(LabelledAlgorithm):
+    """Kahneman-Tversky Optimization (arXiv 2402.01306, section 4): w_y (1 - sigmoid(+-(r - beta z))).
+
+    r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
+    the mean log-ratio of *mismatched* responses (each prompt with the next one's response), over the data-parallel
+    world, not below 0 and without gradient. A rank with a single sequence has no mismatch to offer and is left out.
+    """
+
+    class Config(LabelledAlgorithm.Config):
+        """Settings of KTO."""
+
+        estimate_kl: bool = True
+        """Estimate z (two more forward passes a step); off: z = 0, as APO-zero on single responses."""
+
+    name = "kto"
+    config: Config
+
+    def response_loss(self, rewards: Tensor, labels: Tensor, inputs: LossInputs) -> Tensor:
+        shift = self.config.beta * inputs.sequences["kl_logratio"] if self.config.estimate_kl else 0.0
+        return torch.sigmoid(torch.where(labels, -(rewards - shift), rewards - shift))
+
+    @property
+    def sequence_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("labels", "kl_logratio") if self.config.estimate_kl else ("labels",)
+
+    def forward_stages(self) -> list[Stage]:
+        if not self.config.estimate_kl:
+            return super().forward_stages()
+        self.require("reference", "the KL of mismatched responses (unless estimate_kl is off)")
+        reads = ("input_ids", "response_mask")
+        estimate = Stage("kto.mismatched_kl", self.estimate_kl, reads=reads, writes=("kl_logratio",), place="actor")
+        return [*super().forward_stages(), estimate]
+
+    def estimate_kl(self, batch: Batch) -> None:
+        """Write ``kl_logratio``, the same number for every sequence of the world."""
+        assert self.reference is not None
+        other = exchange_responses(batch)
+        self.actor.logprobs(write="logprobs").run(other)
+        self.reference.logprobs(write="ref_logprobs").run(other)
+        ratios = sum_over_tokens(other, other["logprobs"] - other["ref_logprobs"])
+        lengths = sum_over_tokens(other, torch.ones_like(ratios[:1]).expand(other.num_tokens))
+        usable = (lengths > 0) & (other.num_sequences > 1)
+        mean = max(masked_moments(ratios, usable, self.dp_group).mean, 0.0)
+        batch.sequences["kl_logratio"] = torch.full((batch.num_sequences,), mean)
+        batch.metrics["kto/kl"] = mean
+
+
+@ALGORITHMS.register("bco")
+class BCO(LabelledAlgorithm):
+    """Binary Classifier Optimization (arXiv 2404.04656, section 3): -log sigmoid(+-(r - d)), d the mean reward.
+
+    d is the running mean of the mean of both classes' rewards over the steps *before* this one (TRL's includes the
+    batch at hand), so that it does not depend on micro-batches or ranks. No density-ratio weights.
+    """
+
+    class Config(LabelledAlgorithm.Config):
+        """Settings of BCO."""
+
+    name = "bco"
+    config: Config
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.mean_reward = RunningMean()
+
+    def response_loss(self, rewards: Tensor, labels: Tensor, inputs: LossInputs) -> Tensor:
+        shifted = rewards - self.mean_reward.value
+        return functional.softplus(torch.where(labels, -shifted, shifted))
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        if "rewards/mean" in metrics:
+            self.mean_reward.update(metrics["rewards/mean"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"mean_reward": self.mean_reward.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.mean_reward.load_state_dict(state["mean_reward"])
+
+
+def label_metrics(inputs: LossInputs, rewards: Tensor, labels: Tensor) -> dict[str, Mean]:
+    """Mean rewards of the desirable (chosen) and undesirable (rejected) responses, and of all."""
+    present = answered(inputs)
+    kind = rewards.dtype
+    return {
+        "rewards/chosen": inputs.sequence_metric(rewards, (present & labels).to(kind)),
+        "rewards/rejected": inputs.sequence_metric(rewards, (present & ~labels).to(kind)),
+        "rewards/mean": inputs.sequence_metric(rewards, present.to(kind)),
+        "rewards/accuracies": inputs.sequence_metric(((rewards > 0) == labels).to(kind), present.to(kind)),
+    }

@@ -1,0 +1,113 @@
+"""`OfflineAlgorithm` and `PairwiseAlgorithm`: what algorithms share that learn from a data set instead of samples.
+
+Their batches arrive packed (`Batch.from_sequences`). In preference batches sequence 2i is chosen and 2i + 1 rejected;
+a pair never leaves its micro-batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from megatron_rl.algorithms.aggregation import on_mask
+from megatron_rl.algorithms.base import BaseAlgorithm
+from megatron_rl.algorithms.packing import require_finite
+from megatron_rl.algorithms.pairs import Pairs
+from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigRecord
+from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
+
+
+class OfflineAlgorithm(BaseAlgorithm):
+    """Learns from given responses: no sampling, no rewards, no old policy."""
+
+    class Config(ConfigRecord):  # type: ignore[override,misc,assignment]
+        """Settings of algorithms on fixed data."""
+
+        num_epochs: int = Field(default=1, ge=1)
+        """Passes over one batch."""
+        num_mini_batches: int = Field(default=1, ge=1)
+        """Optimizer steps per pass over one batch."""
+        seed: int = 0
+        """Seed of the shuffling into mini-batches."""
+
+    token_reads: tuple[str, ...] = ()
+    old_logprobs_field = None
+
+    def update(self) -> Flow:
+        """One step as a flow: checks, forward passes without gradient, optimise."""
+        return Flow((*self.check_stages(), *self.forward_stages(), *self.optimize_stages()))
+
+    def check_stages(self) -> list[Stage]:
+        """Pure data work before the forward passes."""
+        return []
+
+    def forward_stages(self) -> list[Stage]:
+        return []
+
+
+class PairwiseAlgorithm(OfflineAlgorithm):
+    """A loss per pair of a chosen and a rejected response; subclasses give `pair_loss` and `pair_rewards`."""
+
+    name = "preference"
+    group_field = "pairs"
+
+    def pair_loss(self, pairs: Pairs) -> dict[str, Tensor]:
+        """Terms of the loss by name, each ``[num_pairs]`` and already weighted; their sum is minimised."""
+        raise NotImplementedError
+
+    def pair_rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """Implicit rewards of the chosen and the rejected responses, ``[num_pairs]``, for metrics."""
+        raise NotImplementedError
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        pairs = self.pairs_of(inputs)
+        terms = self.pair_loss(pairs)
+        per_pair = torch.where(pairs.present, torch.stack(list(terms.values())).sum(0), 0.0)
+        metrics = {f"loss/{name}": pair_metric(inputs, pairs, term) for name, term in terms.items()}
+        metrics["loss/preference"] = pair_metric(inputs, pairs, per_pair)
+        return LossOutput(
+            per_pair.sum() / max(inputs.totals.groups, 1.0),
+            metrics | self.pair_metrics(inputs, pairs),
+            of_sequences=True,
+        )
+
+    def pairs_of(self, inputs: LossInputs) -> Pairs:
+        """Sums over the responses of this micro-batch's pairs."""
+        assert inputs.num_sequences % 2 == 0, "a pair was split over micro-batches"
+        logprobs = inputs.sequence_sum(on_mask(inputs, inputs.logprobs))
+        num_tokens = inputs.sequence_sum(inputs.mask)
+        reference = torch.zeros_like(logprobs)
+        if "ref_logprobs" in inputs.fields:
+            reference = inputs.sequence_sum(on_mask(inputs, inputs.fields["ref_logprobs"]))
+        return Pairs.of_sequences(logprobs, reference, num_tokens)
+
+    def pair_metrics(self, inputs: LossInputs, pairs: Pairs) -> dict[str, Mean]:
+        chosen, rejected = (reward.detach() for reward in self.pair_rewards(pairs))
+        values = {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+            "logps/chosen": pairs.chosen,
+            "logps/rejected": pairs.rejected,
+        }
+        return {name: pair_metric(inputs, pairs, value) for name, value in values.items()}
+
+    def check_stages(self) -> list[Stage]:
+        def run(batch: Batch) -> None:
+            if batch.num_sequences % 2:
+                raise ValueError(
+                    f"a preference batch has {batch.num_sequences} sequences: expected chosen, rejected, chosen, ..."
+                )
+            batch.sequences["pairs"] = torch.arange(batch.num_sequences) // 2
+            require_finite(batch, [name for name in self.loss_fields if name in batch])
+
+        return [Stage("batch.pair", run, reads=("input_ids", "response_mask"), writes=("pairs",), place="host")]
+
+
+def pair_metric(inputs: LossInputs, pairs: Pairs, per_pair: Tensor) -> Mean:
+    """Mean over the pairs with any response token."""
+    return inputs.sequence_metric(torch.where(pairs.present, per_pair, 0.0), pairs.present.to(per_pair.dtype))

@@ -1,0 +1,188 @@
+"""`Pairs`: what every preference loss is a function of, and the losses themselves in a registry.
+
+Notation: l_w, l_l are the log-ratios log(policy / reference) of the whole chosen and rejected response, m = l_w - l_l.
+Each loss is minimised, ``[num_pairs]``, and named as in TRL's ``DPOConfig.loss_type``. Labels are smoothed wherever a
+loss accepts ``label_smoothing``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """Whole-response sums of one micro-batch's pairs, each ``[num_pairs]``."""
+
+    chosen: Tensor  # log-probability of the chosen response, with gradient
+    rejected: Tensor
+    ref_chosen: Tensor  # the same under the reference; 0 without one
+    ref_rejected: Tensor
+    chosen_tokens: Tensor  # response tokens, as floating point
+    rejected_tokens: Tensor
+    shift: float = 0.0  # running mean of the rewards; bco_pair
+
+    @classmethod
+    def of_sequences(cls, logprobs: Tensor, reference: Tensor, num_tokens: Tensor) -> Pairs:
+        """From ``[num_sequences]`` sums in the order chosen, rejected, chosen, ..."""
+        return cls(
+            chosen=logprobs[0::2],
+            rejected=logprobs[1::2],
+            ref_chosen=reference[0::2],
+            ref_rejected=reference[1::2],
+            chosen_tokens=num_tokens[0::2].to(logprobs.dtype),
+            rejected_tokens=num_tokens[1::2].to(logprobs.dtype),
+        )
+
+    @property
+    def present(self) -> Tensor:
+        """Pairs with any response token, bool."""
+        return self.chosen_tokens + self.rejected_tokens > 0
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """l_w"""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """l_l"""
+        return self.rejected - self.ref_rejected
+
+    @property
+    def margin(self) -> Tensor:
+        """m = l_w - l_l"""
+        return self.chosen_ratio - self.rejected_ratio
+
+    @property
+    def mean_margin(self) -> Tensor:
+        """m with each log-ratio divided by its response's tokens."""
+        return self.chosen_ratio / self.chosen_tokens.clamp_min(
+            1
+        ) - self.rejected_ratio / self.rejected_tokens.clamp_min(1)
+
+
+class PairSettings(ConfigRecord):
+    """What the losses below can be told."""
+
+    beta: float = 0.1
+    """Strength of the tie to the reference."""
+    label_smoothing: float = 0.0
+    """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
+    ipo_length_norm: bool = False
+    """Divide log-ratios by the response's tokens in ipo; the paper does not."""
+    discopop_tau: float = 0.05
+    """Temperature of discopop's mixing."""
+
+
+PairLoss = Callable[[Pairs, PairSettings], Tensor]
+PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm")  # losses that obey label_smoothing
+
+
+def smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
+    """-(1 - s) log sigmoid(x) - s log sigmoid(-x)."""
+    return (1 - smoothing) * functional.softplus(-x) + smoothing * functional.softplus(x)
+
+
+@PAIR_LOSSES.register("sigmoid")
+def sigmoid(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """-log sigmoid(beta m): DPO (arXiv 2305.18290, eq. 7), smoothed as conservative DPO (E. Mitchell, 2023)."""
+    return smoothed_logistic(settings.beta * pairs.margin, settings.label_smoothing)
+
+
+@PAIR_LOSSES.register("sigmoid_norm")
+def sigmoid_norm(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """The same on log-ratios per token: length-normalised DPO (Tulu 3, arXiv 2411.15124, section 5)."""
+    return smoothed_logistic(settings.beta * pairs.mean_margin, settings.label_smoothing)
+
+
+@PAIR_LOSSES.register("hinge")
+def hinge(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """max(0, 1 - beta m): SLiC on log-ratios (arXiv 2305.10425; as in RSO, arXiv 2309.06657)."""
+    return (1.0 - settings.beta * pairs.margin).relu()
+
+
+@PAIR_LOSSES.register("ipo")
+def ipo(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """(m - 1 / (2 beta))^2: IPO (arXiv 2310.12036, eq. 17)."""
+    margin = pairs.mean_margin if settings.ipo_length_norm else pairs.margin
+    return (margin - 1.0 / (2.0 * settings.beta)).square()
+
+
+@PAIR_LOSSES.register("robust")
+def robust(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """Unbiased under flips with probability s: [(1 - s) L(m) - s L(-m)] / (1 - 2 s), L = -log sigmoid(beta .); robust
+    DPO (arXiv 2403.00409, section 3). May be negative."""
+    x, flips = settings.beta * pairs.margin, settings.label_smoothing
+    return ((1 - flips) * functional.softplus(-x) - flips * functional.softplus(x)) / (1 - 2 * flips)
+
+
+@PAIR_LOSSES.register("exo_pair")
+def exo_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """KL(q || p), q = softmax of beta times both log-ratios, p = (1 - s, s): EXO (arXiv 2402.00856, eq. 16); s must be
+    above 0, and 0 log 0 = 0."""
+    x, flips = settings.beta * pairs.margin, settings.label_smoothing
+    wins = torch.sigmoid(x) * (functional.logsigmoid(x) - math.log1p(-flips))
+    return wins + torch.sigmoid(-x) * (functional.logsigmoid(-x) - math.log(flips))
+
+
+@PAIR_LOSSES.register("nca_pair")
+def nca_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """-log sigmoid(beta l_w) - [log sigmoid(-beta l_w) + log sigmoid(-beta l_l)] / 2: NCA (arXiv 2402.05369)
+    for K = 2 with preferences."""
+    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    return functional.softplus(-chosen) + 0.5 * functional.softplus(chosen) + 0.5 * functional.softplus(rejected)
+
+
+@PAIR_LOSSES.register("bco_pair")
+def bco_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """-log sigmoid(beta l_w - d) - log sigmoid(-(beta l_l - d)), d = running mean reward: BCO on pairs (arXiv
+    2404.04656, section 3)."""
+    chosen = settings.beta * pairs.chosen_ratio - pairs.shift
+    rejected = settings.beta * pairs.rejected_ratio - pairs.shift
+    return functional.softplus(-chosen) + functional.softplus(rejected)
+
+
+@PAIR_LOSSES.register("sppo_hard")
+def sppo_hard(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """(l_w - 1 / (2 beta))^2 + (l_l + 1 / (2 beta))^2: SPPO (arXiv 2405.00675, eq. 4.7) with hard probabilities."""
+    half = 0.5 / settings.beta
+    return (pairs.chosen_ratio - half).square() + (pairs.rejected_ratio + half).square()
+
+
+@PAIR_LOSSES.register("apo_zero")
+def apo_zero(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """1 - sigmoid(beta l_w) + sigmoid(beta l_l): APO-zero (arXiv 2408.06266, eq. 7); raises chosen, lowers rejected."""
+    return torch.sigmoid(-settings.beta * pairs.chosen_ratio) + torch.sigmoid(settings.beta * pairs.rejected_ratio)
+
+
+@PAIR_LOSSES.register("apo_down")
+def apo_down(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """sigmoid(beta l_w) + 1 - sigmoid(beta m): APO-down (arXiv 2408.06266, eq. 8); lowers both, rejected more."""
+    return torch.sigmoid(settings.beta * pairs.chosen_ratio) + torch.sigmoid(-settings.beta * pairs.margin)
+
+
+@PAIR_LOSSES.register("discopop")
+def discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """(1 - g) * -log sigmoid(x) + g * exp(-x), x = beta m, g = sigmoid(x / tau): DiscoPOP (arXiv 2406.08414, eq. 5)."""
+    x = settings.beta * pairs.margin
+    # g * exp(-x) as one exponential: for very negative x the product is 0 times infinity in floating point
+    gated = torch.exp(functional.logsigmoid(x / settings.discopop_tau) - x)
+    return torch.sigmoid(-x / settings.discopop_tau) * functional.softplus(-x) + gated
+
+
+@PAIR_LOSSES.register("sft")
+def sft(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """Negative log-likelihood of the chosen response per token (the term of RPO, arXiv 2404.19733, eq. 1). TRL averages
+    over all chosen tokens of a batch instead, which weighs long responses more."""
+    return -pairs.chosen / pairs.chosen_tokens.clamp_min(1)

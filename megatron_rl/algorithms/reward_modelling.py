@@ -1,0 +1,83 @@
+"""`RewardModelling`: a scalar head trained on preference pairs, the Bradley-Terry model.
+
+A sequence's score is the head's output at its last token, as in Hugging Face's sequence classifiers. Values are
+predictor-aligned (position p holds what belongs to token p + 1), so one token is appended to each sequence and the
+value "of that token" is asked for: it is computed from the sequence alone, the appended token is never attended to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_rl.algorithms.aggregation import on_mask
+from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
+from megatron_rl.algorithms.pairs import Pairs
+from megatron_rl.algorithms.roles import Policy, ValueSource
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
+from megatron_rl.workers.loss import LossInputs
+
+
+@ALGORITHMS.register("reward-model")
+class RewardModelling(PairwiseAlgorithm):
+    """-log sigmoid(score_chosen - score_rejected - margin) (+ centering): Bradley-Terry as in InstructGPT (arXiv
+    2203.02155, eq. 1), the margin as in Llama 2 (arXiv 2307.09288, eq. 2)."""
+
+    class Config(OfflineAlgorithm.Config):
+        """Settings of reward modelling."""
+
+        use_margins: bool = False
+        """Batches bring the sequence field ``margins``, the same number for both responses of a pair."""
+        center_coefficient: float = 0.0
+        """Weight of (score_chosen + score_rejected)^2, which keeps scores around 0 (arXiv 2312.09244, eq. 2)."""
+
+    name = "reward-model"
+    config: Config
+
+    def __init__(self, model: ValueSource, config: Any = None, **overrides: Any) -> None:
+        """``model``: a worker with a scalar head."""
+        super().__init__(actor=cast(Policy, model), config=config, **overrides)
+
+    def pairs_of(self, inputs: LossInputs) -> Pairs:
+        """Scores take the place of log-probabilities, margins that of the chosen response's reference."""
+        assert inputs.values is not None, "the worker of a reward model passes values"
+        scores = inputs.sequence_sum(on_mask(inputs, inputs.values))
+        margins = torch.zeros_like(scores)
+        if self.config.use_margins:
+            margins[0::2] = inputs.sequences["margins"][0::2].to(scores.dtype)
+        return Pairs.of_sequences(scores, margins, inputs.sequence_sum(inputs.mask).to(scores.dtype))
+
+    def pair_loss(self, pairs: Pairs) -> dict[str, Tensor]:
+        terms = {"bradley_terry": functional.softplus(-pairs.margin)}
+        if self.config.center_coefficient:
+            terms["centering"] = self.config.center_coefficient * (pairs.chosen + pairs.rejected).square()
+        return terms
+
+    def pair_rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        return pairs.chosen, pairs.rejected
+
+    @property
+    def sequence_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("margins",) if self.config.use_margins else ()
+
+    def check_stages(self) -> list[Stage]:
+        writes = ("input_ids", "response_mask")
+        return [
+            *super().check_stages(),
+            Stage("batch.ask_scores", ask_for_scores, reads=writes, writes=writes, place="host"),
+        ]
+
+
+def ask_for_scores(batch: Batch) -> None:
+    """Append one token to each sequence and mask exactly these, in place; other token fields are dropped.
+
+    The appended id is 0; no other token sees it. The value at that token is the sequence's score.
+    """
+    rows = [part.tolist() for part in torch.split(batch["input_ids"], batch.lengths.tolist())]
+    asked = Batch.from_sequences([[*row, 0] for row in rows], [[0] * len(row) + [1] for row in rows])
+    batch.cu_seqlens, batch.tokens = asked.cu_seqlens, asked.tokens
