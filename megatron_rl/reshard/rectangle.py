@@ -64,6 +64,8 @@ class Crossing(NamedTuple):
 @functools.lru_cache(maxsize=4096)
 def disjoint_parts(rectangles: tuple[Rectangle, ...]) -> tuple[Part, ...]:
     """Cut distinct, possibly overlapping rectangles into disjoint parts that cover the same elements."""
+    if not rectangles:
+        return ()
     rows, cols = _cuts(rectangles)
     count = np.zeros((len(rows) - 1, len(cols) - 1), np.int32)
     for window in _windows(rectangles, rows, cols):

@@ -1,0 +1,124 @@
+"""Weight sync into rollout engines, over ranks as threads: right values, one plan, honest state when it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical, rollout_by_hand
+from torch import Tensor
+from weights.ranks import all_well, on_ranks
+
+from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout_layout
+from megatron_rl.models.layouts import rollout_vocab
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.reshard import Layout, Transport, TransportError
+from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.source import InMemory
+from megatron_rl.weights.sync import WeightSync
+
+
+@dataclass
+class Engine:
+    """The weight side of a rollout engine: in place when it has storage, through `load_shards` when it has none."""
+
+    layout: Layout
+    storage: dict[str, Tensor]
+    calls: list[str] = field(default_factory=list)
+    loaded: dict[str, Tensor] = field(default_factory=dict)
+
+    def targets(self) -> Mapping[str, Tensor]:
+        return self.storage
+
+    def begin_update(self) -> None:
+        self.calls.append("begin")
+
+    def commit_update(self, version: int) -> None:
+        self.calls.append(f"commit {version}")
+
+    def load_shards(self, shards: Mapping[str, Tensor], version: int) -> None:
+        self.calls.append(f"load {version}")
+        self.loaded = {name: tensor.clone() for name, tensor in shards.items()}
+
+
+def trained(a: Architecture, layout: Layout, rank: int, seed: int) -> dict[str, Tensor]:
+    tensors = empty_tensors(layout, rank, torch.float32)
+    fill(layout, rank, tensors, InMemory(random_logical(a, seed), hf_layout(a)))
+    return tensors
+
+
+CASES = [(a, ParallelSizes(tp=2, pp=2), 4, 1) for a in ALL[:3]]
+CASES += [(LLAMA, ParallelSizes(pp=2, vpp=2), 2, 1), (LLAMA, ParallelSizes(tp=2), 8, 1)]
+CASES += [(QWEN3_MOE, ParallelSizes(ep=4), 4, 2), (QWEN3_MOE, ParallelSizes(tp=2, pp=2, ep=2, etp=2), 8, 2)]
+
+
+@pytest.mark.parametrize(("architecture", "sizes", "tp", "ep"), CASES, ids=lambda v: getattr(v, "family", str(v)))
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "load_shards"])
+def test_each_push_fills_every_engine_rank_as_slicing_by_hand_does(
+    architecture: Architecture, sizes: ParallelSizes, tp: int, ep: int, in_place: bool
+) -> None:
+    world = 8
+    source = megatron_layout(architecture, RankGrid(sizes, world), 64)
+    target = rollout_layout(architecture, tp, [list(range(i, i + tp)) for i in range(0, world, tp)], ep)
+
+    def work(rank: int, transport: Transport) -> tuple[Engine, list[dict[str, Tensor]]]:
+        engine = Engine(target, empty_tensors(target, rank, torch.bfloat16) if in_place else {})
+        sync, seen = WeightSync(source, engine, rank, transport, max_staging_bytes=1 << 14), []
+        for version in (3, 4):
+            report = sync.push(trained(architecture, source, rank, seed=version), version)
+            assert report.version == version
+            assert (report.plan_s > 0) == (version == 3)
+            assert report.transfer.peak_staging_bytes <= 1 << 14
+            held = engine.storage if in_place else engine.loaded
+            seen.append({name: tensor.clone() for name, tensor in held.items()})
+        return engine, seen
+
+    padded = rollout_vocab(architecture.vocab, tp)
+    for rank, (engine, seen) in enumerate(all_well(on_ranks(world, work))):
+        assert engine.calls == (["begin", "commit 3", "begin", "commit 4"] if in_place else ["load 3", "load 4"])
+        for version, held in zip((3, 4), seen, strict=True):
+            expected = rollout_by_hand(architecture, random_logical(architecture, version), rank % tp, tp, ep, padded)
+            assert sorted(held) == sorted(expected)
+            for name in expected:
+                assert torch.equal(held[name], expected[name].bfloat16()), name
+
+
+def test_trainers_and_engines_may_be_different_ranks() -> None:
+    source = megatron_layout(LLAMA, RankGrid(ParallelSizes(tp=2), 2), 64)
+    target = rollout_layout(LLAMA, 2, [[2, 3], [4, 5]])
+
+    def work(rank: int, transport: Transport) -> Engine:
+        engine = Engine(target, empty_tensors(target, rank, torch.float32))
+        tensors = trained(LLAMA, source, rank, seed=0) if rank < 2 else {}
+        WeightSync(source, engine, rank, transport).push(tensors, 1)
+        return engine
+
+    full = random_logical(LLAMA, 0)
+    for rank, engine in enumerate(all_well(on_ranks(6, work))):
+        assert engine.calls == ([] if rank < 2 else ["begin", "commit 1"])
+        expected = rollout_by_hand(LLAMA, full, rank % 2, 2, 1, 64) if rank >= 2 else {}
+        assert all(torch.equal(engine.storage[name], expected[name]) for name in expected)
+
+
+def test_a_failed_push_is_never_committed_and_the_next_one_heals() -> None:
+    source = megatron_layout(LLAMA, RankGrid(ParallelSizes(tp=2), 2), 64)
+    target = rollout_layout(LLAMA, 1, [[0], [1]])
+    engines = [Engine(target, empty_tensors(target, rank, torch.float32)) for rank in range(2)]
+
+    def work(rank: int, transport: Transport) -> None:
+        if rank == 0:  # the other rank never comes
+            WeightSync(source, engines[rank], rank, transport).push(trained(LLAMA, source, rank, seed=1), 1)
+
+    failed, _ = on_ranks(2, work, timeout=0.5)
+    assert isinstance(failed, TransportError)
+    assert engines[0].calls == ["begin"]
+
+    def heal(rank: int, transport: Transport) -> None:
+        WeightSync(source, engines[rank], rank, transport).push(trained(LLAMA, source, rank, seed=2), 2)
+
+    all_well(on_ranks(2, heal))
+    expected = rollout_by_hand(LLAMA, random_logical(LLAMA, 2), 0, 1, 1, 64)
+    assert engines[0].calls == ["begin", "begin", "commit 2"]
+    assert all(torch.equal(engines[0].storage[name], expected[name]) for name in expected)
