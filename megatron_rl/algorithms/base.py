@@ -61,16 +61,6 @@ class BaseAlgorithm:
         seed: int = 0
         """Seed of the shuffling into mini-batches."""
 
-        @property
-        def needs_reference(self) -> bool:
-            """Whether this configuration computes with a frozen reference policy."""
-            return False
-
-        @property
-        def needs_critic(self) -> bool:
-            """Whether this algorithm trains a value model beside the actor."""
-            return False
-
     config: Any  # this class's own `Config`; subclasses narrow the type
     name: ClassVar[str] = "algorithm"  # what stages are called after
     token_reads: tuple[str, ...] = ("advantages",)  # token fields that `loss` reads, besides mask and old logprobs

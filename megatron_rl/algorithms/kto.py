@@ -49,7 +49,8 @@ class LabelledAlgorithm(OfflineAlgorithm):
         labels = inputs.sequences["labels"].bool()
         ratio = on_mask(inputs, inputs.logprobs) - on_mask(inputs, inputs.fields["ref_logprobs"])
         rewards = self.config.beta * inputs.sequence_sum(ratio)
-        weights = torch.where(labels, self.config.desirable_weight, self.config.undesirable_weight)
+        good, bad = self.config.desirable_weight, self.config.undesirable_weight
+        weights = torch.where(labels, rewards.new_tensor(good), rewards.new_tensor(bad))
         per_sequence = weights * self.response_loss(rewards, labels, inputs)
         metrics = {f"loss/{self.name}": answered_metric(inputs, per_sequence), **label_metrics(inputs, rewards, labels)}
         return LossOutput(sequence_average(inputs, per_sequence), metrics, of_sequences=True)

@@ -59,10 +59,6 @@ class PolicyGradient(BaseAlgorithm):
         correction: MismatchCorrection = MismatchCorrection()
         """Weights against the mismatch of trainer and rollout engine."""
 
-        @property
-        def needs_reference(self) -> bool:
-            return self.kl_coefficient != 0.0
-
         @model_validator(mode="after")
         def _check(self) -> Self:
             if self.loss_aggregation == "fixed-length" and not self.norm_length:

@@ -51,7 +51,7 @@ def cispo_surrogate(
 def soft_gate_surrogate(log_ratio: Tensor, advantages: Tensor, tau_positive: float, tau_negative: float) -> Surrogate:
     """-A sigmoid(tau (r - 1)) 4 / tau, tau chosen by the sign of A: SAPO (arXiv 2511.20347, section 3). Nothing is
     clipped; the gate's slope is 1 at r = 1 and fades away from it."""
-    tau = torch.where(advantages > 0, tau_positive, tau_negative)
+    tau = torch.where(advantages > 0, advantages.new_tensor(tau_positive), advantages.new_tensor(tau_negative))
     gate = torch.sigmoid(tau * (bounded_exp(log_ratio) - 1.0)) * 4.0 / tau
     return Surrogate(-advantages * gate, torch.zeros_like(advantages, dtype=torch.bool))
 

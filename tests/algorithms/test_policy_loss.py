@@ -50,7 +50,7 @@ def make_rows(seed: int = 0) -> Rows:
                 "old_logprobs": old,
                 "rollout_logprobs": [value + draw.gauss(0, 0.3) for value in old],
                 "ref_logprobs": [value + draw.gauss(0, 0.5) for value in old],
-                "advantages": [draw.choice([-1.7, -0.4, 0.0, 0.6, 1.3])] * len(mask),
+                "advantages": [[-1.7, 0.6, -0.4, 1.0, 1.0, 0.8, 1.3, 0.0][(index + seed) % 8]] * len(mask),
                 "entropy": [draw.uniform(0, 3) for _ in mask],
             }
         )
