@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config import ConfigError
 from megatron_rl.reshard import (
     Layout,
     LocalTransport,
@@ -75,8 +76,8 @@ class WeightSync:
         target: the rollout engine, or this rank's handle of it.
         rank: this rank, as both layouts number ranks.
         transport: reaches every rank of both layouts; None takes the default process group, if there is one.
-        wire_dtype: what the values travel in; None takes the engine's dtype, which moves the fewest bytes, or bfloat16
-            where the engine's weights live elsewhere.
+        wire_dtype: what the values travel in, equal on all ranks: the engine's dtype moves the fewest bytes. None takes
+            that of the engine's tensors, which every rank of ``source`` must then hold.
         max_staging_bytes: limit on extra memory during a push, apart from the shards of an engine without `targets`.
         topology: which ranks share a node; None puts all on one.
     """
@@ -101,7 +102,7 @@ class WeightSync:
         """Make the engine serve ``tensors`` (shard name -> this rank's tensor) as ``version``. Collective.
 
         Raises:
-            ValueError: tensors that do not fit the layouts.
+            ValueError: tensors that do not fit the layouts, or ``wire_dtype`` is needed.
             TransportError: another rank failed; the engine does not serve until a later push succeeds.
         """
         start = time.perf_counter()
@@ -125,7 +126,13 @@ class WeightSync:
         return report
 
     def _plan(self, own: Mapping[str, Tensor]) -> Resharder:
-        wire = self._wire or next((tensor.dtype for tensor in own.values()), torch.bfloat16)
+        wire = self._wire or next((tensor.dtype for tensor in own.values()), None)
+        apart = self.source.cells.keys() - self.target.layout.cells.keys()
+        if wire is None or (self._wire is None and apart):
+            raise ConfigError(
+                "wire_dtype must be given where some ranks hold no rollout weights, since they cannot know the "
+                "engine's dtype: pass the dtype that the rollout engine runs in"
+            )
         self._resharder = Resharder(
             self.source,
             self.target.layout,

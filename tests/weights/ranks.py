@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from megatron_rl.reshard import MemoryHub, Transport
+from megatron_rl.reshard import MemoryHub, Transport, TransportError
 
 T = TypeVar("T")
 
@@ -26,8 +26,8 @@ def on_ranks(world: int, work: Callable[[int, Transport], T], timeout: float = 2
 
 
 def all_well(results: list[T | Exception]) -> list[T]:
-    """The results, after raising the first exception among them."""
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
+    """The results, after raising an exception among them: rather a cause than a rank that waited in vain."""
+    failed = [result for result in results if isinstance(result, Exception)]
+    for error in sorted(failed, key=lambda error: isinstance(error, TransportError)):
+        raise error
     return results  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical, rollout_by_hand
 from torch import Tensor
 from weights.ranks import all_well, on_ranks
 
+from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout_layout
 from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
@@ -63,9 +64,11 @@ def test_each_push_fills_every_engine_rank_as_slicing_by_hand_does(
     source = megatron_layout(architecture, RankGrid(sizes, world), 64)
     target = rollout_layout(architecture, tp, [list(range(i, i + tp)) for i in range(0, world, tp)], ep)
 
+    wire = None if in_place else torch.bfloat16
+
     def work(rank: int, transport: Transport) -> tuple[Engine, list[dict[str, Tensor]]]:
         engine = Engine(target, empty_tensors(target, rank, torch.bfloat16) if in_place else {})
-        sync, seen = WeightSync(source, engine, rank, transport, max_staging_bytes=1 << 14), []
+        sync, seen = WeightSync(source, engine, rank, transport, wire, max_staging_bytes=1 << 14), []
         for version in (3, 4):
             report = sync.push(trained(architecture, source, rank, seed=version), version)
             assert report.version == version
@@ -92,7 +95,9 @@ def test_trainers_and_engines_may_be_different_ranks() -> None:
     def work(rank: int, transport: Transport) -> Engine:
         engine = Engine(target, empty_tensors(target, rank, torch.float32))
         tensors = trained(LLAMA, source, rank, seed=0) if rank < 2 else {}
-        WeightSync(source, engine, rank, transport).push(tensors, 1)
+        with pytest.raises(ConfigError, match="wire_dtype must be given"):
+            WeightSync(source, engine, rank, transport).push(tensors, 1)
+        WeightSync(source, engine, rank, transport, torch.float32).push(tensors, 1)
         return engine
 
     full = random_logical(LLAMA, 0)
