@@ -1,0 +1,129 @@
+"""From text or chat messages to token ids, through whatever tokenizer is given.
+
+A prompt or completion is a string, or a list of messages ``{"role": ..., "content": ...}`` that the tokenizer's chat
+template renders. Prompts keep the tokenizer's special tokens (BOS); completions end with EOS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_rl.data.records import DataError
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+
+class Tokenizer(Protocol):
+    """What this package needs of a tokenizer; those of `transformers` have it."""
+
+    eos_token_id: int | None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[Message], *, tokenize: bool, add_generation_prompt: bool
+    ) -> Any: ...
+
+
+def is_messages(value: Any) -> bool:
+    """Whether ``value`` is a list of chat messages."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str | bytes)
+        and len(value) > 0
+        and all(isinstance(m, dict) and "role" in m and "content" in m for m in value)
+    )
+
+
+def check_text(value: Any, where: str) -> Text:
+    """``value`` when it is a string or messages.
+
+    Raises:
+        DataError: it is neither; ``where`` names the row and column.
+    """
+    if isinstance(value, str):
+        return value
+    if is_messages(value):
+        return list(value)
+    raise DataError(
+        f"{where} is {type(value).__name__} {repr(value)[:80]}, expected a string or a list of chat messages"
+    )
+
+
+def render(messages: list[Message], tokenizer: Tokenizer, open_turn: bool) -> str:
+    """Messages through the chat template; with ``open_turn`` the assistant's turn is begun.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or the template refuses the messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
+    except Exception as error:  # templates raise jinja2's own errors, a missing one ValueError
+        roles = ", ".join(str(m["role"]) for m in messages)
+        raise DataError(
+            f"the tokenizer's chat template cannot render messages with roles {roles}: {error}. Give plain text, or a "
+            "tokenizer with a fitting template (tokenizer.chat_template = ...)"
+        ) from None
+
+
+def prompt_text(prompt: Text, tokenizer: Tokenizer) -> str:
+    """The prompt as the model sees it: a string as it is, messages rendered with the assistant's turn begun."""
+    return prompt if isinstance(prompt, str) else render(prompt, tokenizer, open_turn=True)
+
+
+def encode_completions(
+    prompt: Text, completions: Sequence[Text], tokenizer: Tokenizer
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of one prompt and of its completions; plain-text completions get EOS at their end.
+
+    When any of them is messages, all are: a string prompt becomes the user's turn, a string completion the assistant's.
+    Prompt and completion are tokenised together and cut where the prompt's own tokens end, so that a tokenizer which
+    marks word beginnings puts no space into the seam; where the tokens of both would merge, they are tokenised apart.
+    """
+    if isinstance(prompt, str) and all(isinstance(completion, str) for completion in completions):
+        prompt_ids = list(tokenizer.encode(prompt, add_special_tokens=True))
+        texts = [str(completion) for completion in completions]
+        encoded = [_encode_ending(prompt, prompt_ids, text, tokenizer, special=True) for text in texts]
+        return prompt_ids, [_with_eos(ids, tokenizer) for ids in encoded]
+    turns = [as_messages(completion, "assistant") for completion in completions]
+    start, endings = _chat_texts(as_messages(prompt, "user"), turns, tokenizer)
+    prompt_ids = list(tokenizer.encode(start, add_special_tokens=False))
+    return prompt_ids, [_encode_ending(start, prompt_ids, text, tokenizer, special=False) for text in endings]
+
+
+def as_messages(text: Text, role: str) -> list[Message]:
+    """``text`` as messages; a string becomes one message of ``role``."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
+
+
+def common_prefix(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many leading elements are equal."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
+
+
+def _chat_texts(prompt: list[Message], completions: list[list[Message]], tokenizer: Tokenizer) -> tuple[str, list[str]]:
+    # Some templates begin the assistant's turn with text that a finished turn does not have (an opening <think>); what
+    # the renderings do not share belongs to the completions.
+    opened = render(prompt, tokenizer, open_turn=True)
+    whole = [render(prompt + completion, tokenizer, open_turn=False) for completion in completions]
+    shared = min((common_prefix(opened, text) for text in whole), default=len(opened))
+    return opened[:shared], [text[shared:] for text in whole]
+
+
+def _encode_ending(start: str, prompt_ids: list[int], ending: str, tokenizer: Tokenizer, special: bool) -> list[int]:
+    together = list(tokenizer.encode(start + ending, add_special_tokens=special))
+    if together[: len(prompt_ids)] == prompt_ids:
+        return together[len(prompt_ids) :]
+    return list(tokenizer.encode(ending, add_special_tokens=False))
+
+
+def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    eos = tokenizer.eos_token_id
+    return ids if eos is None or (ids and ids[-1] == eos) else [*ids, eos]
