@@ -18,7 +18,7 @@ from megatron_rl.devices.cpu_face.patches import PATCHES
 from megatron_rl.devices.cpu_face.rewrite import STAND_IN, WORDS, rewritten
 
 PACKAGE = "megatron.core"
-# Said once per module and rank by Megatron-Core; on CPU the missing packages are no news.
+# What Megatron-Core says about GPU packages and settings, from several modules on every rank: no news on CPU.
 EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.",
     "Transformer Engine and Apex are not installed. Falling back to local implementations of "
@@ -26,6 +26,11 @@ EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed. Falling back to local implementations of "
     "multi_tensor_applier, multi_tensor_l2norm, and multi_tensor_scale",
     "Apex is not installed. Falling back to Torch Norm",
+    "When using sequence parallelism it is recommended to set the environment variable "
+    "CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
+    "When using async grad allreduce it is recommended to set the environment variable "
+    "CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
+    "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
 )
 
 

@@ -1,0 +1,56 @@
+"""The arithmetic example: its tokenizer and split, and the pretraining job saved in one layout and loaded in others."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torchrun import ROOT, run_torchrun
+from transformers import AutoTokenizer
+
+spec = importlib.util.spec_from_file_location("arithmetic", ROOT / "examples" / "arithmetic_grpo" / "arithmetic.py")
+arithmetic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(arithmetic)
+
+
+def test_tokenizer_gives_one_token_a_character_and_survives_saving(tmp_path: Path) -> None:
+    arithmetic.build_tokenizer().save_pretrained(tmp_path)
+    for tokenizer in (arithmetic.build_tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer("12+34=46<eos>").input_ids
+        assert ids == [5, 6, 14, 7, 8, 15, 8, 10, 2]
+        assert tokenizer.decode(ids) == "12+34=46<eos>"
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "12+34=46"
+        assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
+        assert tokenizer("1x").input_ids == [5, 3]
+        assert len(tokenizer) == len(arithmetic.VOCABULARY) == 16
+
+
+def test_held_out_sums_are_trained_on_in_neither_order() -> None:
+    training, held_out = arithmetic.split_sums()
+    assert len(set(held_out)) == len(held_out) == 500
+    assert len(training) == 90 * 90 - 500
+    assert not set(training) & {*held_out, *((b, a) for a, b in held_out)}
+    assert arithmetic.split_sums() == (training, held_out)
+
+
+def test_files_hold_prompts_with_their_answers(tmp_path: Path) -> None:
+    arithmetic.write_files(tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    assert [(record["prompt"], record["answer"]) for record in records] == [
+        (f"{a}+{b}=", str(a + b)) for a, b in arithmetic.split_sums()[1]
+    ]
+
+
+@pytest.mark.parametrize(("response", "reward"), [("46", 1.0), ("47", 0.0), ("460", 0.0), ("", 0.0)])
+def test_reward_is_one_for_the_exact_number_only(response: str, reward: float) -> None:
+    sample = SimpleNamespace(response_text=response, prompt=SimpleNamespace(answer="46"))
+    assert arithmetic.score(sample) == reward
+
+
+@pytest.mark.distributed
+def test_pretraining_is_saved_in_one_layout_and_loads_in_others(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("pretrain_program.py")
+    assert "reloaded in 3 layouts" in run_torchrun(program, 4, str(tmp_path / "checkpoint"), timeout=240)
