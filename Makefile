@@ -1,0 +1,47 @@
+# Every target sets up ./.venv by itself when it is missing or older than the requirements. Needs Python 3.11, pip, make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+UV := uv==0.13.9
+
+# One thread a process: ranks share the cores. Byte code is kept: importing torch and megatron.core without it takes
+# five times as long, and every rank imports them.
+export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE
+
+# One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
+BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
+
+.PHONY: help setup test lint types $(BENCHES)
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+	@for bench in $(BENCHES); do echo "$$bench" | expand -t 16; done
+
+setup: $(READY)  ## create ./.venv and install everything
+
+# torch first (see requirements/torch.txt). uv takes seconds where pip takes a minute; pip does when uv cannot be had.
+# The list is complete, so nothing is resolved anew.
+$(READY): requirements/torch.txt requirements/cpu.txt setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements/torch.txt
+	{ $(BIN)/python -m pip install --disable-pip-version-check -q $(UV) \
+	    && $(BIN)/uv pip install -q --python $(BIN)/python --no-deps -r requirements/cpu.txt; } \
+	  || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/cpu.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	touch $@
+
+test: $(READY)  ## the whole test suite, fast tests first; PYTEST_ARGS="-k plan" selects
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## mypy on the package
+	$(BIN)/mypy
+
+$(BENCHES): bench-%: $(READY)
+	$(BIN)/python tools/bench_$*.py
