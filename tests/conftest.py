@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: where the optional real model and data lie, and one thread per process."""
+"""Shared by all tests: their order, and where the optional real model and data lie."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = ("distributed", "learning", "integration")  # markers, from minutes to many minutes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first, so that what fails in seconds does not wait for what takes minutes."""
+    items.sort(key=lambda item: max((SLOW.index(m.name) + 1 for m in item.iter_markers() if m.name in SLOW), default=0))
 
 
 def find_shared() -> Path | None:

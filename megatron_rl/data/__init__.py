@@ -1,18 +1,26 @@
 """Prompts, preferences and completions: rows in, token ids out, in a resumable order."""
 
-from megatron_rl.data.completions import Completion, CompletionDataset, LabelledDataset, pack_completions
+from megatron_rl.data.completions import (
+    Completion,
+    CompletionDataset,
+    CompletionLoader,
+    LabelledDataset,
+    pack_completions,
+)
 from megatron_rl.data.loader import GlobalBatchLoader, PromptLoader
-from megatron_rl.data.preferences import PairDataset, PreferencePair, pack_pairs
+from megatron_rl.data.preferences import PairDataset, PairLoader, PreferencePair, pack_pairs
 from megatron_rl.data.prompts import PromptDataset
 from megatron_rl.data.records import DataError, Records, read_records
 
 __all__ = [
     "Completion",
     "CompletionDataset",
+    "CompletionLoader",
     "DataError",
     "GlobalBatchLoader",
     "LabelledDataset",
     "PairDataset",
+    "PairLoader",
     "PreferencePair",
     "PromptDataset",
     "PromptLoader",

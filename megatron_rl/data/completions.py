@@ -11,6 +11,7 @@ import torch
 from megatron_rl.batch import Batch
 from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
 from megatron_rl.data.length import LengthConfig, fit
+from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import check_tokens, read_pair
 from megatron_rl.data.records import DataError, Records
 from megatron_rl.data.text import Text, Tokenizer, check_text, encode_completions
@@ -144,6 +145,14 @@ def pack_completions(completions: Sequence[Completion]) -> Batch:
     if all(c.label is not None for c in completions):
         batch.sequences["labels"] = torch.tensor([c.label for c in completions], dtype=torch.bool)
     return batch
+
+
+class CompletionLoader(GlobalBatchLoader[Completion]):
+    """Completions for the training loop."""
+
+    def next_batch(self) -> Batch:
+        """This rank's next completions, packed."""
+        return pack_completions(next(self))
 
 
 def _label(value: Any, place: str, column: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from megatron_rl.batch import Batch
 from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
 from megatron_rl.data.length import LengthConfig, fit
+from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.records import DataError, Records
 from megatron_rl.data.text import Text, Tokenizer, check_text, common_prefix, encode_completions
 
@@ -128,6 +129,14 @@ def pack_pairs(pairs: Sequence[PreferencePair]) -> Batch:
     batch.sequences["labels"] = torch.tensor([True, False]).repeat(len(pairs))
     batch.sequences["margins"] = torch.tensor([p.margin for p in pairs], dtype=torch.float32).repeat_interleave(2)
     return batch
+
+
+class PairLoader(GlobalBatchLoader[PreferencePair]):
+    """Pairs for the training loop."""
+
+    def next_batch(self) -> Batch:
+        """This rank's next pairs, packed."""
+        return pack_pairs(next(self))
 
 
 def check_tokens(place: str, prompt_ids: list[int], *completions: list[int]) -> None:

@@ -20,7 +20,7 @@ class TrackerGroup(Tracker):
     class Config(ConfigRecord):
         """The ``tracking`` section of a run's configuration."""
 
-        trackers: tuple[str, ...] = ("console", "jsonl", "mlflow")
+        trackers: tuple[str, ...] = ("console", "jsonl")
         """Names of the trackers to use: console, jsonl, mlflow, tensorboard, wandb."""
         experiment: str = "megatron_rl"
         """Experiment (MLflow) or project (W&B) that groups runs."""

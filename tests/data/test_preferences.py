@@ -11,9 +11,11 @@ from toy_tokenizer import EOS, ToyTokenizer, ids
 
 from megatron_rl.data import (
     CompletionDataset,
+    CompletionLoader,
     DataError,
     LabelledDataset,
     PairDataset,
+    PairLoader,
     PromptDataset,
     pack_completions,
     pack_pairs,
@@ -251,3 +253,12 @@ def test_real_pairs_load_whole(shared_dir: Path) -> None:
     assert len(dataset) + sum(dataset.skipped.values()) == 2308
     assert len(dataset) > 2200
     assert all(pair.chosen_ids[-1] == pair.rejected_ids[-1] == EOS for pair in dataset)
+
+
+def test_loaders_give_packed_batches_of_this_rank() -> None:
+    pairs = PairDataset([PAIR | {"prompt": f"{n}:"} for n in range(4)], ToyTokenizer())
+    batch = PairLoader(pairs, 4, dp_rank=1, dp_size=2, shuffle=False).next_batch()
+    assert batch["input_ids"].tolist() == pack_pairs(pairs.items[2:])["input_ids"].tolist()
+    answers = CompletionDataset([{"prompt": f"{n}:", "completion": "x"} for n in range(4)], ToyTokenizer())
+    batch = CompletionLoader(answers, 2, dp_rank=1, dp_size=2, shuffle=False).next_batch()
+    assert batch["input_ids"].tolist() == ids("1:x", bos=True, eos=True)
