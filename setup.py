@@ -1,6 +1,6 @@
 """Packaging of megatron_rl.
 
-A plain ``pip install .`` is pure Python and works everywhere; `native_extensions` is where compiled parts of csrc come in.
+A plain ``pip install .`` is pure Python and works everywhere; compiled parts of csrc come in by `native_extensions`.
 """
 
 from __future__ import annotations
