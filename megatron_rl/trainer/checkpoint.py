@@ -1,7 +1,7 @@
 """Checkpoints in Megatron-Core's distributed format, written atomically and resumed exactly.
 
-A checkpoint is a folder ``<output_dir>/checkpoints/step_000040``: model and optimizer shards (`dist_checkpointing`, so any
-layout can load what another wrote), and in its common part the step, data cursor, schedules and every counter that
+A checkpoint is a folder ``<output_dir>/checkpoints/step_000040``: model and optimizer shards (`dist_checkpointing`, so
+any layout can load what another wrote), and in its common part the step, data cursor, schedules and every counter that
 seeds depend on. It is written under another name and renamed when complete; a killed run leaves no half checkpoint.
 """
 

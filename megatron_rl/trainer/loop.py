@@ -83,6 +83,7 @@ class Trainer:
         self.export = export
         self.callbacks = list(callbacks)
         self.trackers = list(trackers)
+        self.params: Mapping[str, Any] = {}  # the configuration, for trackers
         self.step = 0  # steps completed
         self.history: dict[str, float] = {}  # the newest metrics
         self._stop_reason: str | None = None
@@ -126,6 +127,7 @@ class Trainer:
         resumed = self.checkpoints is not None and self.checkpoints.restore(self)
         for tracker in self.trackers:
             tracker.start(self.step if resumed else None)
+            tracker.log_params(self.params)
         self._each("on_train_begin")
         logger.info(
             "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow

@@ -1,4 +1,4 @@
-"""`Actor`: the policy. It samples, scores tokens, is optimised, publishes its weights to the rollout engine and exports.
+"""`Actor`: the policy. It samples, scores tokens, is optimised, publishes its weights to the rollout engine, exports.
 
 actor = Actor(model="path/or/HF model", tokenizer=tokenizer)
 actor = Actor(model=chunks, tokenizer=tokenizer, optimizer=optimizer, parallel_state=parallel_state)
@@ -38,8 +38,8 @@ class Actor:
     """The policy model in this job's layout, with its optimizer and its rollout engine.
 
     Args:
-        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks (with ``optimizer`` they must be
-            wrapped in Megatron's DistributedDataParallel).
+        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks (with ``optimizer`` they must
+            be wrapped in Megatron's DistributedDataParallel).
         tokenizer: of the model; its pad and eos are aligned with the model.
         optimizer: the job's own Megatron optimizer; None builds one from ``settings.optimizer``.
         parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
@@ -172,7 +172,7 @@ class Actor:
         self.publish()
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
         """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank."""
         self.model.sync_parameters()
         return save_hf(
@@ -183,6 +183,7 @@ class Actor:
             rank=self.context.rank,
             tokenizer=self.tokenizer,
             hf_config=self.model.hf_config,
+            overwrite=overwrite,
         )
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Putting a worker together: the job's parallel context, the model, its optimizer, and how it is cut into micro-batches.
+"""Putting a worker together: the job's parallel context, the model, its optimizer and its micro-batches.
 
 One path for both ways in: a Megatron job's own chunks and optimizer, or a Hugging Face model that is built here.
 """

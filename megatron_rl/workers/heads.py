@@ -1,7 +1,7 @@
 """What happens to hidden states on the last pipeline stage: log-probabilities, values, losses.
 
-Each function here makes a `Head` for `run_schedule`. Log-probabilities come from `ops.token_logprobs`, which never holds
-the fp32 logits of a whole micro-batch.
+Each function here makes a `Head` for `run_schedule`. Log-probabilities come from `ops.token_logprobs`, which never
+holds the fp32 logits of a whole micro-batch.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core import dist_checkpointing
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
+@dataclass(frozen=True, slots=True)
+class MegatronCheckpoint:
+    """Weights in a Megatron distributed checkpoint, and the Hugging Face config.json that describes their model."""
+
+    folder: Path
+    config: Path
+
+
 @dataclass
 class MegatronModel:
     """Chunks of one rank, one per virtual pipeline stage, wrapped (DDP) or bare."""
@@ -49,19 +58,20 @@ class MegatronModel:
     @classmethod
     def from_hf(
         cls,
-        source: str | Path | PreTrainedModel,
+        source: str | Path | PreTrainedModel | MegatronCheckpoint,
         context: ParallelContext,
         *,
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         value_head: bool = False,
     ) -> MegatronModel:
-        """Build the model in this job's layout and fill it from a Hugging Face folder or an in-memory model.
+        """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
+        checkpoint of any layout.
 
-        From a folder each rank reads only its own part of the files.
+        From files each rank reads only its own part.
         """
         folder = resolve_folder(source) if isinstance(source, (str, Path)) else None
-        hf_config = read_hf_config(folder) if folder else copy.deepcopy(source.config)  # type: ignore[union-attr]
+        hf_config = _hf_config(folder, source)
         architecture, sizes = architecture_from_hf(hf_config), context.sizes
         device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
@@ -70,7 +80,9 @@ class MegatronModel:
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
         model = cls(list(chunks), context, architecture, vocab, hf_config, value_head)
-        if folder:
+        if isinstance(source, MegatronCheckpoint):
+            load_megatron_checkpoint(source.folder, model.chunks)
+        elif folder:
             load_folder(folder, model.layout, context.rank, model.tensors())
         else:
             fill(model.layout, context.rank, model.tensors(), model_source(source)[1])  # type: ignore[arg-type]
@@ -163,6 +175,32 @@ class MegatronModel:
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
+def _hf_config(folder: Path | None, source: Any) -> PretrainedConfig:
+    if folder is not None:
+        return read_hf_config(folder)
+    if isinstance(source, MegatronCheckpoint):
+        return read_hf_config(source.config.parent if source.config.name == "config.json" else source.config)
+    return copy.deepcopy(source.config)
+
+
+def load_megatron_checkpoint(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Fill bare chunks from a Megatron distributed checkpoint, whatever layout wrote it. Collective.
+
+    Raises:
+        ConfigError: there is no checkpoint in ``folder``.
+    """
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
+        raise ConfigError(
+            f"{folder} holds no Megatron distributed checkpoint: expected a folder that "
+            "megatron.core.dist_checkpointing.save wrote"
+        )
+    names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
+    template = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    state = dist_checkpointing.load(template, str(folder))
+    for name, chunk in zip(names, chunks, strict=True):
+        unwrap(chunk).load_state_dict(state[name])
+
+
 def is_hf_model(model: Any) -> bool:
-    """Whether ``model`` is a Hugging Face folder or model rather than Megatron chunks."""
-    return isinstance(model, (str, Path)) or hasattr(model, "save_pretrained")
+    """Whether ``model`` is to be built here (a Hugging Face folder or model, or a checkpoint) rather than chunks."""
+    return isinstance(model, (str, Path, MegatronCheckpoint)) or hasattr(model, "save_pretrained")

@@ -131,7 +131,8 @@ class TrainableModel(ScoringModel):
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad.item():
             raise FloatingPointError(
-                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank ({value} here): "
+                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank "
+                f"({value} here): "
                 "lower the learning rate, or look for NaN rewards or log-probabilities in this step's metrics"
             )
 

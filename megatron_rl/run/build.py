@@ -1,0 +1,163 @@
+"""From a `RunConfig` to a `Trainer`: every part is built and checked before anything is written.
+
+Order matters for good errors: data, rewards and callbacks (which touch no device) come before the model, and the output
+folder comes last, so that a run that cannot start leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
+from megatron_rl.config import ConfigError, load_user_object
+from megatron_rl.config.files import save_config
+from megatron_rl.data import PromptDataset, PromptLoader
+from megatron_rl.devices import current_platform
+from megatron_rl.models.tokenizer import load_tokenizer
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.rewards import Reward, build_reward
+from megatron_rl.run.config import RunConfig
+from megatron_rl.run.evaluation import Evaluation
+from megatron_rl.run.report import RewardCurve
+from megatron_rl.tracking import build_tracker
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful, find_checkpoint
+from megatron_rl.trainer.loop import Trainer
+from megatron_rl.workers import Actor, Critic, Reference, RewardModel
+from megatron_rl.workers.megatron_model import MegatronCheckpoint
+
+logger = logging.getLogger(__name__)
+
+USER_CODE = "python:"
+
+
+def build_trainer(config: RunConfig) -> Trainer:
+    """Every part of the run, connected. Collective over all ranks.
+
+    Raises:
+        ConfigError, DataError: what cannot work, said once and clearly, on every rank.
+    """
+    algorithm_type = find_algorithm(config)
+    checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
+    find_checkpoint(checkpoint_folder, config.trainer.resume)
+    tokenizer = load_tokenizer(config.tokenizer or config.model, config.pad_token)
+    prompts = PromptDataset(None, tokenizer, config.data)
+    held_out = PromptDataset(None, tokenizer, config.evaluation.data) if config.evaluation else None
+    reward = build_reward(config.rewards)
+    callbacks = [_callback(name) for name in config.callbacks]
+    context = ParallelContext.create(config.parallel, seed=config.seed)
+    place = context.coordinates.dp, context.grid.dp
+    loader = PromptLoader(prompts, config.prompts_per_step, *place, seed=config.seed, shuffle=config.shuffle)
+
+    actor = build_actor(config, context, tokenizer)
+    critic = _critic(config, context)
+    algorithm = _connect(config, algorithm_type, actor, critic)
+    flow = actor.sample() >> RewardModel(reward).score() >> algorithm.update()
+    trainables = {"actor": actor.trainable}
+    states: dict[str, Stateful] = {"rollouts": actor.rollouts, "algorithm": algorithm}
+    if critic is not None:
+        trainables["critic"] = critic.trainable
+        states["critic"] = critic
+    checkpoints = DistributedCheckpoints(
+        checkpoint_folder,
+        context,
+        trainables,
+        states,
+        resume=config.trainer.resume,
+        keep_last=config.trainer.keep_last,
+        asynchronous=config.trainer.async_save,
+    )
+    trainer = Trainer(
+        flow,
+        loader,
+        context,
+        config.trainer,
+        checkpoints=checkpoints,
+        evaluate=_evaluation(config, actor, held_out, reward),
+        export=lambda folder: actor.save_pretrained(folder, overwrite=True),
+        callbacks=callbacks,
+    )
+    _open_outputs(config, trainer)
+    return trainer
+
+
+def find_algorithm(config: RunConfig) -> type[BaseAlgorithm]:
+    """The class that ``algorithm.name`` names; its Config has been checked.
+
+    Raises:
+        ConfigError: no such algorithm, or its fields are wrong.
+    """
+    values = dict(config.algorithm)
+    name = str(values.pop("name", "grpo"))
+    if name.startswith(USER_CODE):
+        found = load_user_object(name.removeprefix(USER_CODE))
+        if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
+            raise ConfigError(f"algorithm.name={name!r} is {found!r}, expected a subclass of BaseAlgorithm")
+    else:
+        try:
+            found = ALGORITHMS[name]
+        except ValueError as error:
+            raise ConfigError(f"algorithm.name: {error}") from None
+    found.Config.parse(values, where="algorithm")
+    return found
+
+
+def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object) -> Actor:
+    """The policy, from a Hugging Face folder or a Megatron checkpoint."""
+    settings = config.actor.model_copy(update={"seed": config.seed})
+    model = config.model
+    if config.model_config_path is not None:
+        return Actor(
+            MegatronCheckpoint(Path(model), Path(config.model_config_path)),
+            tokenizer,
+            context=context,
+            settings=settings,
+        )
+    return Actor(model, tokenizer, context=context, settings=settings)
+
+
+def _connect(
+    config: RunConfig, algorithm_type: type[BaseAlgorithm], actor: Actor, critic: Critic | None
+) -> BaseAlgorithm:
+    reference = None
+    if config.reference is not None:
+        source = config.reference.model
+        reference = (
+            Reference(actor, offload=config.reference.offload)
+            if source is None
+            else Reference(source, actor.tokenizer, context=actor.context, settings=config.actor)
+        )
+    values = {name: value for name, value in config.algorithm.items() if name != "name"}
+    return algorithm_type(actor, reference, critic, values)
+
+
+def _critic(config: RunConfig, context: ParallelContext) -> Critic | None:
+    if config.critic is None:
+        return None
+    return Critic(config.critic.model or config.model, context=context, settings=config.critic)
+
+
+def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:
+    if prompts is None or config.evaluation is None:
+        return None
+    return Evaluation(actor, list(prompts), reward, config.evaluation.n, config.evaluation.temperature)
+
+
+def _callback(name: str) -> Callback:
+    found = load_user_object(name)
+    made = found() if isinstance(found, type) else found
+    if not isinstance(made, Callback):
+        raise ConfigError(f"callbacks: {name!r} is {made!r}, expected a subclass of megatron_rl.Callback")
+    return made
+
+
+def _open_outputs(config: RunConfig, trainer: Trainer) -> None:
+    output_dir, rank = Path(config.trainer.output_dir), trainer.context.rank
+    tracker = build_tracker(config.tracking, output_dir, rank, trainer.total_steps)
+    if rank == 0:
+        save_config(config, output_dir / "config.yaml")
+    trainer.trackers.append(tracker)
+    trainer.params = config.model_dump(mode="json")
+    trainer.callbacks.append(RewardCurve(output_dir, tracker))
+    logger.info("%s on %s; outputs in %s", current_platform().name, trainer.context, output_dir)

@@ -1,0 +1,89 @@
+"""`RunConfig`: everything that `megatron-rl train config.yaml` needs to know.
+
+Each section is the configuration class of the part that it configures, so its fields and their meaning are documented
+there and an unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.data import PromptDataset
+from megatron_rl.parallel import ParallelSizes
+from megatron_rl.rewards import RewardConfig
+from megatron_rl.tracking import TrackerGroup
+from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.workers.settings import WorkerSettings
+
+
+class ReferenceConfig(ConfigRecord):
+    """The frozen policy of KL terms."""
+
+    model: str | None = None
+    """Hugging Face folder or id; None = a copy of the actor as it is before the first step."""
+    offload: bool = False
+    """Keep the copy of the actor's weights in host memory while it is not used."""
+
+
+class CriticConfig(WorkerSettings):
+    """The value model of PPO: a worker with a model of its own."""
+
+    model: str | None = None
+    """Hugging Face folder or id; None = the actor's."""
+
+
+class EvaluationConfig(ConfigRecord):
+    """Greedy (or sampled) answers to held-out prompts, scored by the same reward."""
+
+    data: PromptDataset.Config
+    """The prompts."""
+    n: int = Field(default=1, ge=1)
+    """Samples a prompt; their rewards are averaged."""
+    temperature: float = Field(default=0.0, ge=0.0)
+    """0 = greedy."""
+
+
+class RunConfig(ConfigRecord):
+    """One training run."""
+
+    model: str
+    """Hugging Face folder or id, or a Megatron distributed checkpoint (then `model_config_path` is needed)."""
+    model_config_path: str | None = None
+    """config.json in Hugging Face's form that describes a Megatron checkpoint."""
+    tokenizer: str | None = None
+    """Folder or id of the tokenizer; None = the model's."""
+    pad_token: str | None = None
+    """What pads where the tokenizer has no pad token: "eos", or a token of its vocabulary."""
+    algorithm: dict[str, Any] = Field(default_factory=lambda: {"name": "grpo"})
+    """``name`` of the algorithm, or python:file.py:Class, and the fields of its own Config."""
+    parallel: ParallelSizes = ParallelSizes()
+    """Parallel sizes of training; data parallelism takes the ranks that remain."""
+    actor: WorkerSettings = WorkerSettings()
+    """The policy: precision, micro-batches, optimizer, sampling, rollout engine."""
+    critic: CriticConfig | None = None
+    """The value model, for algorithms that have one."""
+    reference: ReferenceConfig | None = None
+    """The frozen reference; leave it out where no KL is wanted."""
+    data: PromptDataset.Config
+    """Training prompts."""
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Prompts of one step, over all data-parallel ranks; times `actor.sampling.n` samples."""
+    shuffle: bool = True
+    """Shuffle the prompts anew in each epoch."""
+    rewards: tuple[RewardConfig, ...]
+    """What samples are scored by; several are summed with their weights."""
+    evaluation: EvaluationConfig | None = None
+    """Held-out evaluation; its times are in `trainer`."""
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of your own: file.py:Class or package.module:Class."""
+    trainer: TrainerSettings = TrainerSettings()
+    """Length of the run, checkpoints, outputs."""
+    tracking: TrackerGroup.Config = TrackerGroup.Config()
+    """Where metrics go."""
+    seed: int = 0
+    """Of data order, sampling and initialisation."""
+    log_level: str = "INFO"
+    """Of the console log on rank 0."""

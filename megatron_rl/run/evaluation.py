@@ -1,0 +1,58 @@
+"""Evaluation on held-out prompts: generate, score, average over all data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.batch import Prompt
+from megatron_rl.rewards import Reward
+from megatron_rl.trainer.agreement import agree_over
+from megatron_rl.workers import Actor
+
+
+class Evaluation:
+    """Scores the actor's answers to fixed prompts.
+
+    Args:
+        prompts: all of them, on every rank.
+        n, temperature: as in `EvaluationConfig`.
+    """
+
+    def __init__(
+        self, actor: Actor, prompts: Sequence[Prompt], reward: Reward, n: int = 1, temperature: float = 0.0
+    ) -> None:
+        context = actor.context
+        self.actor = actor
+        self.prompts = list(prompts[context.coordinates.dp :: context.grid.dp])
+        self.reward = reward
+        self.n = n
+        self.temperature = temperature
+
+    def __call__(self) -> dict[str, float]:
+        """``eval/reward``, ``eval/num_prompts``, ``eval/response_tokens_mean`` and each part of the reward; the same on
+        all ranks. Collective.
+
+        Raises:
+            RewardError: a reward failed.
+        """
+        context = self.actor.context
+        samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature)
+        error, rewards = None, []
+        try:
+            rewards = self.reward(samples)
+        except Exception as failure:
+            error = failure
+        agree_over(context)("evaluation", error)
+        sums: dict[str, float] = {"reward": sum(rewards), "response_tokens_mean": 0.0}
+        for sample in samples:
+            sums["response_tokens_mean"] += len(sample.response_ids)
+            for part, value in sample.reward_parts.items():
+                sums[part] = sums.get(part, 0.0) + value
+        # Every rank of a model replica has the same samples: one of them reports.
+        at = context.coordinates
+        report = (sums, len(samples)) if at.tp == at.pp == at.cp == 0 else ({}, 0)
+        reports = context.gather_objects(report)
+        count = sum(number for _, number in reports)
+        names = {name for part, _ in reports for name in part}
+        metrics = {f"eval/{name}": sum(part.get(name, 0.0) for part, _ in reports) / count for name in sorted(names)}
+        return metrics | {"eval/num_prompts": count / self.n}
