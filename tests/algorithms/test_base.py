@@ -59,6 +59,8 @@ def test_update_hands_the_worker_the_declared_fields_and_frees_the_rest():
     assert algorithm.step == 1
     assert "advantages" not in batch
     assert len(batch.samples) == 8
+    algorithm.update()(scored_batch())
+    assert algorithm.actor.calls[1]["seed"] == 6
     assert {"advantages/mean", "advantages/std", "rewards/mean", "rewards/std"} <= set(batch.metrics)
     assert batch.metrics["rewards/mean"] == pytest.approx(8.5 / 8)
 

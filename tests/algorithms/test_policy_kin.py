@@ -41,11 +41,13 @@ def over_sequences(rows: Rows, term) -> float:
     return sum(values) / len(values)
 
 
-def gspo(rows: Rows, low: float, high: float) -> float:
+def gspo(rows: Rows, low: float, high: float, corrected: bool = False) -> float:
     def term(row):
+        mismatch = exp20(sum(row["old_logprobs"][t] - row["rollout_logprobs"][t] for t in steps(row)))
+        weight = min(mismatch, 1.5) if corrected else 1.0
         ratio = exp20(sum(log_ratio(row, t) for t in steps(row)) / len(steps(row)))
         advantage = row["advantages"][0]
-        return -min(ratio * advantage, clamp(ratio, 1 - low, 1 + high) * advantage)
+        return -min(ratio * advantage, clamp(ratio, 1 - low, 1 + high) * advantage) * weight
 
     return over_sequences(rows, term)
 
@@ -81,6 +83,11 @@ def dapo(rows: Rows) -> float:
 ORACLES = {
     "gspo-narrow": ("gspo", {}, lambda rows: gspo(rows, 3e-4, 4e-4)),
     "gspo-wide": ("gspo", {"clip_low": 0.3, "clip_high": 0.4}, lambda rows: gspo(rows, 0.3, 0.4)),
+    "gspo-corrected": (
+        "gspo",
+        {"clip_low": 0.3, "clip_high": 0.4, "correction": {"level": "sequence", "upper": 1.5}},
+        lambda rows: gspo(rows, 0.3, 0.4, corrected=True),
+    ),
     "gmpo": ("gmpo", {}, lambda rows: gmpo(rows, 0.4)),
     "gmpo-tight": ("gmpo", {"clip_low": 0.1, "clip_high": 0.1}, lambda rows: gmpo(rows, 0.1)),
     "sapo": ("sapo", {}, lambda rows: sapo(rows, 1.0, 1.05)),
@@ -98,7 +105,9 @@ def test_loss_equals_the_papers_formula_in_value_and_gradient(case):
     check_against_oracle(build(name, **config).loss, oracle, kin_rows())
 
 
-@pytest.mark.parametrize("case", ["gspo-wide", "gmpo", "sapo", "dapo", "cispo", "gspo-token", "gspo-kl"])
+@pytest.mark.parametrize(
+    "case", ["gspo-wide", "gspo-corrected", "gmpo", "sapo", "dapo", "cispo", "gspo-token", "gspo-kl"]
+)
 def test_loss_does_not_depend_on_micro_batches_or_context_halves(case, monkeypatch):
     others = {
         "cispo": ("cispo", {}),

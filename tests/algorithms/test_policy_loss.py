@@ -151,6 +151,7 @@ CASES = [
     {"correction": {"level": "token", "mode": "mask", "lower": 0.8, "upper": 1.25}},
     {"correction": {"level": "sequence", "upper": 1.1}},
     {"correction": {"level": "sequence", "mode": "mask", "lower": 0.5, "upper": 2.0}, "kl_coefficient": 0.1},
+    {"correction": {"level": "geometric", "upper": 1.02}},
     {"correction": {"level": "geometric", "mode": "mask", "lower": 0.9, "upper": 1.1}, "entropy_coefficient": 0.1},
 ]
 
