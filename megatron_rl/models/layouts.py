@@ -6,7 +6,9 @@ Impossible sizes are refused here, before anything is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import functools
+import re
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config import ConfigError
@@ -16,7 +18,7 @@ from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Parameter, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.layout import Alike, Layout, Shard
 
 EVERYWHERE = "everywhere"  # the one cell of a layout in which all ranks hold the same
 
@@ -156,7 +158,7 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
                 raise ConfigError(f"rank {rank} is in two rollout engines: give each rank to one engine")
             cells[rank] = index
 
-    def emit(cell: Hashable) -> Iterator[Shard]:
+    def emit(cell: Hashable, only: Collection[str] | None = None) -> Iterator[Shard]:
         assert isinstance(cell, int)
         expert_tp = tp // ep
         place = Place(
@@ -166,9 +168,26 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
             padded_vocab=rollout_vocab(architecture.vocab, tp),
         )
         for prefix, parameter in parameters(architecture):
-            yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
+            if only is None or any(name.startswith(prefix) for name in only):
+                yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
 
-    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit)
+    alike = Alike(functools.partial(_rollout_kind, architecture, ep), emit)
+    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike)
+
+
+_NUMBERED = re.compile(r"layers\.\d+\.(?:mlp\.experts\.(\d+)\.(.*))?")
+
+
+def _rollout_kind(architecture: Architecture, ep: int, tensor: str) -> Hashable:
+    """Every layer is placed alike, and so are all experts of one expert-parallel rank."""
+    match = _NUMBERED.search(tensor)
+    if match is None:
+        return tensor
+    expert, name = match.groups()
+    if expert is None:
+        return tensor[match.end() :]
+    assert architecture.experts is not None
+    return int(expert) * ep // architecture.experts.num_experts, name
 
 
 def rollout_vocab(vocab: int, tp: int) -> int:

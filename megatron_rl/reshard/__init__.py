@@ -5,7 +5,7 @@
 
 from megatron_rl.reshard.certificate import Certificate, Measure
 from megatron_rl.reshard.execute import Resharder, TransferReport
-from megatron_rl.reshard.layout import Layout, Shard, Span, block, stack_rows
+from megatron_rl.reshard.layout import Alike, Layout, Shard, Span, block, stack_rows
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import (
@@ -19,6 +19,7 @@ from megatron_rl.reshard.transport import (
 from megatron_rl.reshard.wire import WireFormat
 
 __all__ = [
+    "Alike",
     "Certificate",
     "Layout",
     "LocalCopy",

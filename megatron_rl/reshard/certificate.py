@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megatron_rl.reshard.index import Cells, Pattern
+from megatron_rl.reshard.index import CellRanks, Cells, Pattern
 from megatron_rl.reshard.rectangle import cross, uncovered
 from megatron_rl.reshard.route import Route
 from megatron_rl.reshard.spots import check_shard
@@ -96,6 +96,7 @@ def certify(plan: ReshardPlan, wire: WireFormat) -> Certificate:
 class _Auditor:
     def __init__(self, plan: ReshardPlan, wire: WireFormat) -> None:
         self._plan, self._wire = plan, wire
+        self._holders, self._needers = CellRanks(plan.source), CellRanks(plan.target)
         self._at = {rank: i for i, rank in enumerate(plan.ranks)}
         self._nodes = np.array([plan.topology.node(rank) for rank in plan.ranks])
         self._sent = np.zeros(len(plan.ranks), np.int64)
@@ -149,7 +150,7 @@ class _Auditor:
                 self._prove(tensor, held, wanted)
                 proved.add((held, wanted))
             for rectangle, cells in zip(wanted.rectangles, wanted.cells, strict=True):
-                self._totals["distinct"] += rectangle.numel * len(target.ranks(cells))
+                self._totals["distinct"] += rectangle.numel * len(self._needers[cells])
             classes[_Class(held, shares, wanted, self._wire.of(tensor).itemsize)] += 1
         return classes
 
@@ -160,7 +161,7 @@ class _Auditor:
             areas[crossing.right] += crossing.rectangle.numel
         for rectangle, cells, area in zip(wanted.rectangles, wanted.cells, areas, strict=True):
             if area != rectangle.numel:
-                rank = self._plan.target_index.ranks(cells)[0]
+                rank = self._needers[cells][0]
                 hole = uncovered(rectangle, held.rectangles) or rectangle
                 raise ValueError(
                     f"{self._plan.target.name}: rank {rank} needs {tensor}{hole}, which no rank of "
@@ -213,6 +214,6 @@ class _Auditor:
         for cells in groups:
             inside = sum(single.get(cell, 0) for cell in cells)
             inside += sum(num_bytes for other, num_bytes in shared.items() if other <= cells)
-            ranks = sum(len(self._plan.source.replicas[cell]) for cell in cells)
+            ranks = len(self._holders[tuple(sorted(cells))])
             least = max(least, -(-inside // ranks))
         return least

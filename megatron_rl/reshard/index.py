@@ -7,17 +7,18 @@ and the planner's work grow with the number of different cuts rather than with r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts
 
 MIN_SHARE = 1 << 16
 """Elements. Replicas share the sending of a piece only when every part is at least this large."""
 
-Cells = tuple[Hashable, ...]
+Cells = tuple[int, ...]
+"""Numbers of cells, in the order of `Layout.replicas`, ascending: cheaper to compare than the cells themselves."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,53 +49,79 @@ class PatternStore:
         return self._known[key]
 
 
-class LayoutIndex:
-    """Logical tensor -> `Pattern`, for all tensors of ``layout``, in order of first appearance."""
+class CellRanks:
+    """The ranks of any set of cells of a layout, ascending."""
 
     def __init__(self, layout: Layout) -> None:
-        self.layout = layout
+        self._replicas = tuple(layout.replicas.values())
+        self._known: dict[Cells, tuple[int, ...]] = {}
+
+    def __getitem__(self, cells: Cells) -> tuple[int, ...]:
+        if cells not in self._known:
+            self._known[cells] = tuple(sorted(rank for cell in cells for rank in self._replicas[cell]))
+        return self._known[cells]
+
+
+class LayoutIndex:
+    """Logical tensor -> `Pattern`, in order of first appearance.
+
+    Args:
+        only: index these tensors alone, which takes less than all where the layout has `Alike`.
+    """
+
+    def __init__(self, layout: Layout, only: Collection[str] | None = None) -> None:
         self.store = PatternStore()
         self.patterns: dict[str, Pattern] = {}
-        self._ranks: dict[Cells, tuple[int, ...]] = {}
-        cells = tuple(layout.replicas)
         known: dict[tuple, Pattern] = {}
-        for tensor, places in _places(layout, cells).items():
+        for tensor, places in _places(layout, only).items():
             key = tuple(places)
             if key not in known:
-                known[key] = self._pattern(key, cells)
+                known[key] = self._pattern(key)
             self.patterns[tensor] = known[key]
 
-    def _pattern(self, places: tuple[tuple[int, ...], ...], cells: Cells) -> Pattern:
+    def _pattern(self, places: tuple[tuple[int, ...], ...]) -> Pattern:
         holders: dict[Rectangle, dict[int, None]] = {}
         for cell, *edges in places:
             holders.setdefault(Rectangle(*edges), {})[cell] = None
         parts = disjoint_parts(tuple(holders))
         who = list(holders.values())
-        owners = [sorted({cell for i in part.inside for cell in who[i]}) for part in parts]
-        return self.store.pattern(
-            tuple(part.rectangle for part in parts), tuple(tuple(cells[i] for i in group) for group in owners)
-        )
-
-    def ranks(self, cells: Cells) -> tuple[int, ...]:
-        """All ranks of ``cells``, ascending."""
-        if cells not in self._ranks:
-            self._ranks[cells] = tuple(sorted(rank for cell in cells for rank in self.layout.replicas[cell]))
-        return self._ranks[cells]
+        owners = tuple(tuple(sorted({cell for i in part.inside for cell in who[i]})) for part in parts)
+        return self.store.pattern(tuple(part.rectangle for part in parts), owners)
 
 
-def _places(layout: Layout, cells: Iterable[Hashable]) -> dict[str, list[tuple[int, ...]]]:
+def patterns_of(layout: Layout, tensors: Iterable[str]) -> dict[str, Pattern]:
+    """The patterns of those of ``tensors`` that ``layout`` holds; of tensors that are `Alike`, one is looked at."""
+    assert layout.alike is not None
+    kinds = {tensor: layout.alike.kind(tensor) for tensor in tensors}
+    samples: dict[Hashable, str] = {}
+    for tensor, kind in kinds.items():
+        samples.setdefault(kind, tensor)
+    found = LayoutIndex(layout, frozenset(samples.values())).patterns
+    return {tensor: found[samples[kind]] for tensor, kind in kinds.items() if samples[kind] in found}
+
+
+Places = dict[str, list[tuple[int, ...]]]
+
+
+def _places(layout: Layout, only: Collection[str] | None) -> Places:
     """Tensor -> (cell number, rectangle edges) of each span. Goes past the layout's cache of shards: the index of a
     large layout would otherwise keep millions of spans alive."""
-    found: dict[str, list[tuple[int, ...]]] = {}
+    found: Places = {}
     shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for number, cell in enumerate(cells):
-        for shard in layout.emit(cell):
+    for number, cell in enumerate(layout.replicas):
+        for shard in _emitted(layout, cell, only):
             for span in shard.spans:
                 if span.row_start >= span.row_stop or span.col_start >= span.col_stop:
                     continue
                 place = (number, span.row_start, span.row_stop, span.col_start, span.col_stop)
                 found.setdefault(span.tensor, []).append(shared.setdefault(place, place))
-    return found
+    return found if only is None else {tensor: found[tensor] for tensor in found if tensor in only}
+
+
+def _emitted(layout: Layout, cell: Hashable, only: Collection[str] | None) -> Iterable[Shard]:
+    if only is None or layout.alike is None:
+        return layout.emit(cell)
+    return layout.alike.emit_some(cell, only)
 
 
 class SourceTensor(NamedTuple):
@@ -115,6 +142,7 @@ class SourceIndex(LayoutIndex):
 
     def __init__(self, layout: Layout, min_share: int = MIN_SHARE) -> None:
         super().__init__(layout)
+        self._ranks = CellRanks(layout)
         self._totals: dict[Cells, int] = {}
         for pattern in self.patterns.values():
             for cells, rectangle in zip(pattern.cells, pattern.rectangles, strict=True):
@@ -140,7 +168,7 @@ class SourceIndex(LayoutIndex):
 
     def _shares(self, rectangle: Rectangle, cells: Cells) -> Iterator[tuple[Rectangle, int]]:
         """Cut ``rectangle`` between rows where the line of its holders passes from one of them to the next."""
-        holders, total, start = len(self.ranks(cells)), self._totals[cells], self._done[cells]
+        holders, total, start = len(self._ranks[cells]), self._totals[cells], self._done[cells]
         self._done[cells] = start + rectangle.numel
         first, last = start * holders // total, (start + rectangle.numel - 1) * holders // total
         if first == last or rectangle.numel < self._min_share * (last - first + 1):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -62,6 +62,20 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
+class Alike:
+    """The symmetry of a layout.
+
+    Args:
+        kind: logical tensor -> its kind. The same cells hold the same rectangles of all tensors of one kind (say an
+            expert's down_proj in every layer); shard names and places inside shards may differ.
+        emit_some: (cell, tensors) -> those shards of the cell that hold one of ``tensors``, and possibly others.
+    """
+
+    kind: Callable[[str], Hashable]
+    emit_some: Callable[[Hashable, Collection[str]], Iterable[Shard]]
+
+
+@dataclass(frozen=True)
 class Layout:
     """Who holds what. Ranks with the same *cell* (say the same (tp, pp) coordinate) hold the same shards: they are
     replicas of one another. A pure function of configuration: no rank needs to ask another.
@@ -69,12 +83,14 @@ class Layout:
     Args:
         name: for people, "megatron TP2 PP2".
         cells: global rank -> cell, for every rank that takes part.
-        emit: cell -> the shards of a rank in that cell; called once per cell.
+        emit: cell -> the shards of a rank in that cell.
+        alike: what lets a planner of a large model look at a few tensors only; None makes it look at all.
     """
 
     name: str
     cells: Mapping[int, Hashable]
     emit: Callable[[Hashable], Iterable[Shard]]
+    alike: Alike | None = None
 
     def shards(self, rank: int) -> tuple[Shard, ...]:
         """The shards of ``rank``; empty when the rank takes no part."""

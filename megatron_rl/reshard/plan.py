@@ -6,13 +6,15 @@ rectangles in the same order without a message. Nothing is moved here; `execute.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Hashable
+import gc
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_rl.reshard.certificate import Certificate, certify
-from megatron_rl.reshard.index import MIN_SHARE, Cells, LayoutIndex, Pattern, SourceIndex
+from megatron_rl.reshard.index import MIN_SHARE, CellRanks, Cells, LayoutIndex, Pattern, SourceIndex, patterns_of
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
 from megatron_rl.reshard.route import Route
@@ -98,6 +100,7 @@ class ReshardPlan:
         self.source, self.target = source, target
         self.topology = topology or Topology()
         self._min_share = min_share
+        self._holders, self._needers = CellRanks(source), CellRanks(target)
         self._routes: dict[tuple[Cells, Cells], Route] = {}
 
     @functools.cached_property
@@ -116,9 +119,14 @@ class ReshardPlan:
     def route(self, held_by: Cells, needed_by: Cells) -> Route:
         key = (held_by, needed_by)
         if key not in self._routes:
-            holders, needers = self.source_index.ranks(held_by), self.target_index.ranks(needed_by)
-            self._routes[key] = Route(holders, needers, self.topology)
+            self._routes[key] = Route(self._holders[held_by], self._needers[needed_by], self.topology)
         return self._routes[key]
+
+    def wanted(self, tensors: Iterable[str]) -> Mapping[str, Pattern]:
+        """At least the patterns of those of ``tensors`` that the target holds."""
+        if self.target.alike is None or "target_index" in self.__dict__:
+            return self.target_index.patterns
+        return patterns_of(self.target, tensors)
 
     def for_rank(self, rank: int) -> RankPlan:
         """What ``rank`` sends, receives and copies; empty when it takes no part.
@@ -126,7 +134,8 @@ class ReshardPlan:
         Raises:
             ValueError: the source does not cover a span of one of its target shards, or a shard is malformed.
         """
-        return _RankPlanner(self, rank).plan()
+        with _collector_paused():
+            return _RankPlanner(self, rank).plan()
 
     def certificate(self, wire: WireFormat | None = None) -> Certificate:
         """Bytes beside their lower bounds for all ranks together, and proof that coverage is exact.
@@ -134,7 +143,8 @@ class ReshardPlan:
         Raises:
             ValueError: coverage is not exact.
         """
-        return certify(self, wire or WireFormat())
+        with _collector_paused():
+            return certify(self, wire or WireFormat())
 
     def __str__(self) -> str:
         return (
@@ -149,6 +159,18 @@ def plan_transfers(source: Layout, target: Layout, rank: int, topology: Topology
     return ReshardPlan(source, target, topology).for_rank(rank)
 
 
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Planning makes millions of records and no cycles: the cyclic collector would double its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _RankPlanner:
     """The walk over the tensors that one rank holds or needs."""
 
@@ -156,8 +178,7 @@ class _RankPlanner:
         self._plan, self._rank = plan, rank
         self._held = Spots(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
         self._wanted = Spots(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
-        self._held_cell: Hashable = plan.source.cells.get(rank, _NO_CELL)
-        self._wanted_cell: Hashable = plan.target.cells.get(rank, _NO_CELL)
+        self._held_cell, self._wanted_cell = _cell_number(plan.source, rank), _cell_number(plan.target, rank)
         self._mine: dict[tuple[Pattern, Pattern], tuple[Crossing, ...]] = {}
         self._sends: list[Transfer] = []
         self._receives: list[Transfer] = []
@@ -166,18 +187,18 @@ class _RankPlanner:
 
     def plan(self) -> RankPlan:
         tensors = self._plan.source_index.tensors
-        mine = {*self._held, *self._wanted}
+        mine = dict.fromkeys((*self._held, *self._wanted))
+        patterns = self._plan.wanted(mine)
         for tensor in sorted(mine, key=lambda name: tensors[name].position if name in tensors else -1):
             if tensor not in tensors:
-                self._refuse(tensor, self._plan.target_index.patterns[tensor].rectangles[0])
-            if tensor in self._plan.target_index.patterns:
-                self._tensor(tensor)
+                self._refuse(tensor, patterns[tensor].rectangles[0])
+            if tensor in patterns:
+                self._tensor(tensor, patterns[tensor])
         sends, receives = (tuple(sorted(part, key=_position)) for part in (self._sends, self._receives))
         return RankPlan(self._rank, sends, receives, tuple(self._copies), tuple(self._echoes))
 
-    def _tensor(self, tensor: str) -> None:
+    def _tensor(self, tensor: str, wanted: Pattern) -> None:
         pattern, start, shares = self._plan.source_index.tensors[tensor]
-        wanted = self._plan.target_index.patterns[tensor]
         key = (pattern, wanted)
         if key not in self._mine:
             self._mine[key] = self._crossings(tensor, pattern, wanted)
@@ -230,4 +251,6 @@ def _position(transfer: Transfer) -> int:
     return transfer.position
 
 
-_NO_CELL = object()
+def _cell_number(layout: Layout, rank: int) -> int:
+    """The number of the rank's cell in `index.Cells`; -1 when it takes no part."""
+    return tuple(layout.replicas).index(layout.cells[rank]) if rank in layout.cells else -1
