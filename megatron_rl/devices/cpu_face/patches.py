@@ -67,16 +67,9 @@ def _without_te_gemm(module: Any) -> None:
         module.te_general_gemm = None
 
 
-class _HostSizes(list[int]):
-    """A list, as gloo wants split sizes, that can be asked for a list, as the dispatcher does of numpy arrays."""
-
-    def tolist(self) -> list[int]:
-        return list(self)
-
-
 def _split_sizes_as_lists(module: Any) -> None:
     def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return _HostSizes(tensor.tolist()) if as_numpy and hasattr(tensor, "tolist") else tensor
+        return tensor.tolist() if as_numpy and hasattr(tensor, "tolist") else tensor
 
     module.maybe_move_tensor_to_cpu = maybe_move_tensor_to_cpu
 
