@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megatron_rl.ops.block_quantize.interface import empty_result
 from megatron_rl.ops.extension import requires_cpu as requires
-from megatron_rl.ops.numbers import NUMBER_TYPES
+from megatron_rl.ops.number_types import NUMBER_TYPES
 
 __all__ = ["block_quantize", "requires"]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.extension import requires_cpu as requires
-from megatron_rl.ops.numbers import number_types
+from megatron_rl.ops.number_types import number_types
 
 __all__ = ["copy_spans", "requires"]
 

@@ -34,8 +34,7 @@ def copy_spans(
         sources: contiguous tensors of one dtype and device, any shape, addressed as flat memory.
         destinations: contiguous tensors of one dtype, on the device of the sources. Distinct jobs must not write
             the same element, nor write what another job reads: the order of jobs is not defined.
-        jobs: [n, 8] int64, columns `JOB_COLUMNS`, offsets and strides in elements. On the CPU; an accelerator
-            implementation also takes a table that already lies on its device.
+        jobs: [n, 8] int64 on the CPU, columns `JOB_COLUMNS`, offsets and strides in elements.
         checked: False skips `check_jobs` for a table that was checked when it was built.
         implementation: forces one ("reference", "cpu", "triton", "cuda"); None takes the best available.
 
@@ -68,7 +67,7 @@ def check_jobs(sources: list[Tensor], destinations: list[Tensor], jobs: Tensor) 
         raise ValueError(f"sources lie on {src.device}, destinations on {dst.device}: move one side first")
     if src.dtype != dst.dtype and not (src.dtype in CASTS and dst.dtype in CASTS):
         raise ValueError(f"no cast from {src.dtype} to {dst.dtype}: casts exist among {', '.join(map(str, CASTS))}")
-    table = jobs.cpu()
+    table = jobs
     rows, cols = table[:, 4], table[:, 5]
     bad = (rows < 0) | (cols < 0)
     bad |= _outside(sources, table[:, 0], table[:, 2], rows, cols, table[:, 6])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.extension import requires_cpu as requires
-from megatron_rl.ops.numbers import NUMBER_TYPES, RAW
+from megatron_rl.ops.number_types import NUMBER_TYPES, RAW
 
 __all__ = ["requires", "span_checksum"]
 
