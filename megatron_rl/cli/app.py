@@ -29,12 +29,13 @@ app = typer.Typer(
 TRAIN_EPILOG = """
 **Examples**
 
-One process: `megatron-rl train examples/arithmetic_grpo/config.yaml`
+One process: `megatron-rl train CONFIG`
 
-Four processes, tensor and pipeline parallel: `torchrun --nproc-per-node 4 -m megatron_rl train CONFIG parallel.tp=2 parallel.pp=2`
+Four processes: `torchrun --nproc-per-node 4 -m megatron_rl train CONFIG parallel.tp=2 parallel.pp=2`
 
-Two nodes of 8: `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --max-restarts 3 -m megatron_rl train CONFIG`
-(restarted runs continue from the newest complete checkpoint)
+Two nodes of 8, the same command on each; restarted runs continue from the newest complete checkpoint:
+`torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+-m megatron_rl train CONFIG`
 """
 
 

@@ -6,28 +6,22 @@ folder comes last, so that a run that cannot start leaves nothing behind.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
 from megatron_rl.config import ConfigError, load_user_object
-from megatron_rl.config.files import save_config
 from megatron_rl.data import PromptDataset, PromptLoader
-from megatron_rl.devices import current_platform
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward
 from megatron_rl.run.config import RunConfig
+from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
-from megatron_rl.run.report import RewardCurve
-from megatron_rl.tracking import build_tracker
 from megatron_rl.trainer.callbacks import Callback
-from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful, find_checkpoint
+from megatron_rl.trainer.checkpoint import find_checkpoint
 from megatron_rl.trainer.loop import Trainer
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 from megatron_rl.workers.megatron_model import MegatronCheckpoint
-
-logger = logging.getLogger(__name__)
 
 USER_CODE = "python:"
 
@@ -54,32 +48,17 @@ def build_trainer(config: RunConfig) -> Trainer:
     critic = _critic(config, context)
     algorithm = _connect(config, algorithm_type, actor, critic)
     flow = actor.sample() >> RewardModel(reward).score() >> algorithm.update()
-    trainables = {"actor": actor.trainable}
-    states: dict[str, Stateful] = {"rollouts": actor.rollouts, "algorithm": algorithm}
-    if critic is not None:
-        trainables["critic"] = critic.trainable
-        states["critic"] = critic
-    checkpoints = DistributedCheckpoints(
-        checkpoint_folder,
-        context,
-        trainables,
-        states,
-        resume=config.trainer.resume,
-        keep_last=config.trainer.keep_last,
-        asynchronous=config.trainer.async_save,
-    )
-    trainer = Trainer(
+    return connect(
         flow,
+        actor,
+        algorithm,
         loader,
-        context,
         config.trainer,
-        checkpoints=checkpoints,
+        tracking=config.tracking,
         evaluate=_evaluation(config, actor, held_out, reward),
-        export=lambda folder: actor.save_pretrained(folder, overwrite=True),
         callbacks=callbacks,
+        params=config.model_dump(mode="json"),
     )
-    _open_outputs(config, trainer)
-    return trainer
 
 
 def find_algorithm(config: RunConfig) -> type[BaseAlgorithm]:
@@ -150,14 +129,3 @@ def _callback(name: str) -> Callback:
     if not isinstance(made, Callback):
         raise ConfigError(f"callbacks: {name!r} is {made!r}, expected a subclass of megatron_rl.Callback")
     return made
-
-
-def _open_outputs(config: RunConfig, trainer: Trainer) -> None:
-    output_dir, rank = Path(config.trainer.output_dir), trainer.context.rank
-    tracker = build_tracker(config.tracking, output_dir, rank, trainer.total_steps)
-    if rank == 0:
-        save_config(config, output_dir / "config.yaml")
-    trainer.trackers.append(tracker)
-    trainer.params = config.model_dump(mode="json")
-    trainer.callbacks.append(RewardCurve(output_dir, tracker))
-    logger.info("%s on %s; outputs in %s", current_platform().name, trainer.context, output_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.batch import Prompt
 from megatron_rl.rewards import Reward
@@ -16,10 +17,17 @@ class Evaluation:
     Args:
         prompts: all of them, on every rank.
         n, temperature: as in `EvaluationConfig`.
+        sampling: other fields of `SamplingParams`, over those of the actor's settings.
     """
 
     def __init__(
-        self, actor: Actor, prompts: Sequence[Prompt], reward: Reward, n: int = 1, temperature: float = 0.0
+        self,
+        actor: Actor,
+        prompts: Sequence[Prompt],
+        reward: Reward,
+        n: int = 1,
+        temperature: float = 0.0,
+        **sampling: Any,
     ) -> None:
         context = actor.context
         self.actor = actor
@@ -27,6 +35,7 @@ class Evaluation:
         self.reward = reward
         self.n = n
         self.temperature = temperature
+        self.sampling = sampling
 
     def __call__(self) -> dict[str, float]:
         """``eval/reward``, ``eval/num_prompts``, ``eval/response_tokens_mean`` and each part of the reward; the same on
@@ -36,7 +45,7 @@ class Evaluation:
             RewardError: a reward failed.
         """
         context = self.actor.context
-        samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature)
+        samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
         error, rewards = None, []
         try:
             rewards = self.reward(samples)

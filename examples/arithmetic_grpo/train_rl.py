@@ -1,0 +1,44 @@
+"""The pretraining job of pretrain.py, extended: its model, optimizer and parallel_state learn from their own answers.
+
+    torchrun --nproc-per-node 4 examples/arithmetic_grpo/train_rl.py
+
+What a job needs for this stands between the two lines of dashes.
+"""
+
+from pathlib import Path
+
+from arithmetic import build_tokenizer, score
+from pretrain import build_model, build_optimizer, initialize, load_checkpoint, parallel_state
+
+OUTPUTS = Path("outputs/arithmetic_grpo")
+
+
+def main() -> None:
+    initialize(tensor_parallel=2, pipeline_parallel=2, seed=1)
+    model = build_model()
+    load_checkpoint(OUTPUTS / "pretrained", model)
+    optimizer = build_optimizer(model, learning_rate=3e-4)
+    # ---------------------------------------------------------------------------------------------------------------
+    from megatron_rl import GRPO, Actor, RewardModel
+    from megatron_rl.data import PromptDataset, PromptLoader
+    from megatron_rl.run import Evaluation, connect
+    from megatron_rl.trainer import TrainerSettings
+
+    tokenizer = build_tokenizer()
+    actor = Actor(model=model, tokenizer=tokenizer, optimizer=optimizer, parallel_state=parallel_state)
+    reward = RewardModel(score)
+    grpo = GRPO(actor=actor, loss_aggregation="token-mean")
+    flow = actor.sample(n=8, max_tokens=6) >> reward.score() >> grpo.update()
+
+    at = actor.context.coordinates
+    prompts = PromptDataset(OUTPUTS / "data/train.jsonl", tokenizer)
+    loader = PromptLoader(prompts, batch_size=64, dp_rank=at.dp, dp_size=actor.context.dp_size)
+    held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
+    evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
+    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=150, evaluate_every=50, save_every=50)
+    connect(flow, actor, grpo, loader, settings, evaluate=evaluation).train()
+    # ---------------------------------------------------------------------------------------------------------------
+
+
+if __name__ == "__main__":
+    main()

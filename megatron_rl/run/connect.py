@@ -1,0 +1,89 @@
+"""`connect`: a flow, its parts and its data become a `Trainer` with checkpoints, tracking and a reward curve.
+
+This is the last step of `build_trainer`, and the way in for a job that has made its parts in Python:
+
+    flow = actor.sample(n=8) >> reward.score() >> grpo.update()
+    connect(flow, actor, grpo, loader, TrainerSettings(num_steps=100)).train()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_rl.algorithms import BaseAlgorithm
+from megatron_rl.dataflow import Flow
+from megatron_rl.devices import current_platform
+from megatron_rl.run.report import RewardCurve
+from megatron_rl.tracking import TrackerGroup, build_tracker
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful
+from megatron_rl.trainer.loop import BatchSource, Trainer
+from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.workers import Actor, Critic
+
+logger = logging.getLogger(__name__)
+
+
+def connect(
+    flow: Flow,
+    actor: Actor,
+    algorithm: BaseAlgorithm,
+    source: BatchSource,
+    settings: TrainerSettings,
+    *,
+    tracking: TrackerGroup.Config | None = None,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+    callbacks: Sequence[Callback] = (),
+    params: Mapping[str, Any] | None = None,
+) -> Trainer:
+    """Connect the parts of a run; the output folder is made here. Collective over all ranks.
+
+    Args:
+        source: what each step's batch comes from, for example a `PromptLoader`.
+        tracking: where metrics go; None = console, metrics.jsonl and MLflow.
+        evaluate: ``eval/...`` metrics, for example an `Evaluation`.
+        params: the configuration, for trackers and for ``config.yaml`` in the output folder.
+
+    Raises:
+        ConfigError: a tracker is unknown or not installed.
+    """
+    trainables = {"actor": actor.trainable}
+    states: dict[str, Stateful] = {"rollouts": actor.rollouts, "algorithm": algorithm}
+    if isinstance(algorithm.critic, Critic):
+        trainables["critic"] = algorithm.critic.trainable
+        states["critic"] = algorithm.critic
+    output_dir = Path(settings.output_dir)
+    checkpoints = DistributedCheckpoints(
+        output_dir / "checkpoints",
+        actor.context,
+        trainables,
+        states,
+        resume=settings.resume,
+        keep_last=settings.keep_last,
+        asynchronous=settings.async_save,
+    )
+    trainer = Trainer(
+        flow,
+        source,
+        actor.context,
+        settings,
+        checkpoints=checkpoints,
+        evaluate=evaluate,
+        export=lambda folder: actor.save_pretrained(folder, overwrite=True),
+        callbacks=callbacks,
+    )
+    rank = actor.context.rank
+    tracker = build_tracker(tracking or TrackerGroup.Config(), output_dir, rank, trainer.total_steps)
+    if rank == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(dict(params or {}), sort_keys=False))
+    trainer.trackers.append(tracker)
+    trainer.params = params or {}
+    trainer.callbacks.append(RewardCurve(output_dir, tracker))
+    logger.info("%s, %s; outputs in %s", current_platform().name, actor.context, output_dir)
+    return trainer
