@@ -60,6 +60,11 @@ def test_override_creates_sections_that_the_file_lacks(tmp_path: Path) -> None:
     assert load_config(Run, write(tmp_path, "model: m"), ["parallel={tp: 2, pp: 3}"]).parallel == Parallel(tp=2, pp=3)
 
 
+def test_override_of_a_section_replaces_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "model: m\nparallel: {tp: 4, pp: 4}")
+    assert load_config(Run, path, ["parallel={tp: 2}"]).parallel == Parallel(tp=2, pp=1)
+
+
 def test_references_are_resolved_after_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m\nparallel: {tp: 2, pp: '${parallel.tp}'}")
     assert load_config(Run, path, ["parallel.tp=4"]).parallel.pp == 4

@@ -236,6 +236,24 @@ def test_supervised_completions_from_columns_or_conversations() -> None:
         CompletionDataset([{"messages": [USER]}], ToyTokenizer())
 
 
+def test_a_tokenizer_that_marks_word_beginnings_puts_no_mark_into_the_seam() -> None:
+    class Marking(ToyTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return super().encode("_" + text, add_special_tokens=add_special_tokens)
+
+    (pair,) = PairDataset([PAIR], Marking())
+    assert (pair.prompt_ids, pair.chosen_ids) == (ids("_Q:", bos=True), ids(" yes", eos=True))
+
+
+def test_a_seam_that_would_merge_is_tokenised_apart() -> None:
+    class Merging(ToyTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+            return super().encode(text.replace(": ", "%"), add_special_tokens=add_special_tokens)
+
+    (pair,) = PairDataset([PAIR], Merging())
+    assert (pair.prompt_ids, pair.chosen_ids) == (ids("Q:", bos=True), ids(" yes", eos=True))
+
+
 def test_real_tokenizer_puts_no_space_into_the_seam(stories_model: Path) -> None:
     tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(stories_model)
     row = {"prompt": "Once upon a time", "chosen": ", there was a girl.", "rejected": " Tim ran."}
