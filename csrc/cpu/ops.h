@@ -19,4 +19,20 @@ void block_quantize(const void* x, uint8_t* codes, float* scales, int64_t rows, 
 void span_checksum(const void* const* tensors, const ChecksumSpan* spans, int64_t num_spans, int type, int as_type,
                    int word_bytes, uint64_t* sums, int num_threads);
 
+// One layer's attention of one new token per sequence; float32, contiguous.
+struct DecodeAttention {
+  float* qkv;                // [rows, q_heads + 2 * kv_heads, head_dim]; queries and keys are turned in place
+  const float* cos;          // [rows, head_dim]
+  const float* sin;          // [rows, head_dim], negative in the first half
+  float* cache;              // [rows or more, kv_heads, 2, length, head_dim]
+  const int64_t* positions;  // [rows], below length
+  float* out;                // [rows, q_heads, head_dim]
+  int64_t q_heads, kv_heads, head_dim, length;
+};
+void decode_attention(const DecodeAttention& a, int64_t rows, int num_threads);
+
+// hidden, delta, out: [rows, cols]; hidden += delta, out = hidden / rms(hidden) * weight.
+void add_rms_norm(float* hidden, const float* delta, const float* weight, float* out, int64_t rows, int64_t cols,
+                  float eps, int num_threads);
+
 }  // namespace mrl

@@ -39,6 +39,29 @@ void span_checksum(std::vector<Tensor> tensors, Tensor spans, Tensor sums, int64
                      static_cast<uint64_t*>(sums.data_ptr()), static_cast<int>(num_threads));
 }
 
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor positions, Tensor out,
+                      int64_t num_threads) {
+  const int64_t kv_heads = cache.size(1);
+  const mrl::DecodeAttention call{floats(qkv),
+                                  floats(cos),
+                                  floats(sin),
+                                  floats(cache),
+                                  static_cast<const int64_t*>(positions.data_ptr()),
+                                  floats(out),
+                                  qkv.size(1) - 2 * kv_heads,
+                                  kv_heads,
+                                  qkv.size(2),
+                                  cache.size(3)};
+  mrl::decode_attention(call, qkv.size(0), static_cast<int>(num_threads));
+}
+
+void add_rms_norm(Tensor hidden, Tensor delta, Tensor weight, Tensor out, double eps, int64_t num_threads) {
+  mrl::add_rms_norm(floats(hidden), floats(delta), floats(weight), floats(out), hidden.size(0), hidden.size(1),
+                    static_cast<float>(eps), static_cast<int>(num_threads));
+}
+
 int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
 
 }  // namespace
@@ -51,6 +74,11 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
   library.def(
       "span_checksum(Tensor[] tensors, Tensor spans, Tensor(a!) sums, int type, int as_type, int word_bytes, "
       "int num_threads) -> ()");
+  library.def(
+      "decode_attention(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) cache, Tensor positions, Tensor(c!) out, "
+      "int num_threads) -> ()");
+  library.def(
+      "add_rms_norm(Tensor(a!) hidden, Tensor delta, Tensor weight, Tensor(b!) out, float eps, int num_threads) -> ()");
   library.def("limit_vector_level(int level) -> int");
 }
 
@@ -58,6 +86,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("copy_spans", TORCH_BOX(&copy_spans));
   library.impl("block_quantize", TORCH_BOX(&block_quantize));
   library.impl("span_checksum", TORCH_BOX(&span_checksum));
+  library.impl("decode_attention", TORCH_BOX(&decode_attention));
+  library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CompositeExplicitAutograd, library) {

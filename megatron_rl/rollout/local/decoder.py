@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from megatron_rl.models import Architecture
-from megatron_rl.rollout.local.attention import attend_cache, attend_prompts, length_mask
+from megatron_rl.ops.registry import choose
 from megatron_rl.rollout.local.experts import ExpertLayer
 from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.rotary import RotaryTable, rotate_
 from megatron_rl.rollout.local.sharding import TensorParallel
 
-# (layer, queries [tokens, q_heads, head_dim], keys and values [tokens, 2, kv_heads, head_dim])
-# -> [tokens, q_heads * head_dim]
-Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+# (layer, heads of each token from `Decoder._qkv`) -> context of each token, [tokens, q_heads * head_dim]
+Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +63,11 @@ class Decoder:
         self.final_norm = _named(parameters, "model.norm.weight")
         self.layers = tuple(_layer(architecture, parameters, i, tp) for i in range(architecture.num_layers))
         self.rotary = RotaryTable(architecture, self.embedding.dtype, self.embedding.device)
+        device = self.embedding.device.type
+        # The C++ ones compute in float32 only.
+        implementation = None if self.embedding.dtype == torch.float32 else "reference"
+        self._attend_cache = choose("decode_attention", device, implementation)
+        self._add_rms_norm = choose("add_rms_norm", device, implementation)
 
     def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, sources: torch.Tensor, row: int) -> torch.Tensor:
         """Run prompts and put their keys and values into the cache.
@@ -79,14 +83,16 @@ class Decoder:
         """
         count, longest = tokens.shape
         self.rotary.reserve(longest)
-        positions = torch.arange(longest, device=tokens.device).repeat(count)
+        cos, sin = self.rotary.rows(torch.arange(longest, device=tokens.device).repeat(count))
 
-        def attend(layer: int, queries: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            kv = kv.view(count, longest, *kv.shape[1:])
-            self.cache.write_prompts(layer, kv, sources, row)
-            return attend_prompts(queries.view(count, longest, *queries.shape[1:]), kv)
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            rotate_(qkv[:, : self.q_heads + self.kv_heads], cos, sin)
+            heads = qkv.view(count, longest, -1, self.head_dim)
+            queries, keys, values = heads.split([self.q_heads, self.kv_heads, self.kv_heads], 2)
+            self.cache.write_prompts(layer, keys, values, sources, row)
+            return attend_prompts(queries, keys, values)
 
-        hidden = self._run(tokens.flatten(), positions, attend)
+        hidden = self._run(tokens.flatten(), attend)
         last = torch.arange(count, device=tokens.device) * longest + lengths - 1
         return self._logits(hidden[last])
 
@@ -102,41 +108,34 @@ class Decoder:
             Logits of the next token, ``[running, vocab]`` fp32.
         """
         self.rotary.reserve(length)
-        places = self.cache.places(positions)
-        mask = length_mask(positions + 1, length, self.kv_heads, self.embedding.dtype)
-
-        def attend(layer: int, queries: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-            self.cache.write_tokens(layer, kv, places)
-            keys, values = self.cache.read(layer, len(tokens), length)
-            return attend_cache(queries, keys, values, mask)
-
-        return self._logits(self._run(tokens, positions, attend))
-
-    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Hidden states after the final norm, ``[tokens, hidden]``."""
-        hidden = self._embed(tokens)
         cos, sin = self.rotary.rows(positions)
-        eps = self.architecture.norm_eps
-        for index, layer in enumerate(self.layers):
-            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.input_norm, eps)
-            hidden += self._attention(index, layer, normed, cos, sin, attend)
-            normed = F.rms_norm(hidden, hidden.shape[-1:], layer.post_norm, eps)
-            hidden += self.tp.reduce(self._mlp(layer, normed))
-        return F.rms_norm(hidden, hidden.shape[-1:], self.final_norm, eps)
 
-    def _attention(
-        self, index: int, layer: Layer, normed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            return self._attend_cache(qkv, cos, sin, self.cache.layers[layer], positions, length)
+
+        return self._logits(self._run(tokens, attend))
+
+    def _run(self, tokens: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Hidden states after the final norm, ``[tokens, hidden]``."""
+        eps = self.architecture.norm_eps
+        hidden = self._embed(tokens)
+        normed = F.rms_norm(hidden, hidden.shape[-1:], self.layers[0].input_norm, eps)
+        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
+        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            context = attend(index, self._qkv(layer, normed))
+            normed = self._add_rms_norm(hidden, self.tp.reduce(F.linear(context, layer.o)), layer.post_norm, eps)
+            normed = self._add_rms_norm(hidden, self.tp.reduce(self._mlp(layer, normed)), next_norm, eps)
+        return normed
+
+    def _qkv(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
+        """Query, key and value heads of each token, ``[tokens, q_heads + 2 * kv_heads, head_dim]``, not yet turned."""
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self.head_dim)
-        turned = qkv[:, : self.q_heads + self.kv_heads]
         if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = turned.split([self.q_heads, self.kv_heads], 1)
-            queries.copy_(F.rms_norm(queries, (self.head_dim,), layer.q_norm, self.architecture.norm_eps))
-            keys.copy_(F.rms_norm(keys, (self.head_dim,), layer.k_norm, self.architecture.norm_eps))
-        rotate_(turned, cos, sin)
-        kv = qkv[:, self.q_heads :].view(len(normed), 2, self.kv_heads, self.head_dim)
-        context = attend(index, qkv[:, : self.q_heads], kv)
-        return self.tp.reduce(F.linear(context, layer.o))
+            eps = self.architecture.norm_eps
+            queries, keys = qkv[:, : self.q_heads], qkv[:, self.q_heads : self.q_heads + self.kv_heads]
+            queries.copy_(F.rms_norm(queries, (self.head_dim,), layer.q_norm, eps))
+            keys.copy_(F.rms_norm(keys, (self.head_dim,), layer.k_norm, eps))
+        return qkv
 
     def _mlp(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
         if layer.experts is not None:
@@ -200,3 +199,13 @@ def _named(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
             f"the rollout layout has no {name!r}, which this architecture needs: was it made for another model?"
         )
     return parameters[name]
+
+
+def attend_prompts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each prompt; heads ``[prompts, length, heads, head_dim]``, fewer of keys than of queries
+    where grouped. ``[prompts * length, q_heads * head_dim]``."""
+    grouped = queries.shape[2] != keys.shape[2]
+    context = F.scaled_dot_product_attention(
+        queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=grouped
+    )
+    return context.transpose(1, 2).flatten(0, 1).flatten(1)

@@ -58,40 +58,18 @@ class KVCache:
             self._storage = torch.empty(numel, dtype=self.dtype, device=self.device)
         self.layers = self._storage[:numel].zero_().view(shape).unbind(0)
 
-    def write_prompts(self, layer: int, kv: torch.Tensor, sources: torch.Tensor, first_row: int) -> None:
+    def write_prompts(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, sources: torch.Tensor, first_row: int
+    ) -> None:
         """Give sequence ``first_row + i`` the prompt ``sources[i]``.
 
         Args:
-            kv: ``[prompts, length, 2, kv_heads, head_dim]``.
+            keys, values: ``[prompts, length, kv_heads, head_dim]``.
             sources: ``[sequences]``; samples of one prompt share its row.
         """
-        rows = kv.permute(0, 3, 2, 1, 4)[sources]
-        self.layers[layer][first_row : first_row + len(sources), :, :, : kv.shape[1]] = rows
-
-    def places(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where the keys and values of one token per running sequence go, for `write_tokens` of every layer.
-
-        Args:
-            positions: ``[running]``, where in its sequence each token stands.
-        """
-        length = self.layers[0].shape[3]
-        heads = torch.arange(len(positions) * self.kv_heads * 2, device=positions.device) * length
-        return (heads.view(len(positions), -1) + positions[:, None]).flatten()
-
-    def write_tokens(self, layer: int, kv: torch.Tensor, places: torch.Tensor) -> None:
-        """One more token of every running sequence.
-
-        Args:
-            kv: ``[running, 2, kv_heads, head_dim]``.
-            places: from `places`.
-        """
-        vectors = kv.transpose(1, 2).reshape(-1, self.head_dim)
-        self.layers[layer].view(-1, self.head_dim).index_copy_(0, places, vectors)
-
-    def read(self, layer: int, running: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values ``[running, kv_heads, length, head_dim]``, views."""
-        rows = self.layers[layer][:running, :, :, :length]
-        return rows[:, :, 0], rows[:, :, 1]
+        rows = self.layers[layer][first_row : first_row + len(sources), :, :, : keys.shape[1]]
+        rows[:, :, 0] = keys.transpose(1, 2)[sources]
+        rows[:, :, 1] = values.transpose(1, 2)[sources]
 
     def move(self, targets: torch.Tensor, sources: torch.Tensor, length: int) -> None:
         """Copy the first ``length`` positions of rows ``sources`` over rows ``targets``."""

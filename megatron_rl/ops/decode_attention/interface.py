@@ -1,0 +1,55 @@
+"""The contract of `decode_attention` and its edge checks.
+
+For each sequence: turn its query heads and key heads by their position, put key and value into the cache at that
+position, and attend from each query head, scaled by head_dim ** -0.5, to positions 0 up to it. Query head h reads key
+head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: dimension i turns with
+i + head_dim / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_rl.ops.registry import choose
+
+
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    positions: Tensor,
+    length: int,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """Context of each query head, ``[rows, q_heads * head_dim]``.
+
+    Args:
+        qkv: ``[rows, q_heads + 2 * kv_heads, head_dim]``: queries, keys, values; queries and keys are turned in place.
+        cos: ``[rows, 1, head_dim]`` of each row's position.
+        sin: the same of sines, negative in the first half of the head.
+        cache: ``[rows or more, kv_heads, 2, max_length, head_dim]``, keys and values; row i of ``qkv`` owns row i.
+        positions: ``[rows]`` int64, where each new token stands; what the cache holds before it is attended to.
+        length: largest position + 1, which spares asking the device.
+        implementation: forces one; None takes the best available: "cpu" for float32 only, else "reference".
+
+    Raises:
+        ValueError: shapes do not fit, or the tensors are not contiguous, of one dtype.
+        UnavailableError: the forced implementation cannot run here.
+    """
+    rows, heads, head_dim = qkv.shape
+    kv_heads, max_length = cache.shape[1], cache.shape[3]
+    if (heads - 2 * kv_heads) % kv_heads or heads <= 2 * kv_heads or cache.shape[0] < rows or cache.shape[2] != 2:
+        raise ValueError(f"qkv {list(qkv.shape)} does not fit the cache {list(cache.shape)}")
+    if cache.shape[4] != head_dim or head_dim % 2 or cos.shape != sin.shape or cos.shape != (rows, 1, head_dim):
+        raise ValueError(f"cos {list(cos.shape)} or cache {list(cache.shape)} do not fit head_dim {head_dim}")
+    if not 0 < length <= max_length or positions.shape != (rows,):
+        raise ValueError(f"length {length} of positions {list(positions.shape)} does not fit {max_length} in the cache")
+    tensors = (qkv, cos, sin, cache)
+    if {tensor.dtype for tensor in tensors} != {qkv.dtype} or not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("qkv, cos, sin and cache must be contiguous and of one dtype")
+    if implementation is None and qkv.dtype != torch.float32:
+        implementation = "reference"
+    return choose("decode_attention", qkv.device.type, implementation)(qkv, cos, sin, cache, positions, length)
