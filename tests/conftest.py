@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import megatron_rl  # noqa: F401  first of all: the CPU face must be in place before a test imports megatron.core
+
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("distributed", "learning", "integration")  # markers, from minutes to many minutes
 

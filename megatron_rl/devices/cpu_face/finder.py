@@ -30,7 +30,8 @@ EXPECTED_WARNINGS = (
     "CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
     "When using async grad allreduce it is recommended to set the environment variable "
     "CUDA_DEVICE_MAX_CONNECTIONS to 1 for maximum speedup",
-    "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",
+    "full scope is deprecated. Use empty cuda_graph_scope to capture the whole layer.",  # 0.16
+    "full scope is deprecated. Use empty cuda_graph_modules to capture the whole layer.",  # 0.19
 )
 
 
