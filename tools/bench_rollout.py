@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from megatron_rl.models import architecture_from_hf, rollout_layout, transformers_layout
+from megatron_rl.models import rollout_layout
 from megatron_rl.rollout import LocalEngine, SamplingParams
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.source import InMemory
+from megatron_rl.weights.hf_in import model_source
 
 PROMPTS, SAMPLES, MAX_TOKENS = 16, 8, 48
 
@@ -54,10 +54,9 @@ def make_prompts(vocab: int) -> list[list[int]]:
 
 def local_round(model: PreTrainedModel, prompts: list[list[int]]) -> Callable[[], int]:
     """A function that answers the requests with the local engine and returns the number of tokens."""
-    architecture = architecture_from_hf(model.config)
+    architecture, source = model_source(model)
     engine = LocalEngine(architecture, rollout_layout(architecture, 1, [[0]]))
     engine.begin_update()
-    source = InMemory(model.state_dict(), transformers_layout(architecture))
     fill(engine.layout, 0, dict(engine.targets()), source)
     engine.commit_update(1)
     params = SamplingParams(n=SAMPLES, max_tokens=MAX_TOKENS, ignore_eos=True)
