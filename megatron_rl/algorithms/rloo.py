@@ -49,8 +49,7 @@ class ReinforcePP(GRPO):
     """REINFORCE++ (arXiv 2501.03262, section 3): rewards to go with a token-level KL penalty, whitened over all tokens
     of the data-parallel world; no groups are needed.
 
-    Rewards to go step from response token to response token, past observations, and are not cut by them (verl's
-    ``compute_reinforce_plus_plus_outcome_advantage`` resets them there).
+    Rewards to go step from response token to response token, past observations.
     """
 
     class Config(GRPO.Config):

@@ -1,0 +1,166 @@
+"""Our formulas against verl's own functions on the same inputs. Skipped where verl is not importable.
+
+verl imports Ray and much else that these pure functions never call; where such a package is missing, an empty stand-in
+takes its place for the import.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+from algorithms.rectangular import BATCH, TIME, assert_same, make_matrices, ours
+from algorithms.stand_ins import StandInWorker
+
+from megatron_rl.algorithms import ALGORITHMS, PPO
+from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages
+from megatron_rl.algorithms.kl import kl_penalty
+from megatron_rl.algorithms.moments import whiten
+from megatron_rl.ops.gae import gae
+
+UNUSED = ("ray", "hydra", "codetiming", "torchdata", "peft", "pyvers", "orjson", "pylatexenc", "dill")
+
+
+class EmptyStandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports the missing packages of `UNUSED` as mocks."""
+
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in UNUSED else None
+
+    def create_module(self, spec):
+        module = MagicMock(name=spec.name)
+        module.__path__, module.__spec__, module.__name__ = [], spec, spec.name
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+@pytest.fixture(scope="module")
+def verl():
+    if importlib.util.find_spec("verl") is None:
+        pytest.skip("verl is not installed")
+    finder = EmptyStandIn()
+    sys.meta_path.append(finder)  # last, so that it only takes what is really missing
+    try:
+        import verl.trainer.ppo.core_algos as core_algos
+        from verl.workers.config import ActorConfig
+    except ImportError as error:
+        pytest.skip(f"verl is installed but does not import here: {error}")
+    finally:
+        sys.meta_path.remove(finder)
+    core_algos.TestedConfig = ActorConfig
+    return core_algos
+
+
+def config_of(verl, **values):
+    config = MagicMock(spec=verl.TestedConfig)
+    values = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.2, **values}
+    for name, value in values.items():
+        setattr(config, name, value)
+    config.get = values.get
+    config.global_batch_info = values.get("global_batch_info", {})
+    return config
+
+
+def build(name: str, **config):
+    return ALGORITHMS[name](actor=StandInWorker(), old_logprobs="recompute", **config)
+
+
+def theirs(function, matrices, mode, config):
+    logprobs = matrices["logprobs"].clone().requires_grad_()
+    loss, _ = function(matrices["old_logprobs"], logprobs, matrices["advantages"], matrices["mask"], mode, config)
+    return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-length"])
+def test_clipped_loss_and_every_aggregation(verl, mode, seed):
+    matrices = make_matrices(seed, spread=1.0)
+    config = config_of(verl, clip_ratio_high=0.28, clip_ratio_c=3.0)
+    name = "seq-mean-token-sum-norm" if mode == "fixed-length" else mode
+    algorithm = build("grpo", clip_high=0.28, dual_clip=3.0, loss_aggregation=mode, norm_length=TIME)
+    found = ours(algorithm.loss, matrices, "old_logprobs", "advantages")
+    assert_same(found, *theirs(verl.compute_policy_loss_vanilla, matrices, name, config))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gspo_gmpo_cispo_and_sapo(verl, seed):
+    matrices = make_matrices(seed)
+    cases = [
+        ("gspo", {"clip_low": 0.1, "clip_high": 0.2}, "compute_policy_loss_gspo", "seq-mean-token-mean"),
+        ("gmpo", {"clip_low": 0.3, "clip_high": 0.3}, "compute_policy_loss_geo_mean", "token-mean"),
+        ("cispo", {"clip_low": 0.2, "clip_high": 0.3}, "compute_policy_loss_cispo", "token-mean"),
+        ("sapo", {}, "compute_policy_loss_sapo", "seq-mean-token-mean"),
+    ]
+    for name, settings, function, mode in cases:
+        config = config_of(
+            verl,
+            clip_ratio_low=settings.get("clip_low", 0.2),
+            clip_ratio_high=settings.get("clip_high", 0.2),
+            tau_pos=1.0,
+            tau_neg=1.05,
+        )
+        found = ours(build(name, **settings).loss, matrices, "old_logprobs", "advantages")
+        assert_same(found, *theirs(vars(verl)[function], matrices, mode, config))
+
+
+def test_value_loss(verl):
+    matrices = make_matrices(4)
+    critic = PPO(actor=StandInWorker(), critic=StandInWorker("critic"), value_clip=0.3).critic_loss
+    predicted = matrices["current_values"].clone().requires_grad_()
+    loss, _ = verl.compute_value_loss(predicted, matrices["returns"], matrices["values"], matrices["mask"], 0.3)
+    gradient = torch.autograd.grad(loss, predicted)[0]
+    names = ("values", "current_values", "returns")
+    assert_same(ours(critic, matrices, *names, by="current_values"), loss.detach(), gradient)
+
+
+def test_kl_estimators(verl):
+    matrices = make_matrices(5)
+    for name in ("k1", "k2", "k3"):
+        expected = verl.kl_penalty(matrices["logprobs"], matrices["ref_logprobs"], name)
+        torch.testing.assert_close(kl_penalty(matrices["logprobs"], matrices["ref_logprobs"], name), expected)
+
+
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 1.0), (0.97, 0.9)])
+def test_gae_and_whitening(verl, gamma, lam):
+    matrices = make_matrices(6)
+    rewards, values, mask = (matrices[name] for name in ("rewards", "values", "mask"))
+    advantages, returns = verl.compute_gae_advantage_return(rewards, values, mask, gamma, lam)
+    steps = mask.bool()
+    cu_seqlens = torch.arange(BATCH + 1) * TIME
+    found, found_returns = gae(rewards.flatten(), values.flatten(), steps.flatten(), cu_seqlens, gamma, lam)
+    torch.testing.assert_close(found_returns.view(BATCH, TIME)[steps], returns[steps])
+    whitened = whiten(found, steps.flatten()).view(BATCH, TIME)
+    torch.testing.assert_close(whitened[steps], advantages[steps])
+
+
+def test_reinforce_pp_rewards_to_go(verl):
+    matrices = make_matrices(7)
+    config = MagicMock(gamma=0.95)
+    rewards, mask = matrices["rewards"], matrices["mask"]
+    expected, _ = verl.compute_reinforce_plus_plus_outcome_advantage(rewards, mask, config)
+    steps = mask.bool().flatten()
+    cu_seqlens = torch.arange(BATCH + 1) * TIME
+    to_go, _ = gae(rewards.flatten(), torch.zeros_like(rewards).flatten(), steps, cu_seqlens, 0.95, 1.0)
+    torch.testing.assert_close(whiten(to_go, steps)[steps], expected.flatten()[steps])
+
+
+def test_group_baselines(verl):
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, 3.0, 1.0], dtype=torch.float64)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = torch.ones(BATCH, 1, dtype=torch.float64)
+    for normalize in (True, False):
+        expected, _ = verl.compute_grpo_outcome_advantage(
+            rewards.unsqueeze(1).clone(), mask, groups.numpy(), norm_adv_by_std_in_grpo=normalize
+        )
+        found = group_advantages(rewards, groups, normalize_std=normalize)
+        torch.testing.assert_close(found, expected.squeeze(1).double(), rtol=1e-6, atol=1e-6)
+    expected, _ = verl.compute_rloo_outcome_advantage(rewards.unsqueeze(1).clone(), mask, groups.numpy())
+    found = leave_one_out_advantages(rewards, groups)
+    torch.testing.assert_close(found, expected.squeeze(1).double(), rtol=1e-6, atol=1e-6)
