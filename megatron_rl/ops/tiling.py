@@ -12,7 +12,7 @@ from torch import Tensor
 TILE_COLUMNS = ("item", "row", "col", "rows", "cols")
 
 
-def tile_table(rows: Tensor, cols: Tensor, numel: int, widest: int) -> Tensor:
+def tile_table(rows: Tensor, cols: Tensor, numel: int, widest: int, highest: int = 2**31) -> Tensor:
     """[num_tiles, 5] int64: tiles that cover each of the n rectangles exactly once; empty rectangles have none.
 
     Args:
@@ -20,9 +20,10 @@ def tile_table(rows: Tensor, cols: Tensor, numel: int, widest: int) -> Tensor:
         numel: elements per tile, at most; a tile is as wide as the rectangle, up to ``widest``, and then as high as
             this allows (at least one row).
         widest: columns per tile, at most.
+        highest: rows per tile, at most.
     """
     tile_cols = cols.clamp(1, widest)
-    tile_rows = (numel // tile_cols).clamp_min(1)
+    tile_rows = (numel // tile_cols).clamp(1, highest)
     across, down = -(-cols // tile_cols), -(-rows // tile_rows)
     counts = across * down
     item = torch.repeat_interleave(torch.arange(len(counts)), counts)

@@ -1,0 +1,61 @@
+"""Compiles every Triton kernel to cubin for the architectures in argv, without a GPU; prints one JSON object.
+
+A program of its own: kernels that were imported under TRITON_INTERPRET=1 cannot be compiled any more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+from megatron_rl.ops.block_quantize.triton import quantize_blocks
+from megatron_rl.ops.copy_spans.triton import NARROW, PACK, WIDE, copy_tiles
+from megatron_rl.ops.span_checksum.triton import COLS, ROWS, checksum_tiles
+from megatron_rl.ops.span_checksum.triton import PACK as CHECKSUM_PACK
+
+COPY = {"src": "*i32", "dst": "*i16", "tiles": "*i64"}
+CHECKSUM = {"tensor": "*i16", "tiles": "*i64", "sums": "*i64"}
+QUANTIZE = {"x": "*i16", "codes": "*u8", "scales": "*fp32", "rows": "i32", "cols": "i32"}
+
+
+def copy_constants(pack: int, shape: tuple[int, int], src: int = 1, dst: int = 2) -> dict[str, int]:
+    return {"SRC": src, "DST": dst, "PACK": pack, "ROWS": shape[0], "COLS": shape[1]}
+
+
+CHECKSUM_CONSTANTS = {"SRC": 0, "DST": 0, "PACK": CHECKSUM_PACK, "MASK": 0xFFFF, "ROWS": ROWS, "COLS": COLS}
+CASES = {
+    "copy aligned wide": (copy_tiles, COPY, copy_constants(PACK, WIDE), 4),
+    "copy aligned narrow": (copy_tiles, COPY, copy_constants(PACK, NARROW), 4),
+    "copy unaligned": (copy_tiles, COPY, copy_constants(1, WIDE), 4),
+    "copy bf16 bits": (copy_tiles, {**COPY, "src": "*i16"}, copy_constants(PACK, WIDE, 0, 0), 4),
+    "checksum": (checksum_tiles, CHECKSUM, CHECKSUM_CONSTANTS, 4),
+    "quantize": (quantize_blocks, QUANTIZE, {"TYPE": 2, "BLOCK": 128}, 8),
+}
+
+
+def build(case: str, architecture: int) -> dict[str, object]:
+    """What the test looks at: sizes, memory instructions, divisions and register spills to local memory."""
+    kernel, signature, constants, warps = CASES[case]
+    names = list(kernel.arg_names)
+    signature = {name: signature.get(name, "constexpr") for name in names}
+    # What the launcher finds out from the arguments: aligned pointers, and sizes that are multiples of 16.
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+    ptx = compiled.asm["ptx"]
+    return {
+        "cubin_bytes": len(compiled.asm["cubin"]),
+        "loads": sorted(set(re.findall(r"ld\.global\S*", ptx))),
+        "stores": sorted(set(re.findall(r"st\.global\S*", ptx))),
+        "atomics": sorted(set(re.findall(r"(?:atom|red)\.\S*", ptx))),
+        "divisions": sorted(set(re.findall(r"div\.\S+f32", ptx))),
+        "local_memory": "st.local" in ptx,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps({f"{case} sm_{arch}": build(case, int(arch)) for arch in sys.argv[1:] for case in CASES}))
