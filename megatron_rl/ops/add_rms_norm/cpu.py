@@ -10,7 +10,6 @@ from megatron_rl.ops.extension import requires_cpu as requires
 __all__ = ["add_rms_norm", "requires"]
 
 
-@torch.no_grad()
 def add_rms_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megatron_rl.ops.add_rms_norm.interface.add_rms_norm`."""
     if hidden.dtype != torch.float32:

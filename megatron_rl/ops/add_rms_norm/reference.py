@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.no_grad()
 def add_rms_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megatron_rl.ops.add_rms_norm.interface.add_rms_norm`."""
     hidden += delta

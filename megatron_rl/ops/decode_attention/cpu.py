@@ -11,7 +11,6 @@ from megatron_rl.ops.extension import requires_cpu as requires
 __all__ = ["decode_attention", "requires"]
 
 
-@torch.no_grad()
 def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor, length: int) -> Tensor:
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     if qkv.dtype != torch.float32:

@@ -3,7 +3,7 @@
 For each sequence: turn its query heads and key heads by their position, put key and value into the cache at that
 position, and attend from each query head, scaled by head_dim ** -0.5, to positions 0 up to it. Query head h reads key
 head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: dimension i turns with
-i + head_dim / 2.
+i + head_dim / 2. There is no gradient.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.no_grad()
 def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor, length: int) -> Tensor:
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     rows, heads, head_dim = qkv.shape

@@ -6,7 +6,8 @@ that no step spends time on dead rows and no Python loop runs over the living.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +55,6 @@ class RunningBatch:
         """Where each sequence's last token stands, ``[count]``."""
         return (self.prompt_lengths + self.generated)[: self.count] - 1
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence, prompt included."""
-        return int(self.positions.max()) + 1
-
     def append(self, sequences: Sequence[Sequenced], prompt_lengths: torch.Tensor) -> slice:
         """Take new sequences in; the rows they got."""
         rows = slice(self.count, self.count + len(sequences))
@@ -81,25 +77,34 @@ class RunningBatch:
         self.logprobs[self._rows[rows], steps] = logprobs
         self.generated[rows] += 1
 
-    def completion(self, row: int, stopped: bool, version: int) -> Completion:
-        """What sequence ``row`` has become.
+    def completions(self, stopped: Mapping[int, bool], version: int) -> list[Completion]:
+        """What the sequences in the rows ``stopped`` have become, in its order; its values say whether each was stopped
+        (or else reached its length). One transfer from the device for all of them.
 
         Raises:
-            RuntimeError: its log-probabilities are not finite.
+            RuntimeError: log-probabilities are not finite.
         """
-        sequence, count = self.sequences[row], int(self.generated[row])
-        logprobs = self.logprobs[row, :count]
-        if not logprobs.isfinite().all():
+        rows = torch.tensor(list(stopped), device=self.device)
+        counts, tokens, logprobs = (state[rows].tolist() for state in (self.generated, self.tokens, self.logprobs))
+        return [
+            self._completion(self.sequences[row], tokens[i][:count], logprobs[i][:count], stopped[row], version)
+            for i, (row, count) in enumerate(zip(stopped, counts, strict=True))
+        ]
+
+    def _completion(
+        self, sequence: Sequenced, tokens: list[int], logprobs: list[float], stopped: bool, version: int
+    ) -> Completion:
+        if not all(map(math.isfinite, logprobs)):
             raise RuntimeError(
                 f"prompt {sequence.prompt}, sample {sequence.sample}: log-probabilities are not finite, so the weights "
                 f"of version {version} give NaN or infinite logits: look at the last update's loss and gradient norm"
             )
         return Completion(
-            token_ids=self.tokens[row, :count].tolist(),
-            logprobs=logprobs.tolist(),
+            token_ids=tokens,
+            logprobs=logprobs,
             finish_reason="stop" if stopped else "length",
             policy_version=version,
-            policy_version_spans=[(version, count)],
+            policy_version_spans=[(version, len(tokens))],
             metadata={} if sequence.matched is None else {"stop": sequence.matched},
         )
 
@@ -113,8 +118,7 @@ class RunningBatch:
         del self.sequences[kept:]
         moved = torch.tensor(targets, device=self.device), torch.tensor(sources, device=self.device)
         if targets:
-            for state in (self.last_tokens, self.prompt_lengths, self.generated):
-                state[moved[0]] = state[moved[1]]
-            for state in (self.uniforms, self.tokens, self.logprobs):
+            states = (self.last_tokens, self.prompt_lengths, self.generated, self.uniforms, self.tokens, self.logprobs)
+            for state in states:
                 state[moved[0]] = state[moved[1]]
         return moved

@@ -94,7 +94,8 @@ class Scheduler:
 
     def _step(self) -> None:
         running = self.running
-        logits = self.decoder.decode(running.last_tokens[: running.count], running.positions, running.longest)
+        positions = running.positions
+        logits = self.decoder.decode(running.last_tokens[: running.count], positions, int(positions.max()) + 1)
         self._advance(slice(0, running.count), logits)
 
     def _advance(self, rows: slice, logits: torch.Tensor) -> None:
@@ -106,8 +107,8 @@ class Scheduler:
             tokens, logprobs = agreed[0].long(), agreed[1].float()
         running.record(rows, tokens, logprobs)
         stopped = self.stop_table[tokens]
-        ended = stopped | (running.generated[rows] >= self.params.max_tokens)
-        finished = {rows.start + row: bool(stopped[row]) for row in ended.nonzero()[:, 0].tolist()}
+        ended = (stopped | (running.generated[rows] >= self.params.max_tokens)).nonzero()[:, 0]
+        finished = dict(zip((ended + rows.start).tolist(), stopped[ended].tolist(), strict=True))
         if self.params.stop:
             self._watch(rows, tokens.tolist(), finished)
         if finished:
@@ -122,9 +123,10 @@ class Scheduler:
                 finished[row] = True
 
     def _retire(self, finished: dict[int, bool]) -> None:
-        longest = self.running.longest
-        for row, stopped in finished.items():
-            self.emit(self.running.sequences[row], self.running.completion(row, stopped, self.version))
+        """Hand the finished rows out and close their gaps."""
+        longest = int(self.running.positions.max()) + 1
+        for row, completion in zip(finished, self.running.completions(finished, self.version), strict=True):
+            self.emit(self.running.sequences[row], completion)
         targets, sources = self.running.remove(sorted(finished))
         if len(targets):
             self.decoder.cache.move(targets, sources, longest)
