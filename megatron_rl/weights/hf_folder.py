@@ -160,6 +160,10 @@ class HFFolderWriter:
             raise RuntimeError(
                 f"{self.partial} lacks {missing[0]}, which another rank wrote: all ranks must see one file system"
             )
+        self.publish()
+
+    def publish(self) -> None:
+        """Give the hidden folder its name, in the place of what had it."""
         old = self.folder.with_name(f".{self.folder.name}.replaced")
         if self.folder.exists():
             shutil.rmtree(old, ignore_errors=True)

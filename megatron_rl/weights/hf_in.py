@@ -20,7 +20,7 @@ from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.source import InMemory, SafetensorsFolder, TensorSource
+from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memory
 
 logger = logging.getLogger(__name__)
 
@@ -93,4 +93,4 @@ def state_source(architecture: Architecture, state: Mapping[str, Tensor]) -> Ten
     layout = transformers_layout(architecture)
     if any(shard.name not in state for shard in layout.shards(0)):
         layout = hf_layout(architecture)
-    return InMemory(state, layout)
+    return in_memory(state, layout)

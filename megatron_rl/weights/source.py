@@ -1,17 +1,19 @@
 """`TensorSource`: anywhere logical tensors can be read from, one rectangle at a time.
 
 `SafetensorsFolder` reads only the bytes of the rectangles that are asked for, so no rank ever holds the whole model.
-`InMemory` views the tensors of a Hugging Face model or state dict.
+`LayoutSource` finds them in the shards of any layout: a model in memory (`in_memory`), or a Megatron checkpoint.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from megatron_rl.reshard.layout import Layout, Shard, Span, matrix_shape
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
@@ -42,30 +45,63 @@ class TensorSource(Protocol):
         ...
 
 
-class InMemory:
-    """Tensors of a Hugging Face model in memory, under the names of its state dict.
+class LayoutSource:
+    """Logical tensors that sit in the shards of one rank of a layout, loaded one shard at a time.
 
     Args:
-        tensors: name -> tensor.
-        layout: how the logical tensors sit in them (`models.hf_layout`, `models.transformers_layout`), for ``rank``.
+        layout: how the logical tensors sit in the shards of ``rank``.
+        load: fetches a shard's tensor, in its shape.
+        keep: shards to keep loaded: neighbouring tensors of a layer often share one.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> None:
-        self.tensors = tensors
-        self.places: dict[str, tuple[Shard, Span]] = {}
+    def __init__(self, layout: Layout, rank: int, load: Callable[[Shard], Tensor], keep: int = 2) -> None:
+        self._load = functools.lru_cache(keep)(load)
+        self._places: dict[str, list[tuple[Shard, Span]]] = {}
         for shard in layout.shards(rank):
-            if shard.name in tensors:
-                check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
-                self.places |= {span.tensor: (shard, span) for span in shard.spans}
+            for span in shard.spans:
+                self._places.setdefault(span.tensor, []).append((shard, span))
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self.places
+        return tensor in self._places
 
     def read(self, span: Span) -> Tensor:
-        shard, place = self.places[span.tensor]
-        rows = slice(place.row + span.row_start, place.row + span.row_stop)
-        cols = slice(place.col + span.col_start, place.col + span.col_stop)
-        return self.tensors[shard.name].detach().reshape(shard.matrix_shape)[rows, cols]
+        parts = [(shard, place) for shard, place in self._places[span.tensor] if _overlap(span, place).numel > 0]
+        if len(parts) == 1 and _overlap(span, parts[0][1]).numel == span.numel:
+            return self._part(*parts[0], span)
+        result: Tensor | None = None
+        for shard, place in parts:
+            common = _overlap(span, place)
+            part = self._part(shard, place, common)
+            if result is None:
+                result = part.new_zeros(span.num_rows, span.num_cols)
+            row, col = common.row_start - span.row_start, common.col_start - span.col_start
+            result[row : row + common.num_rows, col : col + common.num_cols] = part
+        assert result is not None, f"{span} lies outside of every shard"
+        return result
+
+    def _part(self, shard: Shard, place: Span, wanted: Span) -> Tensor:
+        row, col = place.row + wanted.row_start - place.row_start, place.col + wanted.col_start - place.col_start
+        matrix = self._load(shard).detach().reshape(shard.matrix_shape)
+        return matrix[row : row + wanted.num_rows, col : col + wanted.num_cols]
+
+
+def _overlap(a: Span, b: Span) -> Span:
+    rows = max(a.row_start, b.row_start), min(a.row_stop, b.row_stop)
+    cols = max(a.col_start, b.col_start), min(a.col_stop, b.col_stop)
+    return Span(a.tensor, rows[0], max(rows), cols[0], max(cols), 0, 0)
+
+
+def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> LayoutSource:
+    """Tensors in memory as a source, without copies; ``layout`` says what their names and shapes hold.
+
+    Raises:
+        ConfigError: a tensor has another shape than the layout gives it.
+    """
+    present = [shard for shard in layout.shards(rank) if shard.name in tensors]
+    for shard in present:
+        check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
+    held = Layout(layout.name, {0: 0}, lambda cell: present)
+    return LayoutSource(held, 0, lambda shard: tensors[shard.name], keep=0)
 
 
 class SafetensorsFolder:
@@ -112,8 +148,18 @@ class SafetensorsFolder:
             chosen = part[span.row_start : span.row_stop, span.col_start : span.col_stop]
         return chosen.reshape(span.num_rows, span.num_cols)
 
-    def shape(self, tensor: str) -> tuple[int, ...]:
-        return tuple(self._handle(self.files[tensor]).get_slice(tensor).get_shape())
+    def dtype(self, tensor: str) -> torch.dtype:
+        """The dtype ``tensor`` is stored in.
+
+        Raises:
+            ConfigError: it is missing, or stored in a format that is not floating point as torch has it.
+        """
+        if tensor not in self.files:
+            raise ConfigError(f"{self.folder} lacks {tensor!r}: is it a language model's folder?")
+        stored = self._handle(self.files[tensor]).get_slice(tensor).get_dtype()
+        if stored not in DTYPES:
+            raise ConfigError(f"{self.folder}: {tensor} is stored as {stored}, expected one of {', '.join(DTYPES)}")
+        return DTYPES[stored]
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:

@@ -24,14 +24,14 @@ from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.weights.fill import empty_tensors, fill
-from megatron_rl.weights.source import InMemory
+from megatron_rl.weights.source import in_memory
 
 
 def filled(layout: Layout, rank: int, full: dict[str, torch.Tensor], architecture: Architecture) -> dict:
     tensors = empty_tensors(layout, rank, torch.float32)
     for tensor in tensors.values():
         tensor.fill_(float("nan"))  # padding must be written too
-    fill(layout, rank, tensors, InMemory(full, hf_layout(architecture)))
+    fill(layout, rank, tensors, in_memory(full, hf_layout(architecture)))
     return tensors
 
 

@@ -24,12 +24,12 @@ from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import HFFolderWriter, plan_files
 from megatron_rl.weights.hf_in import load_folder, read_architecture
 from megatron_rl.weights.hf_out import save_hf
-from megatron_rl.weights.source import InMemory
+from megatron_rl.weights.source import in_memory
 
 
 def local_tensors(a: Architecture, layout: Layout, rank: int, full: dict[str, Tensor]) -> dict[str, Tensor]:
     tensors = empty_tensors(layout, rank, torch.float32)
-    fill(layout, rank, tensors, InMemory(full, hf_layout(a)))
+    fill(layout, rank, tensors, in_memory(full, hf_layout(a)))
     return tensors
 
 

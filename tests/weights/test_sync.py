@@ -17,7 +17,7 @@ from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import Layout, Transport, TransportError
 from megatron_rl.weights.fill import empty_tensors, fill
-from megatron_rl.weights.source import InMemory
+from megatron_rl.weights.source import in_memory
 from megatron_rl.weights.sync import WeightSync
 
 
@@ -46,7 +46,7 @@ class Engine:
 
 def trained(a: Architecture, layout: Layout, rank: int, seed: int) -> dict[str, Tensor]:
     tensors = empty_tensors(layout, rank, torch.float32)
-    fill(layout, rank, tensors, InMemory(random_logical(a, seed), hf_layout(a)))
+    fill(layout, rank, tensors, in_memory(random_logical(a, seed), hf_layout(a)))
     return tensors
 
 

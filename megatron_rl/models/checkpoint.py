@@ -1,0 +1,168 @@
+"""Megatron distributed checkpoints (``torch_dist``): tensors out of one without building a model, and a model into one.
+
+A checkpoint stores whole tensors, whatever layout wrote them: those of a model on one rank, with the layers stacked
+into one tensor where all layers are alike (megatron.core TransformerBlock.sharded_state_dict), and the experts of a
+layer stacked too (SequentialMLP.sharded_state_dict).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.chunk import unwrap
+from megatron_rl.reshard.layout import Shard
+
+LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
+
+# The local spec's norms are stored under TransformerEngine's names (gpt_layer_specs sharded_state_dict_keys_map).
+RENAMED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+class Stored(NamedTuple):
+    """Where a parameter of a one-rank model lies in a checkpoint."""
+
+    key: str
+    place: tuple[int, ...]  # in the leading, stacked dims of the stored tensor
+
+
+def checkpoint_folder(path: str | Path) -> Path | None:
+    """The folder with the checkpoint's metadata: ``path`` itself, or the newest iteration of a Megatron-LM run."""
+    folder = Path(path).expanduser()
+    pointer = folder / LATEST
+    if pointer.is_file():
+        iteration = pointer.read_text().strip()
+        folder = folder / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+    return folder if (folder / ".metadata").is_file() else None
+
+
+class CheckpointReader:
+    """Reads single parameters of a checkpoint, in one process and without process groups.
+
+    Raises:
+        ConfigError: ``path`` holds no distributed checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        folder = checkpoint_folder(path)
+        if folder is None:
+            raise ConfigError(
+                f"{path} holds no Megatron distributed checkpoint (.metadata): expected a folder that "
+                "megatron.core.dist_checkpointing.save wrote, in format torch_dist"
+            )
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        stored = metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in stored if isinstance(entry, TensorStorageMetadata)}
+
+    @property
+    def padded_vocab(self) -> int:
+        return int(self._stored("embedding.word_embeddings.weight").size[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored("embedding.word_embeddings.weight").properties.dtype
+
+    def read(self, shard: Shard) -> Tensor:
+        """The tensor of a shard of the one-rank layout, named as the local spec names it.
+
+        Raises:
+            ConfigError: the checkpoint lacks it, or has it in another shape.
+        """
+        for key, index in candidates(shard.name):
+            if key in self.tensors:
+                sizes = tuple(self.tensors[key].size)
+                if sizes[len(index) :] != shard.shape or any(i >= n for i, n in zip(index, sizes, strict=False)):
+                    raise ConfigError(
+                        f"{self.folder}: {key} has shape {list(sizes)}, but {shard.name} of the config has "
+                        f"{list(shard.shape)}: the config belongs to another model"
+                    )
+                return self._read(Stored(key, index), shard.shape)
+        raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
+
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        if key not in self.tensors:
+            raise ConfigError(f"{self.folder} lacks {key}: it is no checkpoint of a whole language model")
+        return self.tensors[key]
+
+    def _read(self, stored: Stored, shape: tuple[int, ...]) -> Tensor:
+        lead = len(stored.place)
+        result = torch.empty((1,) * lead + shape, dtype=self.tensors[stored.key].properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(stored.place + (0,) * len(shape)), torch.Size(result.shape))
+        planner = _OneTensor(stored.key, self.tensors[stored.key], wanted, result)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return result.view(shape)
+
+
+def candidates(name: str) -> Iterator[Stored]:
+    """Where a parameter of a one-rank model may be stored: its own name, or stacked with other layers and experts."""
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        yield Stored(name, ())
+        return
+    layer, rest = int(parts[2]), ".".join(parts[3:])
+    index: tuple[int, ...] = ()
+    if rest.startswith("mlp.experts.local_experts."):
+        index = (int(parts[6]),)
+        rest = "mlp.experts.experts." + ".".join(parts[7:])
+    for spelling in (rest, RENAMED.get(rest)):
+        if spelling is not None:
+            yield Stored(f"decoder.layers.{spelling}", (layer, *index))
+            yield Stored(f"decoder.layers.{layer}.{spelling}", index)
+
+
+class _OneTensor(LoadPlanner):
+    """Loads one rectangle of one stored tensor; torch's own planners load whole tensors."""
+
+    def __init__(self, key: str, stored: TensorStorageMetadata, wanted: ChunkStorageMetadata, result: Tensor) -> None:
+        self._key, self._stored, self._wanted, self._result = key, stored, wanted, result
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(create_read_items_for_chunk_list(self._key, self._stored, [self._wanted]))
+
+    def set_up_planner(
+        self, state_dict: object, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        raise AssertionError("one tensor needs no state dict")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: object) -> None:
+        raise AssertionError(f"{read_item} is not a tensor")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._result
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+def save_checkpoint(chunks: Sequence[nn.Module], folder: Path) -> None:
+    """Write the weights of a rank's chunks into the empty ``folder``. Collective over the job's ranks.
+
+    The state has Megatron-LM's form: ``model``, or ``model0``, ``model1``, ... for interleaved chunks.
+    """
+    names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
+    state = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    dist_checkpointing.save(state, str(folder))
