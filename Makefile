@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup test lint types $(BENCHES)
+.PHONY: help setup demo test lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -32,6 +32,9 @@ $(READY): requirements/torch.txt requirements/cpu.txt setup.py
 	  || $(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/cpu.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
 	touch $@
+
+demo: $(READY)  ## pretrain with Megatron-Core, plug in GRPO, export, check: four processes, a few minutes
+	$(BIN)/python examples/arithmetic_grpo/demo.py
 
 test: $(READY)  ## the whole test suite, fast tests first; PYTEST_ARGS="-k plan" selects
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -22,6 +22,7 @@ def main() -> None:
     from megatron_rl import GRPO, Actor, RewardModel
     from megatron_rl.data import PromptDataset, PromptLoader
     from megatron_rl.run import Evaluation, connect
+    from megatron_rl.tracking import TrackerGroup
     from megatron_rl.trainer import TrainerSettings
 
     tokenizer = build_tokenizer()
@@ -35,8 +36,9 @@ def main() -> None:
     loader = PromptLoader(prompts, batch_size=64, dp_rank=at.dp, dp_size=actor.context.dp_size)
     held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
     evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
-    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=150, evaluate_every=50, save_every=50)
-    connect(flow, actor, grpo, loader, settings, evaluate=evaluation).train()
+    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=60, evaluate_every=30, save_every=30)
+    tracking = TrackerGroup.Config(trackers=("console", "jsonl", "mlflow"), experiment="arithmetic_grpo")
+    connect(flow, actor, grpo, loader, settings, tracking=tracking, evaluate=evaluation).train()
     # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -209,10 +209,8 @@ def check_megatron(architecture: Architecture, sizes: ParallelSizes, padded_voca
     if sizes.vpp > 1 and sizes.pp == 1:
         raise ConfigError(f"parallel.vpp={sizes.vpp} needs parallel.pp of at least 2: raise pp, or leave vpp out")
     if a.experts is None:
-        if sizes.ep * sizes.etp > 1:
-            raise ConfigError(
-                f"parallel.ep={sizes.ep}, parallel.etp={sizes.etp}, but {a.family} has no experts: leave both at 1"
-            )
+        if sizes.ep > 1:  # etp may be anything: Megatron-Core's default for it is tp
+            raise ConfigError(f"parallel.ep={sizes.ep}, but {a.family} has no experts: leave it at 1")
         return
     _check_divides(a.experts.num_experts, sizes.ep, "number of experts", "parallel.ep")
     _check_divides(a.experts.ffn, sizes.etp, "expert intermediate size", "parallel.etp")

@@ -1,0 +1,44 @@
+"""Is the exported folder the trained model? transformers' logits and greedy answers against Megatron-Core's own.
+
+python examples/arithmetic_grpo/check_export.py CHECKPOINT HF_FOLDER     # one process; prints one JSON line
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from arithmetic import split_sums
+from pretrain import PAD, build_model, encode, greedy_accuracy, initialize, load_checkpoint
+
+import torch  # isort: skip
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@torch.no_grad()
+def main(checkpoint: Path, folder: Path) -> None:
+    initialize(tensor_parallel=1, pipeline_parallel=1, seed=0)
+    megatron = build_model()
+    load_checkpoint(checkpoint, megatron)  # written by TP2 x PP2, read by one rank
+    exported = AutoModelForCausalLM.from_pretrained(folder).eval()
+    rows = encode(split_sums()[1])
+
+    positions = torch.arange(rows.shape[1]).expand_as(rows)
+    ours = megatron[0](rows, positions, None)
+    difference = (ours - exported(rows).logits)[rows != PAD].abs().max().item()
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    sums = split_sums()[1]
+    prompts = tokenizer([f"{a}+{b}=" for a, b in sums], return_tensors="pt")
+    answers = exported.generate(**prompts, max_new_tokens=6, do_sample=False)[:, prompts["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    right = sum(text == str(a + b) for text, (a, b) in zip(texts, sums, strict=True))
+    result = {
+        "max_logit_difference": difference,
+        "transformers_accuracy": right / len(sums),
+        "megatron_accuracy": greedy_accuracy(megatron, rows),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
