@@ -1,6 +1,6 @@
 """The contract of `gae` and its edge checks.
 
-Generalised Advantage Estimation (arXiv 1506.02438, eqs. 11 and 16) over sequences packed end to end. Only tokens whose
+Generalised Advantage Estimation (arXiv 1506.02438, eq. 16) over sequences packed end to end. Only tokens whose
 mask is set are steps of the decision process: the step after a token is the *next masked token of the same sequence*,
 however many observation tokens (tool output, user turns) lie between, and nothing is discounted through these.
 
