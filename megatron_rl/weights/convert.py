@@ -9,7 +9,6 @@ sub-folder ``hf``, so that it converts back without being told what it is.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +32,6 @@ from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFold
 from megatron_rl.weights.hf_in import resolve_folder
 from megatron_rl.weights.hf_out import restricted
 from megatron_rl.weights.source import LayoutSource, SafetensorsFolder, TensorSource
-
-logger = logging.getLogger(__name__)
 
 DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
@@ -109,7 +106,6 @@ def convert(
             _to_hf(opened, writer)
         else:
             _to_megatron(opened, writer, sizes or ParallelSizes())
-    logger.info("converted %s to %s", source, writer.folder)
     return writer.folder
 
 

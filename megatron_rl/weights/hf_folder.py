@@ -8,6 +8,7 @@ when all is on disk.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,8 @@ from megatron_rl.models.family import family_of
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 << 30
 
@@ -170,6 +173,7 @@ class HFFolderWriter:
             self.folder.rename(old)
         self.partial.rename(self.folder)
         shutil.rmtree(old, ignore_errors=True)
+        logger.info("wrote %s", self.folder)
 
     def abandon(self) -> None:
         """Remove what was written so far."""

@@ -6,7 +6,6 @@ never holds more than its own weights, one file and the staging buffers.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +23,6 @@ from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import check_tensors, empty_tensors
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFile, HFFolderWriter
 from megatron_rl.weights.sync import default_transport
-
-logger = logging.getLogger(__name__)
 
 MAX_STAGING_BYTES = 64 << 20
 
@@ -69,10 +66,10 @@ def save_hf(
         PeerError: another rank failed.
     """
     transport = transport or default_transport()
-    ranks = tuple(sorted(layout.cells))
     some = next(iter(tensors.values()))
     description = HFDescription(architecture, hf_config, tokenizer, generation_config)
     writer = HFFolderWriter(folder, description, dtype or some.dtype, max_shard_bytes, overwrite)
+    ranks = tuple(sorted(layout.cells))
     together = Agreement(transport, ranks, rank, some.device)
     with together.attempt():
         check_tensors(layout, rank, tensors)
@@ -92,9 +89,6 @@ def save_hf(
         if rank == ranks[0]:
             writer.abandon()
         raise
-    if rank == ranks[0]:
-        size = sum(file.num_bytes for file in writer.files)
-        logger.info("saved %s: %d files, %.1f MB", writer.folder, len(writer.files), size / 1e6)
     return writer.folder
 
 
