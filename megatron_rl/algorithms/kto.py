@@ -74,8 +74,8 @@ class KTO(LabelledAlgorithm):
     """Kahneman-Tversky Optimization (arXiv 2402.01306, section 4): w_y (1 - sigmoid(+-(r - beta z))).
 
     r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
-    the mean log-ratio of *mismatched* responses (each prompt with the next one's response), over the data-parallel
-    world, not below 0 and without gradient. A rank with a single sequence has no mismatch to offer and is left out.
+    the mean log-ratio of *mismatched* responses (neighbours exchange theirs), over the data-parallel world, not below 0
+    and without gradient. A rank with a single sequence has no mismatch to offer and is left out.
     """
 
     class Config(LabelledAlgorithm.Config):

@@ -19,7 +19,7 @@ from algorithms.test_policy_loss import AGGREGATIONS, make_rows, token_weight
 from algorithms.test_preference import log_sigmoid, sigma, total
 
 from megatron_rl.algorithms import ALGORITHMS, BCO, KTO
-from megatron_rl.algorithms.mismatch import exchange_responses
+from megatron_rl.algorithms.mismatch import exchange_responses, partners
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 
@@ -105,7 +105,14 @@ def test_label_metrics_separate_the_classes_and_skip_empty_responses():
     assert metric_value([output], "rewards/accuracies") == sum(right) / 4
 
 
-def test_exchanging_gives_each_prompt_the_next_response():
+@pytest.mark.parametrize(
+    ("count", "expected"), [(0, []), (1, [0]), (2, [1, 0]), (3, [1, 2, 0]), (4, [1, 0, 3, 2]), (5, [1, 0, 3, 4, 2])]
+)
+def test_neighbours_are_partners_and_of_an_odd_number_the_last_three_rotate(count, expected):
+    assert partners(count) == expected
+
+
+def test_exchanging_gives_each_prompt_its_partners_response():
     batch = Batch.from_sequences(
         [[1, 2, 10, 11], [3, 20], [4, 5], [6, 30, 7, 31]], [[0, 0, 1, 1], [0, 1], [0, 0], [0, 1, 0, 1]]
     )
@@ -113,8 +120,8 @@ def test_exchanging_gives_each_prompt_the_next_response():
     other = exchange_responses(batch)
     rows = [part.tolist() for part in torch.split(other["input_ids"], other.lengths.tolist())]
     masks = [part.int().tolist() for part in torch.split(other["response_mask"], other.lengths.tolist())]
-    assert rows == [[1, 2, 20], [3], [4, 5, 30, 7, 31], [6, 10, 11]]
-    assert masks == [[0, 0, 1], [0], [0, 0, 1, 0, 1], [0, 1, 1]]
+    assert rows == [[1, 2, 20], [3, 10, 11], [4, 5, 30, 7, 31], [6]]
+    assert masks == [[0, 0, 1], [0, 1, 1], [0, 0, 1, 0, 1], [0]]
     assert other.temperature == 0.7
 
 
