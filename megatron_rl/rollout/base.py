@@ -149,6 +149,8 @@ class RolloutEngine(ABC):
         self.close()
 
 
+# Each is called with the keywords architecture, layout, rank, dtype, tp_group, eos_token_ids, tokenizer, max_running
+# and device, which mean what they mean to `LocalEngine`, and with the options the user gives for this engine.
 ENGINES: Registry[type[RolloutEngine]] = Registry("rollout engine")
 
 

@@ -69,6 +69,11 @@ class Decoder:
         self._attend_cache = choose("decode_attention", device, implementation)
         self._add_rms_norm = choose("add_rms_norm", device, implementation)
 
+    def reserve(self, rows: int, length: int) -> None:
+        """Make room for ``rows`` sequences of up to ``length`` tokens, and forget those before."""
+        self.cache.reserve(rows, length)
+        self.rotary.reserve(length)
+
     def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, sources: torch.Tensor, row: int) -> torch.Tensor:
         """Run prompts and put their keys and values into the cache.
 
@@ -82,7 +87,6 @@ class Decoder:
             Logits after the last token of each prompt, ``[prompts, vocab]`` fp32.
         """
         count, longest = tokens.shape
-        self.rotary.reserve(longest)
         cos, sin = self.rotary.rows(torch.arange(longest, device=tokens.device).repeat(count))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
@@ -107,7 +111,6 @@ class Decoder:
         Returns:
             Logits of the next token, ``[running, vocab]`` fp32.
         """
-        self.rotary.reserve(length)
         cos, sin = self.rotary.rows(positions)
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,7 @@ class LocalEngine(RolloutEngine):
         if not prompts:
             return []
         rows, length = self._size(prompts, params)
-        self._decoder.cache.reserve(rows, length)
+        self._decoder.reserve(rows, length)
         results: list[dict[int, Completion]] = [{} for _ in prompts]
         finished = 0
 
