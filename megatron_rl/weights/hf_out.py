@@ -58,9 +58,6 @@ def save_hf(
         max_shard_bytes: largest file; a rank needs this much memory, on the device of ``tensors``.
         overwrite: replace an existing folder.
 
-    Returns:
-        The folder.
-
     Raises:
         ConfigError: the folder exists and may not be replaced, or ``tensors`` do not fit ``layout``.
         PeerError: another rank failed.
