@@ -1,8 +1,8 @@
 """What all implementations of `token_logprobs` share: the merge over vocabulary shards, and the autograd function.
 
 An implementation supplies `Kernels`: statistics of each token over this rank's rows, and gradients given the merged
-log-sum-exp. The softmax is merged as in Milakov and Gimelshein 2018 (arXiv:1805.02867): two small all-reduces in the
-forward pass, none in the backward.
+softmax. The merge is that of Milakov and Gimelshein 2018 (arXiv:1805.02867): two small all-reduces in the forward pass,
+none in the backward.
 """
 
 from __future__ import annotations
@@ -42,107 +42,122 @@ class Statistics(NamedTuple):
     moment: Tensor  # sum of exp(logit - maximum) * (logit - maximum); 0 without entropy
 
 
-class Kernels(Protocol):
-    """Local work of one implementation. ``targets`` are row numbers of ``weight``, -1 = held by another rank."""
-
-    def statistics(self, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> Statistics: ...
-
-    def gradients(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax, request: Request
-    ) -> tuple[Tensor, Tensor]:
-        """Gradients of ``hidden`` (this rank's part) and of ``weight``, in their dtypes."""
-        ...
-
-
 class Softmax(NamedTuple):
-    """What the backward pass needs of each token, ``[tokens]`` fp32."""
+    """What the backward pass needs of each token over the whole vocabulary, ``[tokens]`` fp32."""
 
-    maximum: Tensor  # largest logit of the whole vocabulary
-    log_total: Tensor  # log of the sum of exp(logit - maximum) over the whole vocabulary
-    entropy: Tensor  # 0 without entropy
+    maximum: Tensor  # largest logit
+    log_total: Tensor  # log of the sum of exp(logit - maximum)
+    entropy: Tensor  # without entropy: not read
     grad_logprob: Tensor
     grad_entropy: Tensor | None  # None: no gradient flows through entropies
 
     def select(self, index: Tensor) -> Softmax:
         rest = None if self.grad_entropy is None else self.grad_entropy[index]
-        return Softmax(*(field[index] for field in self[:4]), grad_entropy=rest)
+        maximum, log_total, entropy, grad_logprob = (field[index] for field in self[:4] if field is not None)
+        return Softmax(maximum, log_total, entropy, grad_logprob, rest)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """The inputs of one call on one rank."""
+
+    hidden: Tensor  # [tokens, hidden]
+    weight: Tensor  # [rows, hidden], without padding rows
+    targets: Tensor  # [tokens] row numbers of ``weight``, -1 = held by another rank
+    request: Request
+
+
+class Kernels(Protocol):
+    """Local work of one implementation; one object serves one call, and may keep what its backward pass can use."""
+
+    def statistics(self, shard: Shard, keep: bool) -> Statistics:
+        """``keep``: a backward pass will follow."""
+        ...
+
+    def gradients(
+        self, shard: Shard, softmax: Softmax, active: Tensor | None, want_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of ``hidden`` (this rank's part) and, if wanted, of ``weight``, in their dtypes.
+
+        ``shard`` and ``softmax`` hold only the tokens ``active`` of the forward pass; None = all of them.
+        """
+        ...
 
 
 def apply(
     kernels: Kernels, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request
 ) -> tuple[Tensor, Tensor | None]:
     """Run ``kernels`` on one call of the interface."""
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, request, kernels)
+    keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, request, kernels, keep)
     return logprobs, entropy if request.with_entropy else None
 
 
-class Merged(NamedTuple):
-    """Of each token over all vocabulary shards, ``[tokens]`` fp32."""
-
+class _Merged(NamedTuple):
     logprobs: Tensor
     entropy: Tensor
     maximum: Tensor
     log_total: Tensor
 
 
-def merge(local: Statistics, request: Request) -> Merged:
+def merge(local: Statistics, group: dist.ProcessGroup | None) -> _Merged:
     """One all-reduce for the maxima and one for the sums; none without a group."""
     maximum, total, target, moment = local
-    if request.group is not None:
+    if group is not None:
         maximum = maximum.clone()
-        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=request.group)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
         shift = local.maximum - maximum
         scale = shift.exp()
         sums = torch.stack([total * scale, target, (moment + total * shift) * scale])
-        dist.all_reduce(sums, group=request.group)
+        dist.all_reduce(sums, group=group)
         total, target, moment = sums.unbind(0)
     log_total = total.log()
     # Not target - (maximum + log_total): the difference of near numbers is exact, their sum would be rounded first.
-    logprobs = (target - maximum) - log_total
-    return Merged(logprobs, log_total - moment / total, maximum, log_total)
+    return _Merged((target - maximum) - log_total, log_total - moment / total, maximum, log_total)
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request, kernels: Kernels
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request, kernels: Kernels, keep: bool
     ) -> tuple[Tensor, Tensor]:
         rows = request.real_rows(weight)
-        local_targets = targets - request.vocab_start
-        local_targets = torch.where((local_targets >= 0) & (local_targets < rows.shape[0]), local_targets, -1)
-        logprobs, entropy, maximum, log_total = merge(kernels.statistics(hidden, rows, local_targets, request), request)
-        ctx.save_for_backward(hidden, weight, local_targets, maximum, log_total, entropy)
+        local = targets - request.vocab_start
+        local = torch.where((local >= 0) & (local < rows.shape[0]), local, -1)
+        shard = Shard(hidden.detach(), rows.detach(), local, request)
+        merged = merge(kernels.statistics(shard, keep), request.group)
+        ctx.save_for_backward(hidden, weight, local, merged.maximum, merged.log_total, merged.entropy)
         ctx.request, ctx.kernels = request, kernels
-        if not request.with_entropy:
-            ctx.mark_non_differentiable(entropy)
         ctx.set_materialize_grads(False)
-        return logprobs, entropy
+        if not request.with_entropy:
+            ctx.mark_non_differentiable(merged.entropy)
+        return merged.logprobs, merged.entropy
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, maximum, log_total, entropy = ctx.saved_tensors
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
-            return None, None, None, None, None
+            return (None,) * 6
+        hidden, weight, targets, maximum, log_total, entropy = ctx.saved_tensors
         grad_logprob = torch.zeros_like(log_total) if grad_logprob is None else grad_logprob
+        shard = Shard(hidden, ctx.request.real_rows(weight), targets, ctx.request)
         softmax = Softmax(maximum, log_total, entropy, grad_logprob, grad_entropy)
-        grad_hidden, grad_rows = _over_active_tokens(ctx, hidden, weight, targets, softmax)
-        missing = weight.shape[0] - grad_rows.shape[0]
-        grad_weight = torch.nn.functional.pad(grad_rows, (0, 0, 0, missing)) if missing else grad_rows
-        return grad_hidden, grad_weight, None, None, None
+        grad_hidden, grad_rows = _active_gradients(ctx.kernels, shard, softmax, ctx.needs_input_grad[1])
+        if grad_rows is not None and grad_rows.shape != weight.shape:
+            padding = weight.shape[0] - grad_rows.shape[0]
+            grad_rows = torch.nn.functional.pad(grad_rows, (0, 0, 0, padding))
+        return grad_hidden, grad_rows, None, None, None, None
 
 
-def _over_active_tokens(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, softmax: Softmax
-) -> tuple[Tensor, Tensor]:
+def _active_gradients(
+    kernels: Kernels, shard: Shard, softmax: Softmax, want_weight: bool
+) -> tuple[Tensor, Tensor | None]:
     """Gradients, computed only for tokens through which a gradient flows."""
-    rows = ctx.request.real_rows(weight)
-    active = softmax.grad_logprob != 0
+    flows = softmax.grad_logprob != 0
     if softmax.grad_entropy is not None:
-        active = active | (softmax.grad_entropy != 0)
-    index = active.nonzero().squeeze(1)
-    if index.numel() == hidden.shape[0]:
-        return ctx.kernels.gradients(hidden, rows, targets, softmax, ctx.request)
-    part, grad_rows = ctx.kernels.gradients(hidden[index], rows, targets[index], softmax.select(index), ctx.request)
-    return torch.zeros_like(hidden).index_copy_(0, index, part), grad_rows
+        flows = flows | (softmax.grad_entropy != 0)
+    active = flows.nonzero().squeeze(1)
+    if active.numel() == flows.numel():
+        return kernels.gradients(shard, softmax, None, want_weight)
+    part = Shard(shard.hidden[active], shard.weight, shard.targets[active], shard.request)
+    grad_active, grad_rows = kernels.gradients(part, softmax.select(active), active, want_weight)
+    return torch.zeros_like(shard.hidden).index_copy_(0, active, grad_active), grad_rows
