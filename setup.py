@@ -5,10 +5,17 @@ A plain ``pip install .`` is pure Python and works everywhere; compiled parts of
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 
@@ -64,8 +71,49 @@ def description() -> str:
 
 
 def native_extensions() -> list[Extension]:
-    """Compiled parts to build at installation; without them the operations are built on first use."""
-    return []
+    """Compiled operations to build now: CPU always, CUDA when nvcc and a CUDA build of torch are found.
+
+    None where the building environment has no torch (pip's isolated builds): they are then built on first use, from
+    the csrc folder that is installed with the package. `pip install --no-build-isolation .` builds them now.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    names = ["cpu"] + (["cuda"] if torch.version.cuda and shutil.which("nvcc") else [])
+    return [Extension(f"megatron_rl._ops_{name}", sources=[], optional=True) for name in names]
+
+
+class BuildOperations(build_ext):
+    """Runs the compiler command of `megatron_rl.ops.extension`, the one that first use runs too.
+
+    An editable install leaves it to first use, which sees when a source changes; a library in the tree would not.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.inplace or self.editable_mode:
+            return
+        sys.path.insert(0, str(ROOT))
+        from megatron_rl.ops.extension import cpu_build, cuda_build
+        from megatron_rl.ops.registry import UnavailableError
+
+        output = Path(self.get_ext_fullpath(ext.name))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            build = cpu_build() if ext.name.endswith("_cpu") else cuda_build("80", "90", "100")
+            subprocess.run(build.command(output), check=True)
+        except (UnavailableError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"{ext.name} is left to its first use: {error}") from error
+
+
+class BuildPackage(build_py):
+    """Installs csrc inside the package, so that operations can be built on first use."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        shutil.copytree(ROOT / "csrc", Path(self.build_lib) / "megatron_rl" / "csrc", dirs_exist_ok=True)
 
 
 setup(
@@ -84,6 +132,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["megatron-rl = megatron_rl.cli:main"]},
     ext_modules=native_extensions(),
+    cmdclass={"build_ext": BuildOperations, "build_py": BuildPackage},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

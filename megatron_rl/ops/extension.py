@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 BUILD_SECONDS = 600.0
 PACKAGE = Path(__file__).resolve().parents[1]
-SOURCES = PACKAGE.parent / "csrc"
+# Beside the package in a checkout; inside it where setup.py installed it.
+SOURCES = PACKAGE / "csrc" if (PACKAGE / "csrc").is_dir() else PACKAGE.parent / "csrc"
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,18 @@ def cpu_build() -> Build:
 
 
 def cpu_flags() -> tuple[str, ...]:
-    """Compiler and linker flags of the CPU operations (setup.py uses the same)."""
+    """Compiler and linker flags of the CPU operations."""
     # No contraction: a fused multiply-add would round differently from the reference. Conversions have no traps or
     # errno to preserve, and saying so lets their loops be vectorised.
     maths = ("-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno")
     return ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", *maths, *_include_flags("cpu"), *_torch_libraries())
 
 
-def cuda_build(architecture: str) -> Build:
-    """The CUDA operations for one architecture, "90" for sm_90."""
-    code = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    flags = ("-O3", "-std=c++17", "-shared", "-DUSE_CUDA", "-Xcompiler=-fPIC", code, *_include_flags("kernels"))
+def cuda_build(*architectures: str) -> Build:
+    """The CUDA operations for some architectures ("90" for sm_90), and as PTX of the last for later ones."""
+    codes = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in architectures]
+    codes.append(f"-gencode=arch=compute_{architectures[-1]},code=compute_{architectures[-1]}")
+    flags = ("-O3", "-std=c++17", "-shared", "-DUSE_CUDA", "-Xcompiler=-fPIC", *codes, *_include_flags("kernels"))
     return Build(
         "ops_cuda",
         _compiler("NVCC", ("nvcc", "/usr/local/cuda/bin/nvcc")),
@@ -129,7 +131,7 @@ def load_cpu() -> None:
     Raises:
         UnavailableError: no library is installed and none can be built; the reason is the message.
     """
-    torch.ops.load_library(str(_installed("ops_cpu") or built(cpu_build())))
+    _load(_installed("ops_cpu") or built(cpu_build()))
 
 
 @functools.cache
@@ -141,7 +143,14 @@ def load_cuda() -> None:
     if library is None:
         major, minor = torch.cuda.get_device_capability()
         library = built(cuda_build(f"{major}{minor}"))
-    torch.ops.load_library(str(library))
+    _load(library)
+
+
+def _load(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise UnavailableError(f"{library} does not load: {error}") from error
 
 
 def _installed(name: str) -> Path | None:
@@ -164,10 +173,19 @@ def built(build: Build, timeout: float = BUILD_SECONDS) -> Path:
     if library.exists():
         return library
     deadline = time.monotonic() + timeout
+    arrival = time.time()
     library.parent.mkdir(parents=True, exist_ok=True)
+    failure = library.with_suffix(".failed")
     with _locked(library.with_suffix(".lock"), deadline):
-        if not library.exists():
+        if library.exists():
+            return library
+        if failure.exists() and failure.stat().st_mtime >= arrival:  # a rank that started with this one has tried
+            raise UnavailableError(failure.read_text())
+        try:
             _compile(build, library, deadline)
+        except UnavailableError as reason:
+            failure.write_text(str(reason))
+            raise
     return library
 
 
@@ -194,7 +212,7 @@ def _compile(build: Build, library: Path, deadline: float) -> None:
             build.command(partial), capture_output=True, text=True, timeout=max(1.0, deadline - start), check=False
         )
         if result.returncode:
-            raise UnavailableError(f"{build.compiler} failed: {result.stderr.strip()[-800:]}")
+            raise UnavailableError(f"{build.compiler} failed: {result.stderr.strip()[:800]}")
         os.replace(partial, library)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"building {build.name} failed: {error}") from error
