@@ -175,12 +175,12 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
     return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike)
 
 
-_NUMBERED = re.compile(r"layers\.\d+\.(?:mlp\.experts\.(\d+)\.(.*))?")
+_NUMBERED = re.compile(r"model\.layers\.\d+\.(?:mlp\.experts\.(\d+)\.(.*))?")
 
 
 def _rollout_kind(architecture: Architecture, ep: int, tensor: str) -> Hashable:
     """Every layer is placed alike, and so are all experts of one expert-parallel rank."""
-    match = _NUMBERED.search(tensor)
+    match = _NUMBERED.match(tensor)
     if match is None:
         return tensor
     expert, name = match.groups()

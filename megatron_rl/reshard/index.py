@@ -28,11 +28,9 @@ class Pattern:
 
     rectangles: tuple[Rectangle, ...]
     cells: tuple[Cells, ...]
+    sizes: tuple[int, ...]  # elements of each rectangle
     offsets: tuple[int, ...]  # elements of the pattern before each rectangle
-
-    @property
-    def numel(self) -> int:
-        return sum(rectangle.numel for rectangle in self.rectangles)
+    numel: int
 
 
 class PatternStore:
@@ -44,8 +42,9 @@ class PatternStore:
     def pattern(self, rectangles: tuple[Rectangle, ...], cells: tuple[Cells, ...]) -> Pattern:
         key = (rectangles, cells)
         if key not in self._known:
-            offsets = itertools.accumulate((r.numel for r in rectangles[:-1]), initial=0)
-            self._known[key] = Pattern(rectangles, cells, tuple(offsets))
+            sizes = tuple(rectangle.numel for rectangle in rectangles)
+            *offsets, numel = itertools.accumulate(sizes, initial=0)
+            self._known[key] = Pattern(rectangles, cells, sizes, tuple(offsets), numel)
         return self._known[key]
 
 
@@ -145,8 +144,8 @@ class SourceIndex(LayoutIndex):
         self._ranks = CellRanks(layout)
         self._totals: dict[Cells, int] = {}
         for pattern in self.patterns.values():
-            for cells, rectangle in zip(pattern.cells, pattern.rectangles, strict=True):
-                self._totals[cells] = self._totals.get(cells, 0) + rectangle.numel
+            for cells, size in zip(pattern.cells, pattern.sizes, strict=True):
+                self._totals[cells] = self._totals.get(cells, 0) + size
         self._done = dict.fromkeys(self._totals, 0)
         self._min_share = max(min_share, 1)
         self.tensors: dict[str, SourceTensor] = {}
@@ -158,20 +157,20 @@ class SourceIndex(LayoutIndex):
 
     def _shared(self, pattern: Pattern, position: int) -> SourceTensor:
         pieces = [
-            (rectangle, cells, share)
-            for rectangle, cells in zip(pattern.rectangles, pattern.cells, strict=True)
-            for rectangle, share in self._shares(rectangle, cells)
+            (piece, cells, share)
+            for rectangle, size, cells in zip(pattern.rectangles, pattern.sizes, pattern.cells, strict=True)
+            for piece, share in self._shares(rectangle, size, cells)
         ]
         if len(pieces) != len(pattern.rectangles):
             pattern = self.store.pattern(tuple(p[0] for p in pieces), tuple(p[1] for p in pieces))
         return SourceTensor(pattern, position, tuple(p[2] for p in pieces))
 
-    def _shares(self, rectangle: Rectangle, cells: Cells) -> Iterator[tuple[Rectangle, int]]:
+    def _shares(self, rectangle: Rectangle, size: int, cells: Cells) -> Iterator[tuple[Rectangle, int]]:
         """Cut ``rectangle`` between rows where the line of its holders passes from one of them to the next."""
         holders, total, start = len(self._ranks[cells]), self._totals[cells], self._done[cells]
-        self._done[cells] = start + rectangle.numel
-        first, last = start * holders // total, (start + rectangle.numel - 1) * holders // total
-        if first == last or rectangle.numel < self._min_share * (last - first + 1):
+        self._done[cells] = start + size
+        first, last = start * holders // total, (start + size - 1) * holders // total
+        if first == last or size < self._min_share * (last - first + 1):
             yield rectangle, first
             return
         row = rectangle.row_start

@@ -50,7 +50,7 @@ class LocalTransport(Transport):
 
 
 class P2PTransport(Transport):
-    """Batched point-to-point messages of torch.distributed, over gloo or NCCL.
+    """Batched point-to-point messages of torch.distributed, over gloo or NCCL. With NCCL, making one is collective.
 
     Args:
         group: must contain every rank of the plan; ranks are global. None: the default group.
@@ -59,6 +59,9 @@ class P2PTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
         self._group, self._timeout = group, timeout
+        self._asynchronous = dist.get_backend(group) == "nccl"
+        if self._asynchronous:  # its first batch of messages would otherwise have to involve every rank of the group
+            dist.barrier(group)
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
         operations = []
@@ -70,7 +73,7 @@ class P2PTransport(Transport):
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise TransportError(f"could not start an exchange with rank {peer}: {error}") from error
-        return _P2PPending(works, peer, self._timeout, blocking=dist.get_backend(self._group) != "nccl")
+        return _P2PPending(works, peer, self._timeout, blocking=not self._asynchronous)
 
 
 class _P2PPending(Pending):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import Random
 
+import pytest
 import torch
 import torch.distributed as dist
 from reshard.random_layouts import (
@@ -24,7 +25,18 @@ from torch import Tensor
 
 from megatron_rl.models import Architecture, Experts, logical_tensors, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard import Layout, P2PTransport, Resharder, ReshardPlan, Topology, Transport, WireFormat
+from megatron_rl.reshard import (
+    Layout,
+    P2PTransport,
+    Resharder,
+    ReshardPlan,
+    Shard,
+    Span,
+    Topology,
+    Transport,
+    TransportError,
+    WireFormat,
+)
 from megatron_rl.reshard.transport import Pending
 
 DENSE = Architecture("llama", 4, 192, 512, 8, 4, 24, 1000, tied=False)
@@ -120,6 +132,18 @@ def run_case(case: Case, rank: int) -> str:
     return f"ok {case.name}: {certificate.received.actual} bytes, {report}"
 
 
+def check_absent_peer(rank: int) -> None:
+    """Rank 3 never begins: rank 0 must say so, soon. In a group of its own, whose connection breaks by this."""
+    group = dist.new_group()
+    if rank == 0:
+        spans = [Shard("w", (4,), (Span("w", 0, 4, 0, 1, 0, 0),))]
+        source, target = (Layout(name, {r: 0}, lambda cell: spans) for name, r in (("a", 3), ("b", 0)))
+        resharder = Resharder(source, target, 0, P2PTransport(group, timeout=1))
+        with pytest.raises(TransportError, match="the exchange with rank 3 failed or took longer than 1 s"):
+            resharder.run({}, {"w": torch.zeros(4, dtype=torch.bfloat16)})
+        print("ok absent peer", flush=True)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -127,6 +151,8 @@ def main() -> None:
         line = run_case(case, rank)
         if rank == 0:
             print(line, flush=True)
+    dist.barrier()
+    check_absent_peer(rank)
     dist.barrier()
     dist.destroy_process_group()
 
