@@ -160,7 +160,8 @@ class BaseAlgorithm:
             batch.metrics.update(self.optimize_actor(batch))
             self.finish_step(batch)
 
-        reads = ("input_ids", "response_mask", *self.loss_fields, *self.sequence_reads)
+        units = (self.group_field,) if self.group_field else ()
+        reads = ("input_ids", "response_mask", *self.loss_fields, *self.sequence_reads, *units)
         return [Stage("actor.optimize", run, reads=reads, writes=("metrics",), place="actor")]
 
     def optimize_actor(self, batch: Batch) -> dict[str, float]:

@@ -35,6 +35,7 @@ class StandInWorker:
         return self._token_stage("values", write, 0.25)
 
     def optimize(self, batch: Batch, loss, **how) -> dict[str, float]:
-        fields = {name: batch[name].clone() for name in (*how["reads"], *how["sequence_reads"])}
+        units = (how["group_field"],) if how["group_field"] else ()
+        fields = {name: batch[name].clone() for name in (*how["reads"], *how["sequence_reads"], *units)}
         self.calls.append({"loss": loss, "fields": fields, "mask": batch["response_mask"].clone(), **how})
         return dict(self.metrics)

@@ -1,0 +1,41 @@
+"""Two updates of every algorithm on real Megatron-Core: the same metrics on every layout, by real torchrun."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+from torchrun import run_torchrun
+
+from megatron_rl.algorithms import ALGORITHMS
+
+PROGRAM = Path(__file__).with_name("layout_program.py")
+WORLDS = {1: ("one",), 2: ("tp2", "cp2", "dp2", "pp2")}
+
+pytestmark = pytest.mark.distributed
+
+
+@functools.cache
+def results(model: str) -> dict[str, dict[str, dict[str, float]]]:
+    found = {}
+    for world, layouts in WORLDS.items():
+        for line in run_torchrun(PROGRAM, world, model, *layouts, timeout=500).splitlines():
+            if line.startswith("RESULT "):
+                result = json.loads(line.removeprefix("RESULT "))
+                found[result["layout"]] = result["metrics"]
+    return found
+
+
+@pytest.mark.parametrize("layout", WORLDS[2])
+def test_no_metric_of_any_algorithm_depends_on_the_layout(stories_model, layout):
+    one, other = results(str(stories_model))["one"], results(str(stories_model))[layout]
+    assert set(one) == set(ALGORITHMS)
+    for name, metrics in one.items():
+        assert other[name] == pytest.approx(metrics, rel=2e-4, abs=2e-5), name
+
+
+def test_every_algorithm_has_a_gradient(stories_model):
+    for name, metrics in results(str(stories_model))["one"].items():
+        assert metrics["optimizer/gradient_norm"] > 1e-3, name
