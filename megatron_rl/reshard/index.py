@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts
+from megatron_rl.reshard.spots import check_shard
 
 MIN_SHARE = 1 << 16
 """Elements. Replicas share the sending of a piece only when every part is at least this large."""
 
 Cells = tuple[int, ...]
 """Numbers of cells, in the order of `Layout.replicas`, ascending: cheaper to compare than the cells themselves."""
+
+Places = dict[str, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,17 +69,36 @@ class LayoutIndex:
 
     Args:
         only: index these tensors alone, which takes less than all where the layout has `Alike`.
+        writable: also check that no element of a shard lies under two spans (`spots.check_shard`).
     """
 
-    def __init__(self, layout: Layout, only: Collection[str] | None = None) -> None:
+    def __init__(self, layout: Layout, only: Collection[str] | None = None, writable: bool = False) -> None:
         self.store = PatternStore()
         self.patterns: dict[str, Pattern] = {}
+        self.num_stored = 0  # elements under the spans of all ranks, repetitions included
         known: dict[tuple, Pattern] = {}
-        for tensor, places in _places(layout, only).items():
+        for tensor, places in self._places(layout, only, writable).items():
             key = tuple(places)
             if key not in known:
                 known[key] = self._pattern(key)
             self.patterns[tensor] = known[key]
+
+    def _places(self, layout: Layout, only: Collection[str] | None, writable: bool) -> Places:
+        """Tensor -> (cell number, rectangle edges) of each span. Goes past the layout's cache of shards: the index of
+        a large layout would otherwise keep millions of spans alive."""
+        found: Places = {}
+        shared: dict[tuple[int, ...], tuple[int, ...]] = {}
+        for number, (cell, ranks) in enumerate(layout.replicas.items()):
+            for shard in _emitted(layout, cell, only):
+                if writable:
+                    check_shard(shard, f"{layout.name}, rank {ranks[0]}")
+                for span in shard.spans:
+                    top, bottom, left, right = span.row_start, span.row_stop, span.col_start, span.col_stop
+                    if top < bottom and left < right:
+                        place = (number, top, bottom, left, right)
+                        found.setdefault(span.tensor, []).append(shared.setdefault(place, place))
+                        self.num_stored += (bottom - top) * (right - left) * len(ranks)
+        return found if only is None else {tensor: found[tensor] for tensor in found if tensor in only}
 
     def _pattern(self, places: tuple[tuple[int, ...], ...]) -> Pattern:
         holders: dict[Rectangle, dict[int, None]] = {}
@@ -97,24 +119,6 @@ def patterns_of(layout: Layout, tensors: Iterable[str]) -> dict[str, Pattern]:
         samples.setdefault(kind, tensor)
     found = LayoutIndex(layout, frozenset(samples.values())).patterns
     return {tensor: found[samples[kind]] for tensor, kind in kinds.items() if samples[kind] in found}
-
-
-Places = dict[str, list[tuple[int, ...]]]
-
-
-def _places(layout: Layout, only: Collection[str] | None) -> Places:
-    """Tensor -> (cell number, rectangle edges) of each span. Goes past the layout's cache of shards: the index of a
-    large layout would otherwise keep millions of spans alive."""
-    found: Places = {}
-    shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for number, cell in enumerate(layout.replicas):
-        for shard in _emitted(layout, cell, only):
-            for span in shard.spans:
-                if span.row_start >= span.row_stop or span.col_start >= span.col_stop:
-                    continue
-                place = (number, span.row_start, span.row_stop, span.col_start, span.col_stop)
-                found.setdefault(span.tensor, []).append(shared.setdefault(place, place))
-    return found if only is None else {tensor: found[tensor] for tensor in found if tensor in only}
 
 
 def _emitted(layout: Layout, cell: Hashable, only: Collection[str] | None) -> Iterable[Shard]:

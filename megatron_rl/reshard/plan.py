@@ -17,7 +17,7 @@ from megatron_rl.reshard.certificate import Certificate, certify
 from megatron_rl.reshard.index import MIN_SHARE, CellRanks, Cells, LayoutIndex, Pattern, SourceIndex, patterns_of
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
-from megatron_rl.reshard.route import Route
+from megatron_rl.reshard.route import Hop, Route
 from megatron_rl.reshard.spots import Spot, Spots
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.wire import WireFormat
@@ -109,7 +109,7 @@ class ReshardPlan:
 
     @functools.cached_property
     def target_index(self) -> LayoutIndex:
-        return LayoutIndex(self.target)
+        return LayoutIndex(self.target, writable=True)
 
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
@@ -171,6 +171,15 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+class _Step(NamedTuple):
+    """What a rank does about one piece of all tensors that are cut and shared alike."""
+
+    rectangle: Rectangle
+    offset: int  # elements of the tensor before it, in the order of positions
+    resident: bool
+    hops: tuple[Hop, ...]
+
+
 class _RankPlanner:
     """The walk over the tensors that one rank holds or needs."""
 
@@ -179,7 +188,7 @@ class _RankPlanner:
         self._held = Spots(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
         self._wanted = Spots(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
         self._held_cell, self._wanted_cell = _cell_number(plan.source, rank), _cell_number(plan.target, rank)
-        self._mine: dict[tuple[Pattern, Pattern], tuple[Crossing, ...]] = {}
+        self._steps: dict[tuple[Pattern, Pattern, tuple[int, ...]], list[_Step]] = {}
         self._sends: list[Transfer] = []
         self._receives: list[Transfer] = []
         self._copies: list[LocalCopy] = []
@@ -199,15 +208,23 @@ class _RankPlanner:
 
     def _tensor(self, tensor: str, wanted: Pattern) -> None:
         pattern, start, shares = self._plan.source_index.tensors[tensor]
-        key = (pattern, wanted)
-        if key not in self._mine:
-            self._mine[key] = self._crossings(tensor, pattern, wanted)
-        for left, right, rectangle in self._mine[key]:
+        key = (pattern, wanted, shares)
+        if key not in self._steps:
+            self._steps[key] = list(self._steps_for(tensor, pattern, wanted, shares))
+        for rectangle, offset, resident, hops in self._steps[key]:
+            if resident:
+                src, targets = self._held.find(tensor, rectangle)[0], self._wanted.find(tensor, rectangle)
+                self._copies += [LocalCopy(tensor, rectangle, src, dst) for dst in targets]
+            for hop in hops:
+                self._hop(hop, tensor, rectangle, start + offset)
+
+    def _steps_for(self, tensor: str, pattern: Pattern, wanted: Pattern, shares: tuple[int, ...]) -> Iterator[_Step]:
+        for left, right, rectangle in self._crossings(tensor, pattern, wanted):
             route = self._plan.route(pattern.cells[left], wanted.cells[right])
             piece = pattern.rectangles[left]
             row, col = rectangle.row_start - piece.row_start, rectangle.col_start - piece.col_start
-            position = start + pattern.offsets[left] + row * piece.num_cols + col
-            self._piece(route, tensor, rectangle, position, shares[left])
+            offset = pattern.offsets[left] + row * piece.num_cols + col
+            yield _Step(rectangle, offset, self._rank in route.residents, route.hops_of(self._rank, shares[left]))
 
     def _crossings(self, tensor: str, pattern: Pattern, wanted: Pattern) -> tuple[Crossing, ...]:
         """The crossings that touch this rank, after checking that all it wants is covered."""
@@ -223,20 +240,15 @@ class _RankPlanner:
                     self._refuse(tensor, uncovered(rectangle, pattern.rectangles) or rectangle)
         return tuple(mine)
 
-    def _piece(self, route: Route, tensor: str, rectangle: Rectangle, position: int, share: int) -> None:
-        rank = self._rank
-        if rank in route.residents:
-            src = self._held.find(tensor, rectangle)[0]
-            self._copies += [LocalCopy(tensor, rectangle, src, dst) for dst in self._wanted.find(tensor, rectangle)]
-        for hop in route.hops_of(rank, share):
-            at_source = hop.src == rank and hop.depth == 0
-            first, *others = (self._held if at_source else self._wanted).find(tensor, rectangle)
-            transfer = Transfer(hop.src, hop.dst, tensor, rectangle, position, hop.depth, first)
-            if hop.src == rank:
-                self._sends.append(transfer)
-            else:
-                self._receives.append(transfer)
-                self._echoes += [LocalCopy(tensor, rectangle, first, other) for other in others]
+    def _hop(self, hop: Hop, tensor: str, rectangle: Rectangle, position: int) -> None:
+        sends = hop.src == self._rank
+        first, *others = (self._held if sends and not hop.depth else self._wanted).find(tensor, rectangle)
+        transfer = Transfer(hop.src, hop.dst, tensor, rectangle, position, hop.depth, first)
+        if sends:
+            self._sends.append(transfer)
+        else:
+            self._receives.append(transfer)
+            self._echoes += [LocalCopy(tensor, rectangle, first, other) for other in others]
 
     def _refuse(self, tensor: str, rectangle: Rectangle) -> None:
         spots = self._wanted.find(tensor, rectangle)

@@ -42,9 +42,12 @@ class Spots:
 
     def find(self, tensor: str, wanted: Rectangle) -> list[Spot]:
         """Every place of ``wanted``, a rectangle that lies inside at least one span of ``tensor``."""
+        places = self._places.get(tensor, ())
+        if len(places) == 1 and places[0][0] == wanted:
+            return [places[0][1]]
         return [
             Spot(shard, row + wanted.row_start - held.row_start, col + wanted.col_start - held.col_start)
-            for held, (shard, row, col) in self._places.get(tensor, ())
+            for held, (shard, row, col) in places
             if held.contains(wanted)
         ]
 
