@@ -65,18 +65,17 @@ class LayoutSource:
         return tensor in self._places
 
     def read(self, span: Span) -> Tensor:
-        parts = [(shard, place) for shard, place in self._places[span.tensor] if _overlap(span, place).numel > 0]
-        if len(parts) == 1 and _overlap(span, parts[0][1]).numel == span.numel:
-            return self._part(*parts[0], span)
-        result: Tensor | None = None
-        for shard, place in parts:
-            common = _overlap(span, place)
-            part = self._part(shard, place, common)
-            if result is None:
-                result = part.new_zeros(span.num_rows, span.num_cols)
+        pieces = [(_overlap(span, place), shard, place) for shard, place in self._places[span.tensor]]
+        pieces = [piece for piece in pieces if piece[0].numel > 0]
+        if sum(common.numel for common, _, _ in pieces) != span.numel:
+            raise ConfigError(f"the weights do not hold all of {span}: the config belongs to another model")
+        tensors = [self._part(shard, place, common) for common, shard, place in pieces]
+        if len(tensors) == 1:
+            return tensors[0]
+        result = tensors[0].new_empty(span.num_rows, span.num_cols)
+        for (common, _, _), tensor in zip(pieces, tensors, strict=True):
             row, col = common.row_start - span.row_start, common.col_start - span.col_start
-            result[row : row + common.num_rows, col : col + common.num_cols] = part
-        assert result is not None, f"{span} lies outside of every shard"
+            result[row : row + common.num_rows, col : col + common.num_cols] = tensor
         return result
 
     def _part(self, shard: Shard, place: Span, wanted: Span) -> Tensor:
