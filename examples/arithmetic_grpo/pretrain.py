@@ -45,7 +45,11 @@ LENGTH = len("99+99=198") + 1  # tokens of the longest text, <eos> included
 def initialize(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
     if CUDA:
         torch.cuda.set_device(DEVICE)
-    torch.distributed.init_process_group("nccl" if CUDA else "gloo")
+    backend = "nccl" if CUDA else "gloo"
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend)
+    else:  # one process without torchrun
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel(tensor_parallel, pipeline_parallel)
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(stage_seed)

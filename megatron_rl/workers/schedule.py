@@ -8,6 +8,7 @@ to the hidden states on the last stage is a function that is passed in.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,7 @@ class MicroBatching:
 
     token_budget: int = 4096  # tokens of one micro-batch over all context-parallel ranks
     packing: bool = True  # False: padded rows
-    rows: int = 1  # sequences of a micro-batch when padded
+    rows: int | None = None  # sequences of a padded micro-batch; None = as many as the token budget holds
 
 
 def plan_micro_batches(
@@ -50,33 +51,41 @@ def plan_micro_batches(
     lengths = [align.padded(length) for length in batch.lengths.tolist()]
     if how.packing:
         shares = split_micro_batches(lengths, how.token_budget, units)
+        width = _maximum(max((sum(lengths[i] for i in share) for share in shares), default=1), model)
     else:
-        order = _padded_order(batch.num_sequences, units)
-        shares = [order[i : i + how.rows] for i in range(0, len(order), how.rows)]
-    width = (
-        max((sum(lengths[i] for i in share) for share in shares), default=1) if how.packing else max(lengths, default=1)
-    )
-    count, width = _maximum((len(shares), width), context.dp_group, model.device)
+        width = _maximum(max(lengths, default=1), model)
+        rows = how.rows or max(1, how.token_budget // width)
+        shares = fill_rows(range(batch.num_sequences) if units is None else units, rows)
+    count = _maximum(len(shares), model)
     if sizes.vpp > 1:  # the interleaved schedule wants a multiple of the pipeline stages
         count = -(-count // sizes.pp) * sizes.pp
     shares += [[]] * (count - len(shares))
     width = -(-width // align.row_multiple) * align.row_multiple
     if how.packing:
         return [pack(batch, share, align, width) for share in shares]
-    return [pad(batch, share, align, width, how.rows) for share in shares]
+    tallest = _maximum(max((len(share) for share in shares), default=1), model)
+    return [pad(batch, share, align, width, tallest) for share in shares]
 
 
-def _padded_order(num_sequences: int, units: Sequence[int] | None) -> list[int]:
-    return sorted(range(num_sequences), key=lambda i: (i if units is None else units[i], i))
+def fill_rows(units: Sequence[int], rows: int) -> list[list[int]]:
+    """Sequences in order of their units, cut so that no unit is split and at most ``rows`` lie in a micro-batch (a
+    larger single unit has one of its own)."""
+    shares: list[list[int]] = []
+    for _, unit in itertools.groupby(sorted(range(len(units)), key=units.__getitem__), key=units.__getitem__):
+        members = list(unit)
+        if not shares or len(shares[-1]) + len(members) > rows:
+            shares.append([])
+        shares[-1] += members
+    return shares
 
 
-def _maximum(values: tuple[int, int], group: dist.ProcessGroup | None, device: torch.device) -> tuple[int, int]:
-    if group is None or group.size() == 1:
-        return values
-    tensor = torch.tensor(values, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
-    first, second = tensor.tolist()
-    return first, second
+def _maximum(value: int, model: MegatronModel) -> int:
+    """Over the data-parallel ranks."""
+    if model.context.grid.dp == 1:
+        return value
+    tensor = torch.tensor(value, device=model.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=model.context.dp_group)
+    return int(tensor)
 
 
 def run_schedule(

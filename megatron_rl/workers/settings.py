@@ -40,11 +40,11 @@ class WorkerSettings(ConfigRecord):
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
     token_budget: int = 4096
-    """Tokens of one packed micro-batch, over all context-parallel ranks."""
+    """Tokens of one micro-batch, over all context-parallel ranks."""
     packing: bool | None = None
     """Pack sequences end to end; False = padded rows; None = pack where the model's attention can."""
-    micro_batch_size: int = 8
-    """Sequences of one padded micro-batch."""
+    micro_batch_size: int | None = None
+    """Sequences of one padded micro-batch; None = as many as `token_budget` holds."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer and schedule, for models that do not bring their own."""
     seed: int = 0

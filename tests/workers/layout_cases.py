@@ -12,6 +12,7 @@ import sys
 import torch
 
 import megatron_rl  # noqa: F401  (first: the CPU face)
+
 from megatron.core import parallel_state  # isort: skip
 from transformers import AutoTokenizer
 

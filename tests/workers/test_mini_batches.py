@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
+from megatron_rl.workers.schedule import fill_rows
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
@@ -38,3 +39,11 @@ def test_more_parts_than_units_gives_one_part_a_unit():
 def test_another_seed_gives_another_split():
     splits = {str(split_mini_batches(range(16), [16], 0, 4, seed=seed)) for seed in range(5)}
     assert len(splits) == 5
+
+
+def test_padded_micro_batches_never_split_a_unit():
+    assert fill_rows([0, 0, 1, 1, 2, 2], 3) == [[0, 1], [2, 3], [4, 5]]
+    assert fill_rows([5, 1, 5, 1], 4) == [[1, 3, 0, 2]]
+    assert fill_rows([0, 0, 0], 2) == [[0, 1, 2]]
+    assert fill_rows(range(5), 2) == [[0, 1], [2, 3], [4]]
+    assert fill_rows([], 2) == []
