@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
-from rollout.rollout_models import CONFIGS, local_engine, random_model, reference_logprobs
+from rollout.rollout_models import CONFIGS, architecture_of, local_engine, random_model, reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl.rollout import SamplingParams
+from megatron_rl.rollout.local.rotary import inverse_frequencies
 
 PROMPTS = [[5, 9, 11, 40, 3], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], [99, 98, 97]]
 
@@ -51,6 +54,28 @@ def test_real_model_greedy_text_equals_transformers(stories_model: object) -> No
         assert answer.token_ids == output[0, len(prompt) :].tolist()
         expected = reference_logprobs(model, prompt, answer.token_ids)
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama3_rope", "qwen3"])
+def test_the_torch_ops_give_the_same_completions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
+    model = random_model(name)
+    with local_engine(model) as engine:
+        expected = engine.generate(PROMPTS, params)
+    monkeypatch.setenv("MEGATRON_RL_OPS", "decode_attention=reference,add_rms_norm=reference")
+    with local_engine(model) as engine:
+        answers = engine.generate(PROMPTS, params)
+    for mine, theirs in zip(answers, expected, strict=True):
+        assert [c.token_ids for c in mine] == [c.token_ids for c in theirs]
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_an_unknown_rope_scaling_is_refused() -> None:
+    model = random_model("llama")
+    architecture = dataclasses.replace(architecture_of(model.config), rope_scaling=(("rope_type", "yarn"),))
+    with pytest.raises(ValueError, match="'yarn'"):
+        inverse_frequencies(architecture)
 
 
 def test_bf16_logprobs_stay_near_fp32() -> None:
