@@ -16,10 +16,9 @@ from torch import Tensor
 from megatron_rl.ops.registry import UnavailableError
 from megatron_rl.ops.token_logprobs.differentiable import NOTHING, Request, Shard, Softmax, Statistics, apply
 
-TILE_BYTES = 4 * 2**20  # fp32 logits that exist at once: a part of the last-level cache
-TILE_TOKENS = 1024
-KEEP_BYTES = 16 * 2**20  # logits kept for the backward pass: this much, or
-KEEP_SHARE = 4  # as much as one part in so many of the weight's gradient, if that is more
+TILE_BYTES = 2 * 2**20  # fp32 logits that exist at once: a part of the last-level cache
+TILE_TOKENS = 512
+KEEP_BYTES = 8 * 2**20  # logits kept for the backward pass
 
 
 def requires(device_type: str) -> None:
@@ -54,7 +53,7 @@ class CpuKernels:
         self.height = max(1, min(tokens, shard.request.chunk_tokens or TILE_TOKENS))
         self.width = max(64, TILE_BYTES // (4 * self.height))
         found = Statistics(torch.full((tokens,), NOTHING), *torch.zeros(3, tokens))
-        room = max(KEEP_BYTES, shard.weight.numel() * 4 // KEEP_SHARE) if keep else 0
+        room = KEEP_BYTES if keep else 0
         buffer = Buffer()
         for rows in _spans(shard.weight.shape[0], self.width):
             for span in _spans(tokens, self.height):
