@@ -133,7 +133,10 @@ class _Auditor:
         proved: set[tuple[Pattern, Pattern]] = set()
         for tensor, wanted in target.patterns.items():
             if tensor not in source.tensors:
-                raise ValueError(f"{self._plan.target.name} needs {tensor}, which {self._plan.source.name} has not")
+                raise ValueError(
+                    f"{self._plan.target.name} needs {tensor}, which {self._plan.source.name} has not: check that both "
+                    f"layouts describe the same model"
+                )
             held, _, shares = source.tensors[tensor]
             if (held, wanted) not in proved:
                 self._prove(tensor, held, wanted)

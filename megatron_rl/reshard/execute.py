@@ -42,7 +42,7 @@ class TransferReport:
     local_elements: int  # copied inside the rank
     peak_staging_bytes: int
     num_exchanges: int
-    seconds: float
+    seconds: float  # until the host was done; on an accelerator queued copies may still run
 
     def __str__(self) -> str:
         return (

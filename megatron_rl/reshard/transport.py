@@ -59,21 +59,19 @@ class P2PTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
         self._group, self._timeout = group, timeout
-        self._asynchronous = dist.get_backend(group) == "nccl"
-        if self._asynchronous:  # its first batch of messages would otherwise have to involve every rank of the group
+        if "nccl" in dist.get_backend(
+            group
+        ):  # its first batch of messages would otherwise have to involve every rank of the group
             dist.barrier(group)
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
-        operations = []
-        if send is not None:
-            operations.append(dist.P2POp(dist.isend, _as_bytes(send), peer, self._group))
-        if receive is not None:
-            operations.append(dist.P2POp(dist.irecv, _as_bytes(receive), peer, self._group))
+        buffers = [(dist.isend, send), (dist.irecv, receive)]
+        operations = [dist.P2POp(op, _as_bytes(b), peer, self._group) for op, b in buffers if b is not None]
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise TransportError(f"could not start an exchange with rank {peer}: {error}") from error
-        return _P2PPending(works, peer, self._timeout, blocking=not self._asynchronous)
+        return _P2PPending(works, peer, self._timeout, blocking=operations[0].tensor.device.type == "cpu")
 
 
 class _P2PPending(Pending):
