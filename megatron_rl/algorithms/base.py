@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import group_advantages, spread_over_tokens
@@ -48,9 +49,9 @@ class BaseAlgorithm:
     class Config(ConfigRecord):
         """Settings of every algorithm."""
 
-        num_epochs: int = 1
+        num_epochs: int = Field(default=1, ge=1)
         """Passes over the samples of one step."""
-        num_mini_batches: int = 1
+        num_mini_batches: int = Field(default=1, ge=1)
         """Optimizer steps per pass."""
         old_logprobs: Literal["auto", "recompute", "rollout", "current"] = "auto"
         """Whose probabilities are the denominator of the ratio. recompute: the trainer's before the step. rollout: the

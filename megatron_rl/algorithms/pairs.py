@@ -79,7 +79,7 @@ class PairSettings(ConfigRecord):
     label_smoothing: float = 0.0
     """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
     ipo_length_norm: bool = False
-    """Divide log-ratios by the response's tokens in ipo; the paper does not."""
+    """Divide log-ratios by the response's tokens in ipo: the paper's formula does not, TRL always does."""
     discopop_tau: float = 0.05
     """Temperature of discopop's mixing."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import sum_over_tokens
@@ -36,15 +36,15 @@ class PolicyGradient(BaseAlgorithm):
     class Config(BaseAlgorithm.Config):
         """Settings shared by the policy-gradient family."""
 
-        clip_low: float = 0.2
+        clip_low: float = Field(default=0.2, ge=0.0)
         """The ratio is held above 1 - clip_low where that lowers the objective."""
-        clip_high: float = 0.2
+        clip_high: float = Field(default=0.2, ge=0.0)
         """The ratio is held below 1 + clip_high where that lowers the objective."""
         dual_clip: float | None = None
         """Bound c > 1 on the loss of tokens with negative advantage, in units of -advantage; none: unbounded."""
         loss_aggregation: LossAggregation = "token-mean"
         """How token losses become one number: see `aggregation.token_average`."""
-        norm_length: int | None = None
+        norm_length: int | None = Field(default=None, gt=0)
         """Constant divisor in tokens of the fixed-length aggregation: the generation budget."""
         kl_coefficient: float | None = None
         """Weight of the KL to the reference. None: the algorithm's usual weight where there is a reference, else 0."""

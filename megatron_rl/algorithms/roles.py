@@ -5,7 +5,7 @@ these methods. Algorithms know nothing else about models, so their formulas are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -64,6 +64,3 @@ class ValueSource(Trainable, Protocol):
     def values(self, write: str) -> Stage:
         """A stage that reads ``input_ids`` and writes the token field ``write``: at token t, the head's output on the
         prefix that ends just before t."""
-
-
-Overrides = dict[str, Any]
