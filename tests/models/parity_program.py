@@ -29,6 +29,7 @@ from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.parallel.context import ParallelContext
+from megatron_rl.weights.convert import convert
 from megatron_rl.weights.hf_in import load_folder, read_architecture
 from megatron_rl.weights.hf_out import save_hf
 
@@ -44,6 +45,10 @@ CASES = [
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, etp=2, sequence_parallel=True)),
     ("stories", ParallelSizes(tp=2, pp=2)),  # real weights, 5 layers over 2 stages
+]
+CONVERSIONS = [
+    ("llama", ParallelSizes(pp=2, vpp=2)),
+    ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
 ]
 TOKENS = 16
 
@@ -96,13 +101,31 @@ def check(architecture: Architecture, folder: Path, sizes: ParallelSizes, expect
         assert error <= 1e-5, f"{folder.name} {sizes}: logits differ by {error}"
     save_hf(layout, tensors, architecture, folder / "saved", rank=context.rank, max_shard_bytes=30_000)
     if context.rank == 0:
-        original = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-        saved = {k: v for file in (folder / "saved").glob("*.safetensors") for k, v in load_file(file).items()}
-        assert sorted(saved) == sorted(original)
-        assert all(torch.equal(saved[name], original[name]) for name in original)
+        assert_same_files(folder, folder / "saved")
         shutil.rmtree(folder / "saved")
     dist.barrier()
     return f"{folder.name} {sizes}: {error:.1e}"
+
+
+def there_and_back(folder: Path, sizes: ParallelSizes) -> None:
+    """To a Megatron checkpoint written in ``sizes``, and back to a Hugging Face folder written by all ranks."""
+    parallel_state.destroy_model_parallel()
+    checkpoint, back = folder / "checkpoint", folder / "back"
+    convert(folder, checkpoint, "megatron", sizes)
+    parallel_state.destroy_model_parallel()
+    convert(checkpoint, back, "hf", max_shard_bytes=30_000)
+    assert_same_files(folder, back)
+    dist.barrier()
+
+
+def read_files(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_same_files(expected: Path, found: Path) -> None:
+    original, saved = read_files(expected), read_files(found)
+    assert sorted(saved) == sorted(original)
+    assert all(torch.equal(saved[name], original[name]) for name in original)
 
 
 def main() -> None:
@@ -118,6 +141,10 @@ def main() -> None:
         line = check(architecture, folder, sizes, expected, ids)
         if context.rank == context.world_size - 1:  # of the last stage in every layout
             print("parity", line, flush=True)
+    for name, sizes in CONVERSIONS:
+        there_and_back(root / name, sizes)
+        if context.rank == context.world_size - 1:
+            print("converted", name, sizes, flush=True)
     dist.destroy_process_group()
 
 

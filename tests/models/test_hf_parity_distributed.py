@@ -31,3 +31,4 @@ def test_logits_names_and_bits_survive_every_layout(tmp_path, stories_model) -> 
     shutil.copytree(stories_model, tmp_path / "stories")
     output = run_torchrun(PROGRAM, 4, str(tmp_path), timeout=300)
     assert output.count("parity ") == 11, output
+    assert output.count("converted ") == 2, output
