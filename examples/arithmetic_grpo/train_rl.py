@@ -33,10 +33,10 @@ def main() -> None:
 
     at = actor.context.coordinates
     prompts = PromptDataset(OUTPUTS / "data/train.jsonl", tokenizer)
-    loader = PromptLoader(prompts, batch_size=64, dp_rank=at.dp, dp_size=actor.context.dp_size)
+    loader = PromptLoader(prompts, batch_size=128, dp_rank=at.dp, dp_size=actor.context.dp_size)
     held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
     evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
-    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=60, evaluate_every=30, save_every=30)
+    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=70, evaluate_every=35, save_every=35)
     tracking = TrackerGroup.Config(trackers=("console", "jsonl", "mlflow"), experiment="arithmetic_grpo")
     connect(flow, actor, grpo, loader, settings, tracking=tracking, evaluate=evaluation).train()
     # ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Everything that would otherwise read ``torch.cuda`` or name a backend asks this 
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import resource
@@ -18,6 +19,9 @@ from typing import Any, Literal
 import numpy
 import torch
 import torch.distributed as dist
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Platform:
         self.set_device()
         limit = timedelta(seconds=timeout)
         if "RANK" in os.environ:
+            _warn_of_shared_store()
             dist.init_process_group(self.backend, timeout=limit)
         else:
             # A store in memory: no port is opened, so any number of single-process runs can share a machine.
@@ -117,6 +122,18 @@ class Platform:
         """Give cached, unused device memory back to the driver."""
         if self.name == "cuda":
             torch.cuda.empty_cache()
+
+
+def _warn_of_shared_store() -> None:
+    """Agents of a restarted job may count restarts differently: a node whose own ranks did not fail restarts them
+    without counting (torch.distributed.elastic, membership change). With the agents' shared store, whose keys are
+    prefixed by that count, its ranks then read the addresses of dead ones (seen with torch 2.13)."""
+    several_agents = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    if several_agents and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        logger.warning(
+            "restarts over several nodes can fail to reconnect: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+        )
 
 
 def current_platform() -> Platform:

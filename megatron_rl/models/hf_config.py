@@ -9,11 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import family_of
+
+HFConfig = PretrainedConfig  # for rooms that hold these objects without importing transformers
+HFModel = PreTrainedModel
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:

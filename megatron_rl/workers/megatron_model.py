@@ -33,7 +33,7 @@ from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_in import load_folder, model_source, resolve_folder
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from megatron_rl.models.hf_config import HFConfig, HFModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class MegatronModel:
     context: ParallelContext
     architecture: Architecture
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
-    hf_config: PretrainedConfig | None = None  # of the Hugging Face model it was loaded from
+    hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
     value_head: bool = False  # the output layer is a value head
 
     @classmethod
     def from_hf(
         cls,
-        source: str | Path | PreTrainedModel | MegatronCheckpoint,
+        source: str | Path | HFModel | MegatronCheckpoint,
         context: ParallelContext,
         *,
         dtype: torch.dtype = torch.float32,
@@ -175,7 +175,7 @@ class MegatronModel:
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
-def _hf_config(folder: Path | None, source: Any) -> PretrainedConfig:
+def _hf_config(folder: Path | None, source: Any) -> HFConfig:
     if folder is not None:
         return read_hf_config(folder)
     if isinstance(source, MegatronCheckpoint):

@@ -44,7 +44,7 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "resume", "--local-addr",
         "127.0.0.1", str(PROGRAM), str(config), "parallel.tp=2",
     ]  # fmt: skip
-    kill = environment(KILL_MARK=str(mark), KILL_RANK="1", KILL_STEP="3")
+    kill = environment(KILL_MARK=str(mark), KILL_RANK="1", KILL_STEP="3", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     agents = [
         subprocess.Popen(command, env=kill, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                          start_new_session=True)
