@@ -88,7 +88,8 @@ class HFDescription:
         config = CONFIG_MAPPING[a.family].from_dict(fields)
         config.architectures, config.dtype = [family_of(a.family).hf_class], name
         found = architecture_from_hf(config)
-        assert found == a, f"the config describes {found}, the weights are {a}"
+        if found != a:
+            raise ConfigError(f"hf_config describes {found}, but the weights are of {a}: pass the model's own config")
         return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,14 @@ def test_the_models_own_config_tokenizer_and_generation_settings_travel(stories_
     ignored = {"_name_or_path", "transformers_version", "torch_dtype"}
     before, after = ({k: v for k, v in m.config.to_dict().items() if k not in ignored} for m in (old, new))
     assert before == {key: after[key] for key in before}
+
+
+def test_a_config_of_another_model_is_refused_and_nothing_is_left(tmp_path) -> None:
+    layout = megatron_layout(LLAMA, RankGrid(ParallelSizes(), 1), 64)
+    other = hf_config_from(replace(LLAMA, rope_theta=5e5), dtype="float32")
+    (result,) = save_from(LLAMA, layout, tmp_path / "m", random_logical(LLAMA), hf_config=other)
+    assert isinstance(result, ConfigError)
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_keep_to_the_limit_and_hold_each_tensor_once() -> None:
