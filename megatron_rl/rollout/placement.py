@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from megatron_rl.config import ConfigError
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class RolloutPlacement:
         tp: rollout tensor-parallel ranks per replica.
 
     Raises:
-        ValueError: ``tp`` does not divide the ranks.
+        ConfigError: ``tp`` does not divide the ranks.
     """
 
     ranks: tuple[int, ...]
@@ -31,7 +33,7 @@ class RolloutPlacement:
 
     def __post_init__(self) -> None:
         if self.tp < 1 or len(self.ranks) % self.tp:
-            raise ValueError(
+            raise ConfigError(
                 f"rollout tp={self.tp} does not divide the {len(self.ranks)} ranks that hold one training replica: "
                 f"choose a divisor of {len(self.ranks)}"
             )

@@ -14,6 +14,7 @@ from megatron_rl.data import PromptDataset, PromptLoader
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward
+from megatron_rl.rollout import ENGINES
 from megatron_rl.run.config import RunConfig
 from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
@@ -33,6 +34,7 @@ def build_trainer(config: RunConfig) -> Trainer:
         ConfigError, DataError: what cannot work, said once and clearly, on every rank.
     """
     algorithm_type = find_algorithm(config)
+    check_engine(config)
     checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
     find_checkpoint(checkpoint_folder, config.trainer.resume)
     tokenizer = load_tokenizer(config.tokenizer or config.model, config.pad_token)
@@ -80,6 +82,14 @@ def find_algorithm(config: RunConfig) -> type[BaseAlgorithm]:
             raise ConfigError(f"algorithm.name: {error}") from None
     found.Config.parse(values, where="algorithm")
     return found
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raises ConfigError when there is no rollout engine of that name; it would be built only in the first step."""
+    try:
+        ENGINES[config.actor.rollout.engine]
+    except ValueError as error:
+        raise ConfigError(f"actor.rollout.engine: {error}") from None
 
 
 def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object) -> Actor:

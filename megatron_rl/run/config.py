@@ -6,7 +6,7 @@ there and an unknown key is an error that names the nearest known one.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -85,5 +85,5 @@ class RunConfig(ConfigRecord):
     """Where metrics go."""
     seed: int = 0
     """Of data order, sampling and initialisation."""
-    log_level: str = "INFO"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Of the console log on rank 0."""

@@ -1,0 +1,95 @@
+"""``megatron-rl convert``: Hugging Face folders and Megatron checkpoints into one another."""
+
+from __future__ import annotations
+
+import enum
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.cli.errors import clear_errors, environment_rank
+from megatron_rl.log import configure_logging
+
+EPILOG = """
+**Examples**
+
+A Megatron checkpoint of a finished run as a Hugging Face folder:
+`megatron-rl convert outputs/run/checkpoints/step_000040 my-model --to hf`
+
+A checkpoint that says nothing of its model needs a config.json that does:
+`megatron-rl convert ckpt my-model --to hf --config the-base-model/config.json` (a tokenizer that lies there is copied)
+
+A Hugging Face folder as a Megatron checkpoint, written by four processes that hold a quarter of the model each:
+`megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
+
+The same over two nodes, started by hand: `torchrun --nnodes 2 --nproc-per-node 8 ... -m megatron_rl convert my-model
+ckpt --to megatron --tp 8 --pp 2`
+"""
+
+
+class Target(enum.StrEnum):
+    """What can be written."""
+
+    HF = "hf"
+    MEGATRON = "megatron"
+
+
+class Dtype(enum.StrEnum):
+    """Number formats of the result."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Hugging Face folder or model id, or Megatron distributed checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")],
+    to: Annotated[Target, typer.Option(help="Format of the result.")],
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that hold the model while it is written.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, likewise.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, likewise.")] = 1,
+    etp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks inside each expert, likewise.")] = 1,
+    config: Annotated[
+        Path | None, typer.Option(help="config.json (or its folder) for a Megatron checkpoint without one.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the result; by default the source's.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+) -> None:
+    """Convert weights, streaming: no process ever holds more than its part of the model.
+
+    A Megatron checkpoint loads into any layout, whatever wrote it; the sizes only share out the memory of writing it,
+    and torchrun is started for them where it is not running yet. A Hugging Face folder is written file by file.
+    """
+    rank = environment_rank()
+    num_ranks = math.lcm(tp * pp, ep * etp * pp) if to is Target.MEGATRON else 1
+    if num_ranks > 1 and "RANK" not in os.environ:
+        _restart_under_torchrun(num_ranks)
+    with clear_errors(rank):
+        import torch
+
+        from megatron_rl.config import ConfigError
+        from megatron_rl.parallel import ParallelSizes
+        from megatron_rl.weights.convert import convert as convert_weights
+
+        configure_logging(rank)
+        if config is not None and not config.exists():
+            raise ConfigError(f"--config {config}: no such file or folder; expected a Hugging Face config.json")
+        sizes = ParallelSizes(tp=tp, pp=pp, ep=ep, etp=etp)
+        number_type = getattr(torch, dtype.value) if dtype else None
+        written = convert_weights(
+            source, target, to.value, sizes, config=config, dtype=number_type, overwrite=overwrite
+        )
+        if rank == 0:
+            typer.echo(f"wrote {written}")
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _restart_under_torchrun(num_ranks: int) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
+    os.execv(sys.executable, [*command, "-m", "megatron_rl", *sys.argv[1:]])

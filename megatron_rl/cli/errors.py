@@ -1,0 +1,45 @@
+"""How the commands end when something is wrong: the user's mistakes as one line, anything else with its traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import typer
+
+EXIT_CODE = 2  # of a mistake in configuration, data or user code
+
+
+@contextlib.contextmanager
+def clear_errors(rank: int = 0) -> Iterator[None]:
+    """Print a mistake of the user as one line, on every rank that meets it, and end this process with `EXIT_CODE`."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, mistakes()):
+            raise
+        sys.stdout.flush()
+        typer.echo(f"[rank {rank}] {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        sys.stderr.flush()
+        # Not sys.exit: at interpreter shutdown the process group would wait for ranks that may hang in a collective.
+        os._exit(EXIT_CODE)
+
+
+def mistakes() -> tuple[type[Exception], ...]:
+    """The errors whose message says all that there is to say."""
+    from megatron_rl.config import ConfigError
+    from megatron_rl.data import DataError
+    from megatron_rl.dataflow.flow import FlowError
+    from megatron_rl.ops.registry import UnavailableError
+    from megatron_rl.rewards import RewardError
+    from megatron_rl.trainer.agreement import RemoteError
+    from megatron_rl.weights.agreement import PeerError
+
+    return ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError
+
+
+def environment_rank() -> int:
+    """This process's rank as torchrun gave it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,50 @@
+"""``megatron-rl train``: a YAML file and dotted overrides become a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.cli.errors import clear_errors, environment_rank
+from megatron_rl.log import configure_logging
+
+EPILOG = """
+**Examples**
+
+One process: `megatron-rl train CONFIG`
+
+Another model and a smaller step than the file says: `megatron-rl train CONFIG model=./my-model actor.sampling.n=4`
+
+Four processes: `torchrun --nproc-per-node 4 -m megatron_rl train CONFIG parallel.tp=2 parallel.pp=2`
+
+Two nodes of 8, the same command on each; restarted runs continue from the newest complete checkpoint:
+`torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-endpoint HOST:29500
+-m megatron_rl train CONFIG`
+
+Every key is described in docs/configuration.md.
+"""
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the configuration, print it with its defaults, and stop.")
+    ] = False,
+) -> None:
+    """Train as a YAML file says."""
+    rank = environment_rank()
+    with clear_errors(rank):
+        from megatron_rl.config.files import load_config
+        from megatron_rl.run.config import RunConfig
+
+        run = load_config(RunConfig, config, overrides or [])
+        configure_logging(rank, run.log_level)
+        if check:
+            typer.echo(run.model_dump_json(indent=2))
+            return
+        from megatron_rl.run.execute import execute
+
+        execute(run)

@@ -1,0 +1,183 @@
+"""What this installation consists of: versions, device, and each accelerated part with the reason where it is not used.
+
+Nothing is decided here: every line asks the place that decides (the layer spec, the operations' registry, the face).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform as host
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_rl import __version__
+from megatron_rl.devices import Platform, current_platform
+from megatron_rl.devices.cpu_face import KNOWN_VERSIONS
+from megatron_rl.models.layer_spec import use_transformer_engine
+from megatron_rl.ops.registry import Availability, availability, choose, implementations, operations
+from megatron_rl.rollout import ENGINES
+
+WIDTH = 20  # of the first column
+
+
+@dataclass(frozen=True)
+class Part:
+    """One accelerated part.
+
+    Attributes:
+        name: as people call it.
+        in_use: whether a run on this machine goes through it.
+        note: for what, or why not.
+    """
+
+    name: str
+    in_use: bool
+    note: str
+
+    def __str__(self) -> str:
+        return f"{self.name:{WIDTH}}{'in use: ' if self.in_use else 'not in use: '}{self.note}"
+
+
+def describe_environment() -> str:
+    """The report of `megatron-rl info`. Looking at compiled operations may build them once."""
+    platform = current_platform()
+    rows = availability(("cuda", "cpu"))
+    sections = {
+        f"megatron-rl {__version__}": versions(),
+        "Device": device_lines(platform),
+        "Accelerated parts": [str(part) for part in accelerated_parts(platform, rows)],
+        f"Operations on {platform.name}": operation_lines(platform.name, rows),
+    }
+    return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
+
+
+def versions() -> list[str]:
+    """One line for each package that a run stands on."""
+    packages = ("torch", "transformers", "safetensors", "mlflow", "tensorboard", "wandb")
+    lines = [f"{'python':{WIDTH}}{host.python_version()}, {host.system()} {host.machine()}"]
+    lines.append(f"{'megatron-core':{WIDTH}}{megatron_core_version(installed('megatron-core'))}")
+    return lines + [f"{name:{WIDTH}}{installed(name) or 'not installed'}" for name in packages]
+
+
+def megatron_core_version(version: str | None) -> str:
+    """The version and what is known of it on machines without an accelerator."""
+    if version is None:
+        return "not installed: pip install megatron-core"
+    known = ", ".join(f"{name} ({state})" for name, state in KNOWN_VERSIONS.items())
+    return f"{version} ({KNOWN_VERSIONS.get(version, f'not known to the CPU face, which knows {known}')})"
+
+
+def device_lines(platform: Platform) -> list[str]:
+    """Where tensors live and how ranks talk."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
+    if platform.name == "cpu":
+        return [
+            f"{'device':{WIDTH}}cpu ({cores}); torch sees no CUDA device",
+            f"{'communication':{WIDTH}}{platform.backend}",
+            f"{'Megatron-Core':{WIDTH}}through the CPU face: its modules are adapted while they are imported",
+        ]
+    return [
+        f"{'device':{WIDTH}}{platform.device} ({cores})",
+        f"{'communication':{WIDTH}}{platform.backend}, {platform.host_backend} for host memory",
+        f"{'Megatron-Core':{WIDTH}}as it is: an accelerator is visible, so the CPU face does nothing",
+    ]
+
+
+def accelerated_parts(platform: Platform, rows: Sequence[Availability]) -> list[Part]:
+    """Every part that can make a run faster, whether it does here, and why not."""
+    engine = transformer_engine(platform.name)
+    return [
+        engine,
+        apex(platform.name, engine.in_use),
+        flash_attention(engine.in_use),
+        kernels("Triton", "triton", "cuda", rows),
+        kernels("csrc (C++)", "cpu", "cpu", rows),
+        kernels("csrc (CUDA)", "cuda", "cuda", rows),
+        sglang(),
+    ]
+
+
+def transformer_engine(device: str) -> Part:
+    """The layers of the model."""
+    if use_transformer_engine():
+        return Part("TransformerEngine", True, "layers of models built from Hugging Face")
+    reason = "no GPU" if importable("transformer_engine") else "not installed"
+    if device == "cpu" and reason == "not installed":
+        reason = "not installed, and it needs a GPU"
+    return Part("TransformerEngine", False, f"{reason}; local layers with our norm and attention instead")
+
+
+def apex(device: str, engine_in_use: bool) -> Part:
+    """Megatron-Core takes fused optimizers from TransformerEngine first, then from apex (optimizer/__init__.py)."""
+    if not importable("apex"):
+        fallback = "TransformerEngine's" if engine_in_use else "torch's"
+        return Part("apex", False, f"not installed; Megatron-Core takes {fallback} optimizers")
+    if device == "cpu":
+        return Part("apex", False, "it needs a GPU")
+    if engine_in_use:
+        return Part("apex", False, "Megatron-Core prefers TransformerEngine's optimizers")
+    return Part("apex", True, "Megatron-Core's fused optimizers")
+
+
+def flash_attention(engine_in_use: bool) -> Part:
+    """Reached through TransformerEngine's attention only."""
+    if not importable("flash_attn"):
+        return Part("flash-attn", False, "not installed")
+    if not engine_in_use:
+        return Part("flash-attn", False, "it works through TransformerEngine, which is not in use")
+    return Part("flash-attn", True, "TransformerEngine's attention, where it chooses to")
+
+
+def kernels(name: str, implementation: str, device: str, rows: Sequence[Availability]) -> Part:
+    """One compiler's implementations of our operations."""
+    ours = [row for row in rows if row.implementation == implementation and row.device_type == device]
+    reasons = sorted({row.reason for row in ours if not row.available})
+    chosen = [row.op for row in ours if row.available and running(row.op, device) == implementation]
+    if chosen:
+        return Part(name, True, ", ".join(chosen))
+    return Part(name, False, "; ".join(reasons) or "another implementation of every operation is preferred")
+
+
+def sglang() -> Part:
+    """The rollout engine for real models."""
+    version = installed("sglang")
+    if "sglang" not in ENGINES:
+        return Part("SGLang", False, "this version has no engine for it; rollouts run on the local engine")
+    if version is None:
+        return Part("SGLang", False, "not installed (pip install 'megatron-rl[sglang]'); the local engine works")
+    return Part("SGLang", True, f"{version}, where a run says actor.rollout.engine: sglang")
+
+
+def operation_lines(device: str, rows: Sequence[Availability]) -> list[str]:
+    """For each operation what runs, and why something better does not."""
+    lines = []
+    for op in operations():
+        chosen = running(op, device)
+        better = implementations(op)[: implementations(op).index(chosen)]
+        missing = "; ".join(
+            f"{r.implementation}: {r.reason}" for r in rows if r.op == op and r.implementation in better
+        )
+        lines.append(f"{op:{WIDTH}}{chosen}" + (f" ({missing})" if missing else ""))
+    return lines
+
+
+def running(op: str, device: str) -> str:
+    """The implementation that `choose` takes."""
+    return choose(op, device).__module__.rpartition(".")[2]
+
+
+def installed(package: str) -> str | None:
+    """The version of a distribution, None where it is absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def importable(module: str) -> bool:
+    """Whether a module could be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,80 @@
+"""`convert` as people type it; what it does with weights is tests/weights/test_convert.py's subject."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from small_run import write_run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("convert")
+    write_run(folder)
+    return folder / "model"
+
+
+def assert_same_weights(folder: Path, original: Path) -> None:
+    found, expected = load_file(folder / "model.safetensors"), load_file(original / "model.safetensors")
+    assert sorted(found) == sorted(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_convert_to_megatron_and_back_is_bitwise(command, model, tmp_path):
+    there = command("convert", model, tmp_path / "megatron", "--to", "megatron")
+    assert (there.code, there.out) == (0, f"wrote {tmp_path / 'megatron'}\n"), there.err
+    back = command("convert", tmp_path / "megatron", tmp_path / "back", "--to", "hf")
+    assert back.code == 0, back.err
+    assert_same_weights(tmp_path / "back", model)
+
+
+@pytest.mark.distributed
+def test_convert_starts_torchrun_for_the_sizes_that_it_is_given(command, model, tmp_path):
+    """The command as the README shows it, with no torchrun around it: two ranks hold half of the model each."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    target = tmp_path / "megatron"
+    arguments = ["-m", "megatron_rl", "convert", str(model), str(target), "--to", "megatron", "--tp", "2"]
+    done = subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (target / "__1_0.distcp").is_file()  # the second rank's file
+    assert command("convert", target, tmp_path / "back", "--to", "hf").code == 0
+    assert_same_weights(tmp_path / "back", model)
+
+
+def test_convert_refuses_a_source_that_is_not_there(command, tmp_path):
+    ended = command("convert", "/nowhere/model", tmp_path / "x", "--to", "hf")
+    assert ended.code == 2
+    assert "/nowhere/model is neither a folder nor a model id" in ended.error
+
+
+def test_convert_refuses_a_config_that_is_not_there(command, model, tmp_path):
+    ended = command("convert", model, tmp_path / "x", "--to", "hf", "--config", "/nowhere/config.json")
+    assert ended.code == 2
+    assert "--config /nowhere/config.json: no such file" in ended.error
+
+
+def test_convert_keeps_a_target_that_exists_unless_told_otherwise(command, model, tmp_path):
+    target = tmp_path / "taken"
+    target.mkdir()
+    (target / "notes.txt").write_text("mine")
+    ended = command("convert", model, target, "--to", "hf")
+    assert ended.code == 2
+    assert "exists and is not empty" in ended.error
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "notes.txt"]
+    assert command("convert", model, target, "--to", "hf", "--overwrite").code == 0
+    assert not (target / "notes.txt").exists()
+    assert_same_weights(target, model)
+
+
+def test_convert_refuses_a_format_that_it_does_not_know(command, model, tmp_path):
+    assert command("convert", model, tmp_path / "x", "--to", "gguf").code == 2
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,114 @@
+"""Every mistake ends `train` with exit code 2, one line that says what to do, and no output folder left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_run import write_run
+from torchrun import run_torchrun
+
+REWARDS = Path(__file__).with_name("failing_rewards.py")
+
+
+def own(function: str) -> str:
+    return f"rewards=[{{name: 'python:{REWARDS}:{function}'}}]"
+
+
+# overrides -> parts of the message
+MISTAKES = {
+    "a misspelt key": (["actor.optimizer.learning_rat=1"], ["did you mean 'actor.optimizer.learning_rate'"]),
+    "a value of the wrong type": (["trainer.num_steps=many"], ["trainer.num_steps", "many"]),
+    "an override without a value": (["parallel.tp"], ["section.key=value"]),
+    "more ranks than torchrun started": (["parallel.tp=2", "parallel.pp=2"], ["tp=2 * pp=2 * cp=1 = 4", "started 1"]),
+    "an axis of no ranks": (["parallel.tp=0"], ["parallel.tp=0", "at least 1"]),
+    "a rollout wider than its replica": (["actor.rollout.tp=2"], ["tp=2"]),
+    "a model that is not there": (["model=/nowhere/model"], ["/nowhere/model"]),
+    "data that are not there": (["data.path=/nowhere/rows.jsonl"], ["/nowhere/rows.jsonl"]),
+    "a column that is not there": (["data.prompt=question"], ["question", "prompt, answer"]),
+    "an unknown algorithm": (["algorithm.name=gppo"], ["grpo"]),
+    "a misspelt key of the algorithm": (["algorithm.kl_coeficient=0.1"], ["did you mean 'kl_coefficient'"]),
+    "an unknown engine": (["actor.rollout.engine=locl"], ["actor.rollout.engine", "'local'"]),
+    "an unknown tracker": (["tracking.trackers=[jsnl]"], ["tracking.trackers", "'jsonl'"]),
+    "an unknown reward": (["rewards=[{name: exakt}]"], ["'exact'"]),
+    "a reward function that is not there": ([own("evne")], ["Did you mean 'even'"]),
+    "a reward that raises": ([own("raising")], ["'raising' raised KeyError", "no such entry", "prompt "]),
+    "a reward that is not a number": ([own("not_a_number")], ["returned nan, expected a finite number", "prompt "]),
+    "a checkpoint that is not there": (["trainer.resume=/nowhere/step_000001"], ["expected auto, never or"]),
+    "a log level that is none": (["log_level=LOUD"], ["log_level", "'WARNING'"]),
+}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    write_run(folder)
+    return folder
+
+
+def assert_refused(ended, folder: Path, expected: list[str]) -> None:
+    for part in expected:
+        assert part in ended.error
+    assert ended.code == 2
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_train_refuses(mistake, command, run_folder):
+    overrides, expected = MISTAKES[mistake]
+    assert_refused(command("train", run_folder / "config.yaml", *overrides), run_folder, expected)
+
+
+def test_train_names_the_configurations_that_do_exist(command, run_folder):
+    assert_refused(command("train", run_folder / "confg.yaml"), run_folder, ["does not exist", "config.yaml"])
+
+
+def test_train_shows_the_line_of_broken_yaml(command, run_folder):
+    broken = run_folder / "broken.yaml"
+    broken.write_text("model: x\nactor: dtype: float32\n")
+    assert_refused(command("train", broken), run_folder, [f"{broken}:2: not valid YAML"])
+
+
+def test_train_refuses_data_without_rows(command, run_folder):
+    (run_folder / "empty.jsonl").touch()
+    ended = command("train", run_folder / "config.yaml", f"data.path={run_folder / 'empty.jsonl'}")
+    assert_refused(ended, run_folder, ["empty.jsonl"])
+
+
+def test_train_asks_for_a_pad_token_where_nobody_names_one(command, tmp_path):
+    config = write_run(tmp_path)
+    for name, keys in {"tokenizer_config": ["pad_token"], "config": ["pad_token_id"]}.items():
+        path = tmp_path / "model" / f"{name}.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in keys}))
+    (tmp_path / "model" / "special_tokens_map.json").unlink(missing_ok=True)
+    assert_refused(command("train", config), tmp_path, ["no pad token", "pad_token='eos'"])
+    assert command("train", config, "pad_token=eos", "trainer.num_steps=1").code == 0
+
+
+def test_a_check_prints_the_whole_configuration_and_runs_nothing(command, run_folder):
+    ended = command("train", run_folder / "config.yaml", "--check", "parallel.tp=4")
+    assert ended.code == 0
+    shown = json.loads(ended.out)
+    assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (4, 0.9)
+    assert not (run_folder / "out").exists()
+
+
+def test_a_folder_that_was_there_before_survives_a_failure(command, tmp_path):
+    config = write_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert command("train", config, own("raising")).code == 2
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.distributed
+def test_a_reward_that_raises_on_one_rank_ends_all_ranks_with_the_same_message(tmp_path):
+    config = write_run(tmp_path)
+    with pytest.raises(AssertionError) as failure:
+        run_torchrun("-m", 2, "megatron_rl", "train", str(config), own("raising_on_rank_one"), timeout=200)
+    said = str(failure.value)
+    assert "did not end" not in said
+    assert "[rank 1] RewardError: reward 'raising_on_rank_one' raised ZeroDivisionError" in said
+    assert "[rank 0] RemoteError: reward.score failed on rank 1: RewardError: reward 'raising_on_rank_one'" in said
+    assert not (tmp_path / "out").exists()
