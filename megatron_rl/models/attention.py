@@ -1,7 +1,7 @@
 """Causal core attention for the local layer spec: padded or packed, grouped queries, context parallel, any device.
 
 Takes the place of `DotProductAttention` (which knows neither packing nor context parallelism) and follows
-TransformerEngine's conventions. Everything is one case: sequences laid end to end, of which the padded form has one.
+TransformerEngine's conventions. Everything is one case, `ops.packed_attention` over sequences laid end to end.
 Context parallelism splits each sequence into ``2 * cp`` chunks and gives rank r chunks r and ``2 * cp - 1 - r``
 ("zig-zag"); keys and values are gathered and put into natural order, and each chunk attends to the keys up to its end.
 """
@@ -9,7 +9,6 @@ Context parallelism splits each sequence into ``2 * cp`` chunks and gives rank r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +22,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_rl.ops.packed_attention import packed_attention
 
 
 class CoreAttention(MegatronModule):
@@ -78,26 +79,48 @@ class CoreAttention(MegatronModule):
         """
         if attention_bias is not None:
             raise ValueError("attention_bias is not supported by CoreAttention: leave it out")
-        attend = _Attend(self.softmax_scale, self.dropout if self.training else 0.0)
-        lengths = [query.shape[0]]
+        dropout = self.dropout if self.training else 0.0
         if packed_seq_params is not None:
             query, key, value = (x.unsqueeze(1) if x.dim() == 3 else x for x in (query, key, value))
-            lengths = _local_lengths(packed_seq_params, self.cp_group, query.shape[0])
-        with self._dropout_rng(attend.dropout):
+        with self._dropout_rng(dropout):
             if packed_seq_params is None and attention_mask is not None:
-                out = self._masked(attend, query, key, value, attention_mask)
-            elif self.cp_group is None:
-                out = _causal(attend, query, key, value, lengths)
-            else:
-                out = _causal_over_context(attend, query, key, value, lengths, self.cp_group)
-        return out.flatten(2)
+                return self._masked(query, key, value, attention_mask, dropout).flatten(2)
+            rows = query.shape[1]
+            lengths = [query.shape[0]] * rows
+            if packed_seq_params is not None:
+                lengths = _local_lengths(packed_seq_params, self.cp_group, query.shape[0])
+            query, key, value = (_end_to_end(x) for x in (query, key, value))
+            out = self._causal(query, key, value, tuple(lengths), dropout)
+        return out.view(rows, -1, *out.shape[1:]).transpose(0, 1).flatten(2)
 
-    def _masked(self, attend: _Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    def _causal(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float) -> Tensor:
+        """``[positions, heads, d]`` of sequences that lie end to end."""
+        size, rank = 1, 0
+        if self.cp_group is not None:
+            size, rank = self.cp_group.size(), self.cp_group.rank()
+            order = zigzag_order(lengths, size, query.device)
+            both = _GatherContext.apply(torch.cat([key, value], dim=-1), self.cp_group).index_select(0, order)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        return packed_attention(
+            query, key, value, segments(lengths, size, rank), scale=self.softmax_scale, dropout=dropout
+        )
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
         if self.cp_group is not None:
             raise ValueError(
                 f"attention_mask of shape {list(mask.shape)} with context parallelism: pass None, attention is causal"
             )
-        return attend(query, key, value, ~mask)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=~mask,
+            dropout_p=dropout,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+        return out.permute(2, 0, 1, 3)
 
     def _dropout_rng(self, dropout: float) -> contextlib.AbstractContextManager[Any]:
         # Heads differ over tensor-parallel ranks, so their dropout must too; as in DotProductAttention.
@@ -125,56 +148,27 @@ def packed_params(cu_seqlens: Tensor) -> PackedSeqParams:
     )
 
 
-class _Attend:
-    """Softmax attention of one block: ``[q, b, heads, d] x [k, b, groups, d] -> [q, b, heads, d_value]``."""
-
-    def __init__(self, scale: float, dropout: float) -> None:
-        self.scale, self.dropout = scale, dropout
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Without a mask, the queries are the last ``q`` of the ``k`` positions and attention is causal."""
-        num_queries, num_keys = query.shape[0], key.shape[0]
-        if mask is None and num_queries != num_keys:
-            mask = _suffix_mask(num_queries, num_keys, query.dtype, query.device)
-        width, value_width = query.shape[-1], value.shape[-1]
-        if value_width < width:  # the memory-efficient kernels want one head dimension
-            value = F.pad(value, (0, width - value_width))
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout,
-            is_causal=mask is None,
-            scale=self.scale,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        return out.permute(2, 0, 1, 3)[..., :value_width]
+def _end_to_end(x: Tensor) -> Tensor:
+    """``[s, b, heads, d] -> [b * s, heads, d]``, row after row; a view where there is one row."""
+    return x.squeeze(1) if x.shape[1] == 1 else x.transpose(0, 1).flatten(0, 1)
 
 
-def _causal(attend: _Attend, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Each sequence by itself, so that cost is the sum of squares of lengths and no mask is made."""
-    if len(lengths) == 1:
-        return attend(query, key, value)
-    parts = zip(*(x.split(list(lengths)) for x in (query, key, value)), strict=True)
-    return torch.cat([attend(*part) for part in parts])
+@lru_cache(maxsize=16)
+def segments(lengths: tuple[int, ...], cp_size: int, cp_rank: int) -> Tensor:
+    """What each of this rank's chunks of sequences attends to, for `packed_attention`: ``[chunks, 4]`` int64.
 
-
-def _causal_over_context(
-    attend: _Attend, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
-    size, rank = group.size(), group.rank()
-    order = zigzag_order(tuple(lengths), size, query.device)
-    both = _GatherContext.apply(torch.cat([key, value], dim=-1), group).index_select(0, order)
-    whole = [length * size for length in lengths]
-    outs = []
-    for q, kv in zip(query.split(list(lengths)), both.split(whole), strict=True):
-        chunk = q.shape[0] // 2
-        for index, part in zip((rank, 2 * size - 1 - rank), q.split(chunk), strict=True):
-            k, v = kv[: (index + 1) * chunk].split([key.shape[-1], value.shape[-1]], dim=-1)
-            outs.append(attend(part, k, v))
-    return torch.cat(outs)
+    Args:
+        lengths: positions of each sequence on this rank; keys are those of whole sequences, in natural order.
+    """
+    rows, query, key = [], 0, 0
+    for length in lengths:
+        chunk = length // 2 if cp_size > 1 else length
+        indices = (cp_rank, 2 * cp_size - 1 - cp_rank) if cp_size > 1 else (0,)
+        for index in indices:
+            rows.append((query, chunk, key, (index + 1) * chunk))
+            query += chunk
+        key += length * cp_size
+    return torch.tensor(rows, dtype=torch.int64)
 
 
 @lru_cache(maxsize=16)
@@ -196,14 +190,6 @@ def zigzag_order(lengths: tuple[int, ...], cp_size: int, device: torch.device) -
             chunks += [rank * total + first + length // 2 for rank in reversed(range(cp_size))]
             start += length
         return torch.cat(chunks)
-
-
-@lru_cache(maxsize=16)
-def _suffix_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask for the last ``num_queries`` of ``num_keys`` positions; one tensor for all layers."""
-    with torch.inference_mode(False):
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
-        return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
 
 class _GatherContext(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.chunk import unwrap
+from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.reshard.layout import Shard
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_rl.models.chunk import unwrap
+from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.value_head import ValueHead
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from megatron_rl.models.chunk import unwrap
+from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 
 

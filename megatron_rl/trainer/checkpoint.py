@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.models.chunk import unwrap
+from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import Trainer
 from megatron_rl.trainer.optimizer_state import prepare_for_checkpoint

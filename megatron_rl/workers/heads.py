@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
-from megatron_rl.models.chunk import output_weight
+from megatron_rl.models.megatron_chunk import output_weight
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean, Totals
 from megatron_rl.workers.megatron_model import MegatronModel

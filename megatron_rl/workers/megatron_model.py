@@ -22,9 +22,9 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.chunk import layer_indices, supports_packing, unwrap
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
+from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
 from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
 from megatron_rl.parallel import ParallelContext

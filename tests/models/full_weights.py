@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_rl.models.chunk import layer_indices
+from megatron_rl.models.megatron_chunk import layer_indices
 
 from megatron.core import parallel_state as ps  # isort: skip  (after megatron_rl, which gives it its CPU face)
 

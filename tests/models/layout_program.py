@@ -19,8 +19,8 @@ from megatron_rl.models import Architecture
 from megatron_rl.models.architecture import Experts
 from megatron_rl.models.attention import packed_params
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.chunk import layer_indices, output_weight, supports_packing
 from megatron_rl.models.hidden_states import hidden_states
+from megatron_rl.models.megatron_chunk import layer_indices, output_weight, supports_packing
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.parallel import ParallelSizes

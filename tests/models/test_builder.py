@@ -13,8 +13,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
 from megatron_rl.models.architecture import Experts
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.chunk import layer_indices, output_weight, supports_packing, unwrap
 from megatron_rl.models.hidden_states import hidden_states
+from megatron_rl.models.megatron_chunk import layer_indices, output_weight, supports_packing, unwrap
 from megatron_rl.models.norm import RMSNorm
 from megatron_rl.models.rope import inverse_frequencies
 from megatron_rl.models.value_head import ValueHead
