@@ -4,5 +4,16 @@ from megatron_rl.run.build import build_trainer
 from megatron_rl.run.config import RunConfig
 from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
+from megatron_rl.run.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer
 
-__all__ = ["Evaluation", "RunConfig", "build_trainer", "connect"]
+__all__ = [
+    "DPOTrainer",
+    "Evaluation",
+    "GRPOTrainer",
+    "KTOTrainer",
+    "PPOTrainer",
+    "RunConfig",
+    "SFTTrainer",
+    "build_trainer",
+    "connect",
+]

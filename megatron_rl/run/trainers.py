@@ -1,0 +1,228 @@
+"""Trainers in one call each: a model, a tokenizer, a data set, and `train(...)`; one process or torchrun, no change.
+
+    DPOTrainer(model=model, tokenizer=tokenizer, dataset=dataset, beta=0.1, max_length=1024).train(
+        num_train_epochs=1, per_device_train_batch_size=2, learning_rate=5e-7, output_dir="./dpo_output")
+
+Everything here is assembled from public parts: a worker, an algorithm, a loader and `connect`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, SFT, BaseAlgorithm
+from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.data import CompletionDataset, LabelledDataset, PairDataset, PromptDataset, PromptLoader
+from megatron_rl.data.completions import CompletionLoader
+from megatron_rl.data.loader import GlobalBatchLoader
+from megatron_rl.data.preferences import PairLoader
+from megatron_rl.dataflow import Flow
+from megatron_rl.parallel import ParallelSizes
+from megatron_rl.registry import nearest
+from megatron_rl.run.connect import connect
+from megatron_rl.tracking import TrackerGroup
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.critic import Critic
+from megatron_rl.workers.reference import Reference
+from megatron_rl.workers.reward_model import RewardModel
+from megatron_rl.workers.settings import WorkerSettings
+
+
+class OneCallTrainer:
+    """What all of them share.
+
+    Args:
+        model: Hugging Face folder, id or model; or Megatron chunks with ``parallel_state`` (and ``optimizer``).
+        dataset: a `datasets.Dataset`, a list of dicts, or a path; columns as the data set's Config says.
+        parallel: parallel sizes when there is no ``parallel_state``.
+        settings: precision, micro-batches and rollouts of the worker.
+        callbacks: `Callback` objects.
+        options: fields of the algorithm's Config and of the data set's Config, by name.
+
+    Raises:
+        ConfigError: an option that neither Config has.
+        DataError: the data set lacks columns, or nothing is left of it.
+    """
+
+    algorithm_type: ClassVar[type[BaseAlgorithm]]
+    dataset_type: ClassVar[type[Any]]
+    loader_type: ClassVar[type[GlobalBatchLoader[Any]]]
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dataset: Any,
+        *,
+        optimizer: Any = None,
+        parallel_state: Any = None,
+        parallel: ParallelSizes | None = None,
+        settings: WorkerSettings | None = None,
+        callbacks: Sequence[Callback] = (),
+        **options: Any,
+    ) -> None:
+        data_fields = self.dataset_type.Config.model_fields
+        own = {name: value for name, value in options.items() if name in data_fields}
+        self.options = {name: value for name, value in options.items() if name not in data_fields}
+        _refuse_unknown(type(self).__name__, self.options, self.algorithm_type.Config, self.dataset_type.Config)
+        self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
+        self.dataset = self.dataset_type(dataset, tokenizer, self.dataset_type.Config.parse(own, where="dataset"))
+        self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
+        self.parallel_state, self.parallel = parallel_state, parallel
+        self.settings = settings or WorkerSettings()
+        self.callbacks = callbacks
+
+    def train(
+        self,
+        num_train_epochs: float = 1.0,
+        per_device_train_batch_size: int = 8,
+        learning_rate: float = 1e-6,
+        output_dir: str = "outputs/run",
+        *,
+        max_steps: int | None = None,
+        warmup_steps: int = 0,
+        save_every: int = 0,
+        resume: str = "auto",
+        tracking: TrackerGroup.Config | None = None,
+    ) -> dict[str, float]:
+        """Train, and leave a Hugging Face folder at ``<output_dir>/hf``. Collective under torchrun.
+
+        Args:
+            per_device_train_batch_size: records (prompts, pairs, completions) a step on each data-parallel replica.
+            max_steps: steps of the run; None = ``num_train_epochs`` over the data.
+            save_every, resume: as in `TrainerSettings`.
+
+        Returns:
+            The newest metrics.
+        """
+        rates = self.settings.optimizer.model_copy(
+            update={"learning_rate": learning_rate, "warmup_steps": warmup_steps}
+        )
+        actor = Actor(
+            self.model,
+            self.tokenizer,
+            self.optimizer,
+            self.parallel_state,
+            parallel=self.parallel,
+            settings=self.settings.model_copy(update={"optimizer": rates}),
+        )
+        at = actor.context
+        loader = self.loader_type(
+            self.dataset, per_device_train_batch_size * at.dp_size, at.coordinates.dp, at.dp_size, self.settings.seed
+        )
+        algorithm = self.make_algorithm(actor)
+        run = TrainerSettings(
+            output_dir=output_dir,
+            num_steps=max_steps,
+            num_epochs=num_train_epochs,
+            save_every=save_every,
+            resume=resume,
+        )
+        trainer = connect(
+            self.make_flow(actor, algorithm),
+            actor,
+            algorithm,
+            loader,  # type: ignore[arg-type]  # each loader_type has next_batch
+            run,
+            tracking=tracking,
+            callbacks=self.callbacks,
+            params={"trainer": type(self).__name__, **self.options, **run.model_dump()},
+        )
+        return trainer.train()
+
+    def make_algorithm(self, actor: Actor) -> BaseAlgorithm:
+        """The algorithm over the actor and, where it has a reference, a frozen copy of it."""
+        return self.algorithm_type(actor, self.make_reference(actor), config=self.options)
+
+    def make_reference(self, actor: Actor) -> Reference | None:
+        free = self.options.get("reference_free") or self.options.get("precomputed_reference")
+        return None if free else Reference(actor)
+
+    def make_flow(self, actor: Actor, algorithm: BaseAlgorithm) -> Flow:
+        return algorithm.update()
+
+
+class DPOTrainer(OneCallTrainer):
+    """Preference pairs: columns prompt, chosen, rejected (texts or messages)."""
+
+    algorithm_type, dataset_type, loader_type = DPO, PairDataset, PairLoader
+
+
+class KTOTrainer(OneCallTrainer):
+    """Completions with a binary label: columns prompt, completion, label."""
+
+    algorithm_type, dataset_type, loader_type = KTO, LabelledDataset, CompletionLoader
+
+
+class SFTTrainer(OneCallTrainer):
+    """Completions to imitate: columns prompt, completion; or messages."""
+
+    algorithm_type, dataset_type, loader_type = SFT, CompletionDataset, CompletionLoader
+
+    def make_reference(self, actor: Actor) -> Reference | None:
+        return None
+
+
+class GRPOTrainer(OneCallTrainer):
+    """Prompts and a reward: ``GRPOTrainer(model, tokenizer, dataset, reward=fn, n=8, max_tokens=256)``.
+
+    Args:
+        reward: a function of one `Sample`, a `Reward`, or a mapping of names to these.
+        n, max_tokens, temperature: of sampling.
+    """
+
+    algorithm_type: ClassVar[type[BaseAlgorithm]] = GRPO
+    dataset_type, loader_type = PromptDataset, PromptLoader
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dataset: Any,
+        *,
+        reward: Any,
+        n: int = 8,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(model, tokenizer, dataset, **options)
+        self.reward = RewardModel(reward)
+        self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
+
+    def make_reference(self, actor: Actor) -> Reference | None:
+        return Reference(actor) if self.options.get("kl_coefficient") else None
+
+    def make_flow(self, actor: Actor, algorithm: BaseAlgorithm) -> Flow:
+        return actor.sample(**self.sampling) >> self.reward.score() >> algorithm.update()
+
+
+class PPOTrainer(GRPOTrainer):
+    """As `GRPOTrainer`, with a critic made from ``critic_model`` (None = the actor's, when that is a Hugging Face one).
+
+    Raises:
+        ConfigError: the model is Megatron chunks and no critic_model was given.
+    """
+
+    algorithm_type = PPO
+
+    def __init__(self, *arguments: Any, critic_model: Any = None, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.critic_model = critic_model
+
+    def make_algorithm(self, actor: Actor) -> BaseAlgorithm:
+        source = self.critic_model if self.critic_model is not None else self.model
+        if isinstance(source, (list, tuple)):
+            raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")
+        critic = Critic(source, context=actor.context, settings=actor.settings)
+        return PPO(actor, self.make_reference(actor), critic, self.options)
+
+
+def _refuse_unknown(trainer: str, options: dict[str, Any], *records: type[ConfigRecord]) -> None:
+    known = sorted({name for record in records for name in record.model_fields})
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{trainer}: unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")

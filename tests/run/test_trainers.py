@@ -1,0 +1,53 @@
+"""Trainers in one call: they run, learn, and leave a Hugging Face folder; wrong options and data are named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_run import ROOT, write_run
+from test_resume import environment
+
+PROGRAM = Path(__file__).with_name("trainers_program.py")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory) -> dict[str, dict[str, float]]:
+    folder = tmp_path_factory.mktemp("trainers")
+    write_run(folder)
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(folder)], env=environment(), cwd=ROOT, capture_output=True, text=True,
+        timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_dpo_learns_to_prefer_and_exports(result):
+    assert result["dpo"]["first"]["rewards/accuracies"] < result["dpo"]["last"]["rewards/accuracies"]
+    assert result["dpo"]["last"]["rewards/margins"] > 0.5
+    assert result["dpo"]["exported"] == 1
+
+
+def test_sft_lowers_its_loss(result):
+    assert result["sft"]["last"]["loss/total"] < 0.8 * result["sft"]["first"]["loss/total"]
+
+
+def test_kto_separates_desirable_from_undesirable(result):
+    assert result["kto"]["last"]["loss/total"] < result["kto"]["first"]["loss/total"]
+
+
+def test_grpo_and_ppo_raise_the_reward(result):
+    for name in ("grpo", "ppo"):
+        assert result[name]["last"]["rewards/mean"] > result[name]["first"]["rewards/mean"] + 0.1, name
+
+
+def test_an_unknown_option_names_the_nearest(result):
+    assert "unknown option 'betta'. Did you mean 'beta'?" in result["errors"]["option"]
+
+
+def test_a_data_set_without_the_columns_is_named(result):
+    assert "chosen" in result["errors"]["columns"]
