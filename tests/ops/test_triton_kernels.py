@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("test_copy_spans.py", "test_block_quantize.py", "test_span_checksum.py")
+FILES = ("test_copy_spans.py", "test_block_quantize.py", "test_span_checksum.py", "test_token_logprobs.py")
 ARCHITECTURES = ("80", "90", "100")
 
 
@@ -67,6 +67,15 @@ def test_aligned_kernels_load_sixteen_bytes_at_a_time(compiled, case, architectu
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_an_unaligned_copy_makes_no_claim_of_alignment(compiled, architecture):
     assert not any("v4" in load or "v2" in load for load in compiled[f"copy unaligned sm_{architecture}"]["loads"])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", ["logprob fold", "logprob gradient"])
+def test_the_passes_over_logits_load_sixteen_bytes_at_a_time_and_spill_nothing(compiled, case, architecture):
+    found = compiled[f"{case} sm_{architecture}"]
+    assert found["cubin_bytes"] > 0
+    assert not found["local_memory"]
+    assert "ld.global.v4.b32" in found["loads"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -16,10 +16,15 @@ from megatron_rl.ops.block_quantize.triton import quantize_blocks
 from megatron_rl.ops.copy_spans.triton import NARROW, PACK, WIDE, copy_tiles
 from megatron_rl.ops.span_checksum.triton import COLS, ROWS, checksum_tiles
 from megatron_rl.ops.span_checksum.triton import PACK as CHECKSUM_PACK
+from megatron_rl.ops.token_logprobs.triton import BLOCK, fold_rows, gradient_rows
 
 COPY = {"src": "*i32", "dst": "*i16", "tiles": "*i64"}
 CHECKSUM = {"tensor": "*i16", "tiles": "*i64", "sums": "*i64"}
 QUANTIZE = {"x": "*i16", "codes": "*u8", "scales": "*fp32", "rows": "i32", "cols": "i32"}
+STATISTICS = dict.fromkeys(("maximum", "total", "target", "moment", "log_total", "entropy"), "*fp32")
+GRADIENTS = dict.fromkeys(("grad_logprob", "grad_entropy"), "*fp32")
+SIZES = {"width": "i32", "first_row": "i32", "temperature": "fp32"}
+LOGPROB = {"logits": "*i16", "targets": "*i64", **STATISTICS, **GRADIENTS, **SIZES}
 
 
 def copy_constants(pack: int, shape: tuple[int, int], src: int = 1, dst: int = 2) -> dict[str, int]:
@@ -27,12 +32,15 @@ def copy_constants(pack: int, shape: tuple[int, int], src: int = 1, dst: int = 2
 
 
 CHECKSUM_CONSTANTS = {"SRC": 0, "DST": 0, "PACK": CHECKSUM_PACK, "MASK": 0xFFFF, "ROWS": ROWS, "COLS": COLS}
+LOGPROB_CONSTANTS = {"TYPE": 2, "ENTROPY": True, "BLOCK": BLOCK}
 CASES = {
     "copy aligned wide": (copy_tiles, COPY, copy_constants(PACK, WIDE), 4),
     "copy aligned narrow": (copy_tiles, COPY, copy_constants(PACK, NARROW), 4),
     "copy unaligned": (copy_tiles, COPY, copy_constants(1, WIDE), 4),
     "copy bf16 bits": (copy_tiles, {**COPY, "src": "*i16"}, copy_constants(PACK, WIDE, 0, 0), 4),
     "checksum": (checksum_tiles, CHECKSUM, CHECKSUM_CONSTANTS, 4),
+    "logprob fold": (fold_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
+    "logprob gradient": (gradient_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
     "quantize": (quantize_blocks, QUANTIZE, {"TYPE": 2, "BLOCK": 128}, 8),
 }
 
@@ -43,7 +51,9 @@ def build(case: str, architecture: int) -> dict[str, object]:
     names = list(kernel.arg_names)
     signature = {name: signature.get(name, "constexpr") for name in names}
     # What the launcher finds out from the arguments: aligned pointers, and sizes that are multiples of 16.
-    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] != "constexpr"}
+    divisible = {
+        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name] not in ("constexpr", "fp32")
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     compiled = compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
     ptx = compiled.asm["ptx"]

@@ -51,7 +51,8 @@ class Softmax(NamedTuple):
     grad_logprob: Tensor
     grad_entropy: Tensor | None  # None: no gradient flows through entropies
 
-    def select(self, index: Tensor) -> Softmax:
+    def select(self, index: Tensor | slice) -> Softmax:
+        """The same of some tokens."""
         rest = None if self.grad_entropy is None else self.grad_entropy[index]
         maximum, log_total, entropy, grad_logprob = (field[index] for field in self[:4] if field is not None)
         return Softmax(maximum, log_total, entropy, grad_logprob, rest)

@@ -1,0 +1,117 @@
+"""The loop over tiles, tokens x vocabulary rows, that the fast implementations share.
+
+The softmax is accumulated over tiles ("online softmax", Milakov and Gimelshein 2018, arXiv:1805.02867), so memory does
+not grow with the vocabulary. Some logits are kept for the backward pass, which recomputes the others: with small
+vocabularies nothing is computed twice. Vocabulary tiles are the outer loop, so that the weight's gradient is finished
+tile by tile and needs no second copy in fp32.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_rl.ops.token_logprobs.differentiable import NOTHING, Shard, Softmax, Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Sizes in bytes of fp32 logits, and tokens."""
+
+    tile_bytes: int  # logits that exist at once
+    tile_tokens: int  # tokens of a tile, where the caller does not say
+    keep_bytes: int  # logits kept for the backward pass
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one step of a loop works on."""
+
+    tokens: slice
+    rows: slice
+    targets: Tensor  # [tokens] row numbers of the whole weight, -1 = held by another rank
+    temperature: float
+
+
+class TiledKernels(ABC):
+    """One call's work; subclasses say how a tile is computed."""
+
+    tiling: Tiling
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[int, int], Tensor] = {}  # by first token and first row of the tile
+        self.tokens = 0  # of the forward pass
+        self.height = 1  # tokens of a tile
+        self.width = 1  # rows of a tile; the backward pass must cut as the forward pass did
+
+    @abstractmethod
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        """``left @ right.T``."""
+
+    @abstractmethod
+    def accumulate(self, found: Statistics, logits: Tensor, tile: Tile, with_entropy: bool) -> None:
+        """Add a tile of undivided ``logits`` to the statistics ``found`` of its tokens; leaves ``logits`` as it is."""
+
+    @abstractmethod
+    def gradient(self, logits: Tensor, tile: Tile, softmax: Softmax) -> Tensor:
+        """Gradient of the undivided ``logits``, in their dtype; may overwrite them. ``softmax`` is of all tokens."""
+
+    def statistics(self, shard: Shard, keep: bool) -> Statistics:
+        hidden, weight, request = shard.hidden, shard.weight, shard.request
+        tokens = self.tokens = hidden.shape[0]
+        self.height = max(1, min(tokens, request.chunk_tokens or self.tiling.tile_tokens))
+        self.width = max(64, self.tiling.tile_bytes // (4 * self.height))
+        nothing = torch.full((tokens,), NOTHING, dtype=torch.float32, device=hidden.device)
+        found = Statistics(nothing, *torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device))
+        room = self.tiling.keep_bytes if keep else 0
+        for tile in self._tiles(shard):
+            logits = self.product(hidden[tile.tokens], weight[tile.rows])
+            self.accumulate(Statistics(*(field[tile.tokens] for field in found)), logits, tile, request.with_entropy)
+            room -= logits.numel() * 4
+            if room >= 0:
+                self.kept[tile.tokens.start, tile.rows.start] = logits
+        return found
+
+    def gradients(
+        self, shard: Shard, softmax: Softmax, active: Tensor | None, want_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        hidden, weight = shard.hidden, shard.weight
+        grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        grad_weight = torch.zeros_like(weight) if want_weight else None
+        part: Tensor | None = None
+        for tile in self._tiles(shard):
+            grad = self.gradient(self._logits(shard, tile, active), tile, softmax.select(tile.tokens))
+            grad_hidden[tile.tokens] += self.product(grad, weight[tile.rows].t())
+            if grad_weight is None:
+                continue
+            more = self.product(grad.t(), hidden[tile.tokens].t())
+            part = more if tile.tokens.start == 0 or part is None else part.float().add_(more)
+            if tile.tokens.stop == hidden.shape[0]:
+                grad_weight[tile.rows] = part
+        return grad_hidden.to(hidden.dtype), grad_weight
+
+    def _logits(self, shard: Shard, tile: Tile, active: Tensor | None) -> Tensor:
+        """Undivided logits of one tile, free to be overwritten."""
+        kept = self.kept.get((tile.tokens.start, tile.rows.start))
+        if kept is not None and active is None:
+            return kept.clone()  # the backward pass may come twice
+        if kept is not None and self.tokens <= self.height:
+            assert active is not None
+            return kept[active]
+        # Without its gradient-less tokens the tile holds others than the kept one.
+        return self.product(shard.hidden[tile.tokens], shard.weight[tile.rows])
+
+    def _tiles(self, shard: Shard) -> Iterator[Tile]:
+        tokens, temperature = shard.hidden.shape[0], shard.request.temperature
+        for rows in spans(shard.weight.shape[0], self.width):
+            for span in spans(tokens, self.height):
+                yield Tile(span, rows, shard.targets[span], temperature)
+
+
+def spans(length: int, size: int) -> Iterator[slice]:
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
