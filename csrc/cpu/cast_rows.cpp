@@ -1,11 +1,9 @@
-// See cast_rows.h. Streaming casts convert into a small buffer in the first-level cache and copy that out with
-// non-temporal stores: one formula per cast (include/numbers.h), one streaming loop for all of them.
+// See cast_rows.h. One formula per cast (include/numbers.h), vectorised by the compiler at each level.
 #include "cast_rows.h"
 
-#include <algorithm>
 #include <cstring>
 #if defined(__x86_64__)
-#include <emmintrin.h>
+#include <immintrin.h>
 #endif
 
 #include "numbers.h"
@@ -14,28 +12,30 @@
 namespace mrl {
 namespace {
 
-constexpr int64_t kLine = 64;            // bytes
-constexpr int64_t kBufferBytes = 8192;
+constexpr int64_t kLine = 64, kPage = 4096;  // bytes
 
-// bytes is a multiple of kLine and dst is aligned to it.
-void stream_lines(void* dst, const void* src, int64_t bytes) {
+// One line to memory, around the caches. At most 32 bytes at a time: a converted line was stored in such pieces, and
+// the processor cannot forward two stores to one wider load.
+inline void stream_plain(void* dst, const void* src) {
 #if defined(__x86_64__)
-  auto* d = static_cast<char*>(dst);
-  auto* s = static_cast<const char*>(src);
-  for (int64_t i = 0; i < bytes; i += kLine) {
-    const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i));
-    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i + 16));
-    const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i + 32));
-    const __m128i e = _mm_loadu_si128(reinterpret_cast<const __m128i*>(s + i + 48));
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + i), a);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + i + 16), b);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + i + 32), c);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(d + i + 48), e);
-  }
+  auto* d = static_cast<__m128i*>(dst);
+  auto* s = static_cast<const __m128i*>(src);
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(d + i, _mm_loadu_si128(s + i));
 #else
-  std::memcpy(dst, src, bytes);
+  std::memcpy(dst, src, kLine);
 #endif
 }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) inline void stream_vector(void* dst, const void* src) {
+  auto* d = static_cast<__m256i*>(dst);
+  auto* s = static_cast<const __m256i*>(src);
+  _mm256_stream_si256(d, _mm256_loadu_si256(s));
+  _mm256_stream_si256(d + 1, _mm256_loadu_si256(s + 1));
+}
+#else
+inline void stream_vector(void* dst, const void* src) { stream_plain(dst, src); }
+#endif
 
 int64_t bytes_to_line(const void* p) { return (kLine - reinterpret_cast<uintptr_t>(p) % kLine) % kLine; }
 
@@ -43,30 +43,50 @@ template <class S, class D>
 MRL_INLINE void convert(const S* __restrict src, D* __restrict dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = Cast<D>::from(src[i]);
 }
-template <class S, class D>
-void convert_plain(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
-template <class S, class D>
-MRL_AVX2 void convert_avx2(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
-template <class S, class D>
-MRL_AVX512 void convert_avx512(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
 
-template <class S, class D, void (*Convert)(const S*, D*, int64_t)>
+// Reads and writes take turns by the line, so that neither waits for the other; the processor's own prefetching stops
+// at the end of a page, so each page asks for the next.
+template <class S, class D, void (*Store)(void*, const void*)>
+MRL_INLINE void stream(const S* __restrict src, D* __restrict dst, int64_t num_lines) {
+  constexpr int64_t per_line = kLine / sizeof(D), per_page = kPage / (per_line * sizeof(S));
+  for (int64_t i = 0; i < num_lines; ++i) {
+    if (i % per_page == 0) __builtin_prefetch(src + (i + per_page) * per_line);
+    alignas(kLine) D line[per_line];
+    convert(src + i * per_line, line, per_line);
+    Store(dst + i * per_line, line);
+  }
+}
+
+struct Plain {
+  template <class S, class D>
+  static void cached(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
+  template <class S, class D>
+  static void around(const S* src, D* dst, int64_t lines) { stream<S, D, stream_plain>(src, dst, lines); }
+};
+struct Avx2 {
+  template <class S, class D>
+  MRL_AVX2 static void cached(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
+  template <class S, class D>
+  MRL_AVX2 static void around(const S* src, D* dst, int64_t lines) { stream<S, D, stream_vector>(src, dst, lines); }
+};
+struct Avx512 {
+  template <class S, class D>
+  MRL_AVX512 static void cached(const S* src, D* dst, int64_t n) { convert(src, dst, n); }
+  template <class S, class D>
+  MRL_AVX512 static void around(const S* src, D* dst, int64_t lines) { stream<S, D, stream_vector>(src, dst, lines); }
+};
+
+template <class S, class D, class Vector>
 void cast(const void* from, void* to, int64_t n, bool streaming) {
   auto* src = static_cast<const S*>(from);
   auto* dst = static_cast<D*>(to);
+  constexpr int64_t per_line = kLine / sizeof(D);
   const int64_t head = bytes_to_line(dst) / static_cast<int64_t>(sizeof(D));
-  if (!streaming || n < head + kLine) return Convert(src, dst, n);
-  Convert(src, dst, head);
-  alignas(kLine) D buffer[kBufferBytes / sizeof(D)];
-  constexpr int64_t step = kBufferBytes / sizeof(D), per_line = kLine / sizeof(D);
-  int64_t i = head;
-  while (n - i >= per_line) {
-    const int64_t count = std::min(step, (n - i) / per_line * per_line);
-    Convert(src + i, buffer, count);
-    stream_lines(dst + i, buffer, count * sizeof(D));
-    i += count;
-  }
-  Convert(src + i, dst + i, n - i);
+  if (!streaming || n < head + per_line) return Vector::cached(src, dst, n);
+  const int64_t lines = (n - head) / per_line, tail = head + lines * per_line;
+  Vector::cached(src, dst, head);
+  Vector::around(src + head, dst + head, lines);
+  Vector::cached(src + tail, dst + tail, n - tail);
 }
 
 void copy_bytes(const void* from, void* to, int64_t n, bool streaming) {
@@ -77,18 +97,18 @@ void copy_bytes(const void* from, void* to, int64_t n, bool streaming) {
   }
   auto* src = static_cast<const char*>(from);
   auto* dst = static_cast<char*>(to);
-  const int64_t body = (n - head) / kLine * kLine;
   std::memcpy(dst, src, head);
-  stream_lines(dst + head, src + head, body);
-  std::memcpy(dst + head + body, src + head + body, n - head - body);
+  int64_t i = head;
+  for (; i + kLine <= n; i += kLine) stream_plain(dst + i, src + i);
+  std::memcpy(dst + i, src + i, n - i);
 }
 
 template <class S, class D>
 CastRow at_level() {
   switch (level()) {
-    case Level::avx512: return cast<S, D, convert_avx512<S, D>>;
-    case Level::avx2: return cast<S, D, convert_avx2<S, D>>;
-    default: return cast<S, D, convert_plain<S, D>>;
+    case Level::avx512: return cast<S, D, Avx512>;
+    case Level::avx2: return cast<S, D, Avx2>;
+    default: return cast<S, D, Plain>;
   }
 }
 

@@ -154,6 +154,8 @@ def _load(library: Path) -> None:
 
 
 def _installed(name: str) -> Path | None:
+    if SOURCES.is_dir() and SOURCES.parent != PACKAGE:
+        return None  # a checkout: its sources may be newer than any library that lies in the tree
     return next(iter(sorted(PACKAGE.glob(f"_{name}*.so"))), None)
 
 

@@ -67,6 +67,7 @@ def test_every_implementation_agrees_with_the_reference(copy_spans_implementatio
 def test_streaming_copies_of_more_than_the_caches_hold_are_exact(copy_spans_implementation, pair, shape):
     if copy_spans_implementation.startswith("triton"):
         pytest.skip("the Triton interpreter is too slow for millions of elements")
+    torch.set_num_threads(3)
     rows, cols, stride = shape
     generator = torch.Generator().manual_seed(0)
     source = copy_tensors([(rows - 1) * stride + cols + 1], pair[0], generator)
