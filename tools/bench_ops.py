@@ -27,8 +27,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rl.ops.add_rms_norm import add_rms_norm
 from megatron_rl.ops.block_quantize import block_quantize
 from megatron_rl.ops.copy_spans import copy_spans
+from megatron_rl.ops.decode_attention import decode_attention
 from megatron_rl.ops.gae import gae
 from megatron_rl.ops.registry import UnavailableError, implementations, load
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
@@ -143,6 +145,9 @@ def whole(index: int, shape: tuple[int, int]) -> list[int]:
     return [index, 0, tensor_key(str(index), torch.bfloat16), 0, 0, 0, rows, cols, cols]
 
 
+Calls = dict[str, tuple[int, Callable[[str], object]]]  # operation -> (bytes, call by implementation name)
+
+
 @dataclass(frozen=True)
 class Case:
     """One implementation of one operation: what it must read and write, in bytes, and the call."""
@@ -153,18 +158,12 @@ class Case:
     run: Callable[[], object]
 
 
-def cases(push: Push) -> list[Case]:
-    """Everything to time; the same inputs for all implementations of an operation."""
+def weight_calls(push: Push) -> Calls:
+    """The operations of a weight push."""
     tensors, table = push.destinations, push.table
     matrix = torch.randn(4 * HIDDEN, FFN).bfloat16()
-    spans = torch.tensor(
-        [whole(index, shape) for index, shape in push.shapes() if index % 4]
-    )  # a part: the reference is slow
-    tokens = torch.randn(1 << 16)
-    mask, starts = torch.rand(len(tokens)) < 0.8, torch.arange(0, len(tokens) + 1, 1024)
-    hidden, weight, targets = torch.randn(256, 256), torch.randn(16_384, 256), torch.arange(256)
-
-    calls: dict[str, tuple[int, Callable[[str], object]]] = {
+    spans = torch.tensor([whole(index, shape) for index, shape in push.shapes() if index % 4])  # the reference is slow
+    return {
         "copy_spans": (
             push.numel * 6,
             lambda name: copy_spans(push.sources, tensors, table, checked=False, implementation=name),
@@ -174,6 +173,18 @@ def cases(push: Push) -> list[Case]:
             lambda name: span_checksum(tensors, spans, checked=False, implementation=name),
         ),
         "block_quantize": (matrix.numel() * 3, lambda name: block_quantize(matrix, implementation=name)),
+    }
+
+
+def model_calls() -> Calls:
+    """The operations of rollout and training. Their bytes are inputs and outputs: most of them are bound by compute."""
+    tokens = torch.randn(1 << 16)
+    mask, starts = torch.rand(len(tokens)) < 0.8, torch.arange(0, len(tokens) + 1, 1024)
+    hidden, weight, targets = torch.randn(256, 256), torch.randn(16_384, 256), torch.arange(256)
+    delta, norm = torch.randn(256, 256), torch.ones(256)
+    qkv, angles = torch.randn(16, HEADS + 2 * KV_HEADS, HEAD_DIM), torch.randn(2, 16, 1, HEAD_DIM)
+    cache, positions = torch.randn(16, KV_HEADS, 2, 512, HEAD_DIM), torch.full((16,), 511)
+    return {
         "gae": (
             len(tokens) * (4 * 4 + 1),
             lambda name: gae(tokens, tokens, mask, starts, 0.99, 0.95, implementation=name),
@@ -182,10 +193,22 @@ def cases(push: Push) -> list[Case]:
             (hidden.numel() + weight.numel()) * 4,
             lambda name: token_logprobs(hidden, weight, targets, implementation=name),
         ),
+        "add_rms_norm": (
+            hidden.numel() * 4 * 4,
+            lambda name: add_rms_norm(hidden, delta, norm, 1e-6, implementation=name),
+        ),
+        "decode_attention": (
+            cache.numel() * 4,
+            lambda name: decode_attention(qkv, angles[0], angles[1], cache, positions, 512, implementation=name),
+        ),
     }
+
+
+def cases(push: Push) -> list[Case]:
+    """Everything to time; the same inputs for all implementations of an operation."""
     found = [
         Case(op, name, num_bytes, functools.partial(call, name))
-        for op, (num_bytes, call) in calls.items()
+        for op, (num_bytes, call) in (weight_calls(push) | model_calls()).items()
         for name in runnable(op)
     ]
     found.append(Case("copy_spans", "torch_slices", push.numel * 6, lambda: careful_torch(push)))
