@@ -18,7 +18,7 @@ def cases(op: str) -> list[str]:
     for name in implementations(op):
         if name == "cpu":
             found += [f"cpu-{level}" for level in LEVELS]
-        elif name in ("triton", "cuda"):
+        elif name == "triton":  # CUDA has its own files: test_cuda_bodies.py and test_gpu_implementations.py
             found.append(name)
     return found
 
