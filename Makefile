@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRL := .venv-trl
 UV := uv==0.13.9
 
 # One thread a process: ranks share the cores. Byte code is kept: importing torch and megatron.core without it takes
@@ -46,5 +47,17 @@ lint: $(READY)  ## ruff: rules and formatting
 types: $(READY)  ## mypy on the package
 	$(BIN)/mypy
 
+# TRL is measured in an environment of its own, so that its needs and ours cannot meet.
+$(TRL)/.ready: requirements/torch.txt requirements/cpu.txt requirements/trl.txt
+	test -x $(TRL)/bin/python || $(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/python -m pip install --disable-pip-version-check -q -r requirements/torch.txt
+	{ $(TRL)/bin/python -m pip install --disable-pip-version-check -q $(UV) \
+	    && $(TRL)/bin/uv pip install -q --python $(TRL)/bin/python -r requirements/trl.txt; } \
+	  || $(TRL)/bin/python -m pip install --disable-pip-version-check -q -r requirements/trl.txt
+	touch $@
+
+bench-train: $(TRL)/.ready
+bench-train: BENCH_ARGS += --trl $(TRL)/bin/python
+
 $(BENCHES): bench-%: $(READY)
-	$(BIN)/python tools/bench_$*.py
+	$(BIN)/python tools/bench_$*.py $(BENCH_ARGS)

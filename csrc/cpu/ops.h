@@ -35,4 +35,36 @@ void decode_attention(const DecodeAttention& a, int64_t rows, int num_threads);
 void add_rms_norm(float* hidden, const float* delta, const float* weight, float* out, int64_t rows, int64_t cols,
                   float eps, int num_threads);
 
+// Attention over sequences that lie end to end; float32. Segment: its queries are the last of its keys, and causal.
+constexpr int64_t kMaxHeadDim = 256;
+struct AttentionSegment {
+  int64_t first_query, num_queries, first_key, num_keys;
+};
+struct TokenHeads {  // [tokens, heads, dim], the last dimension contiguous
+  const float* data;
+  int64_t token, head;  // strides, in elements
+  const float* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
+};
+struct Rotary {  // [positions, dim / 2] each; nullptr: queries and keys are used as they are
+  const float *cos, *sin;
+};
+struct PackedAttention {
+  TokenHeads query, key, value;
+  Rotary rotary;
+  const AttentionSegment* segments;
+  int64_t num_segments, heads, groups, dim, value_dim;
+  float scale;
+  float* out;                // [queries, heads, value_dim]
+  float *maximum, *inverse;  // [queries, heads]: largest score, and 1 / sum of exp(score - maximum)
+};
+void packed_attention(const PackedAttention& a, int num_threads);
+
+struct PackedAttentionGrad {
+  PackedAttention forward;
+  const float* grad_out;            // as out
+  float* grad_query;                // [queries, heads, dim], written
+  float *grad_key, *grad_value;     // [keys, groups, dim], added to
+};
+void packed_attention_grad(const PackedAttentionGrad& g, int num_threads);
+
 }  // namespace mrl

@@ -62,6 +62,47 @@ void add_rms_norm(Tensor hidden, Tensor delta, Tensor weight, Tensor out, double
                     static_cast<float>(eps), static_cast<int>(num_threads));
 }
 
+mrl::TokenHeads token_heads(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
+
+// rotary: [2, positions, dim / 2], cosines and sines; no positions: none.
+mrl::Rotary rotary_of(const Tensor& rotary) {
+  if (rotary.size(1) == 0) return {nullptr, nullptr};
+  return {floats(rotary), floats(rotary) + rotary.stride(0)};
+}
+
+mrl::PackedAttention attention_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& rotary,
+                                    const Tensor& segments, const Tensor& out, const Tensor& maximum,
+                                    const Tensor& inverse, double scale) {
+  return {token_heads(query),
+          token_heads(key),
+          token_heads(value),
+          rotary_of(rotary),
+          static_cast<const mrl::AttentionSegment*>(segments.data_ptr()),
+          segments.size(0),
+          query.size(1),
+          key.size(1),
+          query.size(2),
+          value.size(2),
+          static_cast<float>(scale),
+          floats(out),
+          floats(maximum),
+          floats(inverse)};
+}
+
+void packed_attention(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out,
+                      Tensor maximum, Tensor inverse, double scale, int64_t num_threads) {
+  mrl::packed_attention(attention_call(query, key, value, rotary, segments, out, maximum, inverse, scale),
+                        static_cast<int>(num_threads));
+}
+
+void packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out,
+                           Tensor maximum, Tensor inverse, Tensor grad_out, Tensor grad_query, Tensor grad_key,
+                           Tensor grad_value, double scale, int64_t num_threads) {
+  const auto forward = attention_call(query, key, value, rotary, segments, out, maximum, inverse, scale);
+  mrl::packed_attention_grad({forward, floats(grad_out), floats(grad_query), floats(grad_key), floats(grad_value)},
+                             static_cast<int>(num_threads));
+}
+
 int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
 
 }  // namespace
@@ -79,6 +120,13 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
       "int num_threads) -> ()");
   library.def(
       "add_rms_norm(Tensor(a!) hidden, Tensor delta, Tensor weight, Tensor(b!) out, float eps, int num_threads) -> ()");
+  library.def(
+      "packed_attention(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor(a!) out, "
+      "Tensor(b!) maximum, Tensor(c!) inverse, float scale, int num_threads) -> ()");
+  library.def(
+      "packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out, "
+      "Tensor maximum, Tensor inverse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+      "Tensor(c!) grad_value, float scale, int num_threads) -> ()");
   library.def("limit_vector_level(int level) -> int");
 }
 
@@ -88,6 +136,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("span_checksum", TORCH_BOX(&span_checksum));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  library.impl("packed_attention", TORCH_BOX(&packed_attention));
+  library.impl("packed_attention_grad", TORCH_BOX(&packed_attention_grad));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CompositeExplicitAutograd, library) {

@@ -23,7 +23,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_rl.models.rope import RotaryTable
 from megatron_rl.ops.packed_attention import packed_attention
+from megatron_rl.ops.packed_attention.reference import rotate
 
 
 class CoreAttention(MegatronModule):
@@ -34,6 +36,7 @@ class CoreAttention(MegatronModule):
     """
 
     supports_packing = True
+    rotary: RotaryTable | None = None  # None: queries and keys arrive turned, as from Megatron's own layers
 
     def __init__(
         self,
@@ -102,7 +105,13 @@ class CoreAttention(MegatronModule):
             both = _GatherContext.apply(torch.cat([key, value], dim=-1), self.cp_group).index_select(0, order)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return packed_attention(
-            query, key, value, segments(lengths, size, rank), scale=self.softmax_scale, dropout=dropout
+            query,
+            key,
+            value,
+            segments(lengths, size, rank),
+            scale=self.softmax_scale,
+            rotary=None if self.rotary is None else self.rotary(max(lengths) * size, query.device),
+            dropout=dropout,
         )
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
@@ -111,6 +120,9 @@ class CoreAttention(MegatronModule):
                 f"attention_mask of shape {list(mask.shape)} with context parallelism: pass None, attention is causal"
             )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if self.rotary is not None:
+            table = self.rotary(query.shape[2], query.device)[:, : query.shape[2]]
+            query, key = (rotate(x.transpose(1, 2), table).transpose(1, 2) for x in (query, key))
         out = F.scaled_dot_product_attention(
             query,
             key,

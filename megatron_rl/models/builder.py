@@ -19,7 +19,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.layer_spec import layer_spec, use_transformer_engine
 from megatron_rl.models.pipeline import chunk_layout, is_uneven, padded_vocab, stage_layers
-from megatron_rl.models.rope import inverse_frequencies
+from megatron_rl.models.rope import inverse_frequencies, rotate_in_attention
 from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelSizes
 
@@ -105,7 +105,10 @@ def build_model(
             pg_collection=groups,
             vp_stage=vp_stage if stages else None,
         )
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+        if use_transformer_engine():
+            chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+        else:
+            rotate_in_attention(chunk, inverse_frequencies(architecture))
         if value_head and is_last:
             chunk.output_layer = ValueHead(config, groups.tp)
         chunks.append(chunk if device is None else chunk.to(device))

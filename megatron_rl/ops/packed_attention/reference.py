@@ -1,0 +1,62 @@
+"""`packed_attention` by torch's own attention, one segment at a time, on any device and dtype; autograd differentiates
+it. The cost is the sum over segments; a mask exists only where a segment has more keys than queries."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, rotary: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """See `megatron_rl.ops.packed_attention.interface.packed_attention`."""
+    value_dim = value.shape[-1]
+    if value_dim < query.shape[-1]:  # the memory-efficient kernels want one head dimension
+        value = F.pad(value, (0, query.shape[-1] - value_dim))
+    outs = []
+    for first_query, num_queries, first_key, num_keys in segments.tolist():
+        queries = query[first_query : first_query + num_queries]
+        keys, values = (x[first_key : first_key + num_keys] for x in (key, value))
+        if rotary is not None:
+            keys = rotate(keys, rotary[:, :num_keys])
+            queries = rotate(queries, rotary[:, num_keys - num_queries : num_keys])
+        outs.append(_attend(queries, keys, values, scale, dropout))
+    return torch.cat(outs)[..., :value_dim]
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn ``x`` ``[positions, heads, dim]`` by ``rotary`` ``[2, positions, dim / 2]``: dimension i with i + dim / 2
+    (Su et al. 2021, arXiv:2104.09864, in the half-split form of Hugging Face), in the dtype of ``x``."""
+    cos, sin = rotary.to(x.dtype)[:, :, None].repeat(1, 1, 1, 2)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+    mask = None
+    if query.shape[0] != key.shape[0]:
+        mask = _suffix_mask(query.shape[0], key.shape[0], query.dtype, query.device)
+    query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=key.shape[1] != query.shape[1],
+    )
+    return out[0].transpose(0, 1)
+
+
+@lru_cache(maxsize=16)
+def _suffix_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive causal mask for the last ``num_queries`` of ``num_keys`` positions; one tensor for all layers."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
+        return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
