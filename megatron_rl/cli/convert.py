@@ -17,16 +17,15 @@ from megatron_rl.log import configure_logging
 EPILOG = """
 **Examples**
 
-A Megatron checkpoint of a finished run as a Hugging Face folder:
-`megatron-rl convert outputs/run/checkpoints/step_000040 my-model --to hf`
-
-A checkpoint that says nothing of its model needs a config.json that does:
-`megatron-rl convert ckpt my-model --to hf --config the-base-model/config.json` (a tokenizer that lies there is copied)
+A checkpoint of a training run as a Hugging Face folder; config and tokenizer are those of the model it began with:
+`megatron-rl convert outputs/run/checkpoints/step_000040 trained --to hf --config my-model`
 
 A Hugging Face folder as a Megatron checkpoint, written by four processes that hold a quarter of the model each:
 `megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
 
-The same over two nodes, started by hand: `torchrun --nnodes 2 --nproc-per-node 8 ... -m megatron_rl convert my-model
+And back; what `convert` wrote says itself what model it holds: `megatron-rl convert ckpt my-model-again --to hf`
+
+Over two nodes, started by hand: `torchrun --nnodes 2 --nproc-per-node 8 ... -m megatron_rl convert my-model
 ckpt --to megatron --tp 8 --pp 2`
 """
 
