@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import NamedTuple
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from megatron_rl.ops.registry import UnavailableError, implementations, load
 from megatron_rl.ops.token_logprobs import token_logprobs
+from megatron_rl.ops.token_logprobs.tiles import Tiling
 
 
 def available() -> list[str]:
@@ -161,6 +163,33 @@ def test_tokens_without_gradient_are_skipped_exactly(implementation):
     assert (got.grad_hidden[~keep] == 0).all()
     torch.testing.assert_close(got.grad_hidden[keep], few.grad_hidden, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got.grad_weight, few.grad_weight, rtol=1e-5, atol=1e-6)
+
+
+TILED = {"cpu": "CpuKernels", "triton": "TritonKernels"}
+
+
+@pytest.mark.parametrize("kept_tiles", [0, 1, 3, 100])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [name for name in available() if name in TILED])
+def test_tiles_and_what_is_kept_of_them_change_nothing(name, masked, kept_tiles, monkeypatch):
+    module = importlib.import_module(f"megatron_rl.ops.token_logprobs.{name}")
+    for height in (16, 37):  # several tiles of tokens, and one
+        tile = 64 * height  # 64 rows is the least a tile takes: 300 rows make five
+        tiling = Tiling(tile_bytes=4 * tile, tile_tokens=height, keep_bytes=4 * tile * kept_tiles)
+        monkeypatch.setattr(vars(module)[TILED[name]], "tiling", tiling)
+        p = problem(vocab=300, rows=320, temperature=0.7)
+        if masked:
+            keep = torch.arange(37) % 3 == 0
+            p = p._replace(grad_logprobs=p.grad_logprobs * keep, grad_entropy=p.grad_entropy * keep)
+        assert_as_good_as(ours(p, implementation=name), plain(p, torch.float32), plain(p, torch.float64))
+
+
+def test_a_backward_pass_may_come_twice(implementation):
+    p = problem()
+    hidden = p.hidden.clone().requires_grad_()
+    logprobs, _ = token_logprobs(hidden, p.weight, p.targets, vocab_size=p.vocab, implementation=implementation)
+    first, second = (torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_no_tokens_and_frozen_inputs(implementation):
