@@ -67,4 +67,14 @@ struct PackedAttentionGrad {
 };
 void packed_attention_grad(const PackedAttentionGrad& g, int num_threads);
 
+// x: [rows, 2 * width], gates then ups; out: [rows, width]; grad: as x.
+void swiglu(const float* x, float* out, int64_t rows, int64_t width, int num_threads);
+void swiglu_grad(const float* x, const float* grad_out, float* grad, int64_t rows, int64_t width, int num_threads);
+
+// x, out, grad_out, grad: [rows, cols]; inverse: [rows], 1 / rms of each; weight, grad_weight: [cols].
+void rms_norm(const float* x, const float* weight, float* out, float* inverse, int64_t rows, int64_t cols, float eps,
+              int num_threads);
+void rms_norm_grad(const float* x, const float* weight, const float* inverse, const float* grad_out, float* grad,
+                   float* grad_weight, int64_t rows, int64_t cols, int num_threads);
+
 }  // namespace mrl

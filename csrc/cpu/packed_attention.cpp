@@ -9,41 +9,14 @@
 #include "lanes.h"
 #include "ops.h"
 #include "vector_level.h"
+#include "wide.h"
 
 namespace mrl {
 namespace {
 
 constexpr int64_t kRows = 4;   // queries that share one pass over the keys
-constexpr int64_t kKeys = 16;  // keys of one vector
-using Wide = float __attribute__((vector_size(64)));
-using WideInt = int32_t __attribute__((vector_size(64)));
-
-MRL_INLINE Wide load_wide(const float* p) {
-  Wide x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-MRL_INLINE void store_wide(float* p, Wide x) { std::memcpy(p, &x, sizeof x); }
+constexpr int64_t kKeys = kWide;  // keys of one vector
 MRL_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-// exp(x) for x <= 0 and a little above, to 2 units in the last place (Cephes expf); 0 far below, NaN of NaN.
-MRL_INLINE Wide exp_wide(Wide x) {
-  const Wide low = Wide{} - 87.0f;
-  const Wide clamped = x < low ? low : x;
-  const Wide shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to whole numbers
-  const Wide n = shifted - 12582912.0f;
-  const Wide r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  Wide p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const WideInt bits = (__builtin_convertvector(n, WideInt) + 127) << 23;
-  Wide power;
-  std::memcpy(&power, &bits, sizeof power);
-  return x < low ? Wide{} : p * power;
-}
 
 MRL_INLINE Wide indices(int64_t first) {
   const Wide counting = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

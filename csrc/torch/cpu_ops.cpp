@@ -103,6 +103,26 @@ void packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary
                              static_cast<int>(num_threads));
 }
 
+void swiglu(Tensor x, Tensor out, int64_t num_threads) {
+  mrl::swiglu(floats(x), floats(out), out.size(0), out.size(1), static_cast<int>(num_threads));
+}
+
+void swiglu_grad(Tensor x, Tensor grad_out, Tensor grad, int64_t num_threads) {
+  mrl::swiglu_grad(floats(x), floats(grad_out), floats(grad), grad_out.size(0), grad_out.size(1),
+                   static_cast<int>(num_threads));
+}
+
+void rms_norm(Tensor x, Tensor weight, Tensor out, Tensor inverse, double eps, int64_t num_threads) {
+  mrl::rms_norm(floats(x), floats(weight), floats(out), floats(inverse), x.size(0), x.size(1), static_cast<float>(eps),
+                static_cast<int>(num_threads));
+}
+
+void rms_norm_grad(Tensor x, Tensor weight, Tensor inverse, Tensor grad_out, Tensor grad, Tensor grad_weight,
+                   int64_t num_threads) {
+  mrl::rms_norm_grad(floats(x), floats(weight), floats(inverse), floats(grad_out), floats(grad), floats(grad_weight),
+                     x.size(0), x.size(1), static_cast<int>(num_threads));
+}
+
 int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
 
 }  // namespace
@@ -127,6 +147,13 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
       "packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out, "
       "Tensor maximum, Tensor inverse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, "
       "Tensor(c!) grad_value, float scale, int num_threads) -> ()");
+  library.def("swiglu(Tensor x, Tensor(a!) out, int num_threads) -> ()");
+  library.def("swiglu_grad(Tensor x, Tensor grad_out, Tensor(a!) grad, int num_threads) -> ()");
+  library.def(
+      "rms_norm(Tensor x, Tensor weight, Tensor(a!) out, Tensor(b!) inverse, float eps, int num_threads) -> ()");
+  library.def(
+      "rms_norm_grad(Tensor x, Tensor weight, Tensor inverse, Tensor grad_out, Tensor(a!) grad, "
+      "Tensor(b!) grad_weight, int num_threads) -> ()");
   library.def("limit_vector_level(int level) -> int");
 }
 
@@ -136,6 +163,10 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("span_checksum", TORCH_BOX(&span_checksum));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  library.impl("swiglu", TORCH_BOX(&swiglu));
+  library.impl("swiglu_grad", TORCH_BOX(&swiglu_grad));
+  library.impl("rms_norm", TORCH_BOX(&rms_norm));
+  library.impl("rms_norm_grad", TORCH_BOX(&rms_norm_grad));
   library.impl("packed_attention", TORCH_BOX(&packed_attention));
   library.impl("packed_attention_grad", TORCH_BOX(&packed_attention_grad));
 }

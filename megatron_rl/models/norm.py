@@ -11,13 +11,11 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_rl.ops.rms_norm import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
-    """``x / rms(x) * weight`` over the last dimension, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467).
-
-    The cast back to the input's dtype comes after the weight, as in TransformerEngine; Hugging Face casts
-    before it, which differs in bf16 by one rounding.
-    """
+    """`ops.rms_norm` over the last dimension."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -28,6 +26,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden_size] -> [..., hidden_size]``, same dtype."""
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (wide * (self.weight.float() + self.offset)).to(x.dtype)
+        return rms_norm(x, self.weight.float() + self.offset if self.offset else self.weight, self.eps)
