@@ -12,7 +12,7 @@ order of Megatron-Core, `get_batch_on_this_cp_rank` and TransformerEngine's THD 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -128,15 +128,12 @@ def pack(batch: Batch, members: Sequence[int], align: Alignment, total: int | No
     total = _round_up(sum(padded), align.row_multiple) if total is None else total
     if (rest := total - sum(padded)) < 0:
         raise ValueError(f"{sum(padded)} tokens do not fit a micro-batch of {total}")
-    pieces = [
-        _place(starts[i], length, width, number, align)
-        for number, (i, length, width) in enumerate(zip(members, lengths, padded, strict=True))
-    ]
+    places = [(starts[i], length) for i, length in zip(members, lengths, strict=True)]
     if rest:
-        pieces.append(_place(0, 0, rest, 0, align))
+        places.append((0, 0))
         padded.append(rest)
     cu_seqlens = torch.tensor([0, *padded], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return _micro_batch(pieces, tuple(members), rows=1, cu_seqlens=cu_seqlens)
+    return _micro_batch(places, padded, align, tuple(members), 1, cu_seqlens)
 
 
 def pad(
@@ -147,36 +144,45 @@ def pad(
     starts = batch.cu_seqlens.tolist()
     lengths = [starts[i + 1] - starts[i] for i in members]
     width = _round_up(max(lengths, default=1), align.row_multiple) if columns is None else columns
-    pieces = [
-        _place(starts[i], length, width, number, align)
-        for number, (i, length) in enumerate(zip(members, lengths, strict=True))
-    ]
     rows = max(len(members), 1) if rows is None else rows
-    pieces += [_place(0, 0, width, 0, align)] * (rows - len(members))
-    return _micro_batch(pieces, tuple(members), rows=rows)
-
-
-def _place(start: int, length: int, width: int, number: int, align: Alignment) -> Mapping[str, Tensor]:
-    """This rank's positions of one sequence of ``length`` tokens padded to ``width``."""
-    position = torch.arange(width)
-    if align.cp_size > 1:
-        chunks = position.chunk(2 * align.cp_size)
-        position = torch.cat([chunks[align.cp_rank], chunks[2 * align.cp_size - 1 - align.cp_rank]])
-    none = torch.full_like(position, -1)
-    return {
-        "input_index": torch.where(position < length, start + position, none),
-        "target_index": torch.where(position + 1 < length, start + position + 1, none),
-        "position_ids": position,
-        "sequence_ids": torch.full_like(position, number),
-    }
+    places = [(starts[i], length) for i, length in zip(members, lengths, strict=True)]
+    places += [(0, 0)] * (rows - len(members))
+    return _micro_batch(places, [width] * rows, align, tuple(members), rows)
 
 
 def _micro_batch(
-    pieces: Sequence[Mapping[str, Tensor]], members: tuple[int, ...], rows: int, cu_seqlens: Tensor | None = None
+    places: Sequence[tuple[int, int]],
+    widths: Sequence[int],
+    align: Alignment,
+    members: tuple[int, ...],
+    rows: int,
+    cu_seqlens: Tensor | None = None,
 ) -> MicroBatch:
-    joined = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-    columns = joined["input_index"].numel() // rows
-    return MicroBatch(rows=rows, columns=columns, members=members, cu_seqlens=cu_seqlens, **joined)
+    """This rank's positions of sequences, one after another.
+
+    Args:
+        places: start in the batch and length of each sequence; length 0 = padding, which comes last.
+        widths: what each is padded to, over all context-parallel ranks.
+    """
+    table = torch.tensor([*zip(*places, strict=True), widths], dtype=torch.int64)
+    number = torch.repeat_interleave(torch.arange(len(widths)), table[2] // align.cp_size)
+    start, length, width = table[:, number]
+    before = (table[2] // align.cp_size).cumsum(0)[number] - width // align.cp_size
+    position = torch.arange(number.numel()) - before
+    if align.cp_size > 1:  # the first half of the local positions is chunk cp_rank, the second its mirror image
+        chunk = width // (2 * align.cp_size)
+        mirrored = (2 * align.cp_size - 1 - align.cp_rank) * chunk + position - chunk
+        position = torch.where(position < chunk, align.cp_rank * chunk + position, mirrored)
+    return MicroBatch(
+        rows=rows,
+        columns=number.numel() // rows,
+        input_index=torch.where(position < length, start + position, -1),
+        target_index=torch.where(position + 1 < length, start + position + 1, -1),
+        position_ids=position,
+        sequence_ids=torch.where(length > 0, number, 0),
+        members=members,
+        cu_seqlens=cu_seqlens,
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:

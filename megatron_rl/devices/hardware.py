@@ -20,7 +20,6 @@ import numpy
 import torch
 import torch.distributed as dist
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -113,7 +113,8 @@ class Actor:
         return Stage("actor.sample", run, reads=("prompts",), writes=("samples",), place=place)
 
     def logprobs(self, write: str = "old_logprobs") -> Stage:
-        """A stage that writes log-probabilities of every token under the training weights, fp32 ``[num_tokens]``."""
+        """A stage that writes log-probabilities of the response's tokens under the training weights, fp32
+        ``[num_tokens]``; of all tokens where the batch has no ``response_mask``."""
         return token_values_stage("actor.logprobs", self.trainable, logprob_head, write)
 
     # Work

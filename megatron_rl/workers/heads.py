@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.batch import Batch
-from megatron_rl.data.packing import MicroBatch
+from megatron_rl.data.packing import MicroBatch, gather
 from megatron_rl.models.megatron_chunk import output_weight
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean, Totals
@@ -27,14 +27,27 @@ LossFunction = Callable[[LossInputs], LossOutput]
 def score_tokens(
     model: MegatronModel, batch: Batch, temperature: float, with_entropy: bool
 ) -> Callable[[MicroBatch, Tensor], tuple[Tensor, Tensor | None]]:
-    """(micro-batch, hidden ``[n, hidden]``) -> (log-probabilities, entropies) of the predicted tokens, ``[n]`` fp32."""
+    """(micro-batch, hidden ``[n, hidden]``) -> (log-probabilities, entropies) of the predicted tokens, ``[n]`` fp32.
+
+    Where the batch has a ``response_mask``, only of the tokens in it: logits of prompts and padding are never computed,
+    and these positions get 0.
+    """
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        index = _scored_positions(micro_batch, batch)
+        if index is None:
+            return scores(hidden, micro_batch.labels(batch).to(hidden.device))
+        index = index.to(hidden.device)
+        labels = micro_batch.labels(batch).to(hidden.device)[index]
+        logprobs, entropy = scores(hidden.index_select(0, index), labels)
+        return _spread(logprobs, index, len(hidden)), None if entropy is None else _spread(entropy, index, len(hidden))
+
+    def scores(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = output_weight(model.last_chunk)
         return token_logprobs(
             hidden,
             weight,
-            micro_batch.labels(batch).to(hidden.device),
+            labels,
             vocab_start=model.context.coordinates.tp * weight.shape[0],
             vocab_size=model.architecture.vocab,
             temperature=temperature,
@@ -45,8 +58,21 @@ def score_tokens(
     return score
 
 
+def _scored_positions(micro_batch: MicroBatch, batch: Batch) -> Tensor | None:
+    """Positions that predict a token of the response; None = all of them, also where there would be none."""
+    if "response_mask" not in batch.tokens:
+        return None
+    mask = gather(batch.tokens["response_mask"], micro_batch.target_index)
+    index = mask.nonzero().squeeze(1)
+    return None if index.numel() in (0, mask.numel()) else index
+
+
+def _spread(values: Tensor, index: Tensor, length: int) -> Tensor:
+    return values.new_zeros(length).index_copy(0, index, values)
+
+
 def logprob_head(model: MegatronModel, batch: Batch, temperature: float) -> Head:
-    """Head of a forward-only pass: log-probabilities ``[n]``."""
+    """Head of a forward-only pass: log-probabilities ``[n]``; see `score_tokens` for which."""
     score = score_tokens(model, batch, temperature, with_entropy=False)
     return lambda micro_batch, hidden: score(micro_batch, hidden)[0]
 

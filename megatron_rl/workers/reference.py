@@ -65,7 +65,8 @@ class Reference:
         return self.model.context
 
     def logprobs(self, write: str = "ref_logprobs") -> Stage:
-        """A stage that writes log-probabilities of every token under the frozen weights, fp32 ``[num_tokens]``."""
+        """A stage that writes log-probabilities of the response's tokens under the frozen weights, fp32
+        ``[num_tokens]``; of all tokens where the batch has no ``response_mask``."""
 
         def run(batch: Any) -> None:
             with self.in_place():

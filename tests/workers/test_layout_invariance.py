@@ -47,7 +47,7 @@ def test_layout_does_not_change_loss_gradient_or_logprobs(stories_model, case):
     assert one["metrics"]["optimizer/gradient_norm"] > 1e-3
 
 
-def test_logprobs_equal_those_of_transformers(stories_model):
+def test_logprobs_of_responses_equal_those_of_transformers(stories_model):
     sys.path.insert(0, str(PROGRAM.parent))
     program = (
         "import sys, json, torch; sys.path.insert(0, sys.argv[2]); from layout_cases import samples;"
@@ -56,7 +56,9 @@ def test_logprobs_equal_those_of_transformers(stories_model):
         "for s in samples():\n"
         "    ids = torch.tensor([s.prompt.token_ids + s.response_ids])\n"
         "    with torch.no_grad(): logits = m(ids).logits / 0.8\n"
-        "    out += [0.0] + logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()\n"
+        "    seen = logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1).tolist()\n"
+        "    first = len(s.prompt.token_ids)\n"
+        "    out += [0.0] * first + seen[first - 1 :]\n"
         "print(json.dumps(out))"
     )
     done = subprocess.run(
