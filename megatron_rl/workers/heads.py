@@ -34,13 +34,17 @@ def score_tokens(
     """
 
     def score(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        labels = micro_batch.labels(batch).to(hidden.device)
         index = _scored_positions(micro_batch, batch)
         if index is None:
-            return scores(hidden, micro_batch.labels(batch).to(hidden.device))
-        index = index.to(hidden.device)
-        labels = micro_batch.labels(batch).to(hidden.device)[index]
-        logprobs, entropy = scores(hidden.index_select(0, index), labels)
-        return _spread(logprobs, index, len(hidden)), None if entropy is None else _spread(entropy, index, len(hidden))
+            return scores(hidden, labels)
+        index, length = index.to(hidden.device), len(hidden)
+        if not index.numel():  # one position all the same, times 0: the graph and its collectives must exist
+            first, _ = scores(hidden[:1], labels[:1])
+            nothing = _spread(first * 0.0, index.new_zeros(1), length)
+            return nothing, nothing if with_entropy else None
+        logprobs, entropy = scores(hidden.index_select(0, index), labels[index])
+        return _spread(logprobs, index, length), None if entropy is None else _spread(entropy, index, length)
 
     def scores(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         weight = output_weight(model.last_chunk)
@@ -59,12 +63,12 @@ def score_tokens(
 
 
 def _scored_positions(micro_batch: MicroBatch, batch: Batch) -> Tensor | None:
-    """Positions that predict a token of the response; None = all of them, also where there would be none."""
+    """Positions that predict a token of the response; None = all of them."""
     if "response_mask" not in batch.tokens:
         return None
     mask = gather(batch.tokens["response_mask"], micro_batch.target_index)
     index = mask.nonzero().squeeze(1)
-    return None if index.numel() in (0, mask.numel()) else index
+    return None if index.numel() == mask.numel() else index
 
 
 def _spread(values: Tensor, index: Tensor, length: int) -> Tensor:

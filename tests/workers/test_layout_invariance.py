@@ -43,7 +43,8 @@ def test_layout_does_not_change_loss_gradient_or_logprobs(stories_model, case):
     one, other = results(str(stories_model))["one"], results(str(stories_model))[case]
     assert torch.allclose(torch.tensor(other["logprobs"]), torch.tensor(one["logprobs"]), atol=1e-4, rtol=1e-5)
     for name in ("loss/total", "loss/policy", "loss/kl", "optimizer/gradient_norm", "policy/entropy"):
-        assert math.isclose(other["metrics"][name], one["metrics"][name], rel_tol=1e-5, abs_tol=1e-7), name
+        tolerance = 5e-5 if name == "loss/kl" else 1e-5  # exp(d) - d - 1 of small d: the terms cancel
+        assert math.isclose(other["metrics"][name], one["metrics"][name], rel_tol=tolerance, abs_tol=1e-7), name
     assert one["metrics"]["optimizer/gradient_norm"] > 1e-3
 
 
