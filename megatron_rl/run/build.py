@@ -46,7 +46,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     place = context.coordinates.dp, context.grid.dp
     loader = PromptLoader(prompts, config.prompts_per_step, *place, seed=config.seed, shuffle=config.shuffle)
 
-    actor = build_actor(config, context, tokenizer)
+    steps = config.trainer.num_steps or round(config.trainer.num_epochs * loader.steps_per_epoch)
+    per_step = int(config.algorithm.get("num_epochs", 1)) * int(config.algorithm.get("num_mini_batches", 1))
+    actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps * per_step)
     critic = _critic(config, context)
     algorithm = _connect(config, algorithm_type, actor, critic)
     flow = actor.sample() >> RewardModel(reward).score() >> algorithm.update()
@@ -92,9 +94,11 @@ def check_engine(config: RunConfig) -> None:
         raise ConfigError(f"actor.rollout.engine: {error}") from None
 
 
-def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object) -> Actor:
-    """The policy, from a Hugging Face folder or a Megatron checkpoint."""
-    settings = config.actor.model_copy(update={"seed": config.seed})
+def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, num_optimizer_steps: int) -> Actor:
+    """The policy, from a Hugging Face folder or a Megatron checkpoint; the schedule decays over the whole run."""
+    optimizer = config.actor.optimizer
+    optimizer = optimizer.model_copy(update={"decay_steps": optimizer.decay_steps or num_optimizer_steps})
+    settings = config.actor.model_copy(update={"seed": config.seed, "optimizer": optimizer})
     model = config.model
     if config.model_config_path is not None:
         return Actor(

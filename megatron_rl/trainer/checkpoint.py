@@ -28,7 +28,7 @@ from megatron_rl.devices.process_lifetime import die_with_parent
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import Trainer
-from megatron_rl.trainer.optimizer_state import prepare_for_checkpoint
+from megatron_rl.trainer.optimizer_state import finish_loading, prepare_for_checkpoint
 from megatron_rl.workers.trainable import TrainableModel
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,7 @@ class DistributedCheckpoints:
         for index, chunk in enumerate(chunks):
             unwrap(chunk).load_state_dict(state[_chunk_key(name, index, len(chunks))])
         part.optimizer.load_state_dict(state[f"{name}_optimizer"])
+        finish_loading(part.optimizer)
         counters = state[f"{name}_counters"]
         part.num_steps = counters["num_steps"]
         if part.scheduler is not None:

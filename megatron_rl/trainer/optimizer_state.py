@@ -35,6 +35,15 @@ def prepare_for_checkpoint(optimizer: MegatronOptimizer) -> None:
             part._set_main_param_and_optimizer_states = _setter(part)
 
 
+def finish_loading(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a ``step`` of its own: `DistributedOptimizer.load_state_dict` lets all of them share one
+    tensor, which AdamW would then count up once for each parameter."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+
 def _setter(optimizer: DistributedOptimizer) -> Callable[[Tensor, Mapping[str, Any]], None]:
     """As `DistributedOptimizer._set_main_param_and_optimizer_states`, for the keys that the checkpoint has."""
 

@@ -14,7 +14,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.megatron_model import MegatronModel, is_hf_model
-from megatron_rl.workers.optimizer import build_optimizer, connect, wrap_data_parallel
+from megatron_rl.workers.optimizer import build_optimizer, build_scheduler, connect, wrap_data_parallel
 from megatron_rl.workers.schedule import MicroBatching
 from megatron_rl.workers.scoring import ScoringModel
 from megatron_rl.workers.settings import DTYPES, WorkerSettings
@@ -67,6 +67,7 @@ def assemble(
         held.chunks = list(wrap_data_parallel(held.chunks, settings.optimizer))
     if optimizer is None:
         optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
+        scheduler = scheduler or build_scheduler(optimizer, settings.optimizer)
     else:
         connect(held.chunks, optimizer)
     return TrainableModel(held, _micro_batching(held, settings), optimizer, scheduler, name)

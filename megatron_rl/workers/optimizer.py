@@ -29,7 +29,7 @@ class OptimizerSettings(ConfigRecord):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     """Shape of the schedule after the warm-up."""
     decay_steps: int = 0
-    """Optimizer steps until `min_learning_rate`; 0 = the length of the run, where the trainer knows it."""
+    """Optimizer steps until `min_learning_rate`; 0 = the length of the run (of `megatron-rl train`)."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     beta1: float = 0.9
@@ -115,11 +115,9 @@ def connect(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> 
         config.grad_sync_func = starts[0] if len(starts) == 1 else starts
 
 
-def build_scheduler(
-    optimizer: MegatronOptimizer, settings: OptimizerSettings, total_steps: int
-) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:
     """Learning-rate schedule counted in optimizer steps."""
-    steps = max(settings.decay_steps or total_steps, settings.warmup_steps + 1)
+    steps = max(settings.decay_steps, settings.warmup_steps + 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
