@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_rl.config import ConfigRecord
+from megatron_rl.config import ConfigError, ConfigRecord
 
 
 class OptimizerSettings(ConfigRecord):
@@ -116,7 +116,13 @@ def connect(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> 
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:
-    """Learning-rate schedule counted in optimizer steps."""
+    """Learning-rate schedule counted in optimizer steps.
+
+    Raises:
+        ConfigError: a decay without its length.
+    """
+    if settings.decay != "constant" and not settings.decay_steps:
+        raise ConfigError(f"decay={settings.decay} without decay_steps: give the number of optimizer steps it takes")
     steps = max(settings.decay_steps, settings.warmup_steps + 1)
     return OptimizerParamScheduler(
         optimizer,
