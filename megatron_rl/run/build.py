@@ -33,7 +33,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     Raises:
         ConfigError, DataError: what cannot work, said once and clearly, on every rank.
     """
-    algorithm_type = find_algorithm(config)
+    algorithm_type, algorithm_config = find_algorithm(config)
     check_engine(config)
     checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
     find_checkpoint(checkpoint_folder, config.trainer.resume)
@@ -46,11 +46,11 @@ def build_trainer(config: RunConfig) -> Trainer:
     place = context.coordinates.dp, context.grid.dp
     loader = PromptLoader(prompts, config.prompts_per_step, *place, seed=config.seed, shuffle=config.shuffle)
 
-    steps = config.trainer.num_steps or round(config.trainer.num_epochs * loader.steps_per_epoch)
-    per_step = int(config.algorithm.get("num_epochs", 1)) * int(config.algorithm.get("num_mini_batches", 1))
-    actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps * per_step)
-    critic = _critic(config, context)
-    algorithm = _connect(config, algorithm_type, actor, critic)
+    steps = config.trainer.total_steps(loader.steps_per_epoch)
+    steps *= algorithm_config.num_epochs * algorithm_config.num_mini_batches
+    actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps)
+    critic = _critic(config, context, num_optimizer_steps=steps)
+    algorithm = algorithm_type(actor, _reference(config, actor), critic, algorithm_config)
     flow = actor.sample() >> RewardModel(reward).score() >> algorithm.update()
     return connect(
         flow,
@@ -65,8 +65,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     )
 
 
-def find_algorithm(config: RunConfig) -> type[BaseAlgorithm]:
-    """The class that ``algorithm.name`` names; its Config has been checked.
+def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorithm.Config]:
+    """The class that ``algorithm.name`` names, and its own Config.
 
     Raises:
         ConfigError: no such algorithm, or its fields are wrong.
@@ -82,8 +82,7 @@ def find_algorithm(config: RunConfig) -> type[BaseAlgorithm]:
             found = ALGORITHMS[name]
         except ValueError as error:
             raise ConfigError(f"algorithm.name: {error}") from None
-    found.Config.parse(values, where="algorithm")
-    return found
+    return found, found.Config.parse(values, where="algorithm")
 
 
 def check_engine(config: RunConfig) -> None:
@@ -96,9 +95,7 @@ def check_engine(config: RunConfig) -> None:
 
 def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, num_optimizer_steps: int) -> Actor:
     """The policy, from a Hugging Face folder or a Megatron checkpoint; the schedule decays over the whole run."""
-    optimizer = config.actor.optimizer
-    optimizer = optimizer.model_copy(update={"decay_steps": optimizer.decay_steps or num_optimizer_steps})
-    settings = config.actor.model_copy(update={"seed": config.seed, "optimizer": optimizer})
+    settings = config.actor.over(num_optimizer_steps).model_copy(update={"seed": config.seed})
     model = config.model
     if config.model_config_path is not None:
         return Actor(
@@ -110,25 +107,20 @@ def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, 
     return Actor(model, tokenizer, context=context, settings=settings)
 
 
-def _connect(
-    config: RunConfig, algorithm_type: type[BaseAlgorithm], actor: Actor, critic: Critic | None
-) -> BaseAlgorithm:
-    reference = None
-    if config.reference is not None:
-        source = config.reference.model
-        reference = (
-            Reference(actor, offload=config.reference.offload)
-            if source is None
-            else Reference(source, actor.tokenizer, context=actor.context, settings=config.actor)
-        )
-    values = {name: value for name, value in config.algorithm.items() if name != "name"}
-    return algorithm_type(actor, reference, critic, values)
+def _reference(config: RunConfig, actor: Actor) -> Reference | None:
+    if config.reference is None:
+        return None
+    source = config.reference.model
+    if source is None:
+        return Reference(actor, offload=config.reference.offload)
+    return Reference(source, actor.tokenizer, context=actor.context, settings=config.actor)
 
 
-def _critic(config: RunConfig, context: ParallelContext) -> Critic | None:
+def _critic(config: RunConfig, context: ParallelContext, num_optimizer_steps: int) -> Critic | None:
     if config.critic is None:
         return None
-    return Critic(config.critic.model or config.model, context=context, settings=config.critic)
+    settings = config.critic.over(num_optimizer_steps)
+    return Critic(config.critic.model or config.model, context=context, settings=settings)
 
 
 def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:

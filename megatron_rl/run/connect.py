@@ -56,7 +56,6 @@ def connect(
     states: dict[str, Stateful] = {"rollouts": actor.rollouts, "algorithm": algorithm}
     if isinstance(algorithm.critic, Critic):
         trainables["critic"] = algorithm.critic.trainable
-        states["critic"] = algorithm.critic
     output_dir = Path(settings.output_dir)
     checkpoints = DistributedCheckpoints(
         output_dir / "checkpoints",

@@ -25,6 +25,7 @@ from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
 from megatron_rl.workers.reference import Reference
 from megatron_rl.workers.reward_model import RewardModel
@@ -98,22 +99,10 @@ class OneCallTrainer:
         Returns:
             The newest metrics.
         """
+        config = self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
         rates = self.settings.optimizer.model_copy(
             update={"learning_rate": learning_rate, "warmup_steps": warmup_steps}
         )
-        actor = Actor(
-            self.model,
-            self.tokenizer,
-            self.optimizer,
-            self.parallel_state,
-            parallel=self.parallel,
-            settings=self.settings.model_copy(update={"optimizer": rates}),
-        )
-        at = actor.context
-        loader = self.loader_type(
-            self.dataset, per_device_train_batch_size * at.dp_size, at.coordinates.dp, at.dp_size, self.settings.seed
-        )
-        algorithm = self.make_algorithm(actor)
         run = TrainerSettings(
             output_dir=output_dir,
             num_steps=max_steps,
@@ -121,6 +110,14 @@ class OneCallTrainer:
             save_every=save_every,
             resume=resume,
         )
+        at = job_context(self.parallel_state, self.parallel, self.settings.seed)
+        loader = self.loader_type(
+            self.dataset, per_device_train_batch_size * at.dp_size, at.coordinates.dp, at.dp_size, self.settings.seed
+        )
+        steps = run.total_steps(loader.steps_per_epoch) * config.num_epochs * config.num_mini_batches
+        settings = self.settings.model_copy(update={"optimizer": rates}).over(steps)
+        actor = Actor(self.model, self.tokenizer, self.optimizer, context=at, settings=settings)
+        algorithm = self.make_algorithm(actor)
         trainer = connect(
             self.make_flow(actor, algorithm),
             actor,

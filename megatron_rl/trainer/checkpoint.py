@@ -166,7 +166,7 @@ class DistributedCheckpoints:
         part.optimizer.load_state_dict(state[f"{name}_optimizer"])
         finish_loading(part.optimizer)
         counters = state[f"{name}_counters"]
-        part.num_steps = counters["num_steps"]
+        part.num_steps, part.num_updates = counters["num_steps"], counters["num_updates"]
         if part.scheduler is not None:
             part.scheduler.load_state_dict(counters["scheduler"])
 
@@ -200,7 +200,7 @@ class DistributedCheckpoints:
         prepare_for_checkpoint(part.optimizer)
         optimizer = part.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
         scheduler = part.scheduler.state_dict() if part.scheduler is not None else {}
-        counters = {"num_steps": part.num_steps, "scheduler": scheduler}
+        counters = {"num_steps": part.num_steps, "num_updates": part.num_updates, "scheduler": scheduler}
         return models | {f"{name}_optimizer": optimizer, f"{name}_counters": counters}
 
     def _barrier(self) -> None:

@@ -48,6 +48,9 @@ class Checkpoints(Protocol):
     def save(self, trainer: Trainer) -> str:
         """Write a checkpoint of the present step; returns its folder."""
 
+    def poll(self) -> None:
+        """Complete what has been written in the background; collective, once a step."""
+
     def finish(self) -> None:
         """Wait until everything is on the disk."""
 
@@ -92,9 +95,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        if self.settings.num_steps is not None:
-            return self.settings.num_steps
-        return max(1, round(self.settings.num_epochs * self.source.steps_per_epoch))
+        return self.settings.total_steps(self.source.steps_per_epoch)
 
     @property
     def output_dir(self) -> Path:
@@ -149,6 +150,8 @@ class Trainer:
         self.step += 1
         batch.metrics["time/step_s"] = time.perf_counter() - started
         metrics = reduce_metrics(self.context.gather_objects(batch.metrics))
+        if self.checkpoints is not None:
+            self.checkpoints.poll()
         self._each("on_step_end", batch, metrics)
         self.history |= metrics
         if self.step % self.settings.log_every == 0:

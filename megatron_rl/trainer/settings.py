@@ -35,3 +35,9 @@ class TrainerSettings(ConfigRecord):
     output folder with checkpoints is then refused); or the path of a checkpoint."""
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Steps of the whole run; ``steps_per_epoch`` is what one pass over the data takes."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return max(1, round(self.num_epochs * steps_per_epoch))

@@ -21,20 +21,20 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import assemble, job_context
-from megatron_rl.workers.heads import LossFunction, logprob_head, score_tokens
+from megatron_rl.workers.heads import logprob_head, score_tokens
 from megatron_rl.workers.loss import LossInputs, LossOutput
-from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.rollouts import Rollouts
 from megatron_rl.workers.scoring import token_values_stage
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.trainable import Optimization, TrainableModel
+from megatron_rl.workers.trainable import Scorer, TrainableModel
+from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["Actor", "LossInputs", "LossOutput"]
 
 
-class Actor:
+class Actor(TrainedWorker):
     """The policy model in this job's layout, with its optimizer and its rollout engine.
 
     Args:
@@ -79,14 +79,6 @@ class Actor:
         self.rollouts = Rollouts(self.model, tokenizer, special.eos, self.settings.rollout, self.settings.seed, engine)
 
     @property
-    def model(self) -> MegatronModel:
-        return self.trainable.model
-
-    @property
-    def context(self) -> ParallelContext:
-        return self.model.context
-
-    @property
     def policy_version(self) -> int:
         """Number of calls of `optimize` so far: the version of the weights that training holds."""
         return self.rollouts.trained_version
@@ -119,42 +111,13 @@ class Actor:
 
     # Work
 
-    def optimize(
-        self,
-        batch: Batch,
-        loss: LossFunction,
-        *,
-        num_epochs: int = 1,
-        num_mini_batches: int = 1,
-        reads: tuple[str, ...] = (),
-        sequence_reads: tuple[str, ...] = (),
-        with_entropy: bool = False,
-        group_field: str | None = None,
-        seed: int = 0,
-    ) -> dict[str, float]:
-        """Take ``num_epochs * num_mini_batches`` optimizer steps on ``loss``; returns metrics over all ranks.
+    def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
+        """Log-probabilities, and entropies where the loss reads them."""
+        score = score_tokens(self.model, batch, batch.temperature, with_entropy)
+        return lambda micro_batch, hidden: dict(zip(("logprobs", "entropy"), score(micro_batch, hidden), strict=True))
 
-        Args:
-            loss: pure function of `LossInputs`, run on the last pipeline stage for each micro-batch.
-            reads, sequence_reads: token and sequence fields of the batch that the loss reads.
-            group_field: sequence field; sequences with equal values stay in one micro-batch.
-            seed: of the order of mini-batches; the actor's own seed and step count are mixed in.
-
-        Raises:
-            FloatingPointError: loss or gradient is not finite.
-        """
-        mixed = (self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.policy_version
-        how = Optimization(num_epochs, num_mini_batches, reads, sequence_reads, group_field, mixed % 2**62)
-
-        def scorer(part: Batch) -> Any:
-            score = score_tokens(self.model, part, part.temperature, with_entropy)
-            return lambda micro_batch, hidden: dict(
-                zip(("logprobs", "entropy"), score(micro_batch, hidden), strict=True)
-            )
-
-        metrics = self.trainable.optimize(batch, loss, how, scorer)
+    def weights_changed(self) -> None:
         self.rollouts.trained_version += 1
-        return metrics
 
     def publish(self, metrics: dict[str, float] | None = None) -> None:
         """Push the weights to the rollout engine if it does not have the newest version yet."""

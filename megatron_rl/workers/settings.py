@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -53,3 +53,8 @@ class WorkerSettings(ConfigRecord):
     """Defaults of `actor.sample`."""
     rollout: RolloutSettings = RolloutSettings()
     """The rollout engine."""
+
+    def over(self, num_optimizer_steps: int) -> Self:
+        """The same, its learning rate decaying over so many optimizer steps where it names no number itself."""
+        steps = self.optimizer.decay_steps or num_optimizer_steps
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"decay_steps": steps})})

@@ -46,6 +46,7 @@ class TrainableModel(ScoringModel):
     scheduler: OptimizerParamScheduler | None
     name: str = "actor"  # in errors and metrics
     num_steps: int = field(default=0, init=False)  # optimizer steps so far
+    num_updates: int = field(default=0, init=False)  # calls of `optimize` so far
 
     def optimize(
         self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
@@ -73,6 +74,7 @@ class TrainableModel(ScoringModel):
         metrics["optimizer/gradient_norm"] = sum(norms) / len(norms)
         metrics["optimizer/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
         metrics["optimizer/steps"] = float(len(norms))
+        self.num_updates += 1
         return metrics
 
     def _mini_batches(self, batch: Batch, how: Optimization, epoch: int) -> list[list[int]]:

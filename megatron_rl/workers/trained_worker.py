@@ -1,0 +1,63 @@
+"""`TrainedWorker`: what `Actor` and `Critic` share, a `TrainableModel` and the call that optimises it."""
+
+from __future__ import annotations
+
+from megatron_rl.batch import Batch
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.workers.heads import LossFunction
+from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.trainable import Optimization, Scorer, TrainableModel
+
+
+class TrainedWorker:
+    """A role around a model in training; a subclass says what its loss sees."""
+
+    settings: WorkerSettings
+    trainable: TrainableModel
+
+    @property
+    def model(self) -> MegatronModel:
+        return self.trainable.model
+
+    @property
+    def context(self) -> ParallelContext:
+        return self.model.context
+
+    def optimize(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        *,
+        num_epochs: int = 1,
+        num_mini_batches: int = 1,
+        reads: tuple[str, ...] = (),
+        sequence_reads: tuple[str, ...] = (),
+        with_entropy: bool = False,
+        group_field: str | None = None,
+        seed: int = 0,
+    ) -> dict[str, float]:
+        """Take ``num_epochs * num_mini_batches`` optimizer steps on ``loss``; returns metrics over all ranks.
+
+        Args:
+            loss: pure function of `LossInputs`, run on the last pipeline stage for each micro-batch.
+            reads, sequence_reads: token and sequence fields of the batch that the loss reads.
+            with_entropy: whether the loss reads entropies.
+            group_field: sequence field; sequences with equal values stay in one micro-batch.
+            seed: of the order of mini-batches; the worker's own seed and its number of updates are mixed in.
+
+        Raises:
+            FloatingPointError: loss or gradient is not finite.
+        """
+        mixed = (self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.trainable.num_updates
+        how = Optimization(num_epochs, num_mini_batches, reads, sequence_reads, group_field, mixed % 2**62)
+        metrics = self.trainable.optimize(batch, loss, how, lambda part: self.scorer(part, with_entropy))
+        self.weights_changed()
+        return metrics
+
+    def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
+        """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
+        raise NotImplementedError
+
+    def weights_changed(self) -> None:
+        """Called after each `optimize`."""
