@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from megatron_rl.cli import convert, info, train
+from megatron_rl.cli import convert, info, plan, train
 
 app = typer.Typer(
     help="Reinforcement learning for the Megatron-Core job you already run. Start `train` with torchrun for more than "
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=convert.EPILOG)(convert.convert)
+app.command(epilog=plan.EPILOG)(plan.plan)
 app.command()(info.info)
 
 

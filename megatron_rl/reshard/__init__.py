@@ -6,6 +6,7 @@
 from megatron_rl.reshard.certificate import Certificate, Measure
 from megatron_rl.reshard.execute import Resharder, TransferReport
 from megatron_rl.reshard.layout import Alike, Layout, Shard, Span, block, stack_rows
+from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import (
@@ -22,6 +23,8 @@ __all__ = [
     "Alike",
     "Certificate",
     "Layout",
+    "LinkLoad",
+    "LinkSpeeds",
     "LocalCopy",
     "LocalTransport",
     "Measure",
@@ -40,6 +43,7 @@ __all__ = [
     "TransportError",
     "WireFormat",
     "block",
+    "link_load",
     "plan_transfers",
     "stack_rows",
 ]

@@ -52,6 +52,8 @@ class Certificate:
     max_egress: int  # bytes sent by the busiest rank, passing on included
     sent: Mapping[int, int]  # rank -> bytes it sends
     received_by: Mapping[int, int]  # rank -> bytes it receives
+    sent_outside: Mapping[int, int]  # rank -> those of the bytes it sends that leave its node
+    received_outside: Mapping[int, int]  # rank -> those of the bytes it receives that come from another node
     max_depth: int  # hops of the longest chain
 
     def __str__(self) -> str:
@@ -81,10 +83,11 @@ class _Class(NamedTuple):
 
 
 class _Chain(NamedTuple):
-    """A chain as positions in the arrays over ranks, and how many of its hops leave a node."""
+    """A chain as positions in the arrays over ranks, and those of its hops that leave a node."""
 
     ranks: np.ndarray
-    crossings: int
+    leaving: np.ndarray  # positions that send to another node
+    entering: np.ndarray  # positions that receive from another node
 
 
 def certify(plan: ReshardPlan, wire: WireFormat) -> Certificate:
@@ -101,6 +104,8 @@ class _Auditor:
         self._sent = np.zeros(len(plan.ranks), np.int64)
         self._held_sent = np.zeros(len(plan.ranks), np.int64)
         self._received = np.zeros(len(plan.ranks), np.int64)
+        self._sent_outside = np.zeros(len(plan.ranks), np.int64)
+        self._received_outside = np.zeros(len(plan.ranks), np.int64)
         self._group_sent: Counter[Cells] = Counter()
         self._totals: Counter[str] = Counter()
         self._max_depth = 0
@@ -118,12 +123,14 @@ class _Auditor:
             repeated=self._plan.target_index.num_stored - total["distinct"],
             received=Measure(int(self._received.sum()), total["missing"]),
             resident=total["resident"],
-            inter_node=Measure(total["crossed"], total["must_cross"]),
+            inter_node=Measure(int(self._sent_outside.sum()), total["must_cross"]),
             holder_egress=Measure(int(self._held_sent.sum()), total["must_leave"]),
             max_holder_egress=Measure(int(self._held_sent.max(initial=0)), self._even_egress()),
             max_egress=int(self._sent.max(initial=0)),
-            sent=dict(zip(self._plan.ranks, self._sent.tolist(), strict=True)),
-            received_by=dict(zip(self._plan.ranks, self._received.tolist(), strict=True)),
+            sent=self._by_rank(self._sent),
+            received_by=self._by_rank(self._received),
+            sent_outside=self._by_rank(self._sent_outside),
+            received_outside=self._by_rank(self._received_outside),
             max_depth=self._max_depth,
         )
 
@@ -178,7 +185,8 @@ class _Auditor:
                 self._sent[chain.ranks[:-1]] += num_bytes
                 self._received[chain.ranks[1:]] += num_bytes
                 self._held_sent[chain.ranks[0]] += num_bytes
-                self._totals["crossed"] += num_bytes * chain.crossings
+                self._sent_outside[chain.leaving] += num_bytes
+                self._received_outside[chain.entering] += num_bytes
 
     def _chains_of(self, route: Route, share: int) -> list[_Chain]:
         """The route's chains, once it is proved that they end at each rank that misses the piece exactly once."""
@@ -195,7 +203,11 @@ class _Auditor:
     def _chain(self, ranks: list[int]) -> _Chain:
         at = np.array([self._at[rank] for rank in ranks])
         nodes = self._nodes[at]
-        return _Chain(at, int((nodes[1:] != nodes[:-1]).sum()))
+        crosses = nodes[1:] != nodes[:-1]
+        return _Chain(at, at[:-1][crosses], at[1:][crosses])
+
+    def _by_rank(self, figures: np.ndarray) -> dict[int, int]:
+        return dict(zip(self._plan.ranks, figures.tolist(), strict=True))
 
     def _even_egress(self) -> int:
         """The busiest holder cannot send less than the average over any set of ranks that must send something alone."""

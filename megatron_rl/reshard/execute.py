@@ -6,9 +6,10 @@ while the first messages are under way. Nothing but weights is ever sent: both e
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -99,12 +100,23 @@ class Resharder:
             ValueError: tensors that do not fit the layouts.
             TransportError: another rank failed or did not come; the target tensors are then in an undefined state.
         """
+        return self.bind(source_tensors, target_tensors)()
+
+    def bind(
+        self, source_tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]
+    ) -> Callable[[], TransferReport]:
+        """What `run` does before it needs another rank: check the tensors. Call the result to run.
+
+        Raises:
+            ValueError: tensors that do not fit the layouts.
+        """
         binding = Binding(self._shards, {SOURCE: source_tensors, TARGET: target_tensors})
         fresh = binding.signature != self._signature
         if self._program is None or fresh:
             self._program = _compile(self.plan, self._schedule, binding, self.wire, self._pace)
             self._signature = binding.signature
-        return _Run(self._program, binding, self._transport, self.max_staging_bytes, check=fresh).run(self.plan)
+        run = _Run(self._program, binding, self._transport, self.max_staging_bytes, check=fresh)
+        return functools.partial(run.run, self.plan)
 
 
 def make_pace(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -> Pace:

@@ -15,9 +15,6 @@ import time
 import traceback
 from typing import BinaryIO
 
-import megatron_rl.run.environment
-import megatron_rl.run.execute
-import megatron_rl.weights.convert  # noqa: F401
 from megatron_rl.cli import main
 from megatron_rl.cli.errors import mistakes
 

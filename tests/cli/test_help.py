@@ -16,14 +16,18 @@ def test_help_lists_every_command_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name in ("train", "convert", "info"):
+    for name in ("train", "convert", "plan", "info"):
         assert f" {name} " in done.stdout
     assert "imported: []" in done.stdout
 
 
 @pytest.mark.parametrize(
     ("name", "taught"),
-    [("train", ["torchrun --nproc-per-node 4", "--nnodes 2", "--check"]), ("convert", ["--to hf", "--tp 2 --pp 2"])],
+    [
+        ("train", ["torchrun --nproc-per-node 4", "--nnodes 2", "--check"]),
+        ("convert", ["--to hf", "--tp 2 --pp 2"]),
+        ("plan", ["--rollout-nodes 64", "--json"]),
+    ],
 )
 def test_help_of_a_command_shows_examples(command, name, taught):
     shown = " ".join(command(name, "--help").out.replace("│", " ").split())

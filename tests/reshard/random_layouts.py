@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from random import Random
 
 import torch
@@ -142,3 +142,13 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str) -> None:
     if not torch.equal(actual, expected):
         at = (actual != expected).nonzero()[0].tolist()
         raise AssertionError(f"{what}{at}: got {actual[tuple(at)]}, expected {expected[tuple(at)]}")
+
+
+def rows_layout(name: str, ranks: Iterable[int], parts: int, rows: int = 8, cols: int = 4, tensor: str = "w") -> Layout:
+    """Tensor ``w`` in ``parts`` equal blocks of rows; ranks beyond the first ``parts`` are replicas."""
+    size = rows // parts
+
+    def emit(cell: int) -> list[Shard]:
+        return [Shard(f"{name}.w", (size, cols), (Span(tensor, cell * size, (cell + 1) * size, 0, cols, 0, 0),))]
+
+    return Layout(name, {rank: i % parts for i, rank in enumerate(ranks)}, emit)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 from models.oracle import ALL, QWEN3, QWEN3_MOE
+from reshard.random_layouts import rows_layout
 
 from megatron_rl.models import megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import Layout, ReshardPlan, Shard, Span, Topology, plan_transfers
 from megatron_rl.reshard.index import LayoutIndex, SourceIndex, patterns_of
-
-
-def rows_layout(name: str, ranks: Iterable[int], parts: int, rows: int = 8, cols: int = 4, tensor: str = "w") -> Layout:
-    """Tensor ``w`` in ``parts`` equal blocks of rows; ranks beyond the first ``parts`` are replicas."""
-    size = rows // parts
-
-    def emit(cell: int) -> list[Shard]:
-        return [Shard(f"{name}.w", (size, cols), (Span(tensor, cell * size, (cell + 1) * size, 0, cols, 0, 0),))]
-
-    return Layout(name, {rank: i % parts for i, rank in enumerate(ranks)}, emit)
 
 
 def test_plan_replicates_kv_heads_when_rollout_tp_exceeds_them() -> None:

@@ -95,6 +95,10 @@ def test_certificate_figures_equal_counts_of_single_elements(case) -> None:
     parts = {rank: plan.for_rank(rank) for rank in plan.ranks}
     assert certificate.sent == {rank: 4 * part.sent_elements for rank, part in parts.items()}
     assert certificate.received_by == {rank: 4 * part.received_elements for rank, part in parts.items()}
+    outside = {r: [t for t in part.sends if node(t.dst_rank) != node(r)] for r, part in parts.items()}
+    assert certificate.sent_outside == {r: 4 * sum(t.numel for t in sends) for r, sends in outside.items()}
+    entering = {r: [t for t in part.receives if node(t.src_rank) != node(r)] for r, part in parts.items()}
+    assert certificate.received_outside == {r: 4 * sum(t.numel for t in got) for r, got in entering.items()}
     own = sum(part.sent_elements - part.forwarded_elements for part in parts.values())
     assert certificate.holder_egress == (4 * own,) * 2
     if plan.topology.ranks_per_node == 0 or set(plan.source.cells).isdisjoint(plan.target.cells):

@@ -1,0 +1,85 @@
+"""``megatron-rl plan``: what a weight sync costs on any cluster, worked out on one CPU."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megatron_rl.cli.errors import clear_errors
+
+EPILOG = """
+**Examples**
+
+512 nodes of 8, engines of 16 ranks on the training ranks themselves:
+`megatron-rl plan my-model --train tp=8,pp=8,ep=8 --rollout tp=16 --nodes 512`
+
+Engines on 64 nodes of their own, as JSON: `megatron-rl plan my-model --train tp=8,pp=8 --rollout tp=8 --nodes 512
+--rollout-nodes 64 --json`
+
+Bytes are exact: a run counts the same ones. Each stands beside the least that any plan could reach. Seconds are an
+estimate from link speeds alone.
+"""
+
+
+class Dtype(enum.StrEnum):
+    """Number formats of rollout weights."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="Hugging Face folder or config.json; weights are not read.")],
+    train: Annotated[str, typer.Option(help="Training layout: tp, pp, vpp, cp, ep, etp; the rest is data parallel.")],
+    rollout: Annotated[str, typer.Option(help="Layout of one rollout engine: tp, ep.")] = "tp=1",
+    nodes: Annotated[int, typer.Option(min=1, help="Training nodes.")] = 1,
+    rollout_nodes: Annotated[
+        int, typer.Option(min=0, help="Nodes of engines only; 0 puts the engines on the training ranks.")
+    ] = 0,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Ranks (GPUs) of a node.")] = 8,
+    dtype: Annotated[Dtype, typer.Option(help="Of the rollout weights.")] = Dtype.BFLOAT16,
+    max_staging_mib: Annotated[float, typer.Option(min=1, help="Cap on extra memory of a rank, in MiB.")] = 64,
+    intra_node: Annotated[float, typer.Option(help="GB/s of a rank inside its node, each direction.")] = 400,
+    inter_node: Annotated[float, typer.Option(help="GB/s of a rank to other nodes, each direction.")] = 50,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Dry run of a weight sync: bytes and their minimum, link loads, memory, estimated time."""
+    with clear_errors():
+        import torch
+
+        from megatron_rl.config import ConfigError
+        from megatron_rl.models import architecture_from_hf
+        from megatron_rl.models.hf_config import read_hf_config
+        from megatron_rl.parallel import ParallelSizes
+        from megatron_rl.reshard import LinkSpeeds
+        from megatron_rl.run.forecast import Cluster, RolloutSizes, forecast
+
+        if min(intra_node, inter_node) <= 0:
+            raise ConfigError(f"--intra-node {intra_node:g} --inter-node {inter_node:g}: expected more than 0 GB/s")
+        found = forecast(
+            architecture_from_hf(read_hf_config(model.parent if model.name == "config.json" else model)),
+            ParallelSizes.parse(_sizes(train, "--train"), "--train"),
+            RolloutSizes.parse(_sizes(rollout, "--rollout"), "--rollout"),
+            Cluster(nodes, rollout_nodes, ranks_per_node),
+            getattr(torch, dtype.value),
+            int(max_staging_mib * 2**20),
+            LinkSpeeds(intra_node * 1e9, inter_node * 1e9),
+        )
+        typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _sizes(text: str, option: str) -> dict[str, int]:
+    from megatron_rl.config import ConfigError
+
+    sizes: dict[str, int] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = part.partition("=")
+        if not value.strip().isdigit():
+            raise ConfigError(f"{option} {text}: {part!r} is not name=number; expected for example tp=8,pp=2")
+        sizes[name.strip()] = int(value)
+    return sizes

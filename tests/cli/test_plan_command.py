@@ -1,0 +1,87 @@
+"""``megatron-rl plan`` from the command line, against counts made by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+# Three tensors a layer are cut by columns or replicated, the rest by rows; sizes are chosen so that counts stay small.
+CONFIG = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 128,
+    "tie_word_embeddings": False,
+}
+EMBEDDINGS = 2 * 128 * 64  # embedding and output layer
+LAYER = 4 * 64 * 64 + 3 * 64 + 3 * 64 * 128 + 2 * 64  # attention, its biases, gated MLP, norms
+ALL = EMBEDDINGS + 2 * LAYER + 64  # and the last norm
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan_command")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def plan(command, model, *options: str) -> dict:
+    ended = command("plan", model, *options, "--json")
+    assert ended.code == 0, ended.error
+    return json.loads(ended.out.splitlines()[-1])
+
+
+def test_bytes_of_engines_on_nodes_of_their_own(command, model) -> None:
+    """One node of two pipeline stages feeds two nodes of one engine rank each: all of it, in bf16, once a node."""
+    found = plan(command, model, "--train", "pp=2", "--nodes", "1", "--rollout-nodes", "2", "--ranks-per-node", "2")
+    assert found["received"] == {"bytes": 4 * 2 * ALL, "minimum": 4 * 2 * ALL}
+    assert found["inter_node"] == {"bytes": 2 * 2 * ALL, "minimum": 2 * 2 * ALL}
+    assert found["sent_by_holders"] == {"bytes": 2 * ALL, "minimum": 2 * ALL}
+    assert found["replicas"] == 4
+    assert found["memory"]["rollout_bytes"] == 2 * ALL  # 128 rows need no padding
+    assert found["resident_bytes"] == 0
+    assert found["estimated_s"] > 0
+
+
+def test_bytes_of_engines_on_the_training_ranks(command, model) -> None:
+    """Two stages of one layer each on one node: each rank lacks what only the other one holds."""
+    found = plan(command, model, "--train", "pp=2", "--ranks-per-node", "2", "--dtype", "float32")
+    assert found["received"]["bytes"] == 4 * ALL
+    assert found["resident_bytes"] == 4 * ALL
+    assert found["inter_node"]["bytes"] == 0
+    assert found["links"]["intra_received"] == 4 * max(ALL - EMBEDDINGS // 2 - LAYER, EMBEDDINGS // 2 + LAYER)
+
+
+def test_faster_links_take_less_time(command, model) -> None:
+    options = ("--train", "tp=2", "--rollout-nodes", "1", "--ranks-per-node", "2")
+    slow, fast = (plan(command, model, *options, "--inter-node", speed) for speed in ("1", "4"))
+    assert slow["estimated_s"] == pytest.approx(4 * fast["estimated_s"])
+
+
+def test_the_text_says_what_is_minimal(command, model) -> None:
+    ended = command("plan", model / "config.json", "--train", "tp=2,pp=2", "--rollout", "tp=4", "--ranks-per-node", "4")
+    assert "minimal" in ended.out
+    assert "is written exactly once" in ended.out
+    assert "GB/s between nodes" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--train", "tp=2,xp=2"], ["--train", "'xp'", "did you mean 'tp'"]),
+        (["--train", "tp:2"], ["'tp:2' is not name=number"]),
+        (["--train", "tp=3"], ["heads", "parallel.tp=3"]),
+        (["--train", "tp=2", "--rollout", "tp=4"], ["rollout tp=4", "2 ranks"]),
+        (["--train", "tp=2", "--inter-node", "0"], ["more than 0 GB/s"]),
+    ],
+)
+def test_impossible_clusters_are_refused(command, model, options, expected) -> None:
+    ended = command("plan", model, "--ranks-per-node", "6" if "tp=3" in options else "2", *options)
+    assert ended.code == 2
+    for part in expected:
+        assert part in ended.error
