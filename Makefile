@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRL := .venv-trl
+SGLANG := .venv-sglang
 UV := uv==0.13.9
 
 # One thread a process: ranks share the cores. Byte code is kept: importing torch and megatron.core without it takes
@@ -15,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup demo test lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo test lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -55,6 +56,17 @@ $(TRL)/.ready: requirements/torch.txt requirements/cpu.txt requirements/trl.txt
 	    && $(TRL)/bin/uv pip install -q --python $(TRL)/bin/python -r requirements/trl.txt; } \
 	  || $(TRL)/bin/python -m pip install --disable-pip-version-check -q -r requirements/trl.txt
 	touch $@
+
+# So is SGLang: tests start its servers with this environment's Python and talk HTTP to them.
+$(SGLANG)/.ready: requirements/torch.txt requirements/sglang.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install --disable-pip-version-check -q -r requirements/torch.txt
+	{ $(SGLANG)/bin/python -m pip install --disable-pip-version-check -q $(UV) \
+	    && $(SGLANG)/bin/uv pip install -q --python $(SGLANG)/bin/python --no-deps -r requirements/sglang.txt; } \
+	  || $(SGLANG)/bin/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/sglang.txt
+	touch $@
+
+setup-sglang: $(SGLANG)/.ready  ## create ./.venv-sglang, with a real SGLang that runs on CPUs
 
 bench-train: $(TRL)/.ready
 bench-train: BENCH_ARGS += --trl $(TRL)/bin/python

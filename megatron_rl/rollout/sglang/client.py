@@ -1,0 +1,203 @@
+"""`SGLangClient`: one server's HTTP endpoints as methods, each with a time limit and with errors that say what failed.
+
+It sends a request once: who retries, and where, is the engine's business. Endpoints and fields are those of SGLang
+0.5.23 (`sglang/srt/entrypoints/http_server.py`, `sglang/srt/managers/io_struct.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import httpx
+
+Json = dict[str, Any]
+PauseMode = Literal["abort", "retract", "in_place"]
+
+# Since 0.5.21 tensor and distributed updates stand between /begin_weight_update and /end_weight_update, which earlier
+# servers do not have; what a later minor version changes is not known.
+OLDEST_VERSION, NEWEST_VERSION = (0, 5, 21), (0, 6, 0)
+SUPPORTED_VERSIONS = "0.5.21 or later, before 0.6"
+CONTROL_SECONDS = 60.0
+BODY_EXCERPT = 300  # characters of an answer that an error quotes
+
+
+class ServerError(RuntimeError):
+    """A server could not be reached, or its answer was no answer. Another server, or another try, may do better."""
+
+
+class RequestError(ValueError):
+    """The server refused the request itself (4xx): trying again changes nothing."""
+
+
+class SGLangClient:
+    """Talks to the server at ``url``; to be used from one event loop.
+
+    Args:
+        url: for example http://127.0.0.1:30000.
+        timeout: seconds that a generation may take, from request to answer.
+        connections: most requests at a time; further ones wait.
+        api_key: bearer token, where the server wants one.
+    """
+
+    def __init__(self, url: str, timeout: float = 3600.0, connections: int = 256, api_key: str | None = None) -> None:
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self._http = httpx.AsyncClient(
+            base_url=self.url,
+            headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
+            # Two more than generations can take, so that control requests never wait behind them.
+            limits=httpx.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2),
+            trust_env=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"SGLangClient({self.url})"
+
+    async def call(self, method: Literal["GET", "POST"], path: str, body: Json | None, timeout: float) -> Any:
+        """The JSON answer of one request; None where the answer is empty.
+
+        Raises:
+            ServerError: no connection, no answer in time, a 5xx status, or an answer that is not JSON.
+            RequestError: a 4xx status.
+        """
+        try:
+            answer = await self._http.request(method, path, json=body, timeout=httpx.Timeout(timeout, connect=10.0))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
+        text = answer.text[:BODY_EXCERPT]
+        if answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
+            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {text}")
+        if answer.is_error:
+            raise RequestError(f"{self.url}{path} answered {answer.status_code}: {text}")
+        if not answer.content:
+            return None
+        try:
+            return json.loads(answer.content)
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered with what is not JSON: {text!r}") from None
+
+    async def post(self, path: str, body: Json | None = None, timeout: float = CONTROL_SECONDS) -> Any:
+        return await self.call("POST", path, body or {}, timeout)
+
+    async def get(self, path: str, timeout: float = CONTROL_SECONDS) -> Any:
+        return await self.call("GET", path, None, timeout)
+
+    # What the server is
+
+    async def version(self) -> str:
+        """SGLang's version, checked.
+
+        Raises:
+            ServerError: it is outside of what this client was written for.
+        """
+        found = str((await self.get("/server_info")).get("version", "unknown"))
+        check_version(found, self.url)
+        return found
+
+    async def weight_version(self) -> str:
+        """Name of the weights that the server holds; "default" until somebody names them."""
+        return str((await self.get("/model_info", timeout=10.0))["weight_version"])
+
+    # Generation
+
+    async def generate(self, body: Json) -> Any:
+        """/generate, as it is: the caller writes the body and reads the answer."""
+        return await self.call("POST", "/generate", body, self.timeout)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """Give requests up; unknown ones do no harm."""
+        for request_id in request_ids:
+            await self.post("/abort_request", {"rid": request_id, "abort_all": False}, timeout=5.0)
+
+    async def pause(self, mode: PauseMode) -> None:
+        """Stop generating. retract: running requests wait anew, their cache can be flushed; in_place: they keep their
+        cache; abort: they end."""
+        await self.post("/pause_generation", {"mode": mode})
+
+    async def resume(self) -> None:
+        """Generate again after `pause`."""
+        await self.post("/continue_generation")
+
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes; refused while requests run."""
+        await self.call("POST", "/flush_cache", None, CONTROL_SECONDS)
+
+    # Weights
+
+    async def begin_weight_update(self) -> None:
+        await self._succeed("/begin_weight_update", {})
+
+    async def end_weight_update(self) -> None:
+        await self._succeed("/end_weight_update", {})
+
+    async def update_weights_from_tensor(
+        self,
+        payloads: Sequence[str],
+        *,
+        load_format: str | None = None,
+        version: str | None = None,
+        flush_cache: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        """Write tensors; ``payloads[i]`` is the base64 text of what tensor-parallel rank i of the server takes."""
+        body: Json = {"serialized_named_tensors": list(payloads), "flush_cache": flush_cache}
+        body |= {} if load_format is None else {"load_format": load_format}
+        await self._succeed("/update_weights_from_tensor", body | _version(version), timeout)
+
+    async def update_weights_from_disk(
+        self, folder: str, *, version: str | None = None, flush_cache: bool = True, timeout: float = 1800.0
+    ) -> None:
+        """Load the Hugging Face ``folder``, which the server reads itself."""
+        body: Json = {"model_path": folder, "flush_cache": flush_cache}
+        await self._succeed("/update_weights_from_disk", body | _version(version), timeout)
+
+    async def init_weights_update_group(self, body: Mapping[str, Any], timeout: float = 300.0) -> None:
+        await self._succeed("/init_weights_update_group", dict(body), timeout)
+
+    async def destroy_weights_update_group(self, body: Mapping[str, Any]) -> None:
+        await self._succeed("/destroy_weights_update_group", dict(body))
+
+    async def update_weights_from_distributed(self, body: Mapping[str, Any], timeout: float = 600.0) -> None:
+        await self._succeed("/update_weights_from_distributed", dict(body), timeout)
+
+    async def set_weight_version(self, version: str) -> None:
+        """Name the weights that the server holds now; running requests go on."""
+        await self._succeed("/update_weight_version", {"new_version": version, "abort_all_requests": False})
+
+    async def check_weights(self, action: str = "checksum") -> Json:
+        """/weights_checker: with "checksum", ``ranks`` holds each rank's hash of each of its parameters."""
+        return await self._succeed("/weights_checker", {"action": action}, 600.0)
+
+    async def release_memory(self, tags: Sequence[str]) -> None:
+        await self.post("/release_memory_occupation", {"tags": list(tags)}, timeout=300.0)
+
+    async def resume_memory(self, tags: Sequence[str]) -> None:
+        await self.post("/resume_memory_occupation", {"tags": list(tags)}, timeout=300.0)
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._http.aclose()
+
+    async def _succeed(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Json:
+        """An endpoint that answers {"success", "message"}, of which some say 200 to a failure."""
+        answer = await self.post(path, body, timeout)
+        if not isinstance(answer, dict) or not answer.get("success"):
+            raise ServerError(f"{self.url}{path} did not succeed: {str(answer)[:BODY_EXCERPT]}")
+        return answer
+
+
+def check_version(version: str, url: str) -> None:
+    """Raises ServerError for a server that this client was not written for."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if not OLDEST_VERSION <= numbers < NEWEST_VERSION:
+        raise ServerError(
+            f"the server at {url} runs SGLang {version}, but supported is {SUPPORTED_VERSIONS} (0.5.23 is tested), "
+            f"because the endpoints of weight updates differ: install such a version"
+        )
+
+
+def _version(version: str | None) -> Json:
+    return {} if version is None else {"weight_version": version}

@@ -1,0 +1,269 @@
+"""`SGLangServer`: one server process that belongs to this one: started, watched, restarted, and ended with it.
+
+The command and the environment are plain functions of the settings, so that what will run can be read and tested. A
+small guard process (`guard`) holds the server and ends it when the owner closes it, fails or is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import httpx
+from pydantic import Field
+
+from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.rollout.sglang import guard
+
+logger = logging.getLogger(__name__)
+
+CPU_SHIM = Path(__file__).parent / "cpu_shim"
+LOG_TAIL_LINES = 30
+PORT_ATTEMPTS = 3
+
+
+class ServerSettings(ConfigRecord):
+    """A server that the engine starts."""
+
+    python: str | None = None
+    """Python of the environment that SGLang is installed in; None = the one that runs this."""
+    host: str = "127.0.0.1"
+    """Address that the server listens on; it must be reachable from this process and is best kept private."""
+    start_timeout: float = Field(default=900.0, gt=0)
+    """Seconds in which a server must be ready; large models take minutes to load."""
+    log_dir: str | None = None
+    """Where server logs go; None = a folder of this run among the temporary files."""
+    context_length: int | None = Field(default=None, gt=0)
+    """Most tokens of prompt and completion together; None = the model's own limit."""
+    max_total_tokens: int | None = Field(default=None, gt=0)
+    """Tokens that the server's KV cache holds; None = the server decides, on a CPU 65536."""
+    args: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Further options of sglang.launch_server without their dashes, e.g. mem-fraction-static: 0.7; true = a flag."""
+
+
+def launch_command(
+    settings: ServerSettings,
+    *,
+    python: str,
+    model_path: Path,
+    port: int,
+    tp: int,
+    dtype: str,
+    max_running: int,
+    device: Literal["cpu", "cuda"],
+    with_tokenizer: bool = True,
+    load_weights: bool = False,
+) -> list[str]:
+    """The server's command line. Without ``load_weights`` it starts with dummy weights and waits for a push."""
+    options: dict[str, str | int | float | bool] = {
+        "model-path": str(model_path),
+        "host": settings.host,
+        "port": port,
+        "tp": tp,
+        "dtype": dtype,
+        "max-running-requests": max_running,
+        "device": device,
+        "skip-server-warmup": True,
+    }
+    if not load_weights:
+        options["load-format"] = "dummy"
+    if not with_tokenizer:
+        options["skip-tokenizer-init"] = True
+    if settings.context_length is not None:
+        options["context-length"] = settings.context_length
+    if settings.max_total_tokens is not None or device == "cpu":
+        options["max-total-tokens"] = settings.max_total_tokens or 65536
+    if device == "cpu":
+        options |= {"attention-backend": "torch_native", "sleep-on-idle": True}
+    options |= {name.replace("_", "-"): value for name, value in settings.args.items()}
+    command = [python, "-m", "sglang.launch_server"]
+    for name, value in options.items():
+        if value is not False:
+            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def launch_environment(
+    own: Mapping[str, str], device: Literal["cpu", "cuda"], tp: int, devices: str | None = None
+) -> dict[str, str]:
+    """The server's environment: ours without what makes a process a rank of this job.
+
+    Args:
+        devices: CUDA_VISIBLE_DEVICES of the server; None leaves ours.
+    """
+    of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
+    of_ranks |= {"MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH"}
+    environment = {
+        name: value for name, value in own.items() if name not in of_ranks and not name.startswith("TORCHELASTIC_")
+    }
+    if device == "cpu":
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        bound = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_SHIM), "OMP_NUM_THREADS": "1"}
+        environment |= {"SGLANG_CPU_OMP_THREADS_BIND": bound} if tp > 1 else {}
+    elif devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    return environment
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+class SGLangServer:
+    """One server, from `start` to `close`; a context manager.
+
+    Args:
+        model_path: a Hugging Face folder; only its config and tokenizer count unless ``load_weights``.
+        name: of the log file.
+
+    Raises:
+        ConfigError: the server's Python does not exist.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        settings: ServerSettings | None = None,
+        *,
+        tp: int = 1,
+        dtype: str = "bfloat16",
+        max_running: int = 256,
+        device: Literal["cpu", "cuda"] = "cpu",
+        devices: str | None = None,
+        with_tokenizer: bool = True,
+        load_weights: bool = False,
+        name: str = "sglang",
+    ) -> None:
+        self.settings = settings or ServerSettings()
+        self.python = server_python(self.settings)
+        self.model_path, self.tp, self.dtype, self.max_running = Path(model_path), tp, dtype, max_running
+        self.device, self.devices = device, devices
+        self.with_tokenizer, self.load_weights = with_tokenizer, load_weights
+        folder = Path(self.settings.log_dir) if self.settings.log_dir else Path(tempfile.gettempdir()) / "megatron_rl"
+        self.log = folder / f"{name}-{os.getpid()}.log"
+        self.port = 0
+        self._guard: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.settings.host}:{self.port}"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process lives; it may not be ready yet."""
+        return self._guard is not None and self._guard.poll() is None
+
+    def launch(self) -> None:
+        """Start the process on a free port and return at once; anything that ran before is ended."""
+        self.close()
+        self.port = free_port(self.settings.host)
+        command = launch_command(
+            self.settings,
+            python=self.python,
+            model_path=self.model_path,
+            port=self.port,
+            tp=self.tp,
+            dtype=self.dtype,
+            max_running=self.max_running,
+            device=self.device,
+            with_tokenizer=self.with_tokenizer,
+            load_weights=self.load_weights,
+        )
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("starting SGLang at %s, log in %s: %s", self.url, self.log, " ".join(command))
+        # A session of its own: what kills this job's process group must not kill the guard before its work is done.
+        self._guard = subprocess.Popen(
+            [sys.executable, "-S", guard.__file__, str(self.log), *command],
+            stdin=subprocess.PIPE,
+            env=launch_environment(os.environ, self.device, self.tp, self.devices),
+            start_new_session=True,
+        )
+
+    def wait_ready(self) -> None:
+        """Wait until the server answers.
+
+        Raises:
+            RuntimeError: it ended, or ``start_timeout`` passed (it is then closed); the message holds its last lines.
+        """
+        deadline = time.monotonic() + self.settings.start_timeout
+        while time.monotonic() < deadline:
+            if not self.is_running:
+                raise RuntimeError(f"SGLang ended while it started; {self._last_lines()}")
+            if self.is_ready():
+                return
+            time.sleep(0.5)
+        self.close()
+        raise RuntimeError(f"SGLang was not ready in {self.settings.start_timeout:.0f} s; {self._last_lines()}")
+
+    def is_ready(self) -> bool:
+        """Whether the server answers requests now."""
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/model_info", timeout=5.0, trust_env=False).status_code == httpx.codes.OK
+        return False
+
+    def start(self) -> Self:
+        """`launch` and `wait_ready`; another port is tried where somebody took ours in between."""
+        for attempt in range(PORT_ATTEMPTS):
+            self.launch()
+            try:
+                self.wait_ready()
+                break
+            except RuntimeError as error:
+                if "address already in use" not in str(error).lower() or attempt == PORT_ATTEMPTS - 1:
+                    raise
+        return self
+
+    def close(self) -> None:
+        """End the server and every process it started; may be called twice."""
+        held, self._guard = self._guard, None
+        if held is None:
+            return
+        assert held.stdin is not None
+        held.stdin.close()
+        try:
+            held.wait(timeout=4 * guard.GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            held.kill()
+            held.wait()
+
+    def __enter__(self) -> Self:
+        return self.start() if not self.is_running else self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        return "\n".join([f"its log {self.log} ends with:", *lines[-LOG_TAIL_LINES:]])
+
+
+def server_python(settings: ServerSettings) -> str:
+    """The Python that runs servers.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    found = settings.python or sys.executable
+    if not Path(found).is_file():
+        raise ConfigError(
+            f"no Python at {found} to start SGLang with: set actor.rollout.options.server.python to that of the "
+            f"environment SGLang is installed in (`make setup-sglang` makes .venv-sglang/bin/python), or attach to "
+            f"running servers with actor.rollout.options.urls"
+        )
+    return found
