@@ -1,8 +1,8 @@
 """`RolloutEngine`: the one face that workers and weight sync know of whatever generates text.
 
-An engine says in what layout it holds its weights, takes new ones between `begin_update` and `commit_update`, and turns
-token ids into token ids with their log-probabilities. Workers start none of its parts themselves:
-``ENGINES[name](...)`` builds one.
+An engine says in what layout it holds its weights, takes new ones between `begin_update` and `commit_update` (or
+`abort_update`), and turns token ids into token ids with their log-probabilities. Workers start none of its parts
+themselves: ``ENGINES[name](...)`` builds one.
 """
 
 from __future__ import annotations
@@ -85,11 +85,22 @@ class RolloutEngine(ABC):
     @abstractmethod
     def targets(self) -> Mapping[str, torch.Tensor]:
         """This rank's own parameter storage by shard name, to be written in place between `begin_update` and
-        `commit_update`; empty where the weights live in another process, which `load_shards` then reaches."""
+        `commit_update`; empty where the weights live in another process, which `stage_shards` then reaches."""
 
     @abstractmethod
     def begin_update(self) -> None:
-        """Stop serving: from here until `commit_update` the weights may be a mixture of two versions."""
+        """Stop serving: from here until `commit_update` the weights may be a mixture of two versions. May be called
+        again after an update that was neither committed nor aborted."""
+
+    @abstractmethod
+    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
+        """Inside an update: hand over every shard of this rank, by name, in the layout's shapes, and return once the
+        engine provably holds them. They are served from `commit_update` on. Weight sync calls it for engines without
+        `targets`, whose ranks may wait for one another here.
+
+        Raises:
+            ValueError: a shard is missing, unknown or of another shape; nothing was written.
+        """
 
     @abstractmethod
     def commit_update(self, version: int) -> None:
@@ -100,12 +111,27 @@ class RolloutEngine(ABC):
         """
 
     @abstractmethod
+    def abort_update(self, intact: bool) -> None:
+        """Give the update up. The version committed last is served again if it is still whole; otherwise the engine
+        goes on refusing, until a later update is committed. May be called when none was begun.
+
+        Args:
+            intact: nothing was written since `begin_update`, neither into `targets` nor by `stage_shards`.
+        """
+
     def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
-        """A whole update in one call: every shard of this rank, by name, in the layout's shapes.
+        """A whole update in one call.
 
         Raises:
             ValueError: a shard is missing, unknown or of another shape; the weights served do not change.
         """
+        self.begin_update()
+        try:
+            self.stage_shards(shards)
+        except BaseException as error:
+            self.abort_update(intact=isinstance(error, ValueError))
+            raise
+        self.commit_update(version)
 
     @abstractmethod
     def generate(

@@ -1,16 +1,19 @@
-"""`WeightSync`: the push of a trainer's weights into a rollout engine, again and again.
+"""`WeightSync`: the push of a trainer's weights into a rollout engine, again and again, as a two-phase commit.
 
-The first push plans; later ones replay the plan. Between `begin_update` and `commit_update` the engine's weights are a
-mixture of two versions, which it must not serve.
+    begin --all ready?--> transfer --attest: all equal?--> stage --all hold it?--> commit
+      '-- no: the old version serves on      '------ no: nobody commits, what is half written refuses to serve
+
+The first push plans; later ones replay the plan. An engine serves one version whole, or refuses: whatever dies in
+between, the survivors learn of it within the transport's timeout, and the next push writes everything anew.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ParamSpec
 
 import torch
 import torch.distributed as dist
@@ -22,37 +25,23 @@ from megatron_rl.reshard import (
     LocalTransport,
     P2PTransport,
     Resharder,
+    ReshardPlan,
     Topology,
     TransferReport,
     Transport,
     WireFormat,
 )
+from megatron_rl.weights.agreement import Agreement
+from megatron_rl.weights.attestation import Attestor
+from megatron_rl.weights.diagnosis import AttestationError, faults
 from megatron_rl.weights.fill import empty_tensors
+from megatron_rl.weights.target import WeightTarget
 
 logger = logging.getLogger(__name__)
 
 MAX_STAGING_BYTES = 64 << 20
 
-
-class WeightTarget(Protocol):
-    """What a push needs of a rollout engine (`rollout.RolloutEngine` is one)."""
-
-    @property
-    def layout(self) -> Layout:
-        """Where each rank's shards of the engine's weights sit, or are handed in."""
-        ...
-
-    def targets(self) -> Mapping[str, Tensor]:
-        """This rank's own storage by shard name, padding zero; empty where the weights live in another process."""
-        ...
-
-    def begin_update(self) -> None: ...
-
-    def commit_update(self, version: int) -> None: ...
-
-    def load_shards(self, shards: Mapping[str, Tensor], version: int) -> None:
-        """A whole update in one call, for an engine without `targets`."""
-        ...
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +50,14 @@ class SyncReport:
 
     version: int
     plan_s: float  # seconds spent on planning; 0.0 after the first push
-    total_s: float  # seconds of the whole push, planning and loading included
+    attest_s: float  # seconds spent on checksums and their sum over the ranks; 0.0 where they are switched off
+    stage_s: float  # seconds until engines in other processes held the weights
+    total_s: float  # seconds of the whole push
     transfer: TransferReport
 
     def __str__(self) -> str:
-        return f"weights version {self.version} in {self.total_s:.3f} s (planning {self.plan_s:.3f} s): {self.transfer}"
+        parts = f"planning {self.plan_s:.3f} s, attestation {self.attest_s:.3f} s, staging {self.stage_s:.3f} s"
+        return f"weights version {self.version} in {self.total_s:.3f} s ({parts}): {self.transfer}"
 
 
 class WeightSync:
@@ -75,11 +67,14 @@ class WeightSync:
         source: where the trainer's weights sit, for example `models.megatron_layout`; equal on all ranks.
         target: the rollout engine, or this rank's handle of it.
         rank: this rank, as both layouts number ranks.
-        transport: reaches every rank of both layouts; None takes the default process group, if there is one.
+        transport: reaches every rank of both layouts; None takes the default process group, if there is one. Its
+            timeout is the longest that a push waits for a rank that has died.
         wire_dtype: what the values travel in, equal on all ranks: the engine's dtype moves the fewest bytes. None takes
             that of the engine's tensors, which every rank of ``source`` must then hold.
         max_staging_bytes: limit on extra memory during a push, apart from the shards of an engine without `targets`.
         topology: which ranks share a node; None puts all on one.
+        attest: compare checksums of both sides before a version is committed; equal on all ranks.
+        device: where the ranks' votes must lie while they travel: NCCL wants them on the GPU.
     """
 
     def __init__(
@@ -91,41 +86,62 @@ class WeightSync:
         wire_dtype: torch.dtype | WireFormat | None = None,
         max_staging_bytes: int = MAX_STAGING_BYTES,
         topology: Topology | None = None,
+        attest: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.source, self.target, self.rank = source, target, rank
         self._transport = transport or default_transport()
         self._wire, self._topology, self._max_staging_bytes = wire_dtype, topology, max_staging_bytes
+        self._attested, self._device = attest, device
+        self._transfer: Callable[[], TransferReport]  # bound in each push
+        self._begun = False  # the engine was told of the push under way
         self._resharder: Resharder | None = None
+        self._attestor: Attestor | None = None
+        self._previous: Tensor | None = None  # the expected checksums of the last push
         self._staged: dict[str, Tensor] = {}
+        self._takes_part = rank in target.layout.cells
+        ranks = sorted(source.cells.keys() | target.layout.cells.keys())
+        self._together = Agreement(
+            self._transport, ranks, rank, device, "no engine serves the new version, and the next push starts anew"
+        )
 
     def push(self, tensors: Mapping[str, Tensor], version: int) -> SyncReport:
         """Make the engine serve ``tensors`` (shard name -> this rank's tensor) as ``version``. Collective.
 
+        After an error no engine serves ``version``, unless it came while they committed: then each serves ``version``
+        whole or refuses. An engine refuses once it was written to, until a later push succeeds.
+
         Raises:
             ValueError: tensors that do not fit the layouts, or ``wire_dtype`` is needed.
-            TransportError: another rank failed; the engine does not serve until a later push succeeds.
+            AttestationError: what this rank's engine holds is not what the trainer does; the message says where.
+            PeerError: another rank failed, or ranks push different versions or formats.
+            TransportError: another rank is gone.
         """
-        start = time.perf_counter()
-        own = self.target.targets()
-        takes_part = self.rank in self.target.layout.cells
-        first = self._resharder is None
-        resharder = self._resharder or self._plan(own)
-        plan_s = time.perf_counter() - start if first else 0.0
-        if own:
-            self.target.begin_update()
-        elif takes_part and not self._staged:
-            device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-            self._staged = empty_tensors(self.target.layout, self.rank, resharder.wire.dtype, device)
-        transfer = resharder.run(tensors, own or self._staged)
-        if own:
-            self.target.commit_update(version)
-        elif takes_part:
-            self.target.load_shards(self._staged, version)
-        report = SyncReport(version, plan_s, time.perf_counter() - start, transfer)
+        start, first = time.perf_counter(), self._resharder is None
+        own, written, self._begun = self.target.targets(), False, False
+        try:
+            with self._together.attempt() as attempt:
+                attempt.run(self._plan, own)
+                plan_s = time.perf_counter() - start if first else 0.0
+                attempt.statement = self._statement(version)
+                attempt.run(self._begin, tensors, own)
+            written = bool(own)
+            transfer = self._transfer()
+            attest_s = self._timed(self._attest, tensors, own or self._staged)
+            if not own:
+                written = self._takes_part
+            stage_s = self._timed(self._stage, own)
+            self._commit(version)
+        except BaseException:
+            self._abort(intact=not written)
+            raise
+        report = SyncReport(version, plan_s, attest_s, stage_s, time.perf_counter() - start, transfer)
         logger.debug("%s", report)
         return report
 
-    def _plan(self, own: Mapping[str, Tensor]) -> Resharder:
+    def _plan(self, own: Mapping[str, Tensor]) -> None:
+        if self._resharder is not None:
+            return
         wire = self._wire or next((tensor.dtype for tensor in own.values()), None)
         apart = self.source.cells.keys() - self.target.layout.cells.keys()
         if wire is None or (self._wire is None and apart):
@@ -133,17 +149,71 @@ class WeightSync:
                 "wire_dtype must be given where some ranks hold no rollout weights, since they cannot know the "
                 "engine's dtype: pass the dtype that the rollout engine runs in"
             )
-        self._resharder = Resharder(
-            self.source,
-            self.target.layout,
-            self.rank,
-            self._transport,
-            wire,
-            self._max_staging_bytes,
-            self._topology,
+        plan = ReshardPlan(self.source, self.target.layout, self._topology)
+        cap = self._max_staging_bytes
+        resharder = Resharder(
+            self.source, self.target.layout, self.rank, self._transport, wire, cap, self._topology, plan
         )
-        logger.info("weights: %s -> %s; %s", self.source.name, self.target.layout.name, self._resharder.plan)
-        return self._resharder
+        self._attestor = Attestor(plan, self.rank, resharder.wire) if self._attested else None
+        self._resharder = resharder
+        logger.info("weights: %s -> %s; %s", self.source.name, self.target.layout.name, resharder.plan)
+
+    def _statement(self, version: int) -> str:
+        """What all ranks must agree on before anything moves."""
+        wire = self._resharder.wire if self._resharder else self._wire
+        checks = "attested" if self._attested else "not attested"
+        return f"version {version} of {self.source.name} for {self.target.layout.name}, sent as {wire}, {checks}"
+
+    def _begin(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        assert self._resharder is not None
+        if not own and self._takes_part and not self._staged:
+            device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+            self._staged = empty_tensors(self.target.layout, self.rank, self._resharder.wire.dtype, device)
+        self._transfer = self._resharder.bind(tensors, own or self._staged)
+        if self._takes_part:
+            self._begun = True
+            self.target.begin_update()
+
+    def _attest(self, tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+        attestor = self._attestor
+        if attestor is None:
+            return
+        sums = [torch.zeros(attestor.slots.count, dtype=torch.int64)]
+        with self._together.attempt() as attempt:
+            attempt.run(lambda: sums.append(attestor.part(tensors)))
+            expected = self._together.total(sums[-1].to(self._device)).cpu()
+            attempt.run(self._compare, attestor, held, expected)
+        self._previous = expected
+
+    def _compare(self, attestor: Attestor, held: Mapping[str, Tensor], expected: Tensor) -> None:
+        found = faults(attestor, held, expected, self._previous)
+        if found:
+            raise AttestationError(self.rank, found)
+
+    def _stage(self, own: Mapping[str, Tensor]) -> None:
+        with self._together.attempt() as attempt:
+            if self._takes_part and not own:
+                attempt.run(self.target.stage_shards, self._staged)
+
+    def _commit(self, version: int) -> None:
+        """From here on an engine that fails is on its own: the others have been told to serve."""
+        consequence = f"engines that had committed version {version} serve it whole, the others refuse to serve"
+        with self._together.attempt(consequence) as attempt:
+            if self._takes_part:
+                attempt.run(self.target.commit_update, version)
+
+    def _abort(self, intact: bool) -> None:
+        if self._begun:
+            try:
+                self.target.abort_update(intact)
+            except Exception:  # the error that led here says more
+                logger.exception("rank %d could not tell its engine that the update is given up", self.rank)
+
+    @staticmethod
+    def _timed(action: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> float:
+        start = time.perf_counter()
+        action(*args, **kwargs)
+        return time.perf_counter() - start
 
 
 def default_transport() -> Transport:

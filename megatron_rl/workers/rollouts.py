@@ -93,6 +93,7 @@ class Rollouts:
                 engine,
                 rank=self.model.context.rank,
                 max_staging_bytes=self.settings.max_staging_bytes,
+                device=self.model.device,
             )
         report = self._sync.push(self.model.tensors(), self.trained_version)
         self._served_version = self.trained_version

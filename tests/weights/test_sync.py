@@ -23,7 +23,7 @@ from megatron_rl.weights.sync import WeightSync
 
 @dataclass
 class Engine:
-    """The weight side of a rollout engine: in place when it has storage, through `load_shards` when it has none."""
+    """The weight side of a rollout engine: in place when it has storage, through `stage_shards` when it has none."""
 
     layout: Layout
     storage: dict[str, Tensor]
@@ -39,8 +39,11 @@ class Engine:
     def commit_update(self, version: int) -> None:
         self.calls.append(f"commit {version}")
 
-    def load_shards(self, shards: Mapping[str, Tensor], version: int) -> None:
-        self.calls.append(f"load {version}")
+    def abort_update(self, intact: bool) -> None:
+        self.calls.append(f"abort {'intact' if intact else 'half written'}")
+
+    def stage_shards(self, shards: Mapping[str, Tensor]) -> None:
+        self.calls.append("stage")
         self.loaded = {name: tensor.clone() for name, tensor in shards.items()}
 
 
@@ -56,7 +59,7 @@ CASES += [(QWEN3_MOE, ParallelSizes(ep=4), 4, 2), (QWEN3_MOE, ParallelSizes(tp=2
 
 
 @pytest.mark.parametrize(("architecture", "sizes", "tp", "ep"), CASES, ids=lambda v: getattr(v, "family", str(v)))
-@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "load_shards"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "staged"])
 def test_each_push_fills_every_engine_rank_as_slicing_by_hand_does(
     architecture: Architecture, sizes: ParallelSizes, tp: int, ep: int, in_place: bool
 ) -> None:
@@ -80,7 +83,8 @@ def test_each_push_fills_every_engine_rank_as_slicing_by_hand_does(
 
     padded = rollout_vocab(architecture.vocab, tp)
     for rank, (engine, seen) in enumerate(all_well(on_ranks(world, work))):
-        assert engine.calls == (["begin", "commit 3", "begin", "commit 4"] if in_place else ["load 3", "load 4"])
+        one = ["begin"] if in_place else ["begin", "stage"]
+        assert engine.calls == [*one, "commit 3", *one, "commit 4"]
         for version, held in zip((3, 4), seen, strict=True):
             expected = rollout_by_hand(architecture, random_logical(architecture, version), rank % tp, tp, ep, padded)
             assert sorted(held) == sorted(expected)
@@ -118,12 +122,12 @@ def test_a_failed_push_is_never_committed_and_the_next_one_heals() -> None:
 
     failed, _ = on_ranks(2, work, timeout=0.5)
     assert isinstance(failed, TransportError)
-    assert engines[0].calls == ["begin"]
+    assert engines[0].calls == ["begin", "abort intact"]
 
     def heal(rank: int, transport: Transport) -> None:
         WeightSync(source, engines[rank], rank, transport).push(trained(LLAMA, source, rank, seed=2), 2)
 
     all_well(on_ranks(2, heal))
     expected = rollout_by_hand(LLAMA, random_logical(LLAMA, 2), 0, 1, 1, 64)
-    assert engines[0].calls == ["begin", "begin", "commit 2"]
+    assert engines[0].calls[2:] == ["begin", "commit 2"]
     assert all(torch.equal(engines[0].storage[name], expected[name]) for name in expected)

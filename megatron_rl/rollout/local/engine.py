@@ -103,15 +103,16 @@ class LocalEngine(RolloutEngine):
             raise RuntimeError("the rollout weights sleep: call wake(['weights']) before updating them")
         self._gate.begin()
 
+    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
+        _check_shards(shards, self._targets)
+        for name, target in self._targets.items():
+            target.copy_(shards[name])
+
     def commit_update(self, version: int) -> None:
         self._gate.commit(version)
 
-    def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
-        _check_shards(shards, self._targets)
-        self.begin_update()
-        for name, target in self._targets.items():
-            target.copy_(shards[name])
-        self.commit_update(version)
+    def abort_update(self, intact: bool) -> None:
+        self._gate.abort(intact)
 
     @torch.inference_mode()
     def generate(
