@@ -1,8 +1,6 @@
 """`RewardModelling`: a scalar head trained on preference pairs, the Bradley-Terry model.
 
-A sequence's score is the head's output at its last token, as in Hugging Face's sequence classifiers. Values are
-predictor-aligned (position p holds what belongs to token p + 1), so one token is appended to each sequence and the
-value "of that token" is asked for: it is computed from the sequence alone, the appended token is never attended to.
+A sequence's score is the head's output at its last token: see `batch.scores`.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.algorithms.roles import Policy, ValueSource
 from megatron_rl.batch import Batch
+from megatron_rl.batch.scores import ask_for_scores
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs
 
@@ -35,6 +34,9 @@ class RewardModelling(PairwiseAlgorithm):
         """Batches bring the sequence field ``margins``, the same number for both responses of a pair."""
         center_coefficient: float = 0.0
         """Weight of (score_chosen + score_rejected)^2, which keeps scores around 0 (arXiv 2312.09244, eq. 2)."""
+        pad_token_id: int | None = None
+        """Trailing tokens of this id do not count, as in Hugging Face's classifiers, which look for the last token that
+        is not padding: where pad is eos, the score is that of the token before. None: the last token counts always."""
 
     name = "reward-model"
     config: Config
@@ -69,15 +71,9 @@ class RewardModelling(PairwiseAlgorithm):
         writes = ("input_ids", "response_mask")
         return [
             *super().check_stages(),
-            Stage("batch.ask_scores", ask_for_scores, reads=writes, writes=writes, place="host"),
+            Stage("batch.ask_scores", self.ask_for_scores, reads=writes, writes=writes, place="host"),
         ]
 
-
-def ask_for_scores(batch: Batch) -> None:
-    """Append one token to each sequence and mask exactly these, in place; other token fields are dropped.
-
-    The appended id is 0; no other token sees it. The value at that token is the sequence's score.
-    """
-    rows = [part.tolist() for part in torch.split(batch["input_ids"], batch.lengths.tolist())]
-    asked = Batch.from_sequences([[*row, 0] for row in rows], [[0] * len(row) + [1] for row in rows])
-    batch.cu_seqlens, batch.tokens = asked.cu_seqlens, asked.tokens
+    def ask_for_scores(self, batch: Batch) -> None:
+        """See the function of this name."""
+        ask_for_scores(batch, self.config.pad_token_id)

@@ -68,7 +68,7 @@ class ModelFamily:
         """The inverse of `architecture`: fields of the Hugging Face config."""
         rope = dict(architecture.rope_scaling) or {"rope_type": "default"}
         return {
-            "architectures": [self.hf_class],
+            "architectures": [self.hf_name(architecture)],
             "num_hidden_layers": architecture.num_layers,
             "hidden_size": architecture.hidden,
             "intermediate_size": architecture.ffn,
@@ -81,6 +81,12 @@ class ModelFamily:
             "rope_parameters": {"rope_theta": architecture.rope_theta, **rope},
             "max_position_embeddings": architecture.max_positions,
         }
+
+    def hf_name(self, architecture: Architecture) -> str:
+        """The class of `transformers` that a folder is loaded as."""
+        if not architecture.score_head:
+            return self.hf_class
+        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what would silently be computed differently."""
@@ -114,6 +120,8 @@ class ModelFamily:
 
     def output(self, a: Architecture) -> Parameter:
         """The output layer. Tied, it is one more copy of the embedding (Megatron's last pipeline stage)."""
+        if a.score_head:
+            return Replicated("score.weight", (1, a.hidden), "output_layer.weight")
         name = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
         return VocabularyRows(
             name, a.vocab, a.hidden, megatron_name="output_layer.weight", rollout_name="lm_head.weight"

@@ -31,7 +31,7 @@ def parameters(architecture: Architecture) -> Iterator[tuple[str, Parameter]]:
         for parameter in family.layer(architecture, index):
             yield f"model.layers.{index}.", parameter
     yield "", family.final_norm(architecture)
-    if not architecture.tied:
+    if architecture.score_head or not architecture.tied:
         yield "", family.output(architecture)
 
 
@@ -133,7 +133,7 @@ class _MegatronStage:
                 yield from parameter.megatron(at)
         if stage == sizes.pp - 1 and chunk == sizes.vpp - 1:
             yield from family.final_norm(a).megatron(place)
-            if self.output_layer and (not a.tied or sizes.pp > 1):
+            if self.output_layer and (a.score_head or not a.tied or sizes.pp > 1):
                 yield from family.output(a).megatron(place)
 
 

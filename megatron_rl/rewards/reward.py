@@ -40,6 +40,7 @@ class Reward:
         """Options, from YAML or keyword arguments."""
 
     name: str = "reward"
+    place: str = "host"  # where it runs; anything but "host" may hold collectives of the training ranks
 
     def score_one(self, sample: Sample) -> float:
         """The reward of one sample; any finite number."""
@@ -56,7 +57,7 @@ class Reward:
             RewardError: the reward raised, or returned too few or too many values, or one that is not a finite number;
                 the message names the sample.
         """
-        if not samples:
+        if not samples and self.place == "host":  # elsewhere other ranks may have samples, and wait for this one
             return []
         try:
             values = self.score(samples)
@@ -64,8 +65,8 @@ class Reward:
             raise
         except Exception as error:
             raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__}: {error}; it was scoring {len(samples)} samples, "
-                f"the first of them {describe(samples[0])}"
+                f"reward {self.name!r} raised {type(error).__name__}: {error}; it was scoring {len(samples)} samples"
+                + (f", the first of them {describe(samples[0])}" if samples else "")
             ) from error
         rewards = _checked(self.name, samples, values)
         self.note(samples, rewards)

@@ -30,6 +30,12 @@ class WeightedReward(Reward):
         self.parts = dict(parts)
         self.name = name
 
+    @property
+    def place(self) -> str:  # type: ignore[override]
+        """Where its parts run."""
+        places = {reward.place for reward, _ in self.parts.values()}
+        return next(iter(places - {Reward.place}), Reward.place)
+
     def score(self, samples: Sequence[Sample]) -> Sequence[float]:
         columns = [[weight * value for value in reward(samples)] for reward, weight in self.parts.values()]
         return [math.fsum(row) for row in zip(*columns, strict=True)]

@@ -4,7 +4,7 @@ from megatron_rl.run.build import build_trainer
 from megatron_rl.run.config import RunConfig
 from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
-from megatron_rl.run.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer
+from megatron_rl.run.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
 
 __all__ = [
     "DPOTrainer",
@@ -12,6 +12,7 @@ __all__ = [
     "GRPOTrainer",
     "KTOTrainer",
     "PPOTrainer",
+    "RewardTrainer",
     "RunConfig",
     "SFTTrainer",
     "build_trainer",

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def connect(
     flow: Flow,
-    actor: Actor,
+    actor: Actor | Critic,
     algorithm: BaseAlgorithm,
     source: BatchSource,
     settings: TrainerSettings,
@@ -44,6 +44,7 @@ def connect(
     """Connect the parts of a run; the output folder is made here. Collective over all ranks.
 
     Args:
+        actor: the model that the run is about; a `Critic` where a reward model is trained.
         source: what each step's batch comes from, for example a `PromptLoader`.
         tracking: where metrics go; None = console, metrics.jsonl and MLflow.
         evaluate: ``eval/...`` metrics, for example an `Evaluation`.
@@ -53,7 +54,9 @@ def connect(
         ConfigError: a tracker is unknown or not installed.
     """
     trainables = {"actor": actor.trainable}
-    states: dict[str, Stateful] = {"rollouts": actor.rollouts, "algorithm": algorithm}
+    states: dict[str, Stateful] = {"algorithm": algorithm}
+    if isinstance(actor, Actor):
+        states["rollouts"] = actor.rollouts
     if isinstance(algorithm.critic, Critic):
         trainables["critic"] = algorithm.critic.trainable
     output_dir = Path(settings.output_dir)

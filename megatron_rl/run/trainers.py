@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, SFT, BaseAlgorithm
+from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, SFT, BaseAlgorithm, RewardModelling
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.data import CompletionDataset, LabelledDataset, PairDataset, PromptDataset, PromptLoader
 from megatron_rl.data.completions import CompletionLoader
 from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.run.connect import connect
 from megatron_rl.tracking import TrackerGroup
@@ -116,11 +116,11 @@ class OneCallTrainer:
         )
         steps = run.total_steps(loader.steps_per_epoch) * config.num_epochs * config.num_mini_batches
         settings = self.settings.model_copy(update={"optimizer": rates}).over(steps)
-        actor = Actor(self.model, self.tokenizer, self.optimizer, context=at, settings=settings)
-        algorithm = self.make_algorithm(actor)
+        worker = self.make_worker(at, settings)
+        algorithm = self.make_algorithm(worker)
         trainer = connect(
-            self.make_flow(actor, algorithm),
-            actor,
+            self.make_flow(worker, algorithm),
+            worker,
             algorithm,
             loader,  # type: ignore[arg-type]  # each loader_type has next_batch
             run,
@@ -130,7 +130,11 @@ class OneCallTrainer:
         )
         return trainer.train()
 
-    def make_algorithm(self, actor: Actor) -> BaseAlgorithm:
+    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
+        """The model in training: an `Actor`, unless a subclass says otherwise."""
+        return Actor(self.model, self.tokenizer, self.optimizer, context=context, settings=settings)
+
+    def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         """The algorithm over the actor and, where it has a reference, a frozen copy of it."""
         return self.algorithm_type(actor, self.make_reference(actor), config=self.options)
 
@@ -138,7 +142,7 @@ class OneCallTrainer:
         free = self.options.get("reference_free") or self.options.get("precomputed_reference")
         return None if free else Reference(actor)
 
-    def make_flow(self, actor: Actor, algorithm: BaseAlgorithm) -> Flow:
+    def make_flow(self, actor: Any, algorithm: BaseAlgorithm) -> Flow:
         return algorithm.update()
 
 
@@ -161,6 +165,26 @@ class SFTTrainer(OneCallTrainer):
 
     def make_reference(self, actor: Actor) -> Reference | None:
         return None
+
+
+class RewardTrainer(OneCallTrainer):
+    """A reward model from preference pairs: columns as for `DPOTrainer`, with ``margin="column"`` also how much better.
+
+    ``model`` is a language model, whose decoder gets a value head, or a sequence classifier with one label; what is
+    saved is such a classifier (`AutoModelForSequenceClassification`), and `RewardModel(folder)` scores with it.
+    """
+
+    algorithm_type: ClassVar[type[BaseAlgorithm]] = RewardModelling
+    dataset_type, loader_type = PairDataset, PairLoader
+
+    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
+        return Critic(
+            self.model, context=context, settings=settings, tokenizer=self.tokenizer, optimizer=self.optimizer
+        )
+
+    def make_algorithm(self, actor: Any) -> BaseAlgorithm:
+        config = {"use_margins": bool(self.dataset.config.margin), "pad_token_id": self.tokenizer.pad_token_id}
+        return RewardModelling(actor, config | self.options)
 
 
 class GRPOTrainer(OneCallTrainer):
@@ -193,7 +217,7 @@ class GRPOTrainer(OneCallTrainer):
     def make_reference(self, actor: Actor) -> Reference | None:
         return Reference(actor) if self.options.get("kl_coefficient") else None
 
-    def make_flow(self, actor: Actor, algorithm: BaseAlgorithm) -> Flow:
+    def make_flow(self, actor: Any, algorithm: BaseAlgorithm) -> Flow:
         return actor.sample(**self.sampling) >> self.reward.score() >> algorithm.update()
 
 
@@ -210,7 +234,7 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self.critic_model = critic_model
 
-    def make_algorithm(self, actor: Actor) -> BaseAlgorithm:
+    def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         source = self.critic_model if self.critic_model is not None else self.model
         if isinstance(source, (list, tuple)):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")

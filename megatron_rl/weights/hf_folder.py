@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,27 @@ class HFDescription:
         config = self._config(dtype)
         config.save_pretrained(folder)
         _add_older_spellings(folder / "config.json")
-        generation = self.generation or GenerationConfig.from_model_config(config)
-        generation.save_pretrained(folder)
+        if not self.architecture.score_head:
+            generation = self.generation or GenerationConfig.from_model_config(config)
+            generation.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     def _config(self, dtype: torch.dtype) -> PretrainedConfig:
         a, name = self.architecture, str(dtype).removeprefix("torch.")
         if not self.config:
-            return hf_config_from(a, self.tokenizer, name)
+            config = hf_config_from(a, self.tokenizer, name)
+            if a.score_head:
+                config.num_labels = 1
+            return config
         fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
         config = CONFIG_MAPPING[a.family].from_dict(fields)
-        config.architectures, config.dtype = [family_of(a.family).hf_class], name
-        found = architecture_from_hf(config)
+        config.architectures, config.dtype = [family_of(a.family).hf_name(a)], name
+        if a.score_head:
+            config.num_labels = 1
+            if self.tokenizer is not None:
+                config.pad_token_id = self.tokenizer.pad_token_id
+        found = replace(architecture_from_hf(config), score_head=a.score_head)
         if found != a:
             raise ConfigError(f"hf_config describes {found}, but the weights are of {a}: pass the model's own config")
         return config

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
@@ -24,6 +25,7 @@ from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memor
 
 logger = logging.getLogger(__name__)
 
+SCORE = "score.weight"  # the head of a sequence classifier
 NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -49,20 +51,48 @@ def read_architecture(folder: str | Path) -> Architecture:
     return architecture_from_hf(read_hf_config(folder))
 
 
-def load_folder(folder: str | Path, layout: Layout, rank: int, tensors: Mapping[str, Tensor]) -> None:
+def load_folder(
+    folder: str | Path,
+    layout: Layout,
+    rank: int,
+    tensors: Mapping[str, Tensor],
+    architecture: Architecture | None = None,
+) -> None:
     """Fill the tensors of ``rank`` from a folder's safetensors, reading only the rectangles that ``layout`` gives it.
 
     Args:
         tensors: the layout's local names -> tensors, any dtype and device, written in place
             (`models.chunk_tensors` gives those of a Megatron model).
+        architecture: what the folder must hold; None = the language model that its config describes.
 
     Raises:
         ConfigError: the folder's files, the config and the layout do not fit together; the message names the file.
     """
     with SafetensorsFolder(folder) as source:
-        expected = logical_tensors(read_architecture(folder))
+        expected = logical_tensors(architecture or read_architecture(folder))
         _check_folder(source, expected)
         fill(layout, rank, tensors, source)
+
+
+def holds_scores(folder: str | Path) -> bool:
+    """Whether a folder is a sequence classifier with one label, which is to say a reward model.
+
+    Raises:
+        ConfigError: it is a classifier of several labels.
+    """
+    with SafetensorsFolder(folder) as source:
+        if SCORE not in source:
+            return False
+    require_one_label(read_hf_config(folder), str(folder))
+    return True
+
+
+def require_one_label(config: PretrainedConfig, where: str) -> None:
+    """Raise ConfigError unless the classifier gives one number."""
+    if config.num_labels != 1:
+        raise ConfigError(
+            f"{where} is a sequence classifier of {config.num_labels} labels: a reward model has num_labels=1"
+        )
 
 
 def _check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -82,9 +112,12 @@ def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
     """The architecture of a Hugging Face model in memory, and its weights as a source for `fill`.
 
     Raises:
-        ConfigError: its family is not supported.
+        ConfigError: its family is not supported, or it is a classifier of several labels.
     """
     architecture = architecture_from_hf(model.config)
+    if SCORE in model.state_dict():
+        require_one_label(model.config, type(model).__name__)
+        architecture = replace(architecture, score_head=True)
     return architecture, state_source(architecture, dict(model.state_dict()))
 
 

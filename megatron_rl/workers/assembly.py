@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state as megatron_state
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
@@ -19,6 +20,13 @@ from megatron_rl.workers.schedule import MicroBatching
 from megatron_rl.workers.scoring import ScoringModel
 from megatron_rl.workers.settings import DTYPES, WorkerSettings
 from megatron_rl.workers.trainable import TrainableModel
+
+
+def running_context(seed: int) -> ParallelContext:
+    """The context of the job that runs in this process; where none does yet, that of one model a rank."""
+    if megatron_state.model_parallel_is_initialized():
+        return ParallelContext.from_parallel_state(megatron_state)
+    return job_context(None, None, seed)
 
 
 def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) -> ParallelContext:
@@ -73,9 +81,11 @@ def assemble(
     return TrainableModel(held, _micro_batching(held, settings), optimizer, scheduler, name)
 
 
-def build_frozen(model: Any, context: ParallelContext, settings: WorkerSettings, vocab: int) -> ScoringModel:
+def build_frozen(
+    model: Any, context: ParallelContext, settings: WorkerSettings, vocab: int, value_head: bool = False
+) -> ScoringModel:
     """A model that only scores: no gradient buffers, no optimizer."""
-    held = hold(model, context, settings, vocab)
+    held = hold(model, context, settings, vocab, value_head)
     for chunk in held.chunks:
         chunk.requires_grad_(False)
     return ScoringModel(held, _micro_batching(held, settings))
@@ -87,7 +97,7 @@ def hold(
     """Either way in, without an optimizer."""
     if not is_hf_model(model):
         chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-        return MegatronModel.from_chunks(chunks, context, vocab)
+        return MegatronModel.from_chunks(chunks, context, vocab, value_head)
     dtype = DTYPES[settings.dtype]
     return MegatronModel.from_hf(model, context, dtype=dtype, recompute=settings.recompute, value_head=value_head)
 

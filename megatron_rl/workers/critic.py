@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import assemble, job_context
 from megatron_rl.workers.heads import value_head
 from megatron_rl.workers.scoring import token_values_stage
@@ -19,8 +21,11 @@ class Critic(TrainedWorker):
     """A value model in this job's layout, with its optimizer.
 
     Args:
-        model: a Hugging Face folder or model whose decoder is taken over; the value head starts at zero.
-        parallel_state, parallel, context, settings: as for `Actor`.
+        model: a Hugging Face folder or model: of a sequence classifier with one label, or of a language model, whose
+            decoder is taken over under a value head of zeros. Or Megatron chunks with a `ValueHead`.
+        parallel_state, parallel, context, settings, optimizer: as for `Actor`.
+        tokenizer: goes into the folder of `save_pretrained`; needed for Megatron chunks, whose logical vocabulary is
+            its length.
 
     Raises:
         ConfigError: layout, model and settings do not fit together.
@@ -36,11 +41,20 @@ class Critic(TrainedWorker):
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
         settings: WorkerSettings | None = None,
+        tokenizer: Any = None,
+        optimizer: Any = None,
     ) -> None:
         self.settings = settings or WorkerSettings()
+        self.tokenizer = tokenizer
         context = context or job_context(parallel_state, parallel, self.settings.seed)
         self.trainable: TrainableModel = assemble(
-            model, context, self.settings, vocab=0, name="critic", value_head=True
+            model,
+            context,
+            self.settings,
+            vocab=0 if tokenizer is None else len(tokenizer),
+            name="critic",
+            optimizer=optimizer,
+            value_head=True,
         )
 
     def values(self, write: str = "values") -> Stage:
@@ -51,3 +65,20 @@ class Critic(TrainedWorker):
         """The loss reads ``inputs.values``."""
         assert not with_entropy, "a value model has no entropy"
         return lambda micro_batch, output: {"values": output.squeeze(-1).float()}
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write a Hugging Face sequence classifier with one label. Called on every rank.
+
+        Its score is the value after the last token of a sequence that is not padding.
+        """
+        self.model.sync_parameters()
+        return save_hf(
+            self.model.layout,
+            self.model.tensors(),
+            self.model.architecture,
+            Path(folder),
+            rank=self.context.rank,
+            tokenizer=self.tokenizer,
+            hf_config=self.model.hf_config,
+            overwrite=overwrite,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,11 @@ from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
 from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
+from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_in import load_folder, model_source, resolve_folder
+from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source, resolve_folder
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
@@ -53,7 +54,6 @@ class MegatronModel:
     architecture: Architecture
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
-    value_head: bool = False  # the output layer is a value head
 
     @classmethod
     def from_hf(
@@ -68,37 +68,50 @@ class MegatronModel:
         """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
         checkpoint of any layout.
 
-        From files each rank reads only its own part.
+        From files each rank reads only its own part. A value head is that of a sequence classifier with one label, and
+        zero where the source is a language model.
         """
         folder = resolve_folder(source) if isinstance(source, (str, Path)) else None
         hf_config = _hf_config(folder, source)
-        architecture, sizes = architecture_from_hf(hf_config), context.sizes
+        architecture, sizes = replace(architecture_from_hf(hf_config), score_head=value_head), context.sizes
         device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
         chunks = build_model(
             architecture, config, pg_collection=context.collection, device=device, value_head=value_head
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
-        model = cls(list(chunks), context, architecture, vocab, hf_config, value_head)
+        model = cls(list(chunks), context, architecture, vocab, hf_config)
         if isinstance(source, MegatronCheckpoint):
             load_megatron_checkpoint(source.folder, model.chunks)
         elif folder:
-            load_folder(folder, model.layout, context.rank, model.tensors())
+            has_head = not value_head or holds_scores(folder)
+            stored = architecture if has_head else replace(architecture, score_head=False)
+            load_folder(folder, model.layout_of(has_head), context.rank, model.tensors(), stored)
         else:
-            fill(model.layout, context.rank, model.tensors(), model_source(source)[1])  # type: ignore[arg-type]
+            found, weights = model_source(source)  # type: ignore[arg-type]
+            has_head = not value_head or found.score_head
+            fill(model.layout_of(has_head), context.rank, model.tensors(), weights)
         return model
 
     @classmethod
-    def from_chunks(cls, chunks: Sequence[torch.nn.Module], context: ParallelContext, vocab: int) -> MegatronModel:
+    def from_chunks(
+        cls, chunks: Sequence[torch.nn.Module], context: ParallelContext, vocab: int, value_head: bool = False
+    ) -> MegatronModel:
         """Adopt a job's own `GPTModel` chunks, wrapped or not.
 
         Args:
             vocab: logical vocabulary, without padding: usually ``len(tokenizer)``.
+            value_head: the last chunk's output layer is a `models.value_head.ValueHead`.
 
         Raises:
-            ConfigError: the chunks do not hold the layers that their place in the pipeline asks for.
+            ConfigError: the chunks do not hold the layers that their place in the pipeline asks for, or not that head.
         """
         inner = [unwrap(chunk) for chunk in chunks]
+        if inner[-1].post_process and isinstance(inner[-1].output_layer, ValueHead) != value_head:
+            raise ConfigError(
+                f"the output layer of the last model chunk is a {type(inner[-1].output_layer).__name__}: a critic or "
+                "reward model needs models.value_head.ValueHead, a policy the vocabulary's"
+            )
         config = inner[0].config
         sizes = context.sizes
         if len(inner) != sizes.vpp:
@@ -111,9 +124,15 @@ class MegatronModel:
             rope_theta=float(inner[0].rotary_base),
             max_positions=inner[0].max_sequence_length,
         )
+        architecture = replace(architecture, score_head=value_head)
         model = cls(list(chunks), context, architecture, int(inner[0].vocab_size))
         model.check_layers()
         return model
+
+    @property
+    def value_head(self) -> bool:
+        """Whether the output layer is one number a position instead of the vocabulary."""
+        return self.architecture.score_head
 
     @property
     def config(self) -> TransformerConfig:
@@ -140,9 +159,13 @@ class MegatronModel:
     @functools.cached_property
     def layout(self) -> Layout:
         """Where every rank's shards of the logical tensors sit."""
-        return megatron_layout(
-            self.architecture, self.context.grid, self.padded_vocab, self.naming, output_layer=not self.value_head
-        )
+        return self.layout_of(output_layer=True)
+
+    def layout_of(self, output_layer: bool) -> Layout:
+        """The same with or without the output layer."""
+        architecture = self.architecture if output_layer else replace(self.architecture, score_head=False)
+        grid = self.context.grid
+        return megatron_layout(architecture, grid, self.padded_vocab, self.naming, output_layer=output_layer)
 
     def tensors(self) -> dict[str, Tensor]:
         """This rank's weights by shard name: views that see every later update."""

@@ -3,6 +3,7 @@
 RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
 RewardModel({"correct": r1, "format": (r2, 0.2)})   several, weighted
+RewardModel("path/to/classifier")         a model with a value head, run by this job: see `score_model`
 """
 
 from __future__ import annotations
@@ -15,20 +16,27 @@ import torch
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.dataflow import Stage
 from megatron_rl.rewards import Reward, as_reward
+from megatron_rl.workers.score_model import ScoreModel, is_model
 
 
 class RewardModel:
     """Scores samples.
 
     Args:
-        source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs.
+        source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs;
+            or a model: a Hugging Face sequence classifier with one label (folder, id or model) or Megatron chunks with
+            a `ValueHead`.
+        options: of `as_reward`, or of `ScoreModel` (``tokenizer``, ``context``).
 
     Raises:
         ConfigError: ``source`` is none of these.
     """
 
-    def __init__(self, source: Callable[[Sample], float] | Reward | Mapping[str, Any], **options: Any) -> None:
-        self.reward: Reward = as_reward(source, **options)
+    def __init__(self, source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any, **options: Any) -> None:
+        if is_model(source):
+            self.reward: Reward = ScoreModel(model=source, **options)
+        else:
+            self.reward = as_reward(source, **options)
 
     def score(self) -> Stage:
         """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``.
@@ -43,4 +51,4 @@ class RewardModel:
                 sample.reward = value
             batch.sequences["rewards"] = torch.tensor(rewards, dtype=torch.float32)
 
-        return Stage("reward.score", run, reads=("samples",), writes=("rewards",), place="host")
+        return Stage("reward.score", run, reads=("samples",), writes=("rewards",), place=self.reward.place)

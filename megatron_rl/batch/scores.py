@@ -1,0 +1,34 @@
+"""Asking a model with a value head for one number a sequence.
+
+A sequence's score is the head's output at its last token, as in Hugging Face's sequence classifiers. Values are
+predictor-aligned (position p holds what belongs to token p + 1), so one token is appended to each sequence and the
+value "of that token" is asked for: it is computed from the sequence alone, the appended token is never attended to.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_rl.batch import Batch
+
+
+def ask_for_scores(batch: Batch, pad_token_id: int | None = None) -> None:
+    """Append one token to each sequence and mask exactly these, in place; other token fields are dropped.
+
+    The appended id is 0; no other token sees it. The value at that token is the sequence's score.
+
+    Args:
+        pad_token_id: trailing tokens of this id are dropped first, but for a sequence's first token.
+    """
+    parts = torch.split(batch["input_ids"], batch.lengths.tolist()) if batch.num_sequences else ()
+    rows = [without_padding(part.tolist(), pad_token_id) for part in parts]
+    asked = Batch.from_sequences([[*row, 0] for row in rows], [[0] * len(row) + [1] for row in rows])
+    batch.cu_seqlens, batch.tokens = asked.cu_seqlens, asked.tokens
+
+
+def without_padding(row: list[int], pad_token_id: int | None) -> list[int]:
+    """``row`` up to its last token that is not padding; at least one token."""
+    length = len(row)
+    while length > 1 and row[length - 1] == pad_token_id:
+        length -= 1
+    return row[:length]
