@@ -25,7 +25,7 @@ from megatron_rl.workers.assembly import build_frozen, running_context
 from megatron_rl.workers.heads import value_head
 from megatron_rl.workers.megatron_model import is_hf_model
 from megatron_rl.workers.scoring import ScoringModel, token_values
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.settings import DtypeName, WorkerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,10 @@ class ScoreModel(Reward):
         """Hugging Face folder or id of a sequence classifier with one label (`RewardTrainer` writes such)."""
         retokenize: bool = False
         """Re-encode the text with the reward model's own tokenizer; False: it shares the policy's vocabulary."""
-        worker: WorkerSettings = WorkerSettings()
-        """Precision and micro-batches."""
+        dtype: DtypeName = "float32"
+        """Of the weights and of the forward pass."""
+        token_budget: int = 4096
+        """Tokens of one micro-batch, over all context-parallel ranks."""
 
     def __init__(
         self,
@@ -87,7 +89,9 @@ class ScoreModel(Reward):
         if config is None and model is None:
             raise ConfigError("a reward model needs model: a Hugging Face folder, id or model, or Megatron chunks")
         self.name = name
-        self.settings = config.worker if config else WorkerSettings()
+        self.settings = WorkerSettings()
+        if config is not None:
+            self.settings = WorkerSettings(dtype=config.dtype, token_budget=config.token_budget)
         self.source = model if config is None else config.model
         self.tokenizer = load_tokenizer(config.model) if config and config.retokenize else tokenizer
         self.vocab = vocab or (len(tokenizer) if tokenizer is not None else 0)
