@@ -98,6 +98,7 @@ class Actor(TrainedWorker):
         def run(batch: Batch) -> None:
             self.publish(batch.metrics)
             batch.samples = self.rollouts.generate(batch.prompts, params)
+            self.rollouts.rest()
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))
 

@@ -45,6 +45,7 @@ class Rollouts:
         self._served_version: int | None = None  # of the weights that the engine holds
         self._engine = engine
         self._sync: WeightSync | None = None
+        self._asleep = False
         context = model.context
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
         self.placements = [RolloutPlacement(replica, settings.tp) for replica in ranks]
@@ -87,6 +88,9 @@ class Rollouts:
     def push(self) -> SyncReport:
         """Carry the training weights into the engine as `trained_version`; collective over all ranks."""
         engine = self.engine
+        if self._asleep:
+            engine.wake()
+            self._asleep = False
         if self._sync is None:
             self._sync = WeightSync(
                 self.model.layout,
@@ -120,6 +124,12 @@ class Rollouts:
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
             for completion in completions
         ]
+
+    def rest(self) -> None:
+        """Sampling is over for this step: let the engine sleep if the settings say so. Its weights are lost."""
+        if self.settings.sleep_while_training and not self._asleep:
+            self.engine.sleep()
+            self._served_version, self._asleep = None, True
 
     def _sample(self, prompt: Prompt, completion: Completion, group: int) -> Sample:
         return Sample(
