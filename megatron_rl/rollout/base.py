@@ -112,8 +112,8 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def abort_update(self, intact: bool) -> None:
-        """Give the update up. The version committed last is served again if it is still whole; otherwise the engine
-        goes on refusing, until a later update is committed. May be called when none was begun.
+        """Give the update under way up. The version committed last is served again if it is still whole; otherwise the
+        engine goes on refusing, until a later update is committed. Nothing to do where none is under way.
 
         Args:
             intact: nothing was written since `begin_update`, neither into `targets` nor by `stage_shards`.

@@ -34,7 +34,9 @@ class UpdateGate:
         self._updating = True
 
     def abort(self, intact: bool) -> None:
-        """The update is given up; ``intact``: since `begin` nothing was written."""
+        """The update under way, if any, is given up; ``intact``: since `begin` nothing was written."""
+        if not self._updating:
+            return
         self._whole = self._whole and intact
         self._updating = not self._whole
 

@@ -87,12 +87,8 @@ class Attestor:
         """What this rank's trainer ``tensors`` (by shard name) add to the expected sums: [num_slots] int64, CPU."""
         return self._sums(tensors)
 
-    def mismatches(self, shards: Mapping[str, Tensor], expected: Tensor) -> list[Mismatch]:
-        """Where this rank's rollout ``shards`` differ from the ``expected`` sums of all ranks.
-
-        Raises:
-            ValueError: a shard has another dtype than its values travelled in.
-        """
+    def check_dtypes(self, shards: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless this rank's rollout ``shards`` have the dtypes that their values travel in."""
         for piece in self.held:
             have, want = shards[piece.spot.shard].dtype, self.wire.of(piece.tensor)
             if have != want:
@@ -100,6 +96,9 @@ class Attestor:
                     f"wrong dtype: rollout rank {self.rank} holds {piece.spot.shard} in {have}, but {piece.tensor} "
                     f"travels in {want}: start the engine in {want}, or push in {have}"
                 )
+
+    def mismatches(self, shards: Mapping[str, Tensor], expected: Tensor) -> list[Mismatch]:
+        """Where this rank's rollout ``shards`` differ from the ``expected`` sums of all ranks; see `check_dtypes`."""
         found = self._found(shards)
         differing = (found != expected.cpu()[self._held_slots]).nonzero()[:, 0].tolist()
         return [Mismatch(self.held[i], int(found[i])) for i in differing]

@@ -66,11 +66,9 @@ def faults(
     """Everything wrong with this rank's ``shards``; empty when all is well.
 
     Args:
+        shards: in the dtypes that their values travelled in (`Attestor.check_dtypes`).
         expected: the sums that all ranks agree on.
         previous: those of the last push; None if there was none.
-
-    Raises:
-        ValueError: a shard has another dtype than its values travelled in.
     """
     wrong = attestor.mismatches(shards, expected)
     diagnosis = _Diagnosis(attestor, shards, expected.cpu(), None if previous is None else previous.cpu(), wrong)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ParamSpec
 
@@ -26,6 +26,7 @@ from megatron_rl.reshard import (
     P2PTransport,
     Resharder,
     ReshardPlan,
+    Shard,
     Topology,
     TransferReport,
     Transport,
@@ -34,7 +35,6 @@ from megatron_rl.reshard import (
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.attestation import Attestor
 from megatron_rl.weights.diagnosis import AttestationError, faults
-from megatron_rl.weights.fill import empty_tensors
 from megatron_rl.weights.target import WeightTarget
 
 logger = logging.getLogger(__name__)
@@ -168,8 +168,10 @@ class WeightSync:
         assert self._resharder is not None
         if not own and self._takes_part and not self._staged:
             device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-            self._staged = empty_tensors(self.target.layout, self.rank, self._resharder.wire.dtype, device)
+            self._staged = _empty(self.target.layout.shards(self.rank), self._resharder.wire, device)
         self._transfer = self._resharder.bind(tensors, own or self._staged)
+        if self._attestor is not None:
+            self._attestor.check_dtypes(own or self._staged)
         if self._takes_part:
             self._begun = True
             self.target.begin_update()
@@ -214,6 +216,12 @@ class WeightSync:
         start = time.perf_counter()
         action(*args, **kwargs)
         return time.perf_counter() - start
+
+
+def _empty(shards: Iterable[Shard], wire: WireFormat, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for each shard, in the dtype that its values travel in."""
+    dtypes = {shard.name: wire.of(shard.spans[0].tensor) if shard.spans else wire.dtype for shard in shards}
+    return {shard.name: torch.zeros(shard.shape, dtype=dtypes[shard.name], device=device) for shard in shards}
 
 
 def default_transport() -> Transport:
