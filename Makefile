@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup setup-sglang demo test lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo test test-kernels test-peers lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -67,6 +67,20 @@ $(SGLANG)/.ready: requirements/torch.txt requirements/sglang.txt
 	touch $@
 
 setup-sglang: $(SGLANG)/.ready  ## create ./.venv-sglang, with a real SGLang that runs on CPUs
+
+# These see the packages of ./.venv, and a few more that must not be in it.
+.venv-triton/.ready .venv-peers/.ready: .venv-%/.ready: requirements/%.txt $(READY)
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	  > $$(.venv-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
+	.venv-$*/bin/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/$*.txt
+	touch $@
+
+test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled ahead of time, without a GPU
+	MEGATRON_RL_TRITON_PYTHON=.venv-triton/bin/python $(BIN)/python -m pytest tests/ops/test_triton_kernels.py
+
+test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
+	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
 
 bench-train: $(TRL)/.ready
 bench-train: BENCH_ARGS += --trl $(TRL)/bin/python

@@ -66,8 +66,7 @@ class Gathered(Way):
     Hugging Face files are, and sliced by each receiver.
 
     So do slime (backends/megatron_utils/update_weight: all_gather_param, then a broadcast over stages) and verl
-    (per_tensor_generator). Neither keeps more than a bucket of full tensors; here it is one parameter, in two buffers
-    that are kept and used again.
+    (per_tensor_generator). Neither keeps more than a bucket of full tensors; here it is one parameter, in two buffers.
     """
 
     def __init__(
@@ -77,8 +76,11 @@ class Gathered(Way):
         target: Layout,
         tensors: Mapping[str, Tensor],
         into: Mapping[str, Tensor],
+        dtype: torch.dtype = torch.bfloat16,
+        keep_buffers: bool = True,
     ) -> None:
         self._context, self._tensors, self._into = context, tensors, into
+        self._dtype, self._keep_buffers = dtype, keep_buffers
         grid, at = context.grid, context.coordinates
         self._pp_ranks = grid.ranks(dp=at.dp, tp=at.tp, cp=at.cp)
         self._stages = [
@@ -89,20 +91,23 @@ class Gathered(Way):
             for number, span in enumerate(shard.spans):
                 self._wanted[span.tensor].append((shard, number))
         every = [shards for ranks in self._stages for shards in zip(*ranks, strict=True)]
-        largest = max(sum(math.prod(shard.shape) for shard in shards) for shards in every)
-        self._gathered, self._logical = (torch.empty(largest, dtype=torch.bfloat16) for _ in range(2))
+        self._largest = max(sum(math.prod(shard.shape) for shard in shards) for shards in every)
+        self._buffers: tuple[Tensor, ...] = ()
 
     def run(self) -> None:
         self.received_bytes = 0
+        self._buffers = self._buffers or tuple(torch.empty(self._largest, dtype=self._dtype) for _ in range(2))
         for stage, ranks in enumerate(self._stages):
             for shards in zip(*ranks, strict=True):  # the same parameter on each tensor-parallel rank
                 self._slice(shards, self._gather(stage, shards))
+        if not self._keep_buffers:
+            self._buffers = ()
 
     def _gather(self, stage: int, shards: Sequence[Shard]) -> list[Tensor]:
         context, replicated = self._context, all(shard.spans == shards[0].spans for shard in shards)
         count = 1 if replicated else len(shards)
         shape = (count, *shards[0].shape)
-        full = self._gathered[: math.prod(shape)].view(shape)
+        full = self._buffers[0][: math.prod(shape)].view(shape)
         if context.coordinates.pp == stage:
             mine = self._tensors[shards[context.coordinates.tp].name]
             if replicated:
@@ -126,7 +131,7 @@ class Gathered(Way):
         for name, pieces in logical.items():
             num_rows = max(row + piece.shape[0] for row, _, piece in pieces)
             num_cols = max(col + piece.shape[1] for _, col, piece in pieces)
-            full = self._logical[: num_rows * num_cols].view(num_rows, num_cols)
+            full = self._buffers[1][: num_rows * num_cols].view(num_rows, num_cols)
             for row, col, piece in pieces:
                 full[row : row + piece.shape[0], col : col + piece.shape[1]] = piece
             for shard, number in self._wanted[name]:

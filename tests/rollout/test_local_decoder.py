@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 
 import pytest
 import torch
@@ -86,3 +87,15 @@ def test_bf16_logprobs_stay_near_fp32() -> None:
     for prompt, (answer,) in zip(PROMPTS, answers, strict=True):
         expected = reference_logprobs(model, prompt, answer.token_ids)
         assert (torch.tensor(answer.logprobs) - expected).abs().mean() < 0.1
+
+
+def test_long_prompts_whose_mlp_takes_several_rounds_give_the_same_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model("qwen3")
+    params = SamplingParams(n=2, max_tokens=12, ignore_eos=True)
+    with local_engine(model) as engine:
+        at_once = engine.generate(PROMPTS, params)
+        monkeypatch.setattr("megatron_rl.rollout.local.decoder.MLP_TOKENS", 5)
+        in_rounds = engine.generate(PROMPTS, params)
+    for left, right in zip(chain(*at_once), chain(*in_rounds), strict=True):
+        assert left.token_ids == right.token_ids
+        torch.testing.assert_close(torch.tensor(left.logprobs), torch.tensor(right.logprobs), atol=1e-5, rtol=0)

@@ -19,6 +19,9 @@ from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.rotary import RotaryTable, rotate_
 from megatron_rl.rollout.local.sharding import TensorParallel
 
+# Tokens whose intermediate values, the widest of a layer, exist at once: long prompts take several rounds.
+MLP_TOKENS = 1024
+
 # (layer, heads of each token from `Decoder._qkv`) -> context of each token, [tokens, q_heads * head_dim]
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -143,10 +146,9 @@ class Decoder:
     def _mlp(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
         if layer.experts is not None:
             return layer.experts(normed)
-        assert layer.gate_up is not None
-        assert layer.down is not None
-        gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), layer.down)
+        if len(normed) <= MLP_TOKENS:
+            return _dense_mlp(layer, normed)
+        return torch.cat([_dense_mlp(layer, some) for some in normed.split(MLP_TOKENS)])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
@@ -159,6 +161,13 @@ class Decoder:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.tp.gather_columns(F.linear(hidden, self.head))
         return logits[:, : self.architecture.vocab].float()
+
+
+def _dense_mlp(layer: Layer, normed: torch.Tensor) -> torch.Tensor:
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
+    return F.linear(F.silu(gate).mul_(up), layer.down)
 
 
 def _layer(architecture: Architecture, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
