@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from megatron_rl.cli import convert, info, plan, train
+from megatron_rl.cli import convert, doctor, info, plan, train
 
 app = typer.Typer(
     help="Reinforcement learning for the Megatron-Core job you already run. Start `train` with torchrun for more than "
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command(epilog=train.EPILOG)(train.train)
 app.command(epilog=convert.EPILOG)(convert.convert)
 app.command(epilog=plan.EPILOG)(plan.plan)
+app.command(epilog=doctor.EPILOG)(doctor.doctor)
 app.command()(info.info)
 
 

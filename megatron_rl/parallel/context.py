@@ -159,6 +159,11 @@ class ParallelContext:
             host_model_group=own_group(replicas, platform.host_backend, timeout, [model]),
         )
 
+    @staticmethod
+    def forget() -> None:
+        """Take Megatron-Core's groups down, so that this process can `create` a context of other sizes."""
+        megatron_state.destroy_model_parallel()
+
     @property
     def sizes(self) -> ParallelSizes:
         return self.grid.sizes

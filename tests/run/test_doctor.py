@@ -1,0 +1,99 @@
+"""`megatron-rl doctor` on the configuration that is shipped, and on four planted faults, over real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import ROOT
+
+from megatron_rl.run.doctor.compare import Measured, differences
+
+CONFIG = ROOT / "examples" / "arithmetic_grpo" / "config.yaml"
+FAULTS = Path(__file__).with_name("faulty_algorithms.py")
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "megatron_rl", "doctor", str(CONFIG), *arguments]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+def marks(output: str, layout: str) -> list[str]:
+    """What the table says of one layout: fields, loss, gradient, metrics."""
+    (row,) = [line for line in output.splitlines() if line.startswith(f"{layout}  ")]
+    return row.split()[-4:]
+
+
+@pytest.mark.distributed
+def test_the_shipped_grpo_is_healthy_on_every_layout():
+    done = doctor("--ranks", "4")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "healthy" in done.stdout
+    for layout in ("small micro-batches", "padded rows", "DP2", "CP2", "TP2", "PP2", "TP2 PP2"):
+        assert marks(done.stdout, layout) == ["same"] * 4
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("algorithm", "first", "layout", "untouched"),
+    [
+        ("AveragedPerMicroBatch", "loss/total", "small micro-batches", "padded rows"),
+        ("MaskShiftedUnderContextParallelism", "loss/total", "CP2", "DP2"),
+        ("MetricCountedTwice", "policy/length", "CP2", "DP2"),
+        ("WhitenedPerRank", "advantages", "DP2", "CP2"),
+    ],
+)
+def test_a_planted_fault_is_found_and_its_first_quantity_named(algorithm, first, layout, untouched):
+    done = doctor("--algorithm", f"{FAULTS}:{algorithm}")
+    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
+    assert f"FAULT: {first} is the first quantity that differs, on {layout}: " in done.stdout
+    assert "DIFFERS" in marks(done.stdout, layout)
+    assert marks(done.stdout, untouched) == ["same"] * 4
+
+
+@pytest.mark.distributed
+def test_an_algorithm_that_cannot_run_is_no_fault_of_the_layout():
+    done = doctor("--algorithm", f"{FAULTS}:Raising")
+    assert done.returncode == 2
+    assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in done.stderr
+
+
+def measurement(**changes: object) -> Measured:
+    values = {
+        "fields": {"advantages": [(0, torch.tensor([1.0, -1.0]))]},
+        "metrics": {"loss/total": 0.5, "policy/entropy": 2.0},
+        "gradients": {"actor's w": torch.tensor([[0.1, 0.2]])},
+    }
+    return Measured(**(values | changes))
+
+
+def test_a_rank_of_a_replica_that_holds_something_else_is_a_difference():
+    copies = [(0, torch.tensor([1.0, -1.0])), (0, torch.tensor([1.0, -1.1]))]
+    (found,) = differences(measurement(), measurement(fields={"advantages": copies}))
+    assert (found.step, found.quantity) == ("fields", "advantages")
+    assert "on rank 1 of each replica" in found.detail
+
+
+def test_quantities_are_told_in_the_order_of_computation():
+    other = measurement(
+        gradients={"actor's w": torch.tensor([[0.1, 0.4]])}, metrics={"loss/total": 0.6, "policy/entropy": float("nan")}
+    )
+    assert [d.quantity for d in differences(measurement(), other)] == [
+        "loss/total",
+        "gradient of actor's w",
+        "policy/entropy",
+    ]
+
+
+def test_rounding_is_no_difference():
+    other = measurement(
+        fields={"advantages": [(0, torch.tensor([1.00001, -1.0]))]},
+        metrics={"loss/total": 0.500001, "policy/entropy": 2.00001},
+        gradients={"actor's w": torch.tensor([[0.10001, 0.2]])},
+    )
+    assert list(differences(measurement(), other)) == []
