@@ -4,6 +4,7 @@ rewards:
   - {name: math}
   - {name: regex, weight: 0.1, options: {pattern: "(?s)<think>.*</think>"}, label: format}
   - {name: "python:my_rewards.py:brevity", weight: 0.05}
+  - {name: vllm, options: {url: "http://rewards:8000", model: my-reward-model}}
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from megatron_rl.config import ConfigError, ConfigRecord, load_user_object
 from megatron_rl.rewards.reward import REWARDS, FunctionReward, Reward
+from megatron_rl.rewards.service import SERVICES
 from megatron_rl.rewards.weighted import WeightedReward
 
 USER_CODE = "python:"
@@ -22,7 +24,8 @@ class RewardConfig(ConfigRecord):
     """One reward of a run's ``rewards`` list."""
 
     name: str
-    """exact, number, regex, math, or python:package.module:function or python:path/to/file.py:function."""
+    """exact, number, regex, math, model; a service: vllm, sglang, tei, tgi, http, judge; or
+    python:package.module:function or python:path/to/file.py:function."""
     weight: float = 1.0
     """Factor in the sum over rewards."""
     label: str = ""
@@ -74,6 +77,18 @@ def as_reward(source: Any, name: str | None = None, batched: bool = False) -> Re
         f"{source!r} is not a reward: expected a function of one Sample, a Reward, one of {', '.join(REWARDS)}, "
         f"'{USER_CODE}file.py:function', or a mapping of names to these"
     )
+
+
+def build_service(url: str, kind: str | None, name: str | None = None, **options: Any) -> Reward:
+    """The reward that a server at ``url`` gives; ``options`` are fields of that kind's Config.
+
+    Raises:
+        ConfigError: there is no such kind, or the options do not fit it.
+    """
+    if kind not in SERVICES:
+        given = "no kind was given" if kind is None else f"kind={kind!r} is none of them"
+        raise ConfigError(f"a reward service at {url} needs kind, one of {', '.join(SERVICES)}: {given}")
+    return _build_one(RewardConfig(name=kind, label=name or "", options={"url": url, **options}))
 
 
 def _build_one(config: RewardConfig) -> Reward:

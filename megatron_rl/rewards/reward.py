@@ -1,4 +1,4 @@
-"""`Reward`: samples in, one finite number each out; and `FunctionReward`, which makes one of a function.
+"""`Reward`: samples in, one finite number or one `NoReward` each out; and `FunctionReward`, made of a function.
 
     def polite(sample: Sample) -> float:
         return float("please" in sample.response_text)
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -30,6 +31,13 @@ class RewardError(RuntimeError):
     """A reward that raised, or returned something that is not one finite number for each sample."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoReward:
+    """In place of a number: this sample's reward cannot be had. `RewardModel.score` drops the sample and counts it."""
+
+    reason: str  # for the log
+
+
 class Reward:
     """One way to score samples. Subclasses override `score_one`, or `score` where a whole batch is cheaper.
 
@@ -40,17 +48,22 @@ class Reward:
         """Options, from YAML or keyword arguments."""
 
     name: str = "reward"
+    once_per_replica: bool = False  # ask once for each replica of the model: for what costs, or answers differently
     place: str = "host"  # where it runs; anything but "host" may hold collectives of the training ranks
 
-    def score_one(self, sample: Sample) -> float:
-        """The reward of one sample; any finite number."""
+    def score_one(self, sample: Sample) -> float | NoReward:
+        """The reward of one sample; any finite number, or `NoReward`."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither score_one nor score")
 
-    def score(self, samples: Sequence[Sample]) -> Sequence[float]:
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | NoReward]:
         """The rewards of ``samples``, in their order."""
         return [self._score_named(sample) for sample in samples]
 
-    def __call__(self, samples: Sequence[Sample]) -> list[float]:
+    def take_metrics(self) -> dict[str, float]:
+        """What was counted since the last call, by metric name."""
+        return {}
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
         """Score, check, and note the result in each sample's ``reward_parts[self.name]``.
 
         Raises:
@@ -72,12 +85,13 @@ class Reward:
         self.note(samples, rewards)
         return rewards
 
-    def note(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
+    def note(self, samples: Sequence[Sample], rewards: Sequence[float | NoReward]) -> None:
         """Keep each reward on its sample under this reward's name."""
         for sample, value in zip(samples, rewards, strict=True):
-            sample.reward_parts[self.name] = value
+            if not isinstance(value, NoReward):
+                sample.reward_parts[self.name] = value
 
-    def _score_named(self, sample: Sample) -> float:
+    def _score_named(self, sample: Sample) -> float | NoReward:
         try:
             return self.score_one(sample)
         except RewardError:
@@ -99,10 +113,10 @@ class FunctionReward(Reward):
         self.name = name or str(getattr(function, "__name__", type(function).__name__))  # partials have no name
         self.batched = batched
 
-    def score_one(self, sample: Sample) -> float:
+    def score_one(self, sample: Sample) -> float | NoReward:
         return self.function(sample)
 
-    def score(self, samples: Sequence[Sample]) -> Sequence[float]:
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | NoReward]:
         return self.function(list(samples)) if self.batched else super().score(samples)
 
 
@@ -111,7 +125,7 @@ def describe(sample: Sample) -> str:
     return f"prompt {sample.prompt.index} {_head(sample.prompt.text)}, response {_head(sample.response_text)}"
 
 
-def _checked(name: str, samples: Sequence[Sample], values: Any) -> list[float]:
+def _checked(name: str, samples: Sequence[Sample], values: Any) -> list[float | NoReward]:
     if isinstance(values, torch.Tensor | np.ndarray):
         values = values.tolist()
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
@@ -124,7 +138,9 @@ def _checked(name: str, samples: Sequence[Sample], values: Any) -> list[float]:
     return [_as_float(name, sample, value) for sample, value in zip(samples, values, strict=True)]
 
 
-def _as_float(name: str, sample: Sample, value: Any) -> float:
+def _as_float(name: str, sample: Sample, value: Any) -> float | NoReward:
+    if isinstance(value, NoReward):
+        return value
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
         value = value.item()
     if not isinstance(value, Real):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
-from megatron_rl.rewards.reward import Reward
+from megatron_rl.rewards.reward import NoReward, Reward
 
 
 class WeightedReward(Reward):
@@ -36,9 +36,21 @@ class WeightedReward(Reward):
         places = {reward.place for reward, _ in self.parts.values()}
         return next(iter(places - {Reward.place}), Reward.place)
 
-    def score(self, samples: Sequence[Sample]) -> Sequence[float]:
-        columns = [[weight * value for value in reward(samples)] for reward, weight in self.parts.values()]
-        return [math.fsum(row) for row in zip(*columns, strict=True)]
+    def score(self, samples: Sequence[Sample]) -> Sequence[float | NoReward]:
+        weights = [weight for _, weight in self.parts.values()]
+        columns = [reward(samples) for reward, _ in self.parts.values()]
+        return [_sum(weights, row) for row in zip(*columns, strict=True)]
 
-    def note(self, samples: Sequence[Sample], rewards: Sequence[float]) -> None:
+    def note(self, samples: Sequence[Sample], rewards: Sequence[float | NoReward]) -> None:
         """Nothing: each part has kept its own, and the sum becomes ``Sample.reward``."""
+
+    def take_metrics(self) -> dict[str, float]:
+        return {name: value for reward, _ in self.parts.values() for name, value in reward.take_metrics().items()}
+
+
+def _sum(weights: Sequence[float], row: Sequence[float | NoReward]) -> float | NoReward:
+    """A sample that lacks one of its rewards has no sum: leaving a part out would be a reward of 0 for it."""
+    absent = next((value for value in row if isinstance(value, NoReward)), None)
+    if absent is not None:
+        return absent
+    return math.fsum(weight * value for weight, value in zip(weights, row, strict=True) if isinstance(value, float))

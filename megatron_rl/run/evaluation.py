@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.batch import Prompt
-from megatron_rl.rewards import Reward
+from megatron_rl.rewards import NoReward, Reward, RewardError, share
 from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.workers import Actor
 
@@ -32,7 +32,7 @@ class Evaluation:
         context = actor.context
         self.actor = actor
         self.prompts = list(prompts[context.coordinates.dp :: context.grid.dp])
-        self.reward = reward
+        self.reward = share(reward, context)
         self.n = n
         self.temperature = temperature
         self.sampling = sampling
@@ -42,26 +42,30 @@ class Evaluation:
         all ranks. Collective.
 
         Raises:
-            RewardError: a reward failed.
+            RewardError: a reward failed, or none could be had. Samples without one are left out of the means.
         """
         context = self.actor.context
         samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
-        error, rewards = None, []
+        error: Exception | None = None
+        rewards: list[float | NoReward] = []
         try:
             rewards = self.reward(samples)
         except Exception as failure:
             error = failure
         agree_over(context)("evaluation", error)
-        sums: dict[str, float] = {"reward": sum(rewards), "response_tokens_mean": 0.0}
-        for sample in samples:
+        scored = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
+        sums: dict[str, float] = {"reward": sum(reward for _, reward in scored), "response_tokens_mean": 0.0}
+        for sample, _ in scored:
             sums["response_tokens_mean"] += len(sample.response_ids)
             for part, value in sample.reward_parts.items():
                 sums[part] = sums.get(part, 0.0) + value
         # Every rank of a model replica has the same samples: one of them reports.
         at = context.coordinates
-        report = (sums, len(samples)) if at.tp == at.pp == at.cp == 0 else ({}, 0)
+        report = (sums, len(scored)) if at.tp == at.pp == at.cp == 0 else ({}, 0)
         reports = context.gather_objects(report)
         count = sum(number for _, number in reports)
+        if count == 0:
+            raise RewardError(f"evaluation: reward {self.reward.name!r} could not be had for any sample")
         names = {name for part, _ in reports for name in part}
         metrics = {f"eval/{name}": sum(part.get(name, 0.0) for part, _ in reports) / count for name in sorted(names)}
         return metrics | {"eval/num_prompts": count / self.n}

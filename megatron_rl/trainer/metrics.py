@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 def reduce_metrics(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One number a metric: times and ``_max`` are the maximum over ranks (the slowest rank sets the pace), ``_min``
-    the minimum, bytes the sum, everything else the mean over the ranks that have it."""
+    the minimum, bytes and ``_count`` the sum, everything else the mean over the ranks that have it."""
     values: dict[str, list[float]] = {}
     for metrics in per_rank:
         for name, value in metrics.items():
@@ -20,6 +20,6 @@ def _reduce(name: str, numbers: Sequence[float]) -> float:
         return max(numbers)
     if name.endswith("_min"):
         return min(numbers)
-    if name.endswith("_bytes"):
+    if name.endswith(("_bytes", "_count")):
         return sum(numbers)
     return sum(numbers) / len(numbers)

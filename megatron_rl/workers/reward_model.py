@@ -4,6 +4,7 @@ RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
 RewardModel({"correct": r1, "format": (r2, 0.2)})   several, weighted
 RewardModel("path/to/classifier")         a model with a value head, run by this job: see `score_model`
+RewardModel(url, kind="vllm", model="my-rm")        a service: see `megatron_rl.rewards.service`
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.dataflow import Stage
-from megatron_rl.rewards import Reward, as_reward
+from megatron_rl.rewards import NoReward, Reward, RewardError, as_reward, build_service, share
+from megatron_rl.workers.assembly import running_context
 from megatron_rl.workers.score_model import ScoreModel, is_model
 
 
@@ -25,30 +28,70 @@ class RewardModel:
     Args:
         source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs;
             or a model: a Hugging Face sequence classifier with one label (folder, id or model) or Megatron chunks with
-            a `ValueHead`.
-        options: of `as_reward`, or of `ScoreModel` (``tokenizer``, ``context``).
+            a `ValueHead`; or with ``kind`` the address of a service.
+        kind: vllm, sglang, tei, tgi, http or judge, when ``source`` is an address.
+        options: of `as_reward`, of `ScoreModel` (``tokenizer``, ``context``), or of the service's Config.
 
     Raises:
         ConfigError: ``source`` is none of these.
     """
 
-    def __init__(self, source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any, **options: Any) -> None:
-        if is_model(source):
-            self.reward: Reward = ScoreModel(model=source, **options)
+    def __init__(
+        self,
+        source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any,
+        kind: str | None = None,
+        **options: Any,
+    ) -> None:
+        if kind is not None or (isinstance(source, str) and source.startswith(("http://", "https://"))):
+            self.reward: Reward = build_service(str(source), kind, **options)
+        elif is_model(source):
+            self.reward = ScoreModel(model=source, **options)
         else:
             self.reward = as_reward(source, **options)
+        self._joined = False
 
     def score(self) -> Stage:
-        """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``.
+        """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``; samples whose reward
+        cannot be had leave the batch. Metrics: ``reward_parts/NAME/mean`` of each reward where there are several, and
+        what services count.
 
         Raises:
-            RewardError: when run, if a reward raises or is not a finite number; the message names the sample.
+            RewardError: when run, if a reward raises or is not a finite number (the message names the sample), or if
+                no sample has a reward.
         """
 
         def run(batch: Batch) -> None:
+            self._join_replica()
             rewards = self.reward(batch.samples)
-            for sample, value in zip(batch.samples, rewards, strict=True):
-                sample.reward = value
-            batch.sequences["rewards"] = torch.tensor(rewards, dtype=torch.float32)
+            batch.metrics.update(self.reward.take_metrics())
+            batch.samples, numbers = _with_reward(self.reward.name, batch.samples, rewards)
+            for sample, number in zip(batch.samples, numbers, strict=True):
+                sample.reward = number
+            batch.metrics.update(_part_means(batch.samples))
+            batch.sequences["rewards"] = torch.tensor(numbers, dtype=torch.float32)
 
         return Stage("reward.score", run, reads=("samples",), writes=("rewards",), place=self.reward.place)
+
+    def _join_replica(self) -> None:
+        """Once, when the first samples are scored: what is asked once for each replica learns of its other ranks."""
+        if not self._joined and dist.is_initialized() and dist.get_world_size() > 1:
+            self.reward = share(self.reward, running_context(seed=0))
+        self._joined = True
+
+
+def _with_reward(name: str, samples: list[Sample], rewards: list[float | NoReward]) -> tuple[list[Sample], list[float]]:
+    """The samples that have a reward, and their rewards."""
+    pairs = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
+    if samples and not pairs:
+        reason = next(reward.reason for reward in rewards if isinstance(reward, NoReward))
+        raise RewardError(f"reward {name!r} could not be had for any of {len(samples)} samples: {reason}")
+    return [sample for sample, _ in pairs], [reward for _, reward in pairs]
+
+
+def _part_means(samples: list[Sample]) -> dict[str, float]:
+    """Means of the named rewards, where they are more than the reward itself."""
+    values: dict[str, list[float]] = {}
+    for sample in samples:
+        for part, value in sample.reward_parts.items():
+            values.setdefault(part, []).append(value)
+    return {f"reward_parts/{part}/mean": sum(v) / len(v) for part, v in values.items()} if len(values) > 1 else {}

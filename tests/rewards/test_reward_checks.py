@@ -14,6 +14,7 @@ from megatron_rl.batch import Prompt, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.rewards import (
     REWARDS,
+    SERVICES,
     ExactReward,
     FunctionReward,
     Reward,
@@ -166,8 +167,8 @@ def test_bad_configuration_is_one_clear_error(configs: list[dict], expected: str
 
 
 def test_every_registered_reward_builds_from_its_name() -> None:
-    assert set(REWARDS) == {"exact", "number", "regex", "math"}
-    for name in set(REWARDS) - {"regex"}:
+    assert set(REWARDS) - {"model"} == {"exact", "number", "regex", "math", *SERVICES}
+    for name in ("exact", "number", "math"):
         assert as_reward(name).name == name
 
 

@@ -1,0 +1,142 @@
+"""`ServiceClient`: one JSON request, answered by one JSON value within bounds of time and size, or by a clear error.
+
+What may pass by itself (refused or broken connections, timeouts, overload, half an answer) is retried here with
+exponential waits and jitter. What will not pass is told apart: a request that the server rejects, and a server that is
+not the one it was taken for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import ssl
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+
+from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+PASSING = frozenset({408, 425, 429})  # and 5xx: worth another attempt
+REJECTED = frozenset({400, 413, 422})  # this request is at fault, others may not be
+LONGEST_WAIT = 20.0
+BODY_HEAD = 300  # characters of an error's body in messages
+
+
+class NoAnswerError(RuntimeError):
+    """No usable answer was had; the message says why."""
+
+
+class PassingError(NoAnswerError):
+    """The same, for a reason that may have passed at the next attempt."""
+
+
+class RejectedError(NoAnswerError):
+    """The server refuses this very request."""
+
+
+class WrongServerError(RuntimeError):
+    """What answers there is not the service that was asked for, or does not let us in."""
+
+
+class ServiceClient:
+    """Posts JSON to one service. Used inside one event loop: ``async with ServiceClient(...) as client``.
+
+    Args:
+        counts: ``requests`` and ``retries`` are added up here.
+    """
+
+    def __init__(self, config: ServiceConfig, name: str, counts: Counter[str]) -> None:
+        self.config = config
+        self.name = name
+        self.counts = counts
+        trust: ssl.SSLContext | bool = True
+        if config.ca_file is not None:
+            trust = ssl.create_default_context(cafile=config.ca_file)
+        self._http = httpx.AsyncClient(
+            headers=bearer_headers(config, name),
+            verify=trust,
+            timeout=httpx.Timeout(config.timeout),
+            limits=httpx.Limits(max_connections=config.concurrency),
+            follow_redirects=False,  # a redirect would carry the token elsewhere
+        )
+        self._slots = asyncio.Semaphore(config.concurrency)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def ask(self, path: str, body: Any, read: Callable[[Any], T]) -> T:
+        """Post ``body`` to ``path`` and return what ``read`` makes of the JSON answer.
+
+        Raises:
+            NoAnswerError: every attempt failed, or the answer is too long.
+            RejectedError: status 400, 413 or 422.
+            WrongServerError: any other status that another attempt would not change.
+        """
+        attempts = AsyncRetrying(
+            stop=stop_after_attempt(self.config.retries + 1),
+            wait=wait_random_exponential(multiplier=2 * self.config.retry_wait, max=LONGEST_WAIT),
+            retry=retry_if_exception_type(PassingError),
+            reraise=True,
+        )
+        async for attempt in attempts:
+            with attempt:
+                async with self._slots:
+                    self.counts["requests"] += 1
+                    self.counts["retries"] += attempt.retry_state.attempt_number > 1
+                    return read(await self._once(path, body))
+        raise AssertionError("tenacity returns or raises")
+
+    async def _once(self, path: str, body: Any) -> Any:
+        url = self.config.url + path
+        try:
+            async with asyncio.timeout(self.config.timeout):  # httpx bounds each read, not their sum
+                async with self._http.stream("POST", url, json=body) as response:
+                    content = await self._content(url, response)
+        except TimeoutError:
+            raise PassingError(f"{url} did not answer within {self.config.timeout:g} s") from None
+        except httpx.TransportError as error:
+            raise PassingError(f"{url}: {type(error).__name__}: {error}") from None
+        _check_status(url, response.status_code, content)
+        try:
+            return json.loads(content)
+        except ValueError:
+            raise PassingError(f"{url} answered with what is not JSON: {_head(content)}") from None
+
+    async def _content(self, url: str, response: httpx.Response) -> bytes:
+        limit = self.config.max_response_bytes
+        received = bytearray()
+        async for chunk in response.aiter_bytes():
+            received += chunk
+            if len(received) > limit:
+                raise NoAnswerError(f"{url} answered with more than {limit} bytes (max_response_bytes)")
+        return bytes(received)
+
+
+def _check_status(url: str, status: int, content: bytes) -> None:
+    if 200 <= status < 300:
+        return
+    message = f"{url} answered with status {status}: {_head(content)}"
+    if status in PASSING or status >= 500:
+        raise PassingError(message)
+    if status in REJECTED:
+        raise RejectedError(message)
+    hint = {401: "; set token_env", 403: "; is the token in token_env right?", 404: "; is the kind of service right?"}
+    raise WrongServerError(message + hint.get(status, ""))
+
+
+def _head(content: bytes) -> str:
+    return repr(content[:BODY_HEAD].decode(errors="replace"))

@@ -1,0 +1,194 @@
+"""`ServiceReward`: a reward that a server gives, batched and bounded; a reward that cannot be had is never a number.
+
+A protocol says three things: the path, the request for some samples (`request`), and the rewards in an answer (`read`).
+Everything else is here: cache, batches, concurrency, and what becomes of samples whose answer could not be had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from megatron_rl.batch import Sample
+from megatron_rl.rewards.reward import NoReward, Reward, RewardError, describe
+from megatron_rl.rewards.service.cache import AnswerCache, answer_key
+from megatron_rl.rewards.service.client import NoAnswerError, RejectedError, ServiceClient, WrongServerError
+from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers, check_ca_file
+from megatron_rl.rewards.service.template import fill
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a service said of one sample."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)  # named criteria, for logs
+
+
+Outcome = Scored | NoReward
+
+
+class ServiceReward(Reward):
+    """Base of the rewards that are asked for over HTTP.
+
+    Args:
+        config: address and limits.
+        name: label in logs, metrics and errors.
+
+    Raises:
+        ConfigError: the token's environment variable or the certificate file is absent.
+    """
+
+    Config: type[ServiceConfig] = ServiceConfig  # type: ignore[assignment]  # narrower than any record
+    path: ClassVar[str]
+    once_per_replica = True
+
+    def __init__(self, config: ServiceConfig, name: str) -> None:
+        self.config = config
+        self.name = name
+        bearer_headers(config, name)  # absent tokens are found now, not after the first rollout
+        check_ca_file(config, name)
+        self.cache = AnswerCache(config.cache_dir)
+        self._counts: Counter[str] = Counter()
+        self._seconds = 0.0
+
+    @property
+    def batch_size(self) -> int:
+        """Samples in one request."""
+        return self.config.batch_size
+
+    @property
+    def endpoint(self) -> str:
+        """Path that requests go to."""
+        return self.path
+
+    def request(self, samples: Sequence[Sample]) -> Any:
+        """The JSON body that asks for the rewards of ``samples``."""
+        raise NotImplementedError
+
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+        """The rewards in an answer, in the order of ``samples``.
+
+        Raises:
+            RewardError: the answer does not have the form that this service gives.
+            PassingError: another attempt may be answered better.
+        """
+        raise NotImplementedError
+
+    def text_of(self, sample: Sample) -> str:
+        """What a classifier reads."""
+        return str(fill(self.config.text, sample))
+
+    def score(self, samples: Sequence[Sample]) -> list[float | NoReward]:
+        """Rewards in order; `NoReward` where ``on_failure`` is drop and no answer was had.
+
+        Raises:
+            RewardError: no answer was had and ``on_failure`` is stop, or an answer is not of the expected form.
+        """
+        started = time.perf_counter()
+        first: dict[str, Sample] = {}  # identical questions are asked once
+        keys = [answer_key(type(self).__name__, self.config.url + self.endpoint, self.request([s])) for s in samples]
+        for key, sample in zip(keys, samples, strict=True):
+            first.setdefault(key, sample)
+        known = {key: Scored(**answer) for key in first if (answer := self.cache.get(key)) is not None}
+        open_keys = [key for key in first if key not in known]
+        try:
+            outcomes = _run(self._ask_all([first[key] for key in open_keys])) if open_keys else []
+        except WrongServerError as error:
+            raise RewardError(f"reward {self.name!r}: {error}") from None
+        answered = dict(zip(open_keys, outcomes, strict=True))
+        self.cache.put(
+            {
+                key: {"value": found.value, "parts": dict(found.parts)}
+                for key, found in answered.items()
+                if isinstance(found, Scored)
+            }
+        )
+        self._counts["cache_hits"] += sum(key in known for key in keys)
+        self._seconds += time.perf_counter() - started
+        return self._settle(samples, [(known | answered)[key] for key in keys])
+
+    def take_metrics(self) -> dict[str, float]:
+        counted = ("samples", "dropped", "requests", "retries", "cache_hits")
+        metrics = {f"reward_service/{self.name}/{what}_count": float(self._counts[what]) for what in counted}
+        metrics[f"time/reward_service.{self.name}_s"] = self._seconds
+        self._counts.clear()
+        self._seconds = 0.0
+        return metrics
+
+    def _settle(self, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> list[float | NoReward]:
+        """Count, note the parts, and decide on what failed."""
+        failed = [(s, o) for s, o in zip(samples, outcomes, strict=True) if isinstance(o, NoReward)]
+        self._counts["samples"] += len(samples)
+        if failed:
+            lost, first = failed[0]
+            how_many = f"{len(failed)} of {len(samples)} samples"
+            what = f"reward {self.name!r} could not be had for {how_many}: {first.reason}"
+            if self.config.on_failure == "stop":
+                raise RewardError(f"{what}; sample: {describe(lost)}; on_failure: drop would go on without them")
+            self._counts["dropped"] += len(failed)
+            logger.warning("%s; they are dropped", what)
+        for sample, outcome in zip(samples, outcomes, strict=True):
+            if isinstance(outcome, Scored):
+                sample.reward_parts |= {f"{self.name}/{part}": value for part, value in outcome.parts.items()}
+        return [outcome.value if isinstance(outcome, Scored) else outcome for outcome in outcomes]
+
+    async def _ask_all(self, samples: Sequence[Sample]) -> list[Outcome]:
+        size = self.batch_size
+        batches = [samples[start : start + size] for start in range(0, len(samples), size)]
+        async with ServiceClient(self.config, self.name, self._counts) as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._ask(client, batch)) for batch in batches]
+        return [outcome for task in tasks for outcome in task.result()]
+
+    async def _ask(self, client: ServiceClient, samples: Sequence[Sample]) -> list[Outcome]:
+        """One request; one that is rejected is halved until the samples at fault are found."""
+        try:
+            return list(
+                await client.ask(self.endpoint, self.request(samples), lambda answer: self._read(answer, samples))
+            )
+        except RejectedError as error:
+            if len(samples) == 1:
+                return [NoReward(str(error))]
+            middle = len(samples) // 2
+            return await self._ask(client, samples[:middle]) + await self._ask(client, samples[middle:])
+        except NoAnswerError as error:
+            return [NoReward(str(error))] * len(samples)
+
+    def _read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+        scored = self.read(answer, samples)
+        for sample, found in zip(samples, scored, strict=True):
+            for number in (found.value, *found.parts.values()):
+                if not math.isfinite(number):
+                    raise RewardError(
+                        f"reward {self.name!r} is {number}, expected a finite number; sample: {describe(sample)}"
+                    )
+        return scored
+
+
+def _run(asked: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, also where this thread already has an event loop (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _unwrapped(asked)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_unwrapped, asked).result()
+
+
+def _unwrapped(asked: Coroutine[Any, Any, T]) -> T:
+    """The first error of a group of tasks instead of the group, so that callers see what they can name."""
+    try:
+        return asyncio.run(asked)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None

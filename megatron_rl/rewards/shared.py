@@ -1,0 +1,64 @@
+"""`SharedReward`: ask once for each replica of the model, and give every rank of it the same answer.
+
+The ranks of one replica (TP x PP x CP) hold the same samples. A service asked by each of them would be asked many times
+over, and a judge that answers them differently would let their weights drift apart without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_rl.batch import Sample
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.rewards.reward import NoReward, Reward, RewardError
+from megatron_rl.rewards.weighted import WeightedReward
+
+
+class SharedReward(Reward):
+    """``reward``, computed on the first rank of each replica. Collective over the replica.
+
+    Args:
+        context: of the model whose samples are scored.
+    """
+
+    def __init__(self, reward: Reward, context: ParallelContext) -> None:
+        self.reward = reward
+        self.context = context
+        self.name = reward.name
+
+    @property
+    def is_leader(self) -> bool:
+        at = self.context.coordinates
+        return at.tp == at.pp == at.cp == 0
+
+    def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
+        error: Exception | None = None
+        outcome: tuple[list[float | NoReward], list[dict[str, float]]] | str | None = None
+        if self.is_leader:
+            try:
+                outcome = self.reward(samples), [sample.reward_parts for sample in samples]
+            except Exception as failure:
+                error, outcome = failure, f"{type(failure).__name__}: {failure}"
+        outcomes = self.context.gather_objects(outcome, "model")
+        if error is not None:
+            raise error
+        shared = next(found for found in outcomes if found is not None)
+        if isinstance(shared, str):
+            raise RewardError(f"reward {self.name!r} failed on the first rank of this replica: {shared}")
+        rewards, parts = shared
+        for sample, own in zip(samples, parts, strict=True):
+            sample.reward_parts = own
+        return rewards
+
+    def take_metrics(self) -> dict[str, float]:
+        return self.reward.take_metrics() if self.is_leader else {}
+
+
+def share(reward: Reward, context: ParallelContext) -> Reward:
+    """``reward`` for the ranks of ``context``: whatever of it asks for that is computed once for each replica."""
+    if context.world_size == context.dp_size:
+        return reward
+    if isinstance(reward, WeightedReward):
+        parts = {label: (share(part, context), weight) for label, (part, weight) in reward.parts.items()}
+        return WeightedReward(parts, reward.name)
+    return SharedReward(reward, context) if reward.once_per_replica else reward
