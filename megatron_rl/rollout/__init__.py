@@ -5,6 +5,7 @@ from __future__ import annotations
 from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
 from megatron_rl.rollout.local.engine import LocalEngine
 from megatron_rl.rollout.placement import RolloutPlacement
+from megatron_rl.rollout.sglang.engine import SGLangEngine
 
 __all__ = [
     "ENGINES",
@@ -12,6 +13,7 @@ __all__ = [
     "LocalEngine",
     "RolloutEngine",
     "RolloutPlacement",
+    "SGLangEngine",
     "SamplingParams",
     "sample_seed",
 ]

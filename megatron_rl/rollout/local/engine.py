@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_rl.models import Architecture
 from megatron_rl.reshard import Layout
+from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
 from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
 from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.local.decoder import Decoder
@@ -25,8 +26,6 @@ from megatron_rl.rollout.local.sharding import TensorParallel
 from megatron_rl.rollout.local.stopping import TextDecoder, stop_table
 
 logger = logging.getLogger(__name__)
-
-TAGS = ("weights", "kv_cache")
 
 
 @ENGINES.register("local")
@@ -104,7 +103,7 @@ class LocalEngine(RolloutEngine):
         self._gate.begin()
 
     def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
-        _check_shards(shards, self._targets)
+        check_shards(shards, {name: target.shape for name, target in self._targets.items()})
         for name, target in self._targets.items():
             target.copy_(shards[name])
 
@@ -126,7 +125,7 @@ class LocalEngine(RolloutEngine):
         if self._asleep:
             raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
         seeds = range(len(prompts)) if seeds is None else seeds
-        self._check_prompts(prompts, seeds, params)
+        check_prompts(prompts, seeds, params, self.architecture.vocab, self.max_context, self.tokenizer is not None)
         if not prompts:
             return []
         rows, length = self._size(prompts, params)
@@ -149,7 +148,7 @@ class LocalEngine(RolloutEngine):
         return [[samples[j] for j in range(params.n)] for samples in results]
 
     def sleep(self, tags: Sequence[str] = TAGS) -> None:
-        _check_tags(tags)
+        check_tags(tags)
         self._asleep.update(tags)
         if "kv_cache" in tags:
             self._decoder.cache.release()
@@ -160,7 +159,7 @@ class LocalEngine(RolloutEngine):
                 target.untyped_storage().resize_(0)
 
     def wake(self, tags: Sequence[str] = TAGS) -> None:
-        _check_tags(tags)
+        check_tags(tags)
         if "weights" in tags and "weights" in self._asleep:
             for target in self._targets.values():
                 target.untyped_storage().resize_(target.numel() * target.itemsize)
@@ -179,28 +178,6 @@ class LocalEngine(RolloutEngine):
             logger.info("%d of %d sequences of %d tokens at a time fit the KV cache", fitting, rows, length)
         return min(rows, fitting), length
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> None:
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(
-                f"stop texts {list(params.stop)} need a tokenizer: give one to LocalEngine, or use stop_token_ids"
-            )
-        for index, prompt in enumerate(prompts):
-            if not len(prompt):
-                raise ValueError(f"prompt {index} is empty: give at least one token, for example the BOS token")
-            if len(prompt) + params.max_tokens > self.max_context:
-                raise ValueError(
-                    f"prompt {index} has {len(prompt)} tokens, which with max_tokens={params.max_tokens} exceeds the "
-                    f"context of {self.max_context} tokens: shorten it, drop it, or lower max_tokens"
-                )
-            if min(prompt) < 0 or max(prompt) >= self.architecture.vocab:
-                token = min(prompt) if min(prompt) < 0 else max(prompt)
-                raise ValueError(
-                    f"prompt {index} has token {token}, outside the vocabulary of {self.architecture.vocab}: "
-                    f"was it made with another model's tokenizer?"
-                )
-
 
 def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
     shards = layout.shards(rank)
@@ -211,20 +188,3 @@ def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.devic
     numel = sum(math.prod(shard.shape) for shard in shards)
     logger.info("rollout weights: %d tensors, %.1f MB", len(shards), numel * dtype.itemsize / 1e6)
     return {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
-
-
-def _check_shards(shards: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> None:
-    if shards.keys() != targets.keys():
-        missing, unknown = sorted(targets.keys() - shards.keys()), sorted(shards.keys() - targets.keys())
-        raise ValueError(
-            f"a whole update is expected: shards missing: {missing or 'none'}; unknown: {unknown or 'none'}"
-        )
-    for name, target in targets.items():
-        if shards[name].shape != target.shape:
-            raise ValueError(f"shard {name!r} has shape {tuple(shards[name].shape)}, expected {tuple(target.shape)}")
-
-
-def _check_tags(tags: Sequence[str]) -> None:
-    unknown = sorted(set(tags) - set(TAGS))
-    if unknown:
-        raise ValueError(f"unknown sleep tags {unknown}: known are {list(TAGS)}")

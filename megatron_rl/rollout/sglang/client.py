@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import httpx
 
+from megatron_rl.config import ConfigError
+
 Json = dict[str, Any]
 PauseMode = Literal["abort", "retract", "in_place"]
 
@@ -56,11 +58,13 @@ class SGLangClient:
     def __repr__(self) -> str:
         return f"SGLangClient({self.url})"
 
-    async def call(self, method: Literal["GET", "POST"], path: str, body: Json | None, timeout: float) -> Any:
-        """The JSON answer of one request; None where the answer is empty.
+    async def send(
+        self, method: Literal["GET", "POST"], path: str, body: Json | None = None, timeout: float = CONTROL_SECONDS
+    ) -> bytes:
+        """The body of the answer to one request.
 
         Raises:
-            ServerError: no connection, no answer in time, a 5xx status, or an answer that is not JSON.
+            ServerError: no connection, no answer in time, or a 5xx status.
             RequestError: a 4xx status.
         """
         try:
@@ -72,58 +76,60 @@ class SGLangClient:
             raise ServerError(f"{self.url}{path} answered {answer.status_code}: {text}")
         if answer.is_error:
             raise RequestError(f"{self.url}{path} answered {answer.status_code}: {text}")
-        if not answer.content:
-            return None
-        try:
-            return json.loads(answer.content)
-        except ValueError:
-            raise ServerError(f"{self.url}{path} answered with what is not JSON: {text!r}") from None
+        return answer.content
 
-    async def post(self, path: str, body: Json | None = None, timeout: float = CONTROL_SECONDS) -> Any:
-        return await self.call("POST", path, body or {}, timeout)
+    async def post(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Any:
+        """The JSON of the answer; ServerError where it is none."""
+        return self._parse(path, await self.send("POST", path, body, timeout))
 
     async def get(self, path: str, timeout: float = CONTROL_SECONDS) -> Any:
-        return await self.call("GET", path, None, timeout)
+        """The JSON of the answer; ServerError where it is none."""
+        return self._parse(path, await self.send("GET", path, None, timeout))
+
+    def _parse(self, path: str, content: bytes) -> Any:
+        try:
+            return json.loads(content)
+        except ValueError:
+            excerpt = content[:BODY_EXCERPT].decode(errors="replace")
+            raise ServerError(f"{self.url}{path} answered with what is not JSON: {excerpt!r}") from None
 
     # What the server is
 
-    async def version(self) -> str:
-        """SGLang's version, checked.
+    async def server_info(self) -> Json:
+        """What it was started with; ``version`` is SGLang's. See `check_version`."""
+        return _record(await self.get("/server_info"), self.url)
 
-        Raises:
-            ServerError: it is outside of what this client was written for.
-        """
-        found = str((await self.get("/server_info")).get("version", "unknown"))
-        check_version(found, self.url)
-        return found
+    async def check_health(self, timeout: float) -> None:
+        """Have it generate a token, or see that it does anyway."""
+        await self.send("GET", "/health", timeout=timeout)
 
     async def weight_version(self) -> str:
         """Name of the weights that the server holds; "default" until somebody names them."""
-        return str((await self.get("/model_info", timeout=10.0))["weight_version"])
+        return str(_record(await self.get("/model_info", timeout=10.0), self.url).get("weight_version"))
 
     # Generation
 
     async def generate(self, body: Json) -> Any:
         """/generate, as it is: the caller writes the body and reads the answer."""
-        return await self.call("POST", "/generate", body, self.timeout)
+        return await self.post("/generate", body, self.timeout)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Give requests up; unknown ones do no harm."""
         for request_id in request_ids:
-            await self.post("/abort_request", {"rid": request_id, "abort_all": False}, timeout=5.0)
+            await self.send("POST", "/abort_request", {"rid": request_id, "abort_all": False}, timeout=5.0)
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating. retract: running requests wait anew, their cache can be flushed; in_place: they keep their
         cache; abort: they end."""
-        await self.post("/pause_generation", {"mode": mode})
+        await self.send("POST", "/pause_generation", {"mode": mode})
 
     async def resume(self) -> None:
         """Generate again after `pause`."""
-        await self.post("/continue_generation")
+        await self.send("POST", "/continue_generation", {})
 
     async def flush_cache(self) -> None:
         """Forget cached prefixes; refused while requests run."""
-        await self.call("POST", "/flush_cache", None, CONTROL_SECONDS)
+        await self.send("POST", "/flush_cache")
 
     # Weights
 
@@ -172,10 +178,10 @@ class SGLangClient:
         return await self._succeed("/weights_checker", {"action": action}, 600.0)
 
     async def release_memory(self, tags: Sequence[str]) -> None:
-        await self.post("/release_memory_occupation", {"tags": list(tags)}, timeout=300.0)
+        await self.send("POST", "/release_memory_occupation", {"tags": list(tags)}, timeout=300.0)
 
     async def resume_memory(self, tags: Sequence[str]) -> None:
-        await self.post("/resume_memory_occupation", {"tags": list(tags)}, timeout=300.0)
+        await self.send("POST", "/resume_memory_occupation", {"tags": list(tags)}, timeout=300.0)
 
     async def close(self) -> None:
         """Drop all connections."""
@@ -183,20 +189,26 @@ class SGLangClient:
 
     async def _succeed(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Json:
         """An endpoint that answers {"success", "message"}, of which some say 200 to a failure."""
-        answer = await self.post(path, body, timeout)
-        if not isinstance(answer, dict) or not answer.get("success"):
+        answer = _record(await self.post(path, body, timeout), self.url)
+        if not answer.get("success"):
             raise ServerError(f"{self.url}{path} did not succeed: {str(answer)[:BODY_EXCERPT]}")
         return answer
 
 
 def check_version(version: str, url: str) -> None:
-    """Raises ServerError for a server that this client was not written for."""
+    """Raises ConfigError for a server that this client was not written for."""
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
     if not OLDEST_VERSION <= numbers < NEWEST_VERSION:
-        raise ServerError(
+        raise ConfigError(
             f"the server at {url} runs SGLang {version}, but supported is {SUPPORTED_VERSIONS} (0.5.23 is tested), "
             f"because the endpoints of weight updates differ: install such a version"
         )
+
+
+def _record(answer: Any, url: str) -> Json:
+    if not isinstance(answer, dict):
+        raise ServerError(f"{url} answered {str(answer)[:BODY_EXCERPT]!r}, expected a JSON object")
+    return answer
 
 
 def _version(version: str | None) -> Json:

@@ -202,12 +202,12 @@ class SGLangServer:
         deadline = time.monotonic() + self.settings.start_timeout
         while time.monotonic() < deadline:
             if not self.is_running:
-                raise RuntimeError(f"SGLang ended while it started; {self._last_lines()}")
+                raise RuntimeError(f"SGLang ended while it started; {self.last_lines()}")
             if self.is_ready():
                 return
             time.sleep(0.5)
         self.close()
-        raise RuntimeError(f"SGLang was not ready in {self.settings.start_timeout:.0f} s; {self._last_lines()}")
+        raise RuntimeError(f"SGLang was not ready in {self.settings.start_timeout:.0f} s; {self.last_lines()}")
 
     def is_ready(self) -> bool:
         """Whether the server answers requests now."""
@@ -222,10 +222,15 @@ class SGLangServer:
             try:
                 self.wait_ready()
                 break
-            except RuntimeError as error:
-                if "address already in use" not in str(error).lower() or attempt == PORT_ATTEMPTS - 1:
+            except RuntimeError:
+                if not self.lost_its_port or attempt == PORT_ATTEMPTS - 1:
                     raise
         return self
+
+    @property
+    def lost_its_port(self) -> bool:
+        """Whether it ended because somebody else took its port in between."""
+        return "address already in use" in self.last_lines().lower()
 
     def close(self) -> None:
         """End the server and every process it started; may be called twice."""
@@ -248,7 +253,8 @@ class SGLangServer:
     ) -> None:
         self.close()
 
-    def _last_lines(self) -> str:
+    def last_lines(self) -> str:
+        """The end of the log, for error messages."""
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         return "\n".join([f"its log {self.log} ends with:", *lines[-LOG_TAIL_LINES:]])
 

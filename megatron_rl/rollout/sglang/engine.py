@@ -1,0 +1,289 @@
+"""`SGLangEngine`: generation on SGLang servers, which one rollout replica owns or is attached to.
+
+The replica's first rank talks to the servers; its other ranks bring their shards when weights are delivered. All of
+them call everything together. What a server holds is known only as long as nothing happens to it: one that was away
+gets the newest weights again before it gets a request.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import tempfile
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.models import Architecture
+from megatron_rl.reshard import Layout
+from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
+from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.gate import UpdateGate
+from megatron_rl.rollout.sglang.delivery import DELIVERIES
+from megatron_rl.rollout.sglang.dispatch import Dispatcher
+from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.generation import Request
+from megatron_rl.rollout.sglang.launch import build_members
+from megatron_rl.rollout.sglang.membership import Member, Membership
+from megatron_rl.rollout.sglang.model_folder import write_model_folder
+from megatron_rl.rollout.sglang.options import SGLangOptions
+from megatron_rl.rollout.sglang.replica import Replica
+from megatron_rl.rollout.sglang.routing import State
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25  # between looks for servers that need weights, while requests run
+CALL_SECONDS = 20.0  # between signs of life to the other ranks, whose collectives have time limits
+DELIVERY_ATTEMPTS = 3
+
+
+@ENGINES.register("sglang")
+class SGLangEngine(RolloutEngine):
+    """One rank's handle of its replica's servers.
+
+    Args:
+        architecture, layout, rank, dtype, eos_token_ids, tokenizer, device: as for `LocalEngine`.
+        tp_group: the ranks of this replica; None = this rank alone.
+        max_running: sequences that one server runs at a time.
+        options: `SGLangOptions` by name.
+
+    Raises:
+        ConfigError: options are wrong, or the servers would hold another layout.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layout: Layout,
+        rank: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        tp_group: dist.ProcessGroup | None = None,
+        eos_token_ids: Iterable[int] = (),
+        tokenizer: Any = None,
+        device: torch.device | str = "cpu",
+        max_running: int = 256,
+        **options: Any,
+    ) -> None:
+        self.options = SGLangOptions.parse(options, where="actor.rollout.options")
+        self.architecture, self._layout, self.rank = architecture, layout, rank
+        self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
+        self.max_context = self.options.server.context_length or architecture.max_positions
+        self.replica = Replica.of(layout, rank, tp_group)
+        self._gate, self._asleep = UpdateGate(), set[str]()
+        self._shards: Mapping[str, torch.Tensor] = {}  # what the servers were given last
+        self._shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
+        self._closing = threading.Lock()
+        self._folder = tempfile.TemporaryDirectory(prefix="megatron_rl-sglang-")
+        self._loop = EventLoop()
+        name = str(dtype).removeprefix("torch.")
+        members = []
+        if self.replica.leads:
+            folder = write_model_folder(Path(self._folder.name), architecture, tokenizer, name)
+            members = build_members(
+                self.options, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
+            )
+        self._membership = Membership(members, self.options.patience, self.replica.tp)
+        self._dispatcher = Dispatcher(self._membership, separate_caches=self.options.pause == "in_place")
+        self._delivery = DELIVERIES[self.options.delivery](
+            loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.options.delivery_options
+        )
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @property
+    def policy_version(self) -> int:
+        return self._gate.version
+
+    @property
+    def urls(self) -> list[str]:
+        """Of this replica's servers; on its first rank only."""
+        return [member.client.url for member in self._membership.members]
+
+    def targets(self) -> Mapping[str, torch.Tensor]:
+        return {}
+
+    # --- weights ---------------------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        """Pause the servers that answer; the first call waits for all of them to start."""
+        if "weights" in self._asleep:
+            raise RuntimeError("the rollout weights sleep: call wake(['weights']) before updating them")
+        self._gate.begin()
+        if self.replica.leads:
+            self._loop.run(self._pause())
+
+    async def _pause(self) -> None:
+        membership = self._membership
+        membership.serving = False
+        await membership.gather_in(self.options.server.start_timeout)
+        await membership.stop(membership.of(State.READY, State.OUTDATED), self.options.pause)
+        if not membership.of(State.OUTDATED):
+            raise RuntimeError(f"no server could be paused for a weight update: {membership.describe()}")
+
+    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
+        check_shards(shards, self._shapes)
+        self._shards = shards
+        for attempt in range(1, DELIVERY_ATTEMPTS + 1):
+            try:
+                self._deliver()
+                return
+            except RuntimeError:
+                if attempt == DELIVERY_ATTEMPTS:
+                    raise
+                logger.warning("weights did not reach all servers; trying again", exc_info=True)
+                if self.replica.leads:
+                    self._loop.run(self._pause_survivors())
+
+    async def _pause_survivors(self) -> None:
+        """After a failed delivery: who still answers is paused anew, who does not will come back later."""
+        for member in self._membership.of(State.OUTDATED):
+            await self._membership.examine(member)
+        await self._pause()
+
+    def _deliver(self) -> None:
+        outdated = self._membership.of(State.OUTDATED)
+        for member in outdated:
+            member.held = None
+        self._delivery.deliver([member.client for member in outdated], self._shards)
+
+    def commit_update(self, version: int) -> None:
+        self._gate.commit(version)
+        if self.replica.leads:
+            self._membership.versions.append(version)
+            self._loop.run(self._serve(self._membership.of(State.OUTDATED)))
+
+    async def _serve(self, members: Sequence[Member]) -> None:
+        """Let ``members``, which hold the version committed last, serve it."""
+        await self._membership.go_on(members)
+        self._membership.serving = True
+        await self._membership.notify()
+
+    def abort_update(self, intact: bool) -> None:
+        self._gate.abort(intact)
+        if intact and self.replica.leads and self._membership.versions and not self._membership.serving:
+            self._loop.run(self._serve(self._membership.unchanged()))
+
+    # --- generation ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        seeds: Sequence[int] | None = None,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """As every engine does; the answers are returned on the replica's first rank only, elsewhere an empty list."""
+        self._gate.require_ready()
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
+        seeds = range(len(prompts)) if seeds is None else seeds
+        check_prompts(prompts, seeds, params, self.architecture.vocab, self.max_context, self.tokenizer is not None)
+        if not prompts:
+            return []
+        if not self.replica.leads:
+            self._follow()
+            return []
+        requests = [self._request(i, prompts[i], params, seed) for i, seed in enumerate(seeds)]
+        results: dict[int, list[Completion]] = {}
+
+        def emit(index: int, completions: list[Completion]) -> None:
+            assert index not in results, f"prompt {index} was answered twice"
+            results[index] = completions
+            if progress is not None:
+                progress(len(results) * params.n, len(prompts) * params.n)
+
+        with self.replica.calling():
+            self._lead(requests, emit)
+        return [results[index] for index in range(len(prompts))]
+
+    def _request(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
+        experts = self.architecture.experts if self.options.return_routed_experts else None
+        return Request(
+            index=index,
+            token_ids=prompt,
+            seeds=[sample_seed(params.seed, seed, sample) for sample in range(params.n)],
+            params=params,
+            eos_token_ids=self.eos_token_ids,
+            routed_experts=(self.architecture.num_layers, experts.experts_per_token) if experts else None,
+        )
+
+    def _lead(self, requests: Sequence[Request], emit: Any) -> None:
+        """Wait for the answers; whenever a server comes back without the newest weights, deliver them."""
+        work = self._loop.submit(self._dispatcher.answer_all(requests, emit))
+        try:
+            while not concurrent.futures.wait([work], timeout=POLL_SECONDS).done:
+                self.replica.sign_of_life(CALL_SECONDS)
+                if self._membership.serving and self._membership.of(State.OUTDATED):
+                    self._redeliver()
+            work.result()
+        except BaseException:
+            work.cancel()
+            raise
+
+    def _redeliver(self) -> None:
+        self.replica.call("deliver")
+        outdated = self._membership.of(State.OUTDATED)
+        logger.warning("delivering weights anew to %s", ", ".join(member.client.url for member in outdated))
+        self._loop.run(self._membership.stop(outdated, "abort"))
+        try:
+            self._deliver()
+        except RuntimeError as error:  # it may have gone again
+            logger.warning("weights could not be delivered anew: %s", error)
+            for member in outdated:
+                self._loop.run(self._membership.examine(member))
+            return
+        self._loop.run(self._membership.go_on([m for m in outdated if m.state is State.OUTDATED]))
+
+    def _follow(self) -> None:
+        """The other ranks' part in `generate`: bring their shards when they are called for."""
+        for call in self.replica.calls():
+            if call == "deliver":
+                try:
+                    self._deliver()
+                except RuntimeError as error:
+                    logger.warning("weights could not be delivered anew: %s", error)
+
+    # --- memory and end --------------------------------------------------------------------------------------------
+
+    def sleep(self, tags: Sequence[str] = TAGS) -> None:
+        check_tags(tags)
+        self._asleep.update(tags)
+        if "weights" in tags:
+            self._gate.empty()
+            self._membership.versions.clear()
+        if self.replica.leads:
+            self._loop.run(self._release(tags))
+
+    async def _release(self, tags: Sequence[str]) -> None:
+        membership = self._membership
+        membership.serving = False
+        await membership.stop(membership.of(State.READY, State.OUTDATED), "abort")
+        await membership.each(membership.of(State.OUTDATED), lambda client: client.release_memory(tags))
+
+    def wake(self, tags: Sequence[str] = TAGS) -> None:
+        check_tags(tags)
+        again = sorted(self._asleep & set(tags))
+        self._asleep.difference_update(tags)
+        if self.replica.leads and again:
+            self._loop.run(self._resume(again))
+
+    async def _resume(self, tags: Sequence[str]) -> None:
+        membership = self._membership
+        await membership.each(membership.of(State.OUTDATED), lambda client: client.resume_memory(tags))
+        if membership.versions and not self._asleep:
+            await self._serve(membership.unchanged())
+
+    def close(self) -> None:
+        with self._closing:
+            for member in self._membership.members:
+                if member.server is not None:
+                    member.server.close()
+            self._loop.close()
+            self._folder.cleanup()

@@ -1,0 +1,47 @@
+"""The Hugging Face folder that a server starts from: config and tokenizer; its weights come by a push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture, hf_config_from
+
+CPU_INTERMEDIATE_UNIT = 32  # a CPU server pads intermediate sizes to a multiple of this times tp
+
+
+def write_model_folder(folder: Path, architecture: Architecture, tokenizer: Any | None, dtype: str) -> Path:
+    """Write what `sglang.launch_server` needs to know of the model.
+
+    Args:
+        tokenizer: a `transformers` tokenizer; without one the server cannot look for stop texts.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config_from(architecture, tokenizer, dtype).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def check_cpu_layout(architecture: Architecture, tp: int) -> None:
+    """Refuse what a CPU server would pad, and then hold in another layout than a GPU server does.
+
+    Raises:
+        ConfigError: a size is not aligned.
+    """
+    unit = CPU_INTERMEDIATE_UNIT * tp
+    sizes = {
+        "num_attention_heads": (architecture.num_heads, tp),
+        "num_key_value_heads": (architecture.num_kv_heads, tp),
+    }
+    if architecture.experts is None:
+        sizes["intermediate_size"] = (architecture.ffn, unit)
+    else:
+        sizes["moe_intermediate_size"] = (architecture.experts.ffn, unit)
+    for name, (size, divisor) in sizes.items():
+        if size % divisor:
+            raise ConfigError(
+                f"{name}={size} is not a multiple of {divisor}: at tp={tp} SGLang on a CPU would pad it and hold its "
+                f"weights in a layout of its own. Choose another rollout tp, another model, or a GPU"
+            )

@@ -1,0 +1,53 @@
+"""`SGLangOptions`: what ``actor.rollout.options`` may hold for the sglang engine."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.rollout.sglang.membership import Patience
+from megatron_rl.rollout.sglang.server import ServerSettings
+
+
+class SGLangOptions(ConfigRecord):
+    """Options of the engine; the servers' dtype and tensor parallelism are those of ``actor.rollout``."""
+
+    urls: tuple[str, ...] = ()
+    """Attach to these servers, at least one for each rollout replica, dealt out in turn; none = start servers."""
+    server: ServerSettings = ServerSettings()
+    """How to start servers."""
+    servers: int = Field(default=1, ge=1)
+    """Servers that each replica starts; all get the replica's weights and share its requests."""
+    delivery: str = "direct"
+    """Name of a registered way for weights to reach the servers."""
+    delivery_options: dict[str, Any] = Field(default_factory=dict)
+    """Further keyword arguments of that delivery."""
+    pause: Literal["retract", "in_place"] = "retract"
+    """What an update does to running requests. retract: their cache is computed anew with the new weights. in_place:
+    they go on with the old weights' cache."""
+    concurrency: int | None = Field(default=None, ge=1)
+    """Sequences sent to a server at a time; None = twice what it runs at once, so that it never waits for us."""
+    request_timeout: float = Field(default=3600.0, gt=0)
+    """Seconds in which a request must be answered, waiting at the server included."""
+    attempts: int = Field(default=8, ge=1)
+    """Tries of one request, over all servers, before the run ends with an error."""
+    recovery_timeout: float = Field(default=900.0, gt=0)
+    """Seconds that requests wait for a server to come back when none serves."""
+    health_interval: float = Field(default=30.0, gt=0)
+    """Seconds between looks at servers that work on requests; one that fails two in a row is given up."""
+    return_routed_experts: bool = False
+    """Keep which experts each token went to, as ``metadata["routed_experts"]`` of the sample."""
+    memory_saver: bool = False
+    """Start servers so that `sleep` gives their GPU memory back."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.urls and "server" in self.model_fields_set:
+            raise ValueError("urls and server exclude each other: attach to running servers, or start some")
+        return self
+
+    @property
+    def patience(self) -> Patience:
+        return Patience(attempts=self.attempts, recovery=self.recovery_timeout, health_interval=self.health_interval)

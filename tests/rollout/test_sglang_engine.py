@@ -1,0 +1,300 @@
+"""The SGLang engine over stand-in servers: the contract of all engines, and no fault loses or doubles an answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from rollout.engine_contract import EngineContract, Loaded
+from rollout.rollout_models import Cutter, architecture_of, layout_of, local_engine, random_model
+from rollout.sglang_stand_in import Fault, PlainDelivery, StandIn, counting, of_engine
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models import rollout_layout
+from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine
+from megatron_rl.rollout.sglang.delivery import DELIVERIES
+
+pytestmark = pytest.mark.timeout(60)
+DELIVERIES.register("plain")(PlainDelivery)
+MODEL = random_model("llama")
+ARCHITECTURE = architecture_of(MODEL.config)
+SHARDS = {"model.norm.weight": torch.ones(32)}
+SHORT = SamplingParams(max_tokens=4)
+
+
+def attached(*servers: StandIn, **options: Any) -> SGLangEngine:
+    """An engine over stand-ins that holds one tensor, not loaded yet."""
+    quick = {"delivery": "plain", "recovery_timeout": 20.0, "request_timeout": 20.0} | options
+    urls = [server.url for server in servers]
+    return SGLangEngine(ARCHITECTURE, layout_of(SHARDS), urls=urls, **quick)
+
+
+def loaded_over(*servers: StandIn, version: int = 1, **options: Any) -> SGLangEngine:
+    engine = attached(*servers, **options)
+    engine.load_shards(SHARDS, version)
+    return engine
+
+
+@pytest.fixture
+def two() -> Iterator[list[StandIn]]:
+    servers = [StandIn(), StandIn()]
+    yield servers
+    for server in servers:
+        server.die()
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Loaded]:
+    shards = Cutter(ARCHITECTURE, MODEL.state_dict()).cut()
+    model = local_engine(MODEL, eos_token_ids=[2])
+    server = StandIn(of_engine(model), load=lambda weights: model.load_shards(weights, 1))
+    layout = rollout_layout(ARCHITECTURE, 1, [[0]])
+    options = {"urls": [server.url], "delivery": "plain", "eos_token_ids": [2]}
+    with SGLangEngine(ARCHITECTURE, layout, dtype=torch.float32, **options) as engine:  # type: ignore[arg-type]
+        engine.load_shards(shards, 7)
+        yield Loaded(engine, MODEL, shards, vocab=100, eos=2)
+    server.die()
+
+
+class TestSGLangEngineKeepsTheContract(EngineContract):
+    """See `EngineContract`."""
+
+
+def last_tokens(engine: SGLangEngine, count: int, **params: Any) -> list[int]:
+    """Ask ``count`` prompts whose answers tell which prompt they are to, and return what was asked back."""
+    prompts = [[5, 3 + i % 90] for i in range(count)]
+    answers = engine.generate(prompts, SamplingParams(max_tokens=3, **params))
+    assert all(len(group) == params.get("n", 1) for group in answers)
+    return [group[0].token_ids[0] - 3 for group in answers]
+
+
+def test_every_request_is_answered_once_when_one_of_two_servers_is_killed_halfway(two: list[StandIn]) -> None:
+    two[0].die_after = 120
+    counted: list[int] = []
+    with loaded_over(*two, concurrency=250, recovery_timeout=30.0) as engine:
+        prompts = [[5, 3 + i % 90] for i in range(500)]
+        answers = engine.generate(prompts, SHORT, progress=lambda done, total: counted.append(done))
+    assert [group[0].token_ids for group in answers] == [[prompt[-1]] * 4 for prompt in prompts]
+    assert counted == list(range(1, 501))
+    assert two[0].gone.is_set()
+    assert len(set(two[1].answered)) == len(two[1].answered) <= 500 - 100
+
+
+@pytest.mark.parametrize("fault", ["500", "malformed", "drop", "wrong tokens"])
+def test_a_server_that_answers_wrongly_costs_a_retry_and_no_sample(two: list[StandIn], fault: Fault) -> None:
+    with loaded_over(*two) as engine:
+        for server in two:
+            server.faults.extend([fault] * 3)
+        assert last_tokens(engine, 40, n=2) == list(range(40))
+        assert not two[0].faults
+        assert last_tokens(engine, 10) == list(range(10))
+
+
+def test_a_server_that_refuses_from_the_start_gets_no_request(two: list[StandIn]) -> None:
+    two[1].die()
+    with loaded_over(*two) as engine:
+        assert last_tokens(engine, 20) == list(range(20))
+    assert len(two[0].answered) == 20
+
+
+def test_a_server_that_hangs_is_given_up_by_its_health(two: list[StandIn]) -> None:
+    with loaded_over(*two, health_interval=0.2) as engine:
+        two[0].faults.append("hang")
+        assert last_tokens(engine, 30) == list(range(30))
+    assert len(two[1].answered) == 30
+
+
+def test_a_request_that_takes_too_long_goes_elsewhere(two: list[StandIn]) -> None:
+    with loaded_over(*two, request_timeout=1.0) as engine:
+        two[0].faults.append("hang")
+        assert last_tokens(engine, 10) == list(range(10))
+
+
+def test_a_server_that_dies_while_it_generates_loses_nothing(two: list[StandIn]) -> None:
+    with loaded_over(*two) as engine:
+        two[1].faults.append("die")
+        assert last_tokens(engine, 30, n=3) == list(range(30))
+
+
+@pytest.mark.parametrize("comes_back_with", ["default", "1"])
+def test_a_server_that_comes_back_with_old_weights_gets_the_newest_before_traffic(comes_back_with: str) -> None:
+    first, slow = StandIn(), threading.Event()
+    engine = loaded_over(first, version=1)
+    engine.load_shards({"model.norm.weight": torch.full((32,), 2.0)}, 2)
+    first.generate = lambda prompt, params: (slow.wait(10) and None) or ([3] * 4, [-0.5] * 4, {"type": "length"})
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(engine.generate([[5, 6]] * 4, SHORT)))
+    asking.start()
+    time.sleep(0.3)
+    first.die()
+    slow.set()
+    second = StandIn(port=first.port, weight_version=comes_back_with)
+    asking.join(30)
+    engine.close()
+    second.die()
+    assert [group[0].policy_version for group in answers[0]] == [2] * 4
+    assert set(second.started_with) == {"2"}
+    assert torch.equal(second.weights["model.norm.weight"], torch.full((32,), 2.0))
+
+
+def test_answers_by_weights_that_nobody_pushed_are_thrown_away_and_the_server_loaded_anew(
+    two: list[StandIn],
+) -> None:
+    with loaded_over(*two, version=5) as engine:
+        two[0].weight_version = "default"  # restarted between two of our requests
+        answers = engine.generate([[5, 6]] * 20, SHORT)
+        assert {group[0].policy_version for group in answers} == {5}
+        assert two[0].weight_version == "5"
+
+
+def test_when_no_server_is_left_the_error_says_what_was_tried(two: list[StandIn]) -> None:
+    with loaded_over(*two, recovery_timeout=1.0, attempts=3) as engine:
+        for server in two:
+            server.die()
+        with pytest.raises(RuntimeError, match=r"no server was ready for 1 s: http://127.*down.*failures"):
+            engine.generate([[5, 6]], SHORT)
+
+
+def test_a_request_the_server_calls_wrong_is_not_tried_again(two: list[StandIn]) -> None:
+    with loaded_over(*two) as engine:
+        for member in engine._membership.members:  # our own requests are never wrong
+            member.client.generate = lambda body, client=member.client: client.post("/generate", {"rid": ["a"]})
+        with pytest.raises(ValueError, match="answered 400"):
+            engine.generate([[5, 6]], SHORT)
+
+
+def test_requests_are_spread_by_load_and_the_limit_holds(two: list[StandIn]) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slowly(prompt: list[int], params: dict[str, Any]) -> Any:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        return [prompt[-1]] * 4, [-0.5] * 4, {"type": "length", "length": 4}
+
+    for server in two:
+        server.generate = slowly
+    with loaded_over(*two, concurrency=3) as engine:
+        engine.generate([[5, 6]] * 60, SHORT)
+    assert most <= 6
+    assert all(len(server.answered) >= 20 for server in two)
+
+
+def test_samples_of_one_prompt_meet_one_server(two: list[StandIn]) -> None:
+    with loaded_over(*two) as engine:
+        engine.generate([[5, 6], [5, 7]], SamplingParams(n=6, max_tokens=2))
+    assert [len(server.answered) for server in two] == [6, 6]
+
+
+def test_an_update_while_requests_run_pauses_them_and_both_versions_are_reported(two: list[StandIn]) -> None:
+    def slowly(prompt: list[int], params: dict[str, Any]) -> Any:
+        time.sleep(0.5)
+        return counting(prompt, params)
+
+    with loaded_over(*two, version=1, pause="in_place") as engine:
+        for server in two:
+            server.generate = slowly
+        answers: list[Any] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(engine.generate([[5, 6]] * 4, SamplingParams(max_tokens=8)))
+        )
+        asking.start()
+        time.sleep(0.2)
+        engine.load_shards(SHARDS, 2)
+        asking.join(20)
+        engine.generate([[5, 6]] * 4, SHORT)
+    assert all(group[0].policy_version_spans == [(1, 4), (2, 4)] for group in answers[0])
+    assert all(group[0].policy_version == 2 for group in answers[0])
+    assert two[0].cache_keys == {"weights-1", "weights-2"}
+    assert "/flush_cache" not in two[0].calls
+
+
+def test_an_update_goes_through_pause_session_version_and_continue(two: list[StandIn]) -> None:
+    with loaded_over(two[0]):
+        pass
+    assert two[0].calls == [
+        "/pause_generation",
+        "/flush_cache",
+        "/begin_weight_update",
+        "/update_weights_from_tensor",
+        "/end_weight_update",
+        "/update_weight_version",
+        "/continue_generation",
+    ]
+
+
+def test_a_server_lost_during_an_update_does_not_fail_the_push(two: list[StandIn]) -> None:
+    with loaded_over(*two) as engine:
+        two[0].load = lambda weights: two[0].die()
+        engine.load_shards(SHARDS, 2)
+        assert last_tokens(engine, 10) == list(range(10))
+        assert two[1].weight_version == "2"
+
+
+def test_an_update_given_up_before_anything_was_written_serves_on(two: list[StandIn]) -> None:
+    with loaded_over(*two, version=4) as engine:
+        engine.begin_update()
+        engine.abort_update(intact=True)
+        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 4
+        with pytest.raises(ValueError, match="missing"):
+            engine.load_shards({}, 5)
+        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 4
+
+
+def test_a_half_written_update_refuses_until_a_whole_one(two: list[StandIn]) -> None:
+    with loaded_over(*two, version=4) as engine:
+        engine.begin_update()
+        engine.stage_shards(SHARDS)
+        engine.abort_update(intact=False)
+        with pytest.raises(RuntimeError, match="middle of a weight update"):
+            engine.generate([[5, 6]], SHORT)
+        engine.load_shards(SHARDS, 5)
+        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 5
+
+
+def test_a_sleeping_engine_refuses_and_needs_new_weights(two: list[StandIn]) -> None:
+    with loaded_over(*two) as engine:
+        engine.sleep()
+        assert "/release_memory_occupation" in two[0].calls
+        with pytest.raises(RuntimeError, match="sleep"):
+            engine.begin_update()
+        engine.wake()
+        with pytest.raises(RuntimeError, match="holds no weights"):
+            engine.generate([[5, 6]], SHORT)
+        engine.load_shards(SHARDS, 2)
+        engine.sleep(["kv_cache"])
+        with pytest.raises(RuntimeError, match=r"call wake\(\)"):
+            engine.generate([[5, 6]], SHORT)
+        engine.wake()
+        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 2
+
+
+def test_a_server_of_another_version_is_refused_with_the_supported_range() -> None:
+    server = StandIn(sglang_version="0.4.9")
+    with pytest.raises(ConfigError, match=r"0\.4\.9.*0\.5\.21 or later, before 0\.6"):
+        loaded_over(server)
+    server.die()
+
+
+def test_an_attached_server_of_another_tensor_parallelism_is_refused() -> None:
+    server = StandIn(tp=2)
+    with pytest.raises(ConfigError, match=r"tp=2.*expected 1"):
+        loaded_over(server)
+    server.die()
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'urls'"):
+        SGLangEngine(ARCHITECTURE, layout_of(SHARDS), url=["http://x"])
+    two_replicas = rollout_layout(ARCHITECTURE, 1, [[0], [1]])
+    with pytest.raises(ConfigError, match="1 urls for 2 rollout replicas"):
+        SGLangEngine(ARCHITECTURE, two_replicas, urls=["http://x"], delivery="plain")
+    assert ENGINES["sglang"] is SGLangEngine
