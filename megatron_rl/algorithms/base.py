@@ -69,6 +69,8 @@ class BaseAlgorithm:
     prepare_reads: tuple[str, ...] = ("rewards", "groups", "response_mask")
     prepare_writes: tuple[str, ...] = ("advantages",)
     group_field: str | None = None  # sequences that share this field's value stay in one micro-batch
+    drops_samples: bool = False  # whether `keep_samples` is to be asked
+    max_sampling_rounds: int = 10
 
     def __init__(
         self,
@@ -117,7 +119,8 @@ class BaseAlgorithm:
         """Look at a finished step's metrics (same on all ranks) and adapt; called once per step."""
 
     def keep_samples(self, samples: Sequence[Sample]) -> list[bool]:
-        """Which scored samples are worth training on; a trainer that fills its batch asks this after scoring."""
+        """Which scored samples are worth training on; asked where ``drops_samples`` is set. New prompts are sampled in
+        place of groups of which none is kept, in at most ``max_sampling_rounds`` rounds a step."""
         return [True] * len(samples)
 
     # --- the flow --------------------------------------------------------------------------------------------------

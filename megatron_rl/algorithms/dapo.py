@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import informative_groups, overlong_penalty
@@ -18,7 +19,8 @@ from megatron_rl.batch import Batch, Sample
 class DAPO(GRPO):
     """Decoupled clip and Dynamic sAmpling Policy Optimization (arXiv 2503.14476, eqs. 8 to 13).
 
-    Dynamic sampling is a predicate here, `keep_samples`; drawing new prompts until the batch is full is the trainer's.
+    Dynamic sampling is a predicate here, `keep_samples`; drawing new prompts until the batch is full is the trainer's
+    (`trainer.refill`).
     """
 
     class Config(GRPO.Config):
@@ -35,7 +37,9 @@ class DAPO(GRPO):
         overlong_weight: float = 1.0
         """Size of the full penalty, in units of reward."""
         dynamic_sampling: bool = True
-        """Drop groups whose rewards are all equal before training."""
+        """Drop groups whose rewards are all equal, and sample new prompts in their place."""
+        max_sampling_rounds: int = Field(default=10, ge=1)
+        """Rounds of sampling a step; a batch that is not full then is trained on as it is."""
 
     name = "dapo"
     config: Config
@@ -47,6 +51,14 @@ class DAPO(GRPO):
         lengths = torch.zeros(batch.num_sequences).index_add(0, batch.sequence_ids, batch["response_mask"].float())
         penalty = overlong_penalty(lengths, self.config.overlong_tokens, self.config.overlong_cache)
         return rewards + self.config.overlong_weight * penalty
+
+    @property
+    def drops_samples(self) -> bool:  # type: ignore[override]
+        return self.config.dynamic_sampling
+
+    @property
+    def max_sampling_rounds(self) -> int:  # type: ignore[override]
+        return self.config.max_sampling_rounds
 
     def keep_samples(self, samples: Sequence[Sample]) -> list[bool]:
         if not self.config.dynamic_sampling:

@@ -21,6 +21,7 @@ from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.checkpoint import find_checkpoint
 from megatron_rl.trainer.loop import Trainer
+from megatron_rl.trainer.refill import filled
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 from megatron_rl.workers.megatron_model import MegatronCheckpoint
 
@@ -51,7 +52,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps)
     critic = _critic(config, context, num_optimizer_steps=steps)
     algorithm = algorithm_type(actor, _reference(config, actor), critic, algorithm_config)
-    flow = actor.sample() >> RewardModel(reward).score() >> algorithm.update()
+    scored = filled(actor.sample(), RewardModel(reward).score(), algorithm, loader, context)
+    flow = scored >> algorithm.update()
     return connect(
         flow,
         actor,

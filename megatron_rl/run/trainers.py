@@ -23,6 +23,7 @@ from megatron_rl.registry import nearest
 from megatron_rl.run.connect import connect
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.refill import filled
 from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import job_context
@@ -119,7 +120,7 @@ class OneCallTrainer:
         worker = self.make_worker(at, settings)
         algorithm = self.make_algorithm(worker)
         trainer = connect(
-            self.make_flow(worker, algorithm),
+            self.make_flow(worker, algorithm, loader),
             worker,
             algorithm,
             loader,  # type: ignore[arg-type]  # each loader_type has next_batch
@@ -142,7 +143,7 @@ class OneCallTrainer:
         free = self.options.get("reference_free") or self.options.get("precomputed_reference")
         return None if free else Reference(actor)
 
-    def make_flow(self, actor: Any, algorithm: BaseAlgorithm) -> Flow:
+    def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
         return algorithm.update()
 
 
@@ -217,8 +218,9 @@ class GRPOTrainer(OneCallTrainer):
     def make_reference(self, actor: Actor) -> Reference | None:
         return Reference(actor) if self.options.get("kl_coefficient") else None
 
-    def make_flow(self, actor: Any, algorithm: BaseAlgorithm) -> Flow:
-        return actor.sample(**self.sampling) >> self.reward.score() >> algorithm.update()
+    def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
+        sample, score = actor.sample(**self.sampling), self.reward.score()
+        return filled(sample, score, algorithm, loader, actor.context) >> algorithm.update()
 
 
 class PPOTrainer(GRPOTrainer):

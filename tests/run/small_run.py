@@ -75,3 +75,8 @@ class KillOnce(Callback):
         if here and not mark.exists():
             mark.write_text("killed")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def many_even_digits(sample) -> float:
+    """0 or 1: many groups have equal rewards."""
+    return float(digits(sample) > 0.5)

@@ -1,0 +1,140 @@
+"""Dynamic sampling: prompts whose samples teach nothing are replaced by new ones until the batch is full.
+
+`filled(sample, score, algorithm, source, context)` is ``sample >> score`` for an algorithm that keeps everything. For
+one that drops samples (DAPO, arXiv 2503.14476, section 3.2) it is a stage that samples and scores in rounds. Which
+groups are kept is decided over all data-parallel ranks together, in the order of the prompts, and they are shared out
+evenly anew: the batch does not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from megatron_rl.algorithms import BaseAlgorithm
+from megatron_rl.batch import Batch, Sample
+from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.trainer.agreement import agree_over
+
+Group = list[Sample]
+
+
+class PromptSource(Protocol):
+    """Where further prompts come from; the loader of the run."""
+
+    def next_batch(self) -> Batch: ...
+
+
+def filled(
+    sample: Stage, score: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
+) -> Flow:
+    """Stages that turn prompts into scored samples worth training on."""
+    if not algorithm.drops_samples:
+        return sample >> score
+    refill = Refill(sample, score, algorithm, source, context)
+    return Flow((Stage("actor.fill", refill, reads=("prompts",), writes=("samples", "rewards"), place=sample.place),))
+
+
+class Refill:
+    """Runs rounds of sampling and scoring; metrics are named ``sampling/...``."""
+
+    def __init__(
+        self, sample: Stage, score: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
+    ) -> None:
+        self.sample, self.score = sample, score
+        self.algorithm = algorithm
+        self.source = source
+        self.context = context
+        self._agree = agree_over(context)
+
+    def __call__(self, batch: Batch) -> None:
+        wanted = len(batch.prompts) * self.context.dp_size
+        kept: list[Group] = []
+        dropped: list[Group] = []
+        rounds, prompts = 0, list(batch.prompts)
+        while True:
+            part = Batch(prompts=prompts)
+            self._one_round(part)
+            batch.temperature = part.temperature
+            batch.metrics.update(part.metrics)
+            good, bad = self._gather(part.samples)
+            kept, dropped, rounds = kept + good, dropped + bad, rounds + 1
+            if len(kept) >= wanted or rounds >= self.algorithm.max_sampling_rounds:
+                break
+            prompts = self.source.next_batch().prompts
+        chosen = self._choose(kept, dropped, wanted)
+        batch.samples = renumbered(own_share(chosen, self.context.coordinates.dp, self.context.dp_size))
+        batch.sequences["rewards"] = torch.tensor([s.reward for s in batch.samples], dtype=torch.float32)
+        batch.metrics |= {
+            "sampling/rounds": float(rounds),
+            "sampling/groups_kept": float(len(kept)),
+            "sampling/groups_dropped": float(len(dropped)),
+            "sampling/groups_unused": float(max(0, len(kept) - wanted)),
+            "sampling/reward_mean": mean_reward(kept + dropped),
+            "sampling/filled_fraction": min(1.0, len(kept) / wanted),
+        }
+
+    def _one_round(self, part: Batch) -> None:
+        self.sample.run(part)
+        if self.score.place != "host":
+            self.score.run(part)
+            return
+        failure = None
+        try:
+            self.score.run(part)
+        except Exception as error:
+            failure = error
+        self._agree(self.score.name, failure)
+
+    def _gather(self, samples: Sequence[Sample]) -> tuple[list[Group], list[Group]]:
+        """Groups that are kept and groups that are not, of all data-parallel ranks, in the order of the ranks."""
+        split = split_groups(samples, self.algorithm.keep_samples(samples))
+        at = self.context.coordinates
+        own = split if at.tp == at.pp == at.cp == 0 else ([], [])  # a replica's ranks hold the same samples
+        parts = self.context.gather_objects((at.dp, own))
+        ordered = [found for _, found in sorted(parts, key=lambda part: part[0])]
+        good = [group for found in ordered for group in found[0]]
+        return good, [group for found in ordered for group in found[1]]
+
+    def _choose(self, kept: list[Group], dropped: list[Group], wanted: int) -> list[Group]:
+        """The first ``wanted``; where not even one for each rank was found, dropped ones, whose advantages are 0."""
+        chosen = kept[:wanted]
+        return chosen + dropped[: max(0, self.context.dp_size - len(chosen))]
+
+
+def split_groups(samples: Sequence[Sample], keep: Sequence[bool]) -> tuple[list[Group], list[Group]]:
+    """(groups with a kept sample, without those that are not kept; the other groups, whole)."""
+    good: list[Group] = []
+    bad: list[Group] = []
+    pairs = zip(samples, keep, strict=True)
+    for _, members in itertools.groupby(pairs, key=lambda pair: pair[0].group):
+        group = list(members)
+        picked = [sample for sample, kept in group if kept]
+        if picked:
+            good.append(picked)
+        else:
+            bad.append([sample for sample, _ in group])
+    return good, bad
+
+
+def mean_reward(groups: Sequence[Group]) -> float:
+    """Over all samples, dropped ones included: how good the policy is."""
+    rewards = [sample.reward for group in groups for sample in group if sample.reward is not None]
+    return sum(rewards) / max(len(rewards), 1)
+
+
+def own_share(groups: Sequence[Group], dp_rank: int, dp_size: int) -> list[Group]:
+    """A contiguous part of the groups, as long as the others' or one longer."""
+    return list(groups[len(groups) * dp_rank // dp_size : len(groups) * (dp_rank + 1) // dp_size])
+
+
+def renumbered(groups: Sequence[Group]) -> list[Sample]:
+    """The samples of all groups, each group with the number of its place."""
+    for number, group in enumerate(groups):
+        for sample in group:
+            sample.group = number
+    return [sample for group in groups for sample in group]
