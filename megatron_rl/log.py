@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 
 
 def configure_logging(rank: int = 0, level: str = "INFO") -> None:
@@ -30,3 +31,5 @@ def configure_logging(rank: int = 0, level: str = "INFO") -> None:
     )
     logger.addHandler(handler)
     logger.propagate = False
+    # Megatron-Core calls collectives by names that torch 2.13 gave new ones: a line for each name and rank otherwise.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

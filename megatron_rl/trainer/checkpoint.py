@@ -8,23 +8,20 @@ seeds depend on. It is written under another name and renamed when complete; a k
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import shutil
 from collections.abc import Mapping
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.devices.process_lifetime import die_with_parent
+from megatron_rl.models.checkpoint import own_results_process
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import Trainer
@@ -205,18 +202,6 @@ class DistributedCheckpoints:
 
     def _barrier(self) -> None:
         torch.distributed.barrier(group=self.context.host_group)
-
-
-def own_results_process() -> None:
-    """Start the process through which Megatron-Core's checkpoint writers report, so that it ends with this one.
-
-    Megatron-Core starts it itself on the first save (filesystem_async._get_write_results_queue), and a rank that
-    torchrun kills then leaves it behind for ever, holding the job's output pipes open.
-    """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(die_with_parent)
-        filesystem_async._results_queue = manager.Queue()
 
 
 def _chunk_key(name: str, index: int, count: int) -> str:
