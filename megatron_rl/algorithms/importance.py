@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO
 from megatron_rl.config import ConfigRecord
-from megatron_rl.workers.loss import LossInputs, Mean
+from megatron_rl.workers.loss import LossInputs
 
 
 class MismatchCorrection(ConfigRecord):
@@ -30,6 +30,8 @@ class MismatchCorrection(ConfigRecord):
     """Largest ratio kept as it is."""
     lower: float = 0.0
     """Smallest ratio that mask keeps; truncate ignores it."""
+    warn_above: float = 0.05
+    """Warn of a mismatch/kl above this, in nats a token, while the correction is off."""
 
 
 def masked_log_ratio(inputs: LossInputs, numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -57,12 +59,3 @@ def mismatch_weights(inputs: LossInputs, log_ratio: Tensor, correction: Mismatch
     if correction.mode == "truncate":
         return ratio.clamp(max=correction.upper)
     return torch.where((ratio >= correction.lower) & (ratio <= correction.upper), ratio, 0.0)
-
-
-def mismatch_metrics(inputs: LossInputs, log_ratio: Tensor, weights: Tensor) -> dict[str, Mean]:
-    """How far trainer and rollout engine are apart: k3 of KL(rollout || trainer), and the mean weight applied."""
-    log_ratio = log_ratio.detach()
-    return {
-        "mismatch/kl": inputs.token_metric(bounded_exp(log_ratio) - 1.0 - log_ratio),
-        "mismatch/weight_mean": inputs.token_metric(weights),
-    }

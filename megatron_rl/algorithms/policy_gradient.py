@@ -6,6 +6,8 @@ each averaged over tokens in the same way.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -19,15 +21,17 @@ from megatron_rl.algorithms.importance import (
     MismatchCorrection,
     bounded_exp,
     masked_log_ratio,
-    mismatch_metrics,
     mismatch_weights,
 )
 from megatron_rl.algorithms.kl import KLEstimator, kl_penalty
 from megatron_rl.algorithms.moments import masked_moments
+from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, perplexity_ratio, staleness
 from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
+
+logger = logging.getLogger(__name__)
 
 
 class PolicyGradient(BaseAlgorithm):
@@ -69,6 +73,7 @@ class PolicyGradient(BaseAlgorithm):
 
     config: Config
     usual_kl_coefficient: ClassVar[float] = 0.05  # where a reference is given and no coefficient
+    _warned_kl: float = 0.0
     of_sequences: bool = False  # whether `policy_loss` is made of sequence sums (see `LossInputs.sequence_sum`)
 
     # --- hooks -----------------------------------------------------------------------------------------------------
@@ -122,14 +127,43 @@ class PolicyGradient(BaseAlgorithm):
         return total, metrics
 
     def correction_weights(self, inputs: LossInputs, old: Tensor) -> tuple[Tensor, dict[str, Mean]]:
-        """Weight 1 without correction; then ``rollout_logprobs`` is not read at all."""
-        if self.config.correction.level == "off":
+        """Weight 1 without correction. How far apart the two policies are is measured either way, except where the
+        engine's own log-probabilities serve as the old ones and the trainer's are not known."""
+        correction, measured = self.config.correction, "staleness" in inputs.fields
+        if correction.level == "off" and not measured:
             return inputs.mask, {}
         log_ratio = masked_log_ratio(inputs, old, inputs.fields["rollout_logprobs"])
-        weights = mismatch_weights(inputs, log_ratio, self.config.correction)
-        return weights, mismatch_metrics(inputs, log_ratio, weights)
+        metrics = gap_metrics(inputs, log_ratio) if measured else {}
+        if correction.level == "off":
+            return inputs.mask, metrics
+        weights = mismatch_weights(inputs, log_ratio, correction)
+        return weights, metrics | {"mismatch/weight_mean": inputs.token_metric(weights)}
 
     # --- data flow -------------------------------------------------------------------------------------------------
+
+    def pack_stage(self) -> Stage:
+        stage = super().pack_stage()
+
+        def pack(batch: Batch) -> None:
+            stage.run(batch)
+            batch.tokens["staleness"] = staleness(batch, self.actor.policy_version)
+
+        return replace(stage, run=pack, writes=(*stage.writes, "staleness"))
+
+    def finish_step(self, batch: Batch) -> None:
+        super().finish_step(batch)
+        if "mismatch/kl" not in batch.metrics:
+            return
+        batch.metrics["mismatch/perplexity_ratio"] = perplexity_ratio(batch.metrics)
+        kl, correction = batch.metrics["mismatch/kl"], self.config.correction
+        if correction.level == "off" and kl > max(correction.warn_above, self._warned_kl):
+            self._warned_kl = 2 * kl  # again when it has doubled
+            logger.warning(
+                "trainer and rollout engine are %.4f nats a token apart, perhaps by %s. algorithm.correction.level: "
+                "token weighs samples against it",
+                kl,
+                explain(batch.metrics),
+            )
 
     def forward_stages(self) -> list[Stage]:
         stages = super().forward_stages()
@@ -166,7 +200,9 @@ class PolicyGradient(BaseAlgorithm):
     def token_reads(self) -> tuple[str, ...]:  # type: ignore[override]
         reads = ["advantages"]
         reads += ["ref_logprobs"] if self.with_kl and not self.kl_in_reward else []
-        reads += ["rollout_logprobs"] if self.config.correction.level != "off" else []
+        measured = self.old_logprobs_field != "rollout_logprobs"
+        reads += ["rollout_logprobs"] if measured or self.config.correction.level != "off" else []
+        reads += ["staleness"] if measured else []
         return tuple(reads)
 
     @property

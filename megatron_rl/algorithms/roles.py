@@ -46,6 +46,18 @@ class Trainable(Protocol):
     ) -> dict[str, float]:
         """Take ``num_epochs * num_mini_batches`` optimizer steps; returns metrics reduced over all ranks."""
 
+    def measure(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        *,
+        reads: tuple[str, ...],
+        sequence_reads: tuple[str, ...],
+        with_entropy: bool,
+        group_field: str | None,
+    ) -> dict[str, float]:
+        """The metrics of a loss without a step, reduced over all ranks."""
+
 
 class LogprobSource(Protocol):
     """A model that can score tokens: the reference, or the actor itself."""
@@ -56,6 +68,10 @@ class LogprobSource(Protocol):
 
 class Policy(Trainable, LogprobSource, Protocol):
     """The actor."""
+
+    @property
+    def policy_version(self) -> int:
+        """Of the weights in training, as samples count it."""
 
 
 class ValueSource(Trainable, Protocol):

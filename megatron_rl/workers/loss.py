@@ -26,7 +26,8 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A metric as its sum and its weight, so that it can be added over micro-batches and ranks before dividing."""
+    """A metric as its sum and its weight, so that it can be added over micro-batches and ranks before dividing. Of a
+    metric whose name ends in ``_max`` the largest total counts."""
 
     total: Tensor  # scalar, detached
     weight: Tensor  # scalar, detached

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
@@ -60,6 +62,11 @@ class Rollouts:
         return self._served_version == self.trained_version
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the rollout weights."""
+        return DTYPES[self.settings.dtype] if self.settings.dtype else self.model.config.params_dtype
+
+    @property
     def engine(self) -> RolloutEngine:
         """The engine, built on first use."""
         if self._engine is None:
@@ -69,14 +76,13 @@ class Rollouts:
     def _build_engine(self) -> RolloutEngine:
         model, tp = self.model, self.settings.tp
         replicas = tuple(replica for placement in self.placements for replica in placement.replicas)
-        dtype = DTYPES[self.settings.dtype] if self.settings.dtype else model.config.params_dtype
         platform = current_platform()
         group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
         return ENGINES[self.settings.engine](  # type: ignore[call-arg]
             architecture=model.architecture,
             layout=rollout_layout(model.architecture, tp, replicas),
             rank=model.context.rank,
-            dtype=dtype,
+            dtype=self.dtype,
             tp_group=group,
             eos_token_ids=self.eos,
             tokenizer=self.tokenizer,
@@ -96,6 +102,8 @@ class Rollouts:
                 self.model.layout,
                 engine,
                 rank=self.model.context.rank,
+                # An engine in another process has no tensors here that would tell.
+                wire_dtype=None if engine.targets() else self.dtype,
                 max_staging_bytes=self.settings.max_staging_bytes,
                 device=self.model.device,
             )

@@ -77,6 +77,29 @@ class TrainableModel(ScoringModel):
         self.num_updates += 1
         return metrics
 
+    @torch.no_grad()
+    def measure(
+        self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
+    ) -> dict[str, float]:
+        """The loss and its metrics over all ranks on the whole batch, without a step."""
+        model = self.model
+        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        totals = self._totals(batch, groups)
+        micro_batches = plan_micro_batches(batch, model, self.micro_batching, groups)
+        for chunk in model.chunks:
+            chunk.eval()
+        head = loss_head(model, batch, loss, totals, how.reads, how.sequence_reads, scorer(batch))
+        results = run_schedule(model, batch, micro_batches, lambda *given: head(*given)[1], backward=False)
+        return self._reduce(self._with_total(results))
+
+    def _with_total(self, results: Sequence[tuple[Tensor, dict[str, Mean]]]) -> list[dict[str, Mean]]:
+        """The metrics of all micro-batches, and their loss as one more."""
+        if not results:
+            return []
+        value = torch.as_tensor(sum(result[0].double() for result in results), device=self.model.device)
+        share = torch.ones((), device=self.model.device) / self.model.context.dp_cp_size
+        return [*(dict(result[1]) for result in results), {"loss/total": Mean(value.float(), share)}]
+
     def _mini_batches(self, batch: Batch, how: Optimization, epoch: int) -> list[list[int]]:
         groups = batch.sequences[how.group_field].tolist() if how.group_field else None
         units = unit_ids(batch.num_sequences, groups)
@@ -104,13 +127,7 @@ class TrainableModel(ScoringModel):
         _, norm, _ = self.optimizer.step()
         self._require_finite(float(norm or 0.0), "gradient norm")
         self.num_steps += 1
-        metrics = [dict(result[1]) for result in results]
-        one = torch.ones((), device=model.device)
-        dp_share = one / model.context.dp_cp_size
-        metrics += (
-            [{"loss/total": Mean(torch.as_tensor(value, device=model.device).float(), dp_share)}] if results else []
-        )
-        return metrics, float(norm or 0.0)
+        return self._with_total(results), float(norm or 0.0)
 
     def _totals(self, batch: Batch, groups: Sequence[int] | None) -> Totals:
         """Global counts. A mask position is trained on where some position predicts it: never a sequence's first."""
@@ -144,16 +161,21 @@ class TrainableModel(ScoringModel):
         if self.model.context.coordinates.tp == 0:
             for metrics in collected:
                 for name, mean in metrics.items():
-                    entry = sums.setdefault(name, [0.0, 0.0])
-                    entry[0] += float(mean.total)
-                    entry[1] += float(mean.weight)
+                    _add(sums, name, float(mean.total), float(mean.weight))
         merged: dict[str, list[float]] = {}
         for part in self.model.context.gather_objects(sums):
             for name, (total, weight) in part.items():
-                entry = merged.setdefault(name, [0.0, 0.0])
-                entry[0] += total
-                entry[1] += weight
+                _add(merged, name, total, weight)
         return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(merged.items())}
+
+
+def _add(sums: dict[str, list[float]], name: str, total: float, weight: float) -> None:
+    """Totals and weights of means add up; of what ends in ``_max`` the largest stays."""
+    entry = sums.setdefault(name, [0.0, 0.0])
+    if name.endswith("_max"):
+        entry[:] = max(entry[0], total) if entry[1] else total, 1.0
+    else:
+        entry[:] = entry[0] + total, entry[1] + weight
 
 
 def _gather_counts(count: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:

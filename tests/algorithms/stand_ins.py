@@ -16,6 +16,7 @@ class StandInWorker:
     """Answers `logprobs`, `values` and `optimize`; keeps every call."""
 
     context = Standing()
+    policy_version = 0
 
     def __init__(self, name: str = "actor", metrics: dict[str, float] | None = None) -> None:
         self.name = name

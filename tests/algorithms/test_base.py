@@ -54,7 +54,8 @@ def test_update_hands_the_worker_the_declared_fields_and_frees_the_rest():
     algorithm = grpo(num_epochs=2, correction={"level": "token"}, seed=5)
     batch = algorithm.update()(scored_batch())
     (call,) = algorithm.actor.calls
-    assert set(call["fields"]) == {"old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs"}
+    read = {"old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "staleness"}
+    assert set(call["fields"]) == read
     assert (call["num_epochs"], call["num_mini_batches"], call["with_entropy"], call["seed"]) == (2, 1, True, 5)
     assert algorithm.step == 1
     assert "advantages" not in batch

@@ -1,0 +1,86 @@
+"""How far the rollout engine's policy is from the trainer's, measured in every step, and what that comes from.
+
+Both are asked for the probability of the tokens that were sampled. They differ because the sampling weights were older
+(staleness), were not the trainer's at all (weights), because prompt or mask are not what the engine saw (tokenisation),
+or because two implementations round differently (numerics). Each leaves its own trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_rl.algorithms.importance import bounded_exp
+from megatron_rl.batch import Batch
+from megatron_rl.workers.loss import LossInputs, Mean
+
+NUMERICS_KL = 0.02  # nats a token; bf16 against bf16 is one to two orders of magnitude below
+FIRST_TOKEN_FACTOR = 10.0  # a first token this much worse than the others was asked after another prompt
+
+
+def staleness(batch: Batch, trained_version: int) -> Tensor:
+    """By how many versions the weights that sampled each token are older than ``trained_version``, ``[num_tokens]``
+    fp32; 0 on prompts."""
+    rows = []
+    for sample in batch.samples:
+        spans = sample.policy_version_spans or [(sample.policy_version, len(sample.response_ids))]
+        versions = [version for version, count in spans for _ in range(count)]
+        rows += [0.0] * len(sample.prompt.token_ids) + [float(trained_version - version) for version in versions]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def gap_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
+    """What is measured in one micro-batch.
+
+    Args:
+        log_ratio: trainer minus rollout log-probabilities, 0 outside the response mask, ``[num_tokens]``. k3 of it
+            estimates KL(rollout || trainer) on samples of the rollout policy (Schulman, "Approximating KL divergence").
+    """
+    log_ratio, mask = log_ratio.detach(), inputs.mask
+    k3 = bounded_exp(log_ratio) - 1.0 - log_ratio
+    stale = (inputs.fields["staleness"] > 0).float() * mask
+    first = _first_tokens(inputs) * (mask - stale)
+    one = torch.ones_like(mask.sum())
+    return {
+        "mismatch/kl": inputs.token_metric(k3),
+        "mismatch/logprob_difference_max": Mean(log_ratio.abs().max() if log_ratio.numel() else 0.0 * one, one),
+        "mismatch/log_perplexity_ratio": inputs.token_metric(-log_ratio),
+        "mismatch/stale_fraction": inputs.token_metric(stale),
+        "mismatch/kl_stale": Mean((k3 * stale).sum(), stale.sum()),
+        "mismatch/kl_fresh": Mean((k3 * (mask - stale)).sum(), (mask - stale).sum()),
+        "mismatch/kl_fresh_first_token": Mean((k3 * first).sum(), first.sum()),
+    }
+
+
+def perplexity_ratio(metrics: Mapping[str, float]) -> float:
+    """Perplexity of the samples under the trainer over that under the engine; 1 where both are the same."""
+    return math.exp(min(metrics["mismatch/log_perplexity_ratio"], 20.0))
+
+
+def explain(metrics: Mapping[str, float]) -> str:
+    """The likeliest cause of a gap, and what to look at."""
+    kl, fresh, first = (metrics[f"mismatch/kl{part}"] for part in ("", "_fresh", "_fresh_first_token"))
+    stale_share = metrics["mismatch/stale_fraction"] * metrics["mismatch/kl_stale"] / max(kl, 1e-30)
+    figures = f"{fresh:.4f} on tokens of the newest weights, {first:.4f} on the first ones of responses"
+    if stale_share > 0.5:
+        part = metrics["mismatch/stale_fraction"]
+        return (
+            f"staleness: {part:.0%} of the tokens come from older weights and make {stale_share:.0%} of it ({figures})"
+        )
+    if first > FIRST_TOKEN_FACTOR * max(fresh, NUMERICS_KL / FIRST_TOKEN_FACTOR):
+        return f"tokenisation or masking: the responses' first tokens were sampled after another context ({figures})"
+    if fresh > NUMERICS_KL:
+        return f"wrong or mixed weights: too much for rounding ({figures}); see that pushes are attested by checksums"
+    return f"numerics: small and everywhere alike ({figures})"
+
+
+def _first_tokens(inputs: LossInputs) -> Tensor:
+    """1 at each position that predicts the first response token of its sequence. Under context parallelism also where
+    this rank's part of a response begins."""
+    mask, ids = inputs.mask, inputs.sequence_ids
+    goes_on = torch.zeros_like(mask)
+    goes_on[1:] = mask[:-1] * (ids[1:] == ids[:-1]).float()
+    return mask * (1.0 - goes_on)
