@@ -82,8 +82,8 @@ test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled 
 test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
 
-bench-train: $(TRL)/.ready
-bench-train: BENCH_ARGS += --trl $(TRL)/bin/python
+bench-train bench-dpo: $(TRL)/.ready
+bench-train bench-dpo: BENCH_ARGS += --trl $(TRL)/bin/python
 
 $(BENCHES): bench-%: $(READY)
 	$(BIN)/python tools/bench_$*.py $(BENCH_ARGS)
