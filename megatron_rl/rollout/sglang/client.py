@@ -157,7 +157,8 @@ class SGLangClient:
         self, folder: str, *, version: str | None = None, flush_cache: bool = True, timeout: float = 1800.0
     ) -> None:
         """Load the Hugging Face ``folder``, which the server reads itself."""
-        body: Json = {"model_path": folder, "flush_cache": flush_cache}
+        # Without a format it would load as it started, which may have been with dummy weights.
+        body: Json = {"model_path": folder, "flush_cache": flush_cache, "load_format": "auto"}
         await self._succeed("/update_weights_from_disk", body | _version(version), timeout)
 
     async def init_weights_update_group(self, body: Mapping[str, Any], timeout: float = 300.0) -> None:

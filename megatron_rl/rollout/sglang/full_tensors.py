@@ -1,0 +1,102 @@
+"""`FullTensors`: whole Hugging Face tensors on the first rank of a replica, a bucket at a time.
+
+For the ways into a server that cut tensors there. The shards that the replica's ranks hold are one layout, whole
+tensors on one rank another: each bucket is a small reshard between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span
+from megatron_rl.rollout.sglang.handover import buckets
+
+
+class FullTensors:
+    """One rank's part.
+
+    Args:
+        ranks: of the replica; the first one gets the tensors.
+        bucket_bytes: of whole tensors at a time; a larger one goes alone.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        ranks: Sequence[int],
+        rank: int,
+        group: dist.ProcessGroup | None,
+        dtype: torch.dtype,
+        bucket_bytes: int,
+    ) -> None:
+        self._layout = replace(layout, cells={r: layout.cells[r] for r in ranks}, alike=None)
+        self._leader, self._rank, self._dtype, self._bucket_bytes = ranks[0], rank, dtype, bucket_bytes
+        self._transport = LocalTransport() if group is None else P2PTransport(group)
+        self._shapes = _shapes(self._layout)
+        self._resharders: list[tuple[list[str], Resharder]] = []
+
+    def collect(self, shards: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Collective over the replica: bucket after bucket by Hugging Face names; empty but on the first rank. The
+        tensors of a bucket are overwritten by the next."""
+        memory = torch.empty(0, dtype=self._dtype)
+        for names, resharder in self._planned():
+            tensors: dict[str, Tensor] = {}
+            if self._rank == self._leader:
+                sizes = [_numel(self._shapes[name]) for name in names]
+                device = next(iter(shards.values())).device
+                memory = (
+                    memory if memory.numel() >= sum(sizes) else torch.empty(sum(sizes), dtype=self._dtype).to(device)
+                )
+                parts = memory[: sum(sizes)].split(sizes)
+                tensors = {n: part.view(self._shapes[n]) for n, part in zip(names, parts, strict=True)}
+            resharder.run(shards, tensors)
+            yield tensors
+
+    def _planned(self) -> list[tuple[list[str], Resharder]]:
+        if not self._resharders:
+            sizes = {name: _numel(shape) * self._dtype.itemsize for name, shape in self._shapes.items()}
+            for names in buckets(sizes, self._bucket_bytes):
+                whole = [_whole(name, self._shapes[name]) for name in names]
+                target = Layout("whole tensors", {self._leader: 0}, lambda cell, whole=whole: whole)  # type: ignore[misc]
+                source = _only(self._layout, set(names))
+                resharder = Resharder(source, target, self._rank, self._transport, self._dtype)
+                self._resharders.append((names, resharder))
+        return self._resharders
+
+
+def _only(layout: Layout, tensors: Collection[str]) -> Layout:
+    """The layout without any span of other tensors."""
+
+    def emit(cell: Hashable) -> Iterator[Shard]:
+        for shard in layout.shards_of(cell):
+            spans = tuple(span for span in shard.spans if span.tensor in tensors)
+            if spans:
+                yield replace(shard, spans=spans)
+
+    return Layout(layout.name, layout.cells, emit)
+
+
+def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Hugging Face shapes, read off the spans of all ranks: vectors are matrices of one column."""
+    rows: dict[str, int] = {}
+    cols: dict[str, int] = {}
+    for cell in layout.replicas:
+        for shard in layout.shards_of(cell):
+            for span in shard.spans:
+                rows[span.tensor] = max(rows.get(span.tensor, 0), span.row_stop)
+                cols[span.tensor] = max(cols.get(span.tensor, 0), span.col_stop)
+    return {name: (rows[name],) if cols[name] == 1 else (rows[name], cols[name]) for name in rows}
+
+
+def _whole(name: str, shape: tuple[int, ...]) -> Shard:
+    rows, cols = (shape[0], 1) if len(shape) == 1 else shape
+    return Shard(name, shape, (Span(name, 0, rows, 0, cols, 0, 0),))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return shape[0] * (shape[1] if len(shape) > 1 else 1)

@@ -1,0 +1,75 @@
+"""Tensors as SGLang takes them over HTTP: pickled, base64. From a GPU only handles travel, from a CPU the bytes.
+
+SGLang unpickles data types only (`sglang.srt.utils.common.SafeUnpickler`), which torch tensors are.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+from collections.abc import Iterable, Mapping
+from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing import reductions
+
+PROTOCOL = 4
+DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
+
+
+def named_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """What load_format=None and "direct" take."""
+    return serialize([(name, _alone(tensor)) for name, tensor in tensors.items()])
+
+
+def flattened_bucket(tensors: Mapping[str, Tensor]) -> str:
+    """What load_format="flattened_bucket" takes: one tensor of bytes, and where each tensor lies in it."""
+    places, start = [], 0
+    for name, tensor in tensors.items():
+        stop = start + tensor.nbytes
+        place = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype, "numel": tensor.nbytes}
+        places.append(SimpleNamespace(**place, start_idx=start, end_idx=stop))
+        start = stop
+    flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()])
+    return serialize({"flattened_tensor": flat, "metadata": places})
+
+
+def serialize(content: Any) -> str:
+    """Base64 text. Tensors on a GPU go as handles: they must stay alive until the server has answered."""
+    buffer = io.BytesIO()
+    if any(tensor.is_cuda for tensor in _tensors(content)):
+        _HandlePickler(buffer, PROTOCOL).dump(content)
+    else:
+        # Not ForkingPickler: it sends file descriptors, which only a child process may fetch; a server that tries
+        # dies of an AuthenticationError.
+        pickle.Pickler(buffer, PROTOCOL).dump(content)
+    return base64.b64encode(buffer.getbuffer()).decode()
+
+
+class _HandlePickler(ForkingPickler):
+    """CUDA IPC handles that name the device by its UUID, as SGLang's patch of torch's reductions expects: the server
+    may count its devices otherwise (sglang.srt.utils.patch_torch)."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_cuda:
+            return NotImplemented
+        rebuild, arguments = reductions.reduce_tensor(value)
+        uuid = str(torch.cuda.get_device_properties(arguments[DEVICE_ARGUMENT]).uuid)
+        return rebuild, (*arguments[:DEVICE_ARGUMENT], uuid, *arguments[DEVICE_ARGUMENT + 1 :])
+
+
+def _tensors(content: Any) -> Iterable[Tensor]:
+    if isinstance(content, dict):
+        content = list(content.items())
+    return [value for _, value in content if isinstance(value, Tensor)]
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor without the rest of its storage, all of which would be pickled."""
+    tensor = tensor.detach()
+    whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if whole or tensor.is_cuda else tensor.clone(memory_format=torch.contiguous_format)

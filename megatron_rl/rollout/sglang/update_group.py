@@ -1,0 +1,95 @@
+"""`UpdateGroups`: process groups that join this process (rank 0) with all tensor-parallel ranks of each server.
+
+The group is made as SGLang makes its own end (`sglang.srt.utils.common.init_custom_process_group`): beside the default
+group, of ranks that are in no common world.
+"""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+
+from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.event_loop import EventLoop
+
+
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    name: str
+    group: dist.ProcessGroup
+    store: dist.Store  # served by this process: it must live as long as the group
+
+
+class UpdateGroups:
+    """One group for each server.
+
+    Args:
+        tp: tensor-parallel ranks of a server.
+        address: of this machine, as servers reach it; None = that of the route to them.
+        timeout: seconds to join, and of one broadcast.
+    """
+
+    def __init__(self, loop: EventLoop, tp: int, address: str | None, timeout: float) -> None:
+        self._loop, self._tp, self._address, self._timeout = loop, tp, address, timeout
+        self._joined: dict[str, _Joined] = {}
+
+    def join(self, clients: Sequence[SGLangClient], device: torch.device) -> None:
+        """Join servers that are not yet; a failed update leaves its group (`broadcast`), so that it is made anew."""
+        for client in clients:
+            if client.url not in self._joined:
+                self._joined[client.url] = self._join(client, device)
+
+    def _join(self, client: SGLangClient, device: torch.device) -> _Joined:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        address, name = self._address or _own_address(client.url), f"megatron_rl-{uuid.uuid4().hex[:8]}"
+        seconds, size = timedelta(seconds=self._timeout), 1 + self._tp
+        # Bound by the store itself, port 0: nobody can take the port in between.
+        store = dist.TCPStore(address, 0, size, is_master=True, wait_for_workers=False, timeout=seconds)
+        body = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": size}
+        body |= {"group_name": name, "backend": backend}
+        theirs = self._loop.submit(client.init_weights_update_group(body, self._timeout))
+        made: Any = c10d._new_process_group_helper  # typed differently from version to version
+        group, _ = made(size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), name, timeout=seconds)
+        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        theirs.result(self._timeout)
+        return _Joined(name, group, store)
+
+    def broadcast(self, clients: Sequence[SGLangClient], tensors: Mapping[str, Tensor]) -> None:
+        """The same tensors to all servers.
+
+        Raises:
+            RuntimeError: a server failed.
+        """
+        body = {
+            "names": list(tensors),
+            "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+            "shapes": [list(tensor.shape) for tensor in tensors.values()],
+            "flush_cache": False,
+        }
+        for client in clients:
+            joined = self._joined.pop(client.url)
+            request = body | {"group_name": joined.name}
+            theirs = self._loop.submit(client.update_weights_from_distributed(request, self._timeout))
+            works = [dist.broadcast(t, group_src=0, group=joined.group, async_op=True) for t in tensors.values()]
+            for work in works:
+                work.wait(timedelta(seconds=self._timeout))
+            theirs.result(self._timeout)
+            self._joined[client.url] = joined
+
+
+def _own_address(url: str) -> str:
+    """This machine's address on the way to ``url``; nothing is sent."""
+    parts = urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
+        return str(probe.getsockname()[0])

@@ -1,0 +1,73 @@
+"""A real SGLang server under the engine: the contract of all engines, and pushes while it generates."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from integration.environment import sglang_python
+from rollout.engine_contract import EngineContract, Loaded
+from rollout.rollout_models import CONFIGS, Cutter, architecture_of, random_model, reference_logprobs
+from transformers import LlamaConfig
+
+from megatron_rl.models import rollout_layout
+from megatron_rl.rollout import SamplingParams, SGLangEngine
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+CONFIGS["llama_long"] = LlamaConfig(**CONFIGS["llama"].to_dict() | {"max_position_embeddings": 512})
+MODEL = random_model("llama_long")
+ARCHITECTURE = architecture_of(MODEL.config)
+LAYOUT = rollout_layout(ARCHITECTURE, 1, [[0]])
+LONG = SamplingParams(max_tokens=200, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[Loaded]:
+    server = {"python": sglang_python(), "context_length": 512, "max_total_tokens": 8192}
+    shards = Cutter(ARCHITECTURE, MODEL.state_dict()).cut()
+    with SGLangEngine(
+        ARCHITECTURE, LAYOUT, dtype=torch.float32, eos_token_ids=[2], max_running=32, server=server
+    ) as engine:
+        engine.load_shards(shards, 7)
+        yield Loaded(engine, MODEL, shards, vocab=100, eos=2, exact_seeds=False)
+
+
+class TestARealServerKeepsTheContract(EngineContract):
+    """See `EngineContract`."""
+
+
+def spanning_request(engine: SGLangEngine, shards: dict[str, torch.Tensor]) -> Any:
+    """One request of 200 tokens during which version 8 is pushed; how fast the machine is decides when."""
+    for delay in (0.3, 0.1, 0.6, 1.5, 3.0, 0.0):
+        engine.load_shards(shards, 7)
+        answers: list[Any] = []
+        asking = threading.Thread(target=lambda into=answers: into.append(engine.generate([[5, 9, 11]], LONG)))
+        asking.start()
+        time.sleep(delay)
+        engine.load_shards({name: -shard if "lm_head" in name else shard for name, shard in shards.items()}, 8)
+        asking.join(120)
+        ((completion,),) = answers[0]
+        if len(completion.policy_version_spans) > 1:
+            return completion
+    raise AssertionError(f"no push came while the request ran: {completion.policy_version_spans}")
+
+
+@pytest.mark.parametrize("pause", ["retract", "in_place"])
+def test_a_request_of_200_tokens_that_spans_a_push_reports_both_versions(loaded: Loaded, pause: str) -> None:
+    with SGLangEngine(
+        ARCHITECTURE, LAYOUT, dtype=torch.float32, urls=loaded.engine.urls, max_running=32, pause=pause
+    ) as engine:
+        completion = spanning_request(engine, loaded.shards)
+    (old, first), (new, second) = completion.policy_version_spans
+    assert (old, new, first + second) == (7, 8, 200)
+    assert completion.policy_version == 8
+    # Version 8 has the opposite logits: each part of the answer belongs to the weights it is said to come from.
+    expected = reference_logprobs(MODEL, [5, 9, 11], completion.token_ids)
+    error = (torch.tensor(completion.logprobs) - expected).abs()
+    assert error[:first].max() < 1e-3
+    assert error[first:].median() > 1.0
+    loaded.engine.load_shards(loaded.shards, 7)

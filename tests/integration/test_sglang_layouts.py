@@ -1,0 +1,66 @@
+"""Rollout layouts against SGLang's own model classes and loader, bit for bit, at tensor-parallel sizes 1, 2 and 4."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from integration.environment import SHIM, sglang_python
+from rollout.rollout_models import CONFIGS, architecture_of
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_rl.models import rollout_layout
+from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.source import SafetensorsFolder
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+# Sizes that each of 4 ranks holds a part of, and heads that are repeated at 4; the vocabulary needs padding.
+SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 250}
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with the models, and what SGLang made of them."""
+    python, folder = sglang_python(), tmp_path_factory.mktemp("shards")
+    torch.manual_seed(0)
+    for family in FAMILIES:
+        config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | SIZES | {"head_dim": 8})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        for parameter in model.parameters():  # norms and biases would otherwise be constant
+            torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder / family)
+    program = Path(__file__).with_name("sglang_shards.py")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment |= {"PYTHONPATH": str(SHIM), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [python, str(program), str(folder), *(str(folder / family) for family in FAMILIES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=550,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    return folder
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shards_are_bitwise_those_of_sglangs_own_loader(held: Path, family: str, tp: int) -> None:
+    config = type(CONFIGS[family]).from_pretrained(held / family)
+    architecture = replace(architecture_of(config), head_dim=8)
+    layout = rollout_layout(architecture, tp, [list(range(tp))])
+    with SafetensorsFolder(held / family) as source:
+        for rank in range(tp):
+            ours = empty_tensors(layout, rank, torch.bfloat16)
+            fill(layout, rank, ours, source)
+            theirs = load_file(held / f"{family}-tp{tp}-{rank}.safetensors")
+            assert sorted(ours) == sorted(theirs)
+            for name, tensor in theirs.items():
+                assert torch.equal(ours[name], tensor), f"{name} on rank {rank}"
