@@ -1,0 +1,101 @@
+"""The examples run as their READMEs say: the same files and commands, only fewer and shorter steps, on a tiny Llama."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RUNS = Path(__file__).with_name("example_runs.py")
+SHORT = ["train.max_steps=2", "train.per_device_train_batch_size=4", "train.warmup_steps=0"]
+SHORT_CLI = ["trainer.num_steps=2", "prompts_per_step=4", "actor.sampling.n=4", "actor.sampling.max_tokens=16"]
+OFFLINE = ("dpo_pairs", "kto_binary", "reward_model")
+ONLINE = ("ppo_math", "grpo_gsm8k", "custom_reward", "custom_algorithm", "use_of_reward_model")
+HEROES = [{"prompt": f"Once upon a time, there was a girl named {name}.", "answer": name} for name in ("Lily", "Sue")]
+
+
+def data_file(shared_dir: Path, name: str) -> Path:
+    path = shared_dir / "data" / name
+    if not path.is_file():
+        pytest.skip(f"no {name} in {path.parent}")
+    return path
+
+
+def commands(model: Path, shared: Path, folder: Path) -> list[tuple[str, list[str]]]:
+    """Every example's command."""
+    pairs = data_file(shared, "hh_harmless_test_pairs.jsonl.gz")
+    gsm8k, test = data_file(shared, "gsm8k_train.jsonl.gz"), folder / "test.jsonl"
+    test.write_text('{"question": "2+2?", "answer": "#### 4"}\n')
+    heroes = folder / "heroes.jsonl"
+    heroes.write_text("\n".join(map(json.dumps, HEROES * 8)))
+    found = [
+        (
+            name,
+            [
+                *(f"examples/{name}/train.py", f"model={model}", f"data={pairs}", f"train.output_dir={folder / name}"),
+                *(*SHORT, f"{option}.max_length=512"),
+            ],
+        )
+        for name, option in zip(OFFLINE, ("dpo", "kto", "reward"), strict=True)
+    ]
+    particular = {
+        "ppo_math": ["examples/ppo_math/config.yaml", f"data.path={gsm8k}", "actor.dtype=float32"],
+        "grpo_gsm8k": [
+            *("examples/grpo_gsm8k/config.yaml", f"data.path={gsm8k}", f"evaluation.data.path={test}"),
+            *("actor.dtype=float32", "algorithm.max_sampling_rounds=2"),
+        ],
+        "custom_reward": ["examples/custom_reward/config.yaml", f"data.path={heroes}"],
+        "custom_algorithm": ["examples/custom_algorithm/config.yaml", f"data.path={heroes}"],
+        "use_of_reward_model": [
+            *("examples/reward_model/use.yaml", f"data.path={heroes}"),
+            f"rewards=[{{name: model, options: {{model: '{folder / 'reward_model' / 'hf'}'}}}}]",
+        ],
+    }
+    for name, own in particular.items():
+        argv = ["megatron-rl", "train", *own, f"model={model}", f"trainer.output_dir={folder / name}", *SHORT_CLI]
+        found.append((name, argv))
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(stories_model: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("examples")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, str(RUNS), json.dumps(commands(stories_model, shared_dir, folder))],
+        cwd=ROOT,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=560,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    return {run["name"]: run | {"folder": folder / run["name"]} for run in found}
+
+
+@pytest.mark.parametrize("name", [*OFFLINE, *ONLINE])
+def test_example_runs_and_leaves_a_model(runs: dict[str, dict], name: str) -> None:
+    run = runs[name]
+    assert run["code"] == 0, run["output"]
+    assert (run["folder"] / "hf" / "model.safetensors").is_file()
+    assert list(run["folder"].glob("metrics.jsonl"))
+
+
+def test_each_reward_of_one_s_own_is_logged(runs: dict[str, dict]) -> None:
+    lines = (runs["custom_reward"]["folder"] / "metrics.jsonl").read_text().splitlines()
+    assert {f"reward_parts/{name}/mean" for name in ("names_hero", "unlike_the_others", "brevity")} <= set(
+        json.loads(lines[0])
+    )
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples" / "grpo_gsm8k").glob("*.sh")), ids=lambda path: path.name)
+def test_scripts_are_valid_bash_and_name_real_keys(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    assert "examples/grpo_gsm8k/config.yaml" in text
+    assert '"$@"' in text
