@@ -40,6 +40,20 @@ class OfflineAlgorithm(BaseAlgorithm):
         """One step as a flow: checks, forward passes without gradient, optimise."""
         return Flow((*self.check_stages(), *self.forward_stages(), *self.optimize_stages()))
 
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """Loss and metrics on a batch that is not trained on, over all ranks. Collective."""
+        for stage in (*self.check_stages(), *self.forward_stages()):
+            stage.run(batch)
+        metrics = self.actor.measure(
+            batch,
+            self.loss,
+            reads=self.loss_fields,
+            sequence_reads=self.sequence_reads,
+            with_entropy=self.with_entropy,
+            group_field=self.group_field,
+        )
+        return batch.metrics | metrics
+
     def check_stages(self) -> list[Stage]:
         """Pure data work before the forward passes."""
         return []

@@ -8,12 +8,23 @@ Everything here is assembled from public parts: a worker, an algorithm, a loader
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, SFT, BaseAlgorithm, RewardModelling
+from megatron_rl.algorithms.roles import LogprobSource
+from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.data import CompletionDataset, LabelledDataset, PairDataset, PromptDataset, PromptLoader
+from megatron_rl.data import (
+    CompletionDataset,
+    LabelledDataset,
+    PairDataset,
+    PromptDataset,
+    PromptLoader,
+    pack_completions,
+    pack_pairs,
+)
 from megatron_rl.data.completions import CompletionLoader
 from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import PairLoader
@@ -21,6 +32,8 @@ from megatron_rl.dataflow import Flow
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.run.connect import connect
+from megatron_rl.run.evaluation import Evaluation
+from megatron_rl.run.offline_evaluation import OfflineEvaluation
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
@@ -29,6 +42,7 @@ from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
 from megatron_rl.workers.reference import Reference
+from megatron_rl.workers.reference_cache import CachedReference
 from megatron_rl.workers.reward_model import RewardModel
 from megatron_rl.workers.settings import WorkerSettings
 
@@ -39,6 +53,9 @@ class OneCallTrainer:
     Args:
         model: Hugging Face folder, id or model; or Megatron chunks with ``parallel_state`` (and ``optimizer``).
         dataset: a `datasets.Dataset`, a list of dicts, or a path; columns as the data set's Config says.
+        eval_dataset: held-out rows in the same columns; None = no evaluation.
+        reference_cache: folder in which the reference's log-probabilities of the data are kept: computed once for the
+            same weights and rows, then no reference model is held. For algorithms with a reference on fixed data.
         parallel: parallel sizes when there is no ``parallel_state``.
         settings: precision, micro-batches and rollouts of the worker.
         callbacks: `Callback` objects.
@@ -52,6 +69,7 @@ class OneCallTrainer:
     algorithm_type: ClassVar[type[BaseAlgorithm]]
     dataset_type: ClassVar[type[Any]]
     loader_type: ClassVar[type[GlobalBatchLoader[Any]]]
+    pack: Callable[[Sequence[Any]], Batch]  # rows to batch, where rows hold responses
 
     def __init__(
         self,
@@ -59,6 +77,8 @@ class OneCallTrainer:
         tokenizer: Any,
         dataset: Any,
         *,
+        eval_dataset: Any = None,
+        reference_cache: str | Path | None = None,
         optimizer: Any = None,
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
@@ -71,7 +91,10 @@ class OneCallTrainer:
         self.options = {name: value for name, value in options.items() if name not in data_fields}
         _refuse_unknown(type(self).__name__, self.options, self.algorithm_type.Config, self.dataset_type.Config)
         self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
-        self.dataset = self.dataset_type(dataset, tokenizer, self.dataset_type.Config.parse(own, where="dataset"))
+        columns = self.dataset_type.Config.parse(own, where="dataset")
+        self.dataset = self.dataset_type(dataset, tokenizer, columns)
+        self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns)
+        self.reference_cache = reference_cache
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.parallel_state, self.parallel = parallel_state, parallel
         self.settings = settings or WorkerSettings()
@@ -86,6 +109,7 @@ class OneCallTrainer:
         *,
         max_steps: int | None = None,
         warmup_steps: int = 0,
+        evaluate_every: int = 0,
         save_every: int = 0,
         resume: str = "auto",
         tracking: TrackerGroup.Config | None = None,
@@ -95,7 +119,7 @@ class OneCallTrainer:
         Args:
             per_device_train_batch_size: records (prompts, pairs, completions) a step on each data-parallel replica.
             max_steps: steps of the run; None = ``num_train_epochs`` over the data.
-            save_every, resume: as in `TrainerSettings`.
+            evaluate_every, save_every, resume: as in `TrainerSettings`.
 
         Returns:
             The newest metrics.
@@ -108,6 +132,7 @@ class OneCallTrainer:
             output_dir=output_dir,
             num_steps=max_steps,
             num_epochs=num_train_epochs,
+            evaluate_every=evaluate_every,
             save_every=save_every,
             resume=resume,
         )
@@ -126,6 +151,7 @@ class OneCallTrainer:
             loader,  # type: ignore[arg-type]  # each loader_type has next_batch
             run,
             tracking=tracking,
+            evaluate=None if self.held_out is None else self.make_evaluation(worker, algorithm),
             callbacks=self.callbacks,
             params={"trainer": type(self).__name__, **self.options, **run.model_dump()},
         )
@@ -139,9 +165,21 @@ class OneCallTrainer:
         """The algorithm over the actor and, where it has a reference, a frozen copy of it."""
         return self.algorithm_type(actor, self.make_reference(actor), config=self.options)
 
-    def make_reference(self, actor: Actor) -> Reference | None:
-        free = self.options.get("reference_free") or self.options.get("precomputed_reference")
-        return None if free else Reference(actor)
+    def make_reference(self, actor: Actor) -> LogprobSource | None:
+        if self.options.get("reference_free") or self.options.get("precomputed_reference"):
+            return None
+        return Reference(actor) if self.reference_cache is None else self.cached_reference(actor, None)
+
+    def cached_reference(self, actor: Actor, fallback: Reference | None) -> CachedReference:
+        """The reference's log-probabilities of all rows, training and evaluation."""
+        assert self.reference_cache is not None
+        data = [self.pack(list(rows)) for rows in (self.dataset, self.held_out) if rows is not None]
+        return CachedReference(actor, data, self.reference_cache, fallback)
+
+    def make_evaluation(self, worker: Any, algorithm: Any) -> Callable[[], dict[str, float]]:
+        """What `trainer.evaluate` calls."""
+        assert self.held_out is not None
+        return OfflineEvaluation(algorithm, list(self.held_out), self.pack, worker.context)
 
     def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
         return algorithm.update()
@@ -151,20 +189,29 @@ class DPOTrainer(OneCallTrainer):
     """Preference pairs: columns prompt, chosen, rejected (texts or messages)."""
 
     algorithm_type, dataset_type, loader_type = DPO, PairDataset, PairLoader
+    pack = staticmethod(pack_pairs)
 
 
 class KTOTrainer(OneCallTrainer):
     """Completions with a binary label: columns prompt, completion, label."""
 
     algorithm_type, dataset_type, loader_type = KTO, LabelledDataset, CompletionLoader
+    pack = staticmethod(pack_completions)
+
+    def make_reference(self, actor: Actor) -> LogprobSource | None:
+        if self.reference_cache is None or not self.options.get("estimate_kl", True):
+            return super().make_reference(actor)
+        # Mismatched responses are in no data set: the KL term needs the model.
+        return self.cached_reference(actor, Reference(actor))
 
 
 class SFTTrainer(OneCallTrainer):
     """Completions to imitate: columns prompt, completion; or messages."""
 
     algorithm_type, dataset_type, loader_type = SFT, CompletionDataset, CompletionLoader
+    pack = staticmethod(pack_completions)
 
-    def make_reference(self, actor: Actor) -> Reference | None:
+    def make_reference(self, actor: Actor) -> LogprobSource | None:
         return None
 
 
@@ -177,6 +224,7 @@ class RewardTrainer(OneCallTrainer):
 
     algorithm_type: ClassVar[type[BaseAlgorithm]] = RewardModelling
     dataset_type, loader_type = PairDataset, PairLoader
+    pack = staticmethod(pack_pairs)
 
     def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
         return Critic(
@@ -215,8 +263,13 @@ class GRPOTrainer(OneCallTrainer):
         self.reward = RewardModel(reward)
         self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
 
-    def make_reference(self, actor: Actor) -> Reference | None:
+    def make_reference(self, actor: Actor) -> LogprobSource | None:
         return Reference(actor) if self.options.get("kl_coefficient") else None
+
+    def make_evaluation(self, worker: Any, algorithm: Any) -> Callable[[], dict[str, float]]:
+        assert self.held_out is not None
+        sampling = {name: value for name, value in self.sampling.items() if name not in ("n", "temperature")}
+        return Evaluation(worker, list(self.held_out), self.reward.reward, **sampling)
 
     def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
         sample, score = actor.sample(**self.sampling), self.reward.score()

@@ -31,7 +31,7 @@ from megatron_rl.workers.trainable import TrainableModel
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-METADATA = {
+METADATA = {  # copied for each call: Megatron-Core adds process groups of the moment
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,
@@ -191,11 +191,13 @@ class DistributedCheckpoints:
         part.model.sync_parameters()
         prefix = "" if name == "actor" else f"{name}."
         models = {
-            _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=METADATA)
+            _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(
+                prefix=prefix, metadata=dict(METADATA)
+            )
             for index, chunk in enumerate(chunks)
         }
         prepare_for_checkpoint(part.optimizer)
-        optimizer = part.optimizer.sharded_state_dict(models, is_loading=loading, metadata=METADATA)
+        optimizer = part.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         scheduler = part.scheduler.state_dict() if part.scheduler is not None else {}
         counters = {"num_steps": part.num_steps, "num_updates": part.num_updates, "scheduler": scheduler}
         return models | {f"{name}_optimizer": optimizer, f"{name}_counters": counters}

@@ -55,6 +55,20 @@ class TrainedWorker:
         self.weights_changed()
         return metrics
 
+    def measure(
+        self,
+        batch: Batch,
+        loss: LossFunction,
+        *,
+        reads: tuple[str, ...] = (),
+        sequence_reads: tuple[str, ...] = (),
+        with_entropy: bool = False,
+        group_field: str | None = None,
+    ) -> dict[str, float]:
+        """The metrics of ``loss`` on the whole batch, over all ranks, without a step. Arguments as for `optimize`."""
+        how = Optimization(reads=reads, sequence_reads=sequence_reads, group_field=group_field)
+        return self.trainable.measure(batch, loss, how, lambda part: self.scorer(part, with_entropy))
+
     def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
         """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError

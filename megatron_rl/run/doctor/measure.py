@@ -31,6 +31,7 @@ from megatron_rl.workers.settings import WorkerSettings
 
 LEARNING_RATE = 0.05  # of plain gradient descent, so that a change of weights is the gradient
 NOT_COMPARED = ("time/",)
+NUMBERS = ("groups", "pairs")  # of prompts and pairs: each rank counts its own
 
 
 class Plan(ConfigRecord):
@@ -101,6 +102,8 @@ def measure(plan: Plan, variant: Variant) -> dict[str, Any]:
     offline = isinstance(parts.algorithm, OfflineAlgorithm)
     batch = fixed_batch(parts.context) if offline else sampled_batch(parts.context)
     fields = run_stages(parts.algorithm.update(), batch)
+    for name in {*NUMBERS, parts.algorithm.group_field or ""} & set(fields):
+        del fields[name]
     context = parts.context
     gathered = context.gather_objects((context.coordinates.dp, fields))
     metrics = reduce_metrics(context.gather_objects(batch.metrics))
