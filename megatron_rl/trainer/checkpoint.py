@@ -190,10 +190,9 @@ class DistributedCheckpoints:
         chunks = part.model.chunks
         part.model.sync_parameters()
         prefix = "" if name == "actor" else f"{name}."
+        metadata = dict(METADATA)
         models = {
-            _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(
-                prefix=prefix, metadata=dict(METADATA)
-            )
+            _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=metadata)
             for index, chunk in enumerate(chunks)
         }
         prepare_for_checkpoint(part.optimizer)
