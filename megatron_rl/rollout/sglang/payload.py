@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 PROTOCOL = 4
+ALIGNMENT = 8  # bytes: a tensor can only be seen where its elements would lie anyway
 DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
 
 
@@ -28,13 +29,14 @@ def named_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def flattened_bucket(tensors: Mapping[str, Tensor]) -> str:
     """What load_format="flattened_bucket" takes: one tensor of bytes, and where each tensor lies in it."""
-    places, start = [], 0
+    places, parts, start = [], [], 0
     for name, tensor in tensors.items():
-        stop = start + tensor.nbytes
         place = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype, "numel": tensor.nbytes}
-        places.append(SimpleNamespace(**place, start_idx=start, end_idx=stop))
-        start = stop
-    flat = torch.cat([tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()])
+        places.append(SimpleNamespace(**place, start_idx=start, end_idx=start + tensor.nbytes))
+        padding = tensor.new_zeros(-tensor.nbytes % ALIGNMENT, dtype=torch.uint8)
+        parts += [tensor.detach().contiguous().view(-1).view(torch.uint8), padding]
+        start += sum(part.numel() for part in parts[-2:])
+    flat = torch.cat(parts)
     return serialize({"flattened_tensor": flat, "metadata": places})
 
 

@@ -1,0 +1,81 @@
+"""What deliveries to SGLang are made of, without a server: buckets, payloads, whole tensors, checksums compared."""
+
+from __future__ import annotations
+
+import base64
+import io
+import pickle
+
+import pytest
+import torch
+from models.oracle import ALL, random_logical
+from rollout.rollout_models import random_model
+
+from megatron_rl.models import Architecture, hf_layout, rollout_layout
+from megatron_rl.rollout.sglang.client import ServerError
+from megatron_rl.rollout.sglang.full_tensors import FullTensors
+from megatron_rl.rollout.sglang.handover import _compare_rank, _hashes, buckets
+from megatron_rl.rollout.sglang.payload import flattened_bucket, named_tensors
+from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.source import in_memory
+
+
+def opened(payload: str) -> object:
+    return pickle.load(io.BytesIO(base64.b64decode(payload)))
+
+
+def test_buckets_keep_the_order_and_the_limit_except_for_what_is_larger_alone() -> None:
+    sizes = {"a": 4, "b": 4, "c": 3, "d": 20, "e": 1}
+    assert buckets(sizes, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert buckets(sizes, 100) == [["a", "b", "c", "d", "e"]]
+
+
+def test_a_payload_carries_each_tensor_and_not_the_rest_of_its_storage() -> None:
+    large = torch.arange(1 << 16, dtype=torch.bfloat16)
+    payload = named_tensors({"part": large[8:12], "whole": torch.ones(3)})
+    assert len(payload) < 4000
+    (first, part), (second, whole) = opened(payload)
+    assert (first, second) == ("part", "whole")
+    assert torch.equal(part, large[8:12])
+    assert torch.equal(whole, torch.ones(3))
+
+
+def test_a_flattened_bucket_says_where_each_tensor_lies() -> None:
+    tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(7), "c": torch.randn(5, 3).T}
+    content = opened(flattened_bucket(tensors))
+    for place in content["metadata"]:
+        bits = content["flattened_tensor"][place.start_idx : place.end_idx]
+        assert torch.equal(bits.view(place.dtype).reshape(place.shape), tensors[place.name])
+
+
+@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+@pytest.mark.parametrize("bucket_bytes", [1, 4096, 1 << 30])
+def test_whole_tensors_are_those_of_the_trainer_whatever_the_buckets(
+    architecture: Architecture, bucket_bytes: int
+) -> None:
+    layout = rollout_layout(architecture, 1, [[0]])
+    full = {name: tensor.bfloat16() for name, tensor in random_logical(architecture).items()}
+    shards = empty_tensors(layout, 0, torch.bfloat16)
+    fill(layout, 0, shards, in_memory(full, hf_layout(architecture)))
+    whole = FullTensors(layout, [0], 0, None, torch.bfloat16, bucket_bytes)
+    for _ in range(2):  # the second time from the plans of the first
+        found = {}
+        for tensors in whole.collect(shards):
+            assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= bucket_bytes
+            found |= {name: tensor.clone() for name, tensor in tensors.items()}
+        assert found.keys() == full.keys()
+        assert all(torch.equal(found[name], full[name]) for name in full)
+
+
+def test_checksums_that_differ_are_missing_or_are_derived_name_the_parameter() -> None:
+    state = {name: tensor for name, tensor in random_model("llama").state_dict().items() if "norm" in name}
+    held = _hashes(state)
+    _compare_rank("here", held, held)
+    name = "model.layers.1.input_layernorm.weight"
+    with pytest.raises(ServerError, match=f"1 parameters differ .'{name}'"):
+        _compare_rank("here", held, _hashes(state | {name: state[name] + 1}))
+    without = {other: value for other, value in held.items() if other != name}
+    with pytest.raises(ServerError, match=f"1 are missing .'{name}'"):
+        _compare_rank("here", without, held)
+    with pytest.raises(ServerError, match=f"holds .'{name}'. beside the weights delivered: derived"):
+        _compare_rank("here", held, without)
