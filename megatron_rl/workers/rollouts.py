@@ -105,6 +105,7 @@ class Rollouts:
                 # An engine in another process has no tensors here that would tell.
                 wire_dtype=None if engine.targets() else self.dtype,
                 max_staging_bytes=self.settings.max_staging_bytes,
+                attest=self.settings.attest,
                 device=self.model.device,
             )
         report = self._sync.push(self.model.tensors(), self.trained_version)

@@ -28,6 +28,8 @@ class RolloutSettings(ConfigRecord):
     """Sequences that one replica decodes at once."""
     max_staging_bytes: int = 64 * 2**20
     """Most memory that a weight sync may hold beside both copies of the weights, in bytes a rank."""
+    attest: bool = True
+    """Compare checksums of the trainer's and the engine's weights before a new version is served."""
     sleep_while_training: bool = False
     """Give the engine's weights and cache back after each sampling and take them again for the next: memory against
     the time to take it. For engines that share their devices with training."""
