@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup setup-sglang demo test test-kernels test-peers lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo demo-sglang test test-sglang test-kernels test-peers lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -38,8 +38,8 @@ $(READY): requirements/torch.txt requirements/cpu.txt setup.py
 demo: $(READY)  ## pretrain with Megatron-Core, plug in GRPO, export, check: four processes, a few minutes
 	$(BIN)/python examples/arithmetic_grpo/demo.py
 
-test: $(READY)  ## the whole test suite, fast tests first; PYTEST_ARGS="-k plan" selects
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(READY)  ## all tests but those with real servers, fast ones first; PYTEST_ARGS="-k plan" selects
+	$(BIN)/python -m pytest -m "not integration" $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -68,6 +68,12 @@ $(SGLANG)/.ready: requirements/torch.txt requirements/sglang.txt
 
 setup-sglang: $(SGLANG)/.ready  ## create ./.venv-sglang, with a real SGLang that runs on CPUs
 
+test-sglang: $(READY) $(SGLANG)/.ready  ## weights and rollouts against real SGLang servers, TP1 and TP2
+	MEGATRON_RL_SGLANG_PYTHON=$(SGLANG)/bin/python $(BIN)/python -m pytest -m integration $(PYTEST_ARGS)
+
+demo-sglang: $(READY) $(SGLANG)/.ready  ## pretrain, then GRPO at TP2 x PP2 whose answers come from a real SGLang server
+	$(BIN)/python examples/arithmetic_grpo/demo_sglang.py
+
 # These see the packages of ./.venv, and a few more that must not be in it.
 .venv-triton/.ready .venv-peers/.ready: .venv-%/.ready: requirements/%.txt $(READY)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
@@ -81,6 +87,9 @@ test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled 
 
 test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
+
+bench-rollout: $(SGLANG)/.ready
+bench-rollout: BENCH_ARGS += --sglang $(SGLANG)/bin/python
 
 bench-train bench-dpo: $(TRL)/.ready
 bench-train bench-dpo: BENCH_ARGS += --trl $(TRL)/bin/python

@@ -52,7 +52,7 @@ EXTRAS = {
     "tensorboard": TENSORBOARD,
     "wandb": WANDB,
     "tracking": MLFLOW + TENSORBOARD + WANDB,
-    "sglang": ["sglang>=0.5.0,<0.6"],
+    "sglang": ["sglang>=0.5.21,<0.6"],
     "dev": [*MLFLOW, *TENSORBOARD, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
 }
 
@@ -126,7 +126,10 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_rl", "megatron_rl.*"]),
-    package_data={"megatron_rl": ["py.typed"]},
+    package_data={
+        "megatron_rl": ["py.typed"],
+        "megatron_rl.rollout.sglang": ["cpu_shim/*.py", "cpu_shim/sgl_kernel/*.py"],
+    },
     include_package_data=True,
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

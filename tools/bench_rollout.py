@@ -5,7 +5,11 @@ requests: same model and process, fp32, one thread, no end-of-sequence token, me
 CPU. It is the lowest ratio of the models measured, which are listed under ``models``. The local engine also returns
 log-probabilities; transformers is not asked for them. All figures are of the CPU that this runs on.
 
-    python tools/bench_rollout.py [--model HF_FOLDER] [--rounds 7]
+``client_overhead``: by how much of their time our engine's client takes longer for equal requests to one real SGLang
+server than SGLang's own ``sglang.bench_serving``; median of alternating rounds, seconds of wall time. Left out without
+``--sglang``, the Python of an environment that has SGLang.
+
+    python tools/bench_rollout.py [--model HF_FOLDER] [--rounds 7] [--sglang .venv-sglang/bin/python]
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rollout_client import measure_client
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from megatron_rl.models import rollout_layout
@@ -107,8 +112,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, action="append", default=[], help="a Hugging Face folder to measure too")
     parser.add_argument("--rounds", type=int, default=7, help="measured rounds of each")
+    parser.add_argument("--sglang", help="Python of an environment with SGLang, to measure our client against its own")
+    parser.add_argument("--client-rounds", type=int, default=5, help="measured rounds of each client")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    client = measure_client(character_model(), options.sglang, options.client_rounds) if options.sglang else {}
     models = {"character-297k": character_model()}
     for folder in options.model:
         models[folder.name] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -118,7 +126,8 @@ def main() -> None:
         print(f"{name}: {results[name]}", file=sys.stderr)
     ratio = min(result["ratio"] for result in results.values())
     requests = f"{PROMPTS} prompts x {SAMPLES} samples x {MAX_TOKENS} tokens"
-    print(json.dumps({"local_vs_transformers": ratio, "requests": requests, "device": "cpu", "models": results}))
+    local = {"local_vs_transformers": ratio, "requests": requests, "device": "cpu", "models": results}
+    print(json.dumps(client | local))
 
 
 if __name__ == "__main__":

@@ -56,13 +56,13 @@ def initialize(tensor_parallel: int, pipeline_parallel: int, seed: int) -> None:
     model_parallel_cuda_manual_seed(stage_seed)
 
 
-def build_model() -> list[DistributedDataParallel]:
+def build_model(query_groups: int = 2) -> list[DistributedDataParallel]:
     """This rank's part of a Llama-shaped model of about 300,000 parameters."""
     config = TransformerConfig(
         num_layers=2,
         hidden_size=128,
         num_attention_heads=4,
-        num_query_groups=2,
+        num_query_groups=query_groups,
         ffn_hidden_size=256,
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -233,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensor-parallel", type=int, default=2)
     parser.add_argument("--pipeline-parallel", type=int, default=2)
+    parser.add_argument("--query-groups", type=int, default=2)
     parser.add_argument("--steps", type=int, default=350, help="at most this many")
     parser.add_argument("--stop-at", type=float, default=0.4, help="accuracy that leaves something to learn")
     parser.add_argument("--micro-batch", type=int, default=64, help=f"sums; a step has {NUM_MICRO_BATCHES} of them")
@@ -242,7 +243,7 @@ def main() -> None:
     options = parser.parse_args()
 
     initialize(options.tensor_parallel, options.pipeline_parallel, options.seed)
-    model = build_model()
+    model = build_model(options.query_groups)
     optimizer = build_optimizer(model, options.learning_rate)
     step = train(model, optimizer, options)
     accuracy = greedy_accuracy(model, encode(split_sums()[1]))
