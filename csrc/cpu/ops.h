@@ -71,6 +71,11 @@ void packed_attention_grad(const PackedAttentionGrad& g, int num_threads);
 void swiglu(const float* x, float* out, int64_t rows, int64_t width, int num_threads);
 void swiglu_grad(const float* x, const float* grad_out, float* grad, int64_t rows, int64_t width, int num_threads);
 
+// Generalised advantages over packed sequences: all but bounds are [tokens]; bounds: [num_sequences + 1]. T: float, double.
+template <class T>
+void gae(const T* rewards, const T* values, const bool* mask, const int64_t* bounds, int64_t num_sequences,
+         double gamma, double lam, T* advantages, T* returns, int num_threads);
+
 // x, out, grad_out, grad: [rows, cols]; inverse: [rows], 1 / rms of each; weight, grad_weight: [cols].
 void rms_norm(const float* x, const float* weight, float* out, float* inverse, int64_t rows, int64_t cols, float eps,
               int num_threads);

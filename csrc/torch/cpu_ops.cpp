@@ -123,6 +123,21 @@ void rms_norm_grad(Tensor x, Tensor weight, Tensor inverse, Tensor grad_out, Ten
                      x.size(0), x.size(1), static_cast<int>(num_threads));
 }
 
+template <class T>
+void gae_as(const Tensor& rewards, const Tensor& values, const Tensor& mask, const Tensor& bounds,
+            const Tensor& advantages, const Tensor& returns, double gamma, double lam, int64_t num_threads) {
+  mrl::gae(static_cast<const T*>(rewards.data_ptr()), static_cast<const T*>(values.data_ptr()),
+           static_cast<const bool*>(mask.data_ptr()), static_cast<const int64_t*>(bounds.data_ptr()),
+           bounds.size(0) - 1, gamma, lam, static_cast<T*>(advantages.data_ptr()), static_cast<T*>(returns.data_ptr()),
+           static_cast<int>(num_threads));
+}
+
+void gae(Tensor rewards, Tensor values, Tensor mask, Tensor bounds, Tensor advantages, Tensor returns, double gamma,
+         double lam, int64_t num_threads) {
+  const auto run = values.element_size() == 8 ? gae_as<double> : gae_as<float>;
+  run(rewards, values, mask, bounds, advantages, returns, gamma, lam, num_threads);
+}
+
 int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
 
 }  // namespace
@@ -154,6 +169,9 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
   library.def(
       "rms_norm_grad(Tensor x, Tensor weight, Tensor inverse, Tensor grad_out, Tensor(a!) grad, "
       "Tensor(b!) grad_weight, int num_threads) -> ()");
+  library.def(
+      "gae(Tensor rewards, Tensor values, Tensor mask, Tensor bounds, Tensor(a!) advantages, Tensor(b!) returns, "
+      "float gamma, float lam, int num_threads) -> ()");
   library.def("limit_vector_level(int level) -> int");
 }
 
@@ -167,6 +185,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("swiglu_grad", TORCH_BOX(&swiglu_grad));
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("rms_norm_grad", TORCH_BOX(&rms_norm_grad));
+  library.impl("gae", TORCH_BOX(&gae));
   library.impl("packed_attention", TORCH_BOX(&packed_attention));
   library.impl("packed_attention_grad", TORCH_BOX(&packed_attention_grad));
 }

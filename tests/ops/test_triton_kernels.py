@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("test_copy_spans.py", "test_block_quantize.py", "test_span_checksum.py", "test_token_logprobs.py")
+FILES = tuple(f"test_{op}.py" for op in ("copy_spans", "block_quantize", "span_checksum", "token_logprobs", "gae"))
+    "test_copy_spans.py",
+    "test_block_quantize.py",
+    "test_span_checksum.py",
+    "test_token_logprobs.py",
+    "test_gae.py",
+)
 ARCHITECTURES = ("80", "90", "100")
 
 
@@ -76,6 +82,13 @@ def test_the_passes_over_logits_load_sixteen_bytes_at_a_time_and_spill_nothing(c
     assert found["cubin_bytes"] > 0
     assert not found["local_memory"]
     assert "ld.global.v4.b32" in found["loads"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_scan_of_gae_spills_nothing(compiled, architecture):
+    found = compiled[f"gae sm_{architecture}"]
+    assert found["cubin_bytes"] > 0
+    assert not found["local_memory"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -14,6 +14,8 @@ from triton.compiler import ASTSource, compile
 
 from megatron_rl.ops.block_quantize.triton import quantize_blocks
 from megatron_rl.ops.copy_spans.triton import NARROW, PACK, WIDE, copy_tiles
+from megatron_rl.ops.gae.triton import BLOCK as GAE_BLOCK
+from megatron_rl.ops.gae.triton import scan_sequences
 from megatron_rl.ops.span_checksum.triton import COLS, ROWS, checksum_tiles
 from megatron_rl.ops.span_checksum.triton import PACK as CHECKSUM_PACK
 from megatron_rl.ops.token_logprobs.triton import BLOCK, fold_rows, gradient_rows
@@ -25,6 +27,9 @@ STATISTICS = dict.fromkeys(("maximum", "total", "target", "moment", "log_total",
 GRADIENTS = dict.fromkeys(("grad_logprob", "grad_entropy"), "*fp32")
 SIZES = {"width": "i32", "first_row": "i32", "temperature": "fp32"}
 LOGPROB = {"logits": "*i16", "targets": "*i64", **STATISTICS, **GRADIENTS, **SIZES}
+
+TOKENS = {**dict.fromkeys(("rewards", "values", "advantages", "returns"), "*fp32"), "mask": "*i8"}
+GAE = {**TOKENS, "bounds": "*i64", "gamma": "*fp64", "decay": "*fp64"}
 
 
 def copy_constants(pack: int, shape: tuple[int, int], src: int = 1, dst: int = 2) -> dict[str, int]:
@@ -41,6 +46,7 @@ CASES = {
     "checksum": (checksum_tiles, CHECKSUM, CHECKSUM_CONSTANTS, 4),
     "logprob fold": (fold_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
     "logprob gradient": (gradient_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
+    "gae": (scan_sequences, GAE, {"BLOCK": GAE_BLOCK}, 4),
     "quantize": (quantize_blocks, QUANTIZE, {"TYPE": 2, "BLOCK": 128}, 8),
 }
 
