@@ -16,12 +16,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = tuple(f"test_{op}.py" for op in ("copy_spans", "block_quantize", "span_checksum", "token_logprobs", "gae"))
-    "test_copy_spans.py",
-    "test_block_quantize.py",
-    "test_span_checksum.py",
-    "test_token_logprobs.py",
-    "test_gae.py",
-)
 ARCHITECTURES = ("80", "90", "100")
 
 
