@@ -59,6 +59,9 @@ class Reward:
         """The rewards of ``samples``, in their order."""
         return [self._score_named(sample) for sample in samples]
 
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """These samples will be scored soon: what can be asked for in the background is asked for now."""
+
     def take_metrics(self) -> dict[str, float]:
         """What was counted since the last call, by metric name."""
         return {}

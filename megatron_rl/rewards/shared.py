@@ -50,6 +50,10 @@ class SharedReward(Reward):
             sample.reward_parts = own
         return rewards
 
+    def begin(self, samples: Sequence[Sample]) -> None:
+        if self.is_leader:
+            self.reward.begin(samples)
+
     def take_metrics(self) -> dict[str, float]:
         return self.reward.take_metrics() if self.is_leader else {}
 

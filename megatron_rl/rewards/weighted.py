@@ -41,6 +41,10 @@ class WeightedReward(Reward):
         columns = [reward(samples) for reward, _ in self.parts.values()]
         return [_sum(weights, row) for row in zip(*columns, strict=True)]
 
+    def begin(self, samples: Sequence[Sample]) -> None:
+        for reward, _ in self.parts.values():
+            reward.begin(samples)
+
     def note(self, samples: Sequence[Sample], rewards: Sequence[float | NoReward]) -> None:
         """Nothing: each part has kept its own, and the sum becomes ``Sample.reward``."""
 

@@ -52,7 +52,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps)
     critic = _critic(config, context, num_optimizer_steps=steps)
     algorithm = algorithm_type(actor, _reference(config, actor), critic, algorithm_config)
-    scored = filled(actor.sample(), RewardModel(reward).score(), algorithm, loader, context)
+    scorer = RewardModel(reward)
+    sample = actor.sample(parts=config.rollout_parts, then=scorer.begin if config.rollout_parts > 1 else None)
+    scored = filled(sample, scorer.score(), algorithm, loader, context)
     flow = scored >> algorithm.update()
     return connect(
         flow,

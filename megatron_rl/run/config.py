@@ -71,6 +71,8 @@ class RunConfig(ConfigRecord):
     """Training prompts."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts of one step, over all data-parallel ranks; times `actor.sampling.n` samples."""
+    rollout_parts: int = Field(default=1, ge=1)
+    """A step's prompts are answered in so many parts; reward services score one part while the next is generated."""
     shuffle: bool = True
     """Shuffle the prompts anew in each epoch."""
     rewards: tuple[RewardConfig, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,21 @@ class Actor(TrainedWorker):
 
     # Stages
 
-    def sample(self, n: int | None = None, **sampling: Any) -> Stage:
+    def sample(
+        self,
+        n: int | None = None,
+        *,
+        parts: int = 1,
+        then: Callable[[list[Sample]], object] | None = None,
+        **sampling: Any,
+    ) -> Stage:
         """A stage that generates ``n`` responses for each prompt with the newest weights.
 
         Args:
             n: samples a prompt; None = ``settings.sampling.n``.
+            parts: the prompts are answered in so many parts, one after the other.
+            then: called with the samples of each part, on every rank, before the next part is generated; with
+                `RewardModel.begin` services score one part while the engine works on the next.
             sampling: other fields of `SamplingParams`, over ``settings.sampling``.
         """
         values = self.settings.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
@@ -97,7 +108,15 @@ class Actor(TrainedWorker):
 
         def run(batch: Batch) -> None:
             self.publish(batch.metrics)
-            batch.samples = self.rollouts.generate(batch.prompts, params)
+            batch.samples = []
+            size = max(1, -(-len(batch.prompts) // parts))
+            for start in range(0, max(1, len(batch.prompts)), size):
+                made = self.rollouts.generate(batch.prompts[start : start + size], params)
+                for sample in made:
+                    sample.group += start
+                batch.samples += made
+                if then is not None:
+                    then(made)
             self.rollouts.rest()
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))

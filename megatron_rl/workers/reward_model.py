@@ -72,6 +72,14 @@ class RewardModel:
 
         return Stage("reward.score", run, reads=("samples",), writes=("rewards",), place=self.reward.place)
 
+    def begin(self, samples: list[Sample]) -> None:
+        """Let services score these samples while others are still generated: the ``then`` of `Actor.sample`.
+
+        Call it on every rank; `score` waits for the answers.
+        """
+        self._join_replica()
+        self.reward.begin(samples)
+
     def _join_replica(self) -> None:
         """Once, when the first samples are scored: what is asked once for each replica learns of its other ranks."""
         if not self._joined and dist.is_initialized() and dist.get_world_size() > 1:

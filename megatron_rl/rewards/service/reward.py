@@ -12,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -62,6 +62,8 @@ class ServiceReward(Reward):
         self.cache = AnswerCache(config.cache_dir)
         self._counts: Counter[str] = Counter()
         self._seconds = 0.0
+        self._begun: list[tuple[list[Sample], Future[list[Outcome]]]] = []
+        self._background: ThreadPoolExecutor | None = None
 
     @property
     def batch_size(self) -> int:
@@ -97,6 +99,25 @@ class ServiceReward(Reward):
             RewardError: no answer was had and ``on_failure`` is stop, or an answer is not of the expected form.
         """
         started = time.perf_counter()
+        begun, self._begun = self._begun, []
+        early = {
+            id(sample): outcome for part, found in begun for sample, outcome in zip(part, found.result(), strict=True)
+        }
+        others = [sample for sample in samples if id(sample) not in early]
+        late = iter(self._outcomes(others) if others else [])
+        outcomes = [early[id(sample)] if id(sample) in early else next(late) for sample in samples]
+        self._seconds += time.perf_counter() - started
+        return self._settle(samples, outcomes)
+
+    def begin(self, samples: Sequence[Sample]) -> None:
+        """Ask in the background; `score` waits for the answers. One thread: what was begun first is answered first."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{self.name}")
+        part = list(samples)
+        self._begun.append((part, self._background.submit(self._outcomes, part)))
+
+    def _outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """From the cache where it knows them, otherwise from the service."""
         first: dict[str, Sample] = {}  # identical questions are asked once
         keys = [answer_key(type(self).__name__, self.config.url + self.endpoint, self.request([s])) for s in samples]
         for key, sample in zip(keys, samples, strict=True):
@@ -116,8 +137,7 @@ class ServiceReward(Reward):
             }
         )
         self._counts["cache_hits"] += sum(key in known for key in keys)
-        self._seconds += time.perf_counter() - started
-        return self._settle(samples, [(known | answered)[key] for key in keys])
+        return [(known | answered)[key] for key in keys]
 
     def take_metrics(self) -> dict[str, float]:
         counted = ("samples", "dropped", "requests", "retries", "cache_hits")
