@@ -40,6 +40,9 @@ from megatron_rl.weights.target import WeightTarget
 logger = logging.getLogger(__name__)
 
 MAX_STAGING_BYTES = 64 << 20
+# That a push waits for another rank: servers may have to start meanwhile. A rank that has died is noticed at once where
+# its connections close with it, as those of gloo do.
+PUSH_SECONDS = 1800.0
 
 P = ParamSpec("P")
 
@@ -227,5 +230,5 @@ def _empty(shards: Iterable[Shard], wire: WireFormat, device: torch.device) -> d
 def default_transport() -> Transport:
     """Batched point-to-point messages where the process has joined a world of several ranks; none otherwise."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        return P2PTransport()
+        return P2PTransport(timeout=PUSH_SECONDS)
     return LocalTransport()
