@@ -17,13 +17,16 @@ from megatron_rl.log import configure_logging
 EPILOG = """
 **Examples**
 
-A checkpoint of a training run as a Hugging Face folder; config and tokenizer are those of the model it began with:
-`megatron-rl convert outputs/run/checkpoints/step_000040 trained --to hf --config my-model`
+A checkpoint of a training run as a Hugging Face folder:
+`megatron-rl convert outputs/run/checkpoints/step_000040 trained --to hf`
+
+A checkpoint of another program, which does not say what model it holds:
+`megatron-rl convert pretrained trained --to hf --config folder-with-config.json`
 
 A Hugging Face folder as a Megatron checkpoint, written by four processes that hold a quarter of the model each:
 `megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
 
-And back; what `convert` wrote says itself what model it holds: `megatron-rl convert ckpt my-model-again --to hf`
+And back: `megatron-rl convert ckpt my-model-again --to hf`
 
 Over two nodes, started by hand: `torchrun --nnodes 2 --nproc-per-node 8 ... -m megatron_rl convert my-model
 ckpt --to megatron --tp 8 --pp 2`

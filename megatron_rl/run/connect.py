@@ -53,28 +53,13 @@ def connect(
     Raises:
         ConfigError: a tracker is unknown or not installed.
     """
-    trainables = {"actor": actor.trainable}
-    states: dict[str, Stateful] = {"algorithm": algorithm}
-    if isinstance(actor, Actor):
-        states["rollouts"] = actor.rollouts
-    if isinstance(algorithm.critic, Critic):
-        trainables["critic"] = algorithm.critic.trainable
     output_dir = Path(settings.output_dir)
-    checkpoints = DistributedCheckpoints(
-        output_dir / "checkpoints",
-        actor.context,
-        trainables,
-        states,
-        resume=settings.resume,
-        keep_last=settings.keep_last,
-        asynchronous=settings.async_save,
-    )
     trainer = Trainer(
         flow,
         source,
         actor.context,
         settings,
-        checkpoints=checkpoints,
+        checkpoints=_checkpoints(actor, algorithm, settings),
         evaluate=evaluate,
         export=lambda folder: actor.save_pretrained(folder, overwrite=True),
         callbacks=callbacks,
@@ -89,3 +74,22 @@ def connect(
     trainer.callbacks.append(RewardCurve(output_dir, tracker))
     logger.info("%s, %s; outputs in %s", current_platform().name, actor.context, output_dir)
     return trainer
+
+
+def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: TrainerSettings) -> DistributedCheckpoints:
+    trainables = {"actor": actor.trainable}
+    states: dict[str, Stateful] = {"algorithm": algorithm}
+    if isinstance(actor, Actor):
+        states["rollouts"] = actor.rollouts
+    if isinstance(algorithm.critic, Critic):
+        trainables["critic"] = algorithm.critic.trainable
+    return DistributedCheckpoints(
+        Path(settings.output_dir) / "checkpoints",
+        actor.context,
+        trainables,
+        states,
+        resume=settings.resume,
+        keep_last=settings.keep_last,
+        asynchronous=settings.async_save,
+        describe=actor.describe_into,
+    )

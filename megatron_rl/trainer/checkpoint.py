@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -69,8 +69,10 @@ class DistributedCheckpoints:
         resume: str = "auto",
         keep_last: int = 2,
         asynchronous: bool = False,
+        describe: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = folder
+        self._describe = describe
         self.context = context
         self.models = models
         self.states = states
@@ -113,6 +115,8 @@ class DistributedCheckpoints:
     def _complete(self, partial: Path, final: Path) -> None:
         self._barrier()
         if self.context.rank == 0:
+            if self._describe is not None:
+                self._describe(partial)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             for old in complete_checkpoints(self.folder)[: -self.keep_last]:

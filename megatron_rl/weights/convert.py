@@ -28,12 +28,10 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport, P2PTransport
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
-from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFolderWriter
+from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, MAX_SHARD_BYTES, HFDescription, HFFolderWriter
 from megatron_rl.weights.hf_in import resolve_folder
 from megatron_rl.weights.hf_out import restricted
 from megatron_rl.weights.source import LayoutSource, SafetensorsFolder, TensorSource
-
-DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
 
 @dataclass(frozen=True)
@@ -138,9 +136,7 @@ def _to_megatron(opened: Opened, writer: HFFolderWriter, sizes: ParallelSizes) -
         save_checkpoint(chunks, writer.partial)
         with together.attempt():
             if context.rank == 0:
-                described = writer.partial / DESCRIPTION_FOLDER
-                described.mkdir()
-                opened.description.write(described, writer.dtype)
+                opened.description.write_into(writer.partial, writer.dtype)
                 writer.publish()
 
 

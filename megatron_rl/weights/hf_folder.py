@@ -32,6 +32,7 @@ from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 << 30
+DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ class HFDescription:
             generation.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+    def write_into(self, checkpoint: Path, dtype: torch.dtype) -> None:
+        """Make a Megatron checkpoint say what model it holds; `weights.convert` reads it."""
+        folder = checkpoint / DESCRIPTION_FOLDER
+        folder.mkdir()
+        self.write(folder, dtype)
 
     def _config(self, dtype: torch.dtype) -> PretrainedConfig:
         a, name = self.architecture, str(dtype).removeprefix("torch.")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from megatron_rl.batch import Batch
 from megatron_rl.parallel import ParallelContext
+from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.workers.heads import LossFunction
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import WorkerSettings
@@ -15,6 +19,7 @@ class TrainedWorker:
 
     settings: WorkerSettings
     trainable: TrainableModel
+    tokenizer: Any
 
     @property
     def model(self) -> MegatronModel:
@@ -72,6 +77,12 @@ class TrainedWorker:
     def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
         """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError
+
+    def describe_into(self, checkpoint: Path) -> None:
+        """Write into a Megatron checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
+        model = self.model
+        description = HFDescription(model.architecture, model.hf_config, self.tokenizer)
+        description.write_into(checkpoint, model.config.params_dtype)
 
     def weights_changed(self) -> None:
         """Called after each `optimize`."""

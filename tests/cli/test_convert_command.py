@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,19 +36,28 @@ def test_convert_to_megatron_and_back_is_bitwise(command, model, tmp_path):
     assert_same_weights(tmp_path / "back", model)
 
 
-def test_convert_exports_the_checkpoint_of_a_training_run_with_the_config_it_began_with(command, model, tmp_path):
+def test_convert_exports_the_checkpoint_of_a_training_run(command, model, tmp_path):
     outputs = tmp_path / "out"
     settings = [f"trainer.{item}" for item in (f"output_dir={outputs}", "num_steps=1", "export=true")]
     assert command("train", model.parent / "config.yaml", *settings).code == 0
     checkpoint = outputs / "checkpoints" / "step_000001"
+    done = command("convert", checkpoint, tmp_path / "hf", "--to", "hf")
+    assert done.code == 0, done.err
+    assert_same_weights(tmp_path / "hf", outputs / "hf")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+
+
+def test_convert_is_told_what_a_checkpoint_of_another_program_holds(command, model, tmp_path):
+    checkpoint = tmp_path / "megatron"
+    assert command("convert", model, checkpoint, "--to", "megatron").code == 0
+    shutil.rmtree(checkpoint / "hf")
     unexplained = command("convert", checkpoint, tmp_path / "hf", "--to", "hf")
     assert unexplained.code == 2
     assert "does not say what model it holds" in unexplained.error
     assert not (tmp_path / "hf").exists()
     done = command("convert", checkpoint, tmp_path / "hf", "--to", "hf", "--config", model)
     assert done.code == 0, done.err
-    assert_same_weights(tmp_path / "hf", outputs / "hf")
-    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    assert_same_weights(tmp_path / "hf", model)
 
 
 @pytest.mark.distributed
