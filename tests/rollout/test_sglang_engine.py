@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from rollout.engine_contract import EngineContract, Loaded
 from rollout.rollout_models import Cutter, architecture_of, layout_of, local_engine, random_model
-from rollout.sglang_stand_in import Fault, PlainDelivery, StandIn, counting, of_engine
+from rollout.sglang_stand_in import Fault, Generate, PlainDelivery, StandIn, counting, of_engine
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import rollout_layout
@@ -37,6 +37,13 @@ def loaded_over(*servers: StandIn, version: int = 1, **options: Any) -> SGLangEn
     engine = attached(*servers, **options)
     engine.load_shards(SHARDS, version)
     return engine
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -109,7 +116,7 @@ def test_a_server_that_hangs_is_given_up_by_its_health(two: list[StandIn]) -> No
 
 
 def test_a_request_that_takes_too_long_goes_elsewhere(two: list[StandIn]) -> None:
-    with loaded_over(*two, request_timeout=1.0) as engine:
+    with loaded_over(*two, request_timeout=3.0) as engine:
         two[0].faults.append("hang")
         assert last_tokens(engine, 10) == list(range(10))
 
@@ -129,7 +136,7 @@ def test_a_server_that_comes_back_with_old_weights_gets_the_newest_before_traffi
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(engine.generate([[5, 6]] * 4, SHORT)))
     asking.start()
-    time.sleep(0.3)
+    eventually(lambda: len(first.started_with) == 4)
     first.die()
     slow.set()
     second = StandIn(port=first.port, weight_version=comes_back_with)
@@ -195,19 +202,17 @@ def test_samples_of_one_prompt_meet_one_server(two: list[StandIn]) -> None:
 
 
 def test_an_update_while_requests_run_pauses_them_and_both_versions_are_reported(two: list[StandIn]) -> None:
-    def slowly(prompt: list[int], params: dict[str, Any]) -> Any:
-        time.sleep(0.5)
-        return counting(prompt, params)
+    def until_the_push(server: StandIn) -> Generate:
+        return lambda prompt, params: (eventually(lambda: server.weight_version == "2"), counting(prompt, params))[1]
 
     with loaded_over(*two, version=1, pause="in_place") as engine:
         for server in two:
-            server.generate = slowly
+            server.generate = until_the_push(server)
         answers: list[Any] = []
-        asking = threading.Thread(
-            target=lambda: answers.append(engine.generate([[5, 6]] * 4, SamplingParams(max_tokens=8)))
-        )
+        params = SamplingParams(max_tokens=8)
+        asking = threading.Thread(target=lambda: answers.append(engine.generate([[5, 6]] * 4, params)))
         asking.start()
-        time.sleep(0.2)
+        eventually(lambda: sum(len(server.started_with) for server in two) == 4)
         engine.load_shards(SHARDS, 2)
         asking.join(20)
         engine.generate([[5, 6]] * 4, SHORT)

@@ -100,8 +100,9 @@ def test_the_supported_versions(version: str, good: int) -> None:
 def test_the_least_loaded_ready_server_with_room_is_chosen() -> None:
     busy, idle, away = Place("a", 8, State.READY, 6), Place("b", 8, State.READY, 1), Place("c", 8, State.OUTDATED)
     assert choose([busy, idle, away], 2) is idle
-    assert choose([busy, idle, away], 2, avoid=[idle]) is busy
+    assert choose([busy, idle, away], 2, failed_on=[idle]) is busy
+    assert choose([busy, idle, away], 2, failed_on=[idle, busy, idle]) is busy
     assert choose([busy, away], 4) is None
-    assert choose([busy, away], 2, avoid=[busy]) is busy
+    assert choose([busy, away], 2, failed_on=[busy]) is busy
     assert choose([away], 1) is None
     assert choose([Place("d", 2, State.READY)], 16) is not None

@@ -9,7 +9,7 @@ Only a ready server gets requests. One that was away holds unknown weights until
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -40,14 +40,15 @@ class Place:
 P = TypeVar("P", bound=Place)
 
 
-def choose(places: Sequence[P], sequences: int, avoid: Collection[P] = ()) -> P | None:
+def choose(places: Sequence[P], sequences: int, failed_on: Sequence[P] = ()) -> P | None:
     """The least loaded ready server that has room, or None: wait, or ask again when something has changed.
 
     Args:
         sequences: of the request; one that is larger than a server's limit gets an idle server.
-        avoid: servers that this request failed on, taken only where no other is ready.
+        failed_on: servers that this request failed on, once for each time; those with the fewest are asked.
     """
     ready = [place for place in places if place.state is State.READY]
-    ready = [place for place in ready if place not in avoid] or ready
+    fewest = min(map(failed_on.count, ready), default=0)
+    ready = [place for place in ready if failed_on.count(place) == fewest]
     free = [place for place in ready if place.load == 0 or place.load + sequences <= place.limit]
     return min(free, key=lambda place: place.load, default=None)
