@@ -15,7 +15,6 @@ from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.mismatch import exchange_responses
 from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.offline import OfflineAlgorithm
-from megatron_rl.algorithms.packing import require_finite
 from megatron_rl.algorithms.running_mean import RunningMean
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
@@ -54,12 +53,6 @@ class LabelledAlgorithm(OfflineAlgorithm):
         per_sequence = weights * self.response_loss(rewards, labels, inputs)
         metrics = {f"loss/{self.name}": answered_metric(inputs, per_sequence), **label_metrics(inputs, rewards, labels)}
         return LossOutput(sequence_average(inputs, per_sequence), metrics, of_sequences=True)
-
-    def check_stages(self) -> list[Stage]:
-        def run(batch: Batch) -> None:
-            require_finite(batch, [name for name in self.loss_fields if name in batch])
-
-        return [Stage("batch.check", run, reads=("input_ids", "response_mask", "labels"), place="host")]
 
     def forward_stages(self) -> list[Stage]:
         if self.config.precomputed_reference:

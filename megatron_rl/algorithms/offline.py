@@ -38,11 +38,20 @@ class OfflineAlgorithm(BaseAlgorithm):
 
     def update(self) -> Flow:
         """One step as a flow: checks, forward passes without gradient, optimise."""
-        return Flow((*self.check_stages(), *self.forward_stages(), *self.optimize_stages()))
+        return Flow((*self.preparation(), *self.optimize_stages()))
+
+    def preparation(self) -> list[Stage]:
+        """Everything before the loss; at its end the fields that the loss reads are known to be finite."""
+
+        def check(batch: Batch) -> None:
+            require_finite(batch, self.loss_fields)
+
+        last = Stage("batch.check", check, reads=("response_mask", *self.loss_fields), place="host")
+        return [*self.check_stages(), *self.forward_stages(), *([last] if self.loss_fields else [])]
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Loss and metrics on a batch that is not trained on, over all ranks. Collective."""
-        for stage in (*self.check_stages(), *self.forward_stages()):
+        for stage in self.preparation():
             stage.run(batch)
         metrics = self.actor.measure(
             batch,
@@ -117,7 +126,6 @@ class PairwiseAlgorithm(OfflineAlgorithm):
                     f"a preference batch has {batch.num_sequences} sequences: expected chosen, rejected, chosen, ..."
                 )
             batch.sequences["pairs"] = torch.arange(batch.num_sequences) // 2
-            require_finite(batch, [name for name in self.loss_fields if name in batch])
 
         return [Stage("batch.pair", run, reads=("input_ids", "response_mask"), writes=("pairs",), place="host")]
 

@@ -9,6 +9,10 @@ import torch
 from megatron_rl.batch import Batch
 
 
+class NotFiniteError(ValueError):
+    """NaN or infinity among the numbers of a step; the message says which one and where."""
+
+
 def pack_samples(batch: Batch, mask_truncated: bool = False) -> None:
     """Fill the batch's token and sequence fields from its samples, in place.
 
@@ -18,7 +22,8 @@ def pack_samples(batch: Batch, mask_truncated: bool = False) -> None:
         mask_truncated: zero the response mask of samples whose finish reason is "length".
 
     Raises:
-        ValueError: a sample without reward, or with a reward that is not finite.
+        ValueError: a sample without reward.
+        NotFiniteError: a reward that is NaN or infinite.
     """
     packed = Batch.from_samples(batch.samples)
     batch.cu_seqlens = packed.cu_seqlens
@@ -31,7 +36,7 @@ def pack_samples(batch: Batch, mask_truncated: bool = False) -> None:
     if not torch.isfinite(rewards).all():
         bad = int((~torch.isfinite(rewards)).nonzero()[0])
         prompt = batch.samples[bad].prompt.index
-        raise ValueError(f"reward {rewards[bad].item()} of sample {bad} (prompt {prompt}) is not a finite number")
+        raise NotFiniteError(f"reward {rewards[bad].item()} of sample {bad} (prompt {prompt}) is not a finite number")
     if mask_truncated:
         whole = torch.tensor([sample.finish_reason != "length" for sample in batch.samples], dtype=torch.bool)
         batch.tokens["response_mask"] = batch["response_mask"] & whole[batch.sequence_ids]
@@ -41,7 +46,7 @@ def require_finite(batch: Batch, names: Iterable[str]) -> None:
     """Check token and sequence fields before they reach advantages; token fields only where the response mask is set.
 
     Raises:
-        ValueError: NaN or infinity; the message names the field, the sequence and the position in it.
+        NotFiniteError: NaN or infinity; the message names the field, the sequence and the position in it.
     """
     for name in names:
         if name in batch.tokens:
@@ -50,12 +55,12 @@ def require_finite(batch: Batch, names: Iterable[str]) -> None:
                 place = int(bad.nonzero()[0])
                 sequence = int(batch.sequence_ids[place])
                 offset = place - int(batch.cu_seqlens[sequence])
-                raise ValueError(
+                raise NotFiniteError(
                     f"{name} = {batch[name][place].item()} at token {offset} of sequence {sequence}: "
                     "expected finite numbers; look at the weights and at the temperature"
                 )
         elif name in batch.sequences and not torch.isfinite(batch[name]).all():
             sequence = int((~torch.isfinite(batch[name])).nonzero()[0])
-            raise ValueError(
+            raise NotFiniteError(
                 f"{name} = {batch[name][sequence].item()} for sequence {sequence}: expected finite numbers"
             )

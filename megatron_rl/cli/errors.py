@@ -29,6 +29,7 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
 
 def mistakes() -> tuple[type[Exception], ...]:
     """The errors whose message says all that there is to say."""
+    from megatron_rl.algorithms.packing import NotFiniteError
     from megatron_rl.config import ConfigError
     from megatron_rl.data import DataError
     from megatron_rl.dataflow.flow import FlowError
@@ -37,7 +38,8 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.trainer.agreement import RemoteError
     from megatron_rl.weights.agreement import PeerError
 
-    return ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError
+    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError)
+    return *told, NotFiniteError, FloatingPointError
 
 
 def environment_rank() -> int:

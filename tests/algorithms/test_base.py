@@ -9,9 +9,10 @@ import torch
 from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_kin import make_samples
 
-from megatron_rl.algorithms import ALGORITHMS, GRPO, BaseAlgorithm
-from megatron_rl.algorithms.packing import require_finite
+from megatron_rl.algorithms import ALGORITHMS, DPO, GRPO, BaseAlgorithm
+from megatron_rl.algorithms.packing import NotFiniteError, require_finite
 from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossOutput
 
 
@@ -113,3 +114,16 @@ def test_nan_logprobs_are_found_on_the_mask_only_and_named_by_sequence_and_token
         require_finite(batch, ["ref_logprobs"])
     batch.tokens["ref_logprobs"][4] = -2.0
     require_finite(batch, ["ref_logprobs"])
+
+
+def test_a_reference_that_gives_nan_is_named_before_anything_is_trained():
+    class Broken(StandInWorker):
+        def logprobs(self, write: str) -> Stage:
+            return self._token_stage("logprobs", write, math.nan)
+
+    actor = StandInWorker()
+    algorithm = DPO(actor=actor, reference=Broken("reference"))
+    batch = Batch.from_sequences([[1, 2], [1, 3]], [[0, 1], [0, 1]])
+    with pytest.raises(NotFiniteError, match=r"ref_logprobs = nan at token 1 of sequence 0"):
+        algorithm.update()(batch)
+    assert actor.calls == []

@@ -149,7 +149,7 @@ def test_kl_is_the_mean_log_ratio_of_exchanged_responses_and_never_negative(poli
     batch.sequences["labels"] = torch.tensor([True, False, True, False])
     flow = algorithm.update()
     names = [stage.name for stage in flow.stages]
-    assert names == ["batch.check", "reference.logprobs", "kto.mismatched_kl", "actor.optimize"]
+    assert names == ["reference.logprobs", "kto.mismatched_kl", "batch.check", "actor.optimize"]
     flow(batch)
     (call,) = algorithm.actor.calls
     assert call["fields"]["kl_logratio"].tolist() == pytest.approx([expected] * 4, rel=1e-5)
@@ -165,7 +165,11 @@ def test_a_single_sequence_offers_no_mismatch():
 
 def test_kto_without_an_estimate_reads_no_kl():
     algorithm = build(KTO, estimate_kl=False)
-    assert [stage.name for stage in algorithm.update().stages][1:-1] == ["reference.logprobs"]
+    assert [stage.name for stage in algorithm.update().stages] == [
+        "reference.logprobs",
+        "batch.check",
+        "actor.optimize",
+    ]
     term = kto_term(0.1, 0.0, 1.0, 1.0)
     check_against_oracle(
         algorithm.loss, lambda rows: average(rows, term), labelled_rows(), {"labels": LABELS}, rtol=1e-5

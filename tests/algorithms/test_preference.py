@@ -338,7 +338,12 @@ def pair_batch() -> Batch:
 def test_dpo_flow_scores_the_reference_then_trains_and_keeps_pairs_together():
     algorithm = dpo(num_mini_batches=2)
     flow = algorithm.update()
-    assert [stage.name for stage in flow.stages] == ["batch.pair", "reference.logprobs", "actor.optimize"]
+    assert [stage.name for stage in flow.stages] == [
+        "batch.pair",
+        "reference.logprobs",
+        "batch.check",
+        "actor.optimize",
+    ]
     assert flow.reads == ("input_ids", "response_mask")
     flow(pair_batch())
     (call,) = algorithm.actor.calls
