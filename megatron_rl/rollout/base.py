@@ -68,6 +68,14 @@ class RolloutEngine(ABC):
     An engine is a context manager: leaving it closes it.
     """
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027  not every engine has something to check
+        """Look at the user's options before anything is built.
+
+        Raises:
+            ConfigError: they cannot work.
+        """
+
     @property
     @abstractmethod
     def layout(self) -> Layout:

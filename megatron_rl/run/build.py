@@ -90,11 +90,12 @@ def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorith
 
 
 def check_engine(config: RunConfig) -> None:
-    """Raises ConfigError when there is no rollout engine of that name; it would be built only in the first step."""
+    """Raises ConfigError for a rollout engine or options of it that cannot work; it is built only in the first step."""
     try:
-        ENGINES[config.actor.rollout.engine]
+        engine = ENGINES[config.actor.rollout.engine]
     except ValueError as error:
         raise ConfigError(f"actor.rollout.engine: {error}") from None
+    engine.check_options(config.actor.rollout.options)
 
 
 def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, num_optimizer_steps: int) -> Actor:

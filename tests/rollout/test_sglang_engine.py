@@ -299,6 +299,10 @@ def test_an_attached_server_of_another_tensor_parallelism_is_refused() -> None:
 def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="did you mean 'urls'"):
         SGLangEngine(ARCHITECTURE, layout_of(SHARDS), url=["http://x"])
+    with pytest.raises(ConfigError, match=r"delivery='fax' is not one of \['direct'"):
+        SGLangEngine.check_options({"delivery": "fax"})
+    with pytest.raises(ConfigError, match="no Python at /nowhere"):
+        SGLangEngine.check_options({"server": {"python": "/nowhere"}})
     two_replicas = rollout_layout(ARCHITECTURE, 1, [[0], [1]])
     with pytest.raises(ConfigError, match="1 urls for 2 rollout replicas"):
         SGLangEngine(ARCHITECTURE, two_replicas, urls=["http://x"], delivery="plain")

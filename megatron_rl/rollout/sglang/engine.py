@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
@@ -33,9 +34,11 @@ from megatron_rl.rollout.sglang.model_folder import write_model_folder
 from megatron_rl.rollout.sglang.options import SGLangOptions
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
+from megatron_rl.rollout.sglang.server import server_python
 
 logger = logging.getLogger(__name__)
 
+WHERE = "actor.rollout.options"
 POLL_SECONDS = 0.25  # between looks for servers that need weights, while requests run
 CALL_SECONDS = 20.0  # between signs of life to the other ranks, whose collectives have time limits
 DELIVERY_ATTEMPTS = 3
@@ -69,7 +72,7 @@ class SGLangEngine(RolloutEngine):
         max_running: int = 256,
         **options: Any,
     ) -> None:
-        self.options = SGLangOptions.parse(options, where="actor.rollout.options")
+        self.options = SGLangOptions.parse(options, where=WHERE)
         self.architecture, self._layout, self.rank = architecture, layout, rank
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
         self.max_context = self.options.server.context_length or architecture.max_positions
@@ -92,6 +95,14 @@ class SGLangEngine(RolloutEngine):
         self._delivery = DELIVERIES[self.options.delivery](
             loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.options.delivery_options
         )
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        parsed = SGLangOptions.parse(options, where=WHERE)
+        if parsed.delivery not in DELIVERIES:
+            raise ConfigError(f"{WHERE}.delivery={parsed.delivery!r} is not one of {list(DELIVERIES)}")
+        if not parsed.urls:
+            server_python(parsed.server)
 
     @property
     def layout(self) -> Layout:
