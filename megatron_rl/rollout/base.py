@@ -68,8 +68,8 @@ class RolloutEngine(ABC):
     An engine is a context manager: leaving it closes it.
     """
 
-    @classmethod
-    def check_options(cls, options: Mapping[str, Any]) -> None:  # noqa: B027  not every engine has something to check
+    @classmethod  # noqa: B027  not every engine has something to check
+    def check_options(cls, options: Mapping[str, Any]) -> None:
         """Look at the user's options before anything is built.
 
         Raises:
