@@ -152,7 +152,7 @@ class Assassin(DirectDelivery):
         super().__init__(**kwargs)
         self._victims, self._posts = list(victims), 0
 
-    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[str]) -> None:
+    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[Sequence[str]]) -> None:
         self._posts += 1
         if self._posts == 3:
             for victim in self._victims:
@@ -203,10 +203,10 @@ def restarted(job: Job) -> None:
 class Broken(DirectDelivery):
     """Writes one parameter wrongly into the server."""
 
-    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[str]) -> None:
+    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[Sequence[str]]) -> None:
         super()._post(clients, payloads)
         spoiled = named_tensors({"model.norm.weight": torch.zeros(128, dtype=torch.bfloat16)})
-        super()._post(clients, [spoiled] * len(payloads))
+        super()._post(clients, [[spoiled]] * len(payloads))
 
 
 DELIVERIES.register("assassin")(Assassin)

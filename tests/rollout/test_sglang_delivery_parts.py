@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from megatron_rl.models import Architecture, hf_layout, rollout_layout
 from megatron_rl.rollout.sglang.client import ServerError
 from megatron_rl.rollout.sglang.full_tensors import FullTensors
 from megatron_rl.rollout.sglang.handover import _compare_rank, _hashes, buckets
-from megatron_rl.rollout.sglang.payload import flattened_bucket, named_tensors
+from megatron_rl.rollout.sglang.payload import flattened_bucket, named_tensors, serialize
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
 
@@ -40,9 +42,24 @@ def test_a_payload_carries_each_tensor_and_not_the_rest_of_its_storage() -> None
     assert torch.equal(whole, torch.ones(3))
 
 
+def test_a_shared_payload_is_mapped_by_another_process_and_written_anew_for_the_next() -> None:
+    reader = "import base64, pickle, sys, torch; print(pickle.loads(base64.b64decode(sys.stdin.read()))[0][1].tolist())"
+    weight = torch.arange(1 << 16, dtype=torch.float32)
+    for value in (1.0, 2.0):
+        weight.fill_(value)
+        payload = named_tensors({"w": weight}, shared=True)
+        assert len(payload) < 2000
+        ended = subprocess.run(
+            [sys.executable, "-c", reader], input=payload, capture_output=True, text=True, check=True
+        )
+        assert ended.stdout.strip() == str([value] * (1 << 16))
+    assert weight.is_shared()
+    assert torch.multiprocessing.get_sharing_strategy() == "file_descriptor"
+
+
 def test_a_flattened_bucket_says_where_each_tensor_lies() -> None:
     tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(7), "c": torch.randn(5, 3).T}
-    content = opened(flattened_bucket(tensors))
+    content = opened(serialize(flattened_bucket(tensors)))
     for place in content["metadata"]:
         bits = content["flattened_tensor"][place.start_idx : place.end_idx]
         assert torch.equal(bits.view(place.dtype).reshape(place.shape), tensors[place.name])

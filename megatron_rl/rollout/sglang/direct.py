@@ -24,8 +24,13 @@ class DirectDelivery(Handover):
     def write(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> None:
         sizes = {name: math.prod(shape) * self.dtype.itemsize for name, shape in self._shapes.items()}
         for names in buckets(sizes, self.bucket_bytes):
-            payloads = self.gather(named_tensors({name: shards[name] for name in names}))
+            part = {name: shards[name] for name in names}
+            # A handle counts its one reader, so each server gets one of its own.
+            count = self.num_servers if self.shared else 1
+            payloads = self.gather([named_tensors(part, self.shared) for _ in range(count)])
             self.lead(lambda payloads=payloads: self._post(clients, payloads))  # type: ignore[misc]
 
-    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[str]) -> None:
-        self.each(clients, lambda client: client.update_weights_from_tensor(payloads, load_format="direct"))
+    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[Sequence[str]]) -> None:
+        """``payloads``: of each rank, one for each server or one for all."""
+        of = {client.url: [texts[i % len(texts)] for texts in payloads] for i, client in enumerate(clients)}
+        self.each(clients, lambda client: client.update_weights_from_tensor(of[client.url], load_format="direct"))

@@ -20,7 +20,7 @@ from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
 from megatron_rl.rollout.sglang.full_tensors import FullTensors
 from megatron_rl.rollout.sglang.handover import Handover
-from megatron_rl.rollout.sglang.payload import flattened_bucket
+from megatron_rl.rollout.sglang.payload import flattened_bucket, serialize
 from megatron_rl.rollout.sglang.update_group import UpdateGroups
 
 TIMEOUT = 600.0  # seconds
@@ -49,8 +49,15 @@ class BucketDelivery(FullDelivery):
     """See the module."""
 
     def send(self, clients: Sequence[SGLangClient], tensors: Mapping[str, Tensor]) -> None:
-        payloads = [flattened_bucket(tensors)] * len(self.ranks)
-        self.each(clients, lambda c: c.update_weights_from_tensor(payloads, load_format="flattened_bucket"))
+        bucket, once = flattened_bucket(tensors), ""
+        if not self.shared:
+            once = serialize(bucket)
+
+        async def post(client: SGLangClient) -> None:
+            payloads = [once or serialize(bucket, shared=True) for _ in self.ranks]
+            await client.update_weights_from_tensor(payloads, load_format="flattened_bucket")
+
+        self.each(clients, post)
 
 
 @DELIVERIES.register("disk")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import socket
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -20,8 +22,9 @@ from torch import Tensor
 
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import check_shards
-from megatron_rl.rollout.sglang.client import ServerError, SGLangClient
+from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.payload import fits_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Handover:
         self.bucket_bytes, self._verify = bucket_bytes, verify
         self.ranks = [rank] if tp_group is None else dist.get_process_group_ranks(tp_group)
         self._shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
+        self.num_servers, self.shared = 0, False  # of the delivery under way; shared: servers can map our memory
 
     @property
     def leads(self) -> bool:
@@ -66,6 +70,7 @@ class Handover:
     def deliver(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> None:
         """See `delivery.Delivery`."""
         self._check(shards)
+        self.num_servers, self.shared = self._reach(clients, shards)
         if self.needs_session:
             self.lead(lambda: self.each(clients, _open))
         self.write(clients, shards)
@@ -132,6 +137,21 @@ class Handover:
         if any(faults):
             raise ValueError("; ".join(filter(None, faults)))
 
+    def _reach(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> tuple[int, bool]:
+        """The first rank's servers, and whether all can map memory of this machine."""
+        new = sum(tensor.nbytes for tensor in shards.values() if not tensor.is_cuda and not tensor.is_shared())
+        needed = sum(self.gather(new))  # once more for copies of whole tensors, a bucket at a time
+        told: list[Any] = [None]
+        if self.leads:
+            here = all(_is_here(client.url) for client in clients)
+            shared = here and fits_shared_memory(needed + self.bucket_bytes)
+            if not shared:
+                logger.warning("servers are on other machines or /dev/shm is full: weights go as bytes, slowly")
+            told = [(len(clients), shared)]
+        if self.group is not None:
+            dist.broadcast_object_list(told, src=self.ranks[0], group=self.group)
+        return told[0]
+
     # --- the servers -----------------------------------------------------------------------------------------------
 
     def _finish(self, clients: Sequence[SGLangClient], hashes: Sequence[Mapping[str, str]]) -> None:
@@ -141,10 +161,16 @@ class Handover:
             self.each(clients, lambda client: _compare(client, hashes, self.runs_loader))
 
 
+def _is_here(url: str) -> bool:
+    """Whether ``url`` is on this machine, as far as its name tells."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1", socket.gethostname()) or host.startswith("127.")
+
+
 async def _open(client: SGLangClient) -> None:
     try:
         await client.begin_weight_update()
-    except ServerError as error:
+    except (ServerError, RequestError) as error:
         if "already open" not in str(error):
             raise
         logger.warning("%s still has the session of an update that failed; beginning anew", client)

@@ -1,4 +1,5 @@
-"""Tensors as SGLang takes them over HTTP: pickled, base64. From a GPU only handles travel, from a CPU the bytes.
+"""Tensors as SGLang takes them over HTTP: pickled, base64. Servers on this machine get handles of shared memory or of
+GPU memory, others the bytes: parsing those takes SGLang a hundred times as long as copying them.
 
 SGLang unpickles data types only (`sglang.srt.utils.common.SafeUnpickler`), which torch tensors are.
 """
@@ -7,28 +8,31 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import pickle
+import shutil
 from collections.abc import Iterable, Mapping
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.multiprocessing import reductions
 
 PROTOCOL = 4
+SHARED_MEMORY, MARGIN = "/dev/shm", 64 << 20
 ALIGNMENT = 8  # bytes: a tensor can only be seen where its elements would lie anyway
 DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
 
 
-def named_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """What load_format=None and "direct" take."""
-    return serialize([(name, _alone(tensor)) for name, tensor in tensors.items()])
+def named_tensors(tensors: Mapping[str, Tensor], shared: bool = False) -> str:
+    """What load_format=None and "direct" take; ``shared``: see `serialize`."""
+    return serialize([(name, _alone(tensor)) for name, tensor in tensors.items()], shared)
 
 
-def flattened_bucket(tensors: Mapping[str, Tensor]) -> str:
-    """What load_format="flattened_bucket" takes: one tensor of bytes, and where each tensor lies in it."""
+def flattened_bucket(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What load_format="flattened_bucket" takes, once serialized: all bytes in one tensor, and where each one lies."""
     places, parts, start = [], [], 0
     for name, tensor in tensors.items():
         place = {"name": name, "shape": tuple(tensor.shape), "dtype": tensor.dtype, "numel": tensor.nbytes}
@@ -36,20 +40,37 @@ def flattened_bucket(tensors: Mapping[str, Tensor]) -> str:
         padding = tensor.new_zeros(-tensor.nbytes % ALIGNMENT, dtype=torch.uint8)
         parts += [tensor.detach().contiguous().view(-1).view(torch.uint8), padding]
         start += sum(part.numel() for part in parts[-2:])
-    flat = torch.cat(parts)
-    return serialize({"flattened_tensor": flat, "metadata": places})
+    return {"flattened_tensor": torch.cat(parts), "metadata": places}
 
 
-def serialize(content: Any) -> str:
-    """Base64 text. Tensors on a GPU go as handles: they must stay alive until the server has answered."""
+def serialize(content: Any, shared: bool = False) -> str:
+    """Base64 text.
+
+    Args:
+        shared: one reader on this machine maps the tensors instead of getting their bytes, which are moved to shared
+            memory for that and stay there. They must stay alive and unchanged until the server has answered; so must
+            tensors on a GPU.
+    """
     buffer = io.BytesIO()
     if any(tensor.is_cuda for tensor in _tensors(content)):
         _HandlePickler(buffer, PROTOCOL).dump(content)
+    elif shared:
+        # By name: the file descriptors of torch's other way may only be fetched by a child process, and a server that
+        # tries dies of an AuthenticationError.
+        before = multiprocessing.get_sharing_strategy()
+        multiprocessing.set_sharing_strategy("file_system")
+        try:
+            ForkingPickler(buffer, PROTOCOL).dump(content)
+        finally:
+            multiprocessing.set_sharing_strategy(before)
     else:
-        # Not ForkingPickler: it sends file descriptors, which only a child process may fetch; a server that tries
-        # dies of an AuthenticationError.
         pickle.Pickler(buffer, PROTOCOL).dump(content)
     return base64.b64encode(buffer.getbuffer()).decode()
+
+
+def fits_shared_memory(num_bytes: int) -> bool:
+    """Whether that much more fits: a process that writes beyond it is killed."""
+    return os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + MARGIN
 
 
 class _HandlePickler(ForkingPickler):
