@@ -52,8 +52,8 @@ class RewardModel:
 
     def score(self) -> Stage:
         """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``; samples whose reward
-        cannot be had leave the batch. Metrics: ``reward_parts/NAME/mean`` of each reward where there are several, and
-        what services count.
+        cannot be had leave the batch. Metrics: ``rewards/dropped_fraction``, ``reward_parts/NAME/mean`` of each reward
+        where there are several, and what services count.
 
         Raises:
             RewardError: when run, if a reward raises or is not a finite number (the message names the sample), or if
@@ -64,9 +64,11 @@ class RewardModel:
             self._join_replica()
             rewards = self.reward(batch.samples)
             batch.metrics.update(self.reward.take_metrics())
+            asked = len(batch.samples)
             batch.samples, numbers = _with_reward(self.reward.name, batch.samples, rewards)
             for sample, number in zip(batch.samples, numbers, strict=True):
                 sample.reward = number
+            batch.metrics["rewards/dropped_fraction"] = 1 - len(batch.samples) / max(1, asked)
             batch.metrics.update(_part_means(batch.samples))
             batch.sequences["rewards"] = torch.tensor(numbers, dtype=torch.float32)
 

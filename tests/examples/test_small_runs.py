@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from megatron_rl.config import load_config
+from megatron_rl.run import RunConfig
 
 RUNS = Path(__file__).with_name("example_runs.py")
 SHORT = ["train.max_steps=2", "train.per_device_train_batch_size=4", "train.warmup_steps=0"]
@@ -96,6 +100,9 @@ def test_each_reward_of_one_s_own_is_logged(runs: dict[str, dict]) -> None:
 @pytest.mark.parametrize("script", sorted((ROOT / "examples" / "grpo_gsm8k").glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_valid_bash_and_name_real_keys(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    assert "examples/grpo_gsm8k/config.yaml" in text
-    assert '"$@"' in text
+    command = script.read_text().split("-m megatron_rl train ")[1].replace("\\\n", " ")
+    config, *arguments = shlex.split(command)
+    assert arguments.pop() == "$@"
+    run = load_config(RunConfig, ROOT / config, arguments)
+    assert (run.model, run.data.path) == ("$model", "$train")
+    assert run.parallel.tp == run.actor.rollout.tp > 1

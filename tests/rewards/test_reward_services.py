@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import ssl
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,7 +173,24 @@ def test_token_comes_from_the_environment_only(server: ContractServer, monkeypat
         build_service("http://me:s3cret@host:1", "sglang")
 
 
-def test_certificates_are_verified(tmp_path: Path) -> None:
+def test_certificates_are_verified(server: ContractServer, tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    subprocess.run(made, check=True, capture_output=True, timeout=60)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = server.url.replace("http://", "https://") + "/sglang"
+    with pytest.raises(RewardError, match="CERTIFICATE_VERIFY_FAILED"):
+        build_service(url, "sglang", retries=0)(samples(2))
+    assert server.bodies == []
+    assert build_service(url, "sglang", ca_file=certificate)(samples(2)) == pytest.approx(expected(samples(2)))
+
+
+def test_verification_cannot_be_switched_off(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ca_file .* does not exist"):
         build_service("https://127.0.0.1:1", "sglang", ca_file=str(tmp_path / "none.pem"))
     with pytest.raises(ConfigError, match="unknown key 'verify'"):
