@@ -126,6 +126,17 @@ def test_a_server_that_ends_while_it_starts_shows_its_last_words(tmp_path: Path)
         SGLangServer("/m", settings).start()
 
 
+def test_a_server_whose_port_was_taken_meanwhile_is_started_on_another(tmp_path: Path) -> None:
+    noise = "echo said afterwards\n" * 40
+    text = f"#!/bin/sh\necho $@ >> {tmp_path}/starts\necho address already in use\n{noise}exit 1\n"
+    server = SGLangServer("/m", stand_in(tmp_path, text))
+    with pytest.raises(RuntimeError, match="ended while it started"):
+        server.start()
+    starts = (tmp_path / "starts").read_text().splitlines()
+    ports = {line.split("--port ")[1].split()[0] for line in starts}
+    assert len(starts) == len(ports) == 3
+
+
 def test_a_server_that_is_never_ready_is_given_up_and_ended(tmp_path: Path) -> None:
     settings = stand_in(tmp_path, STUBBORN.format(pids=tmp_path / "pids")).model_copy(update={"start_timeout": 1.0})
     server = SGLangServer("/m", settings)

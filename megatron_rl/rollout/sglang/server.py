@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -30,6 +31,8 @@ logger = logging.getLogger(__name__)
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 LOG_TAIL_LINES = 30
 PORT_ATTEMPTS = 3
+PORTS = (20000, 32000)
+PORT_DRAWS = 100
 
 
 class ServerSettings(ConfigRecord):
@@ -117,10 +120,19 @@ def launch_environment(
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on at this moment. It lies below those that systems give out by themselves, because
+    minutes pass until the server listens.
+
+    Raises:
+        OSError: there is none.
+    """
+    draw = random.SystemRandom()  # all ranks seed the common generator alike, and would all take the same port
+    for _ in range(PORT_DRAWS):
+        port = draw.randrange(*PORTS)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind((host, port))
+            return port
+    raise OSError(f"no free port found on {host} in {PORTS[0]}-{PORTS[1]}")
 
 
 class SGLangServer:
@@ -155,7 +167,7 @@ class SGLangServer:
         self.with_tokenizer, self.load_weights = with_tokenizer, load_weights
         folder = Path(self.settings.log_dir) if self.settings.log_dir else Path(tempfile.gettempdir()) / "megatron_rl"
         self.log = folder / f"{name}-{os.getpid()}.log"
-        self.port = 0
+        self.port = self._log_start = 0
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
@@ -184,6 +196,7 @@ class SGLangServer:
             load_weights=self.load_weights,
         )
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         logger.info("starting SGLang at %s, log in %s: %s", self.url, self.log, " ".join(command))
         # A session of its own: what kills this job's process group must not kill the guard before its work is done.
         self._guard = subprocess.Popen(
@@ -230,7 +243,7 @@ class SGLangServer:
     @property
     def lost_its_port(self) -> bool:
         """Whether it ended because somebody else took its port in between."""
-        return "address already in use" in self.last_lines().lower()
+        return "address already in use" in "".join(self._lines()).lower()
 
     def close(self) -> None:
         """End the server and every process it started; may be called twice."""
@@ -255,8 +268,13 @@ class SGLangServer:
 
     def last_lines(self) -> str:
         """The end of the log, for error messages."""
-        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        return "\n".join([f"its log {self.log} ends with:", *lines[-LOG_TAIL_LINES:]])
+        return "\n".join([f"its log {self.log} ends with:", *self._lines()[-LOG_TAIL_LINES:]])
+
+    def _lines(self) -> list[str]:
+        """The log since the last launch."""
+        if not self.log.exists():
+            return []
+        return self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
 
 
 def server_python(settings: ServerSettings) -> str:
