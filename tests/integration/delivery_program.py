@@ -186,7 +186,7 @@ def play(job: Job, python: str) -> None:
 def restarted(job: Job) -> None:
     """The server dies in the middle of a push: it is named, started anew, and serves that push whole."""
     victims = processes_of(job.engine) if job.rank == 0 else []
-    job.deliver_by("assassin", victims=victims, bucket_bytes=1 << 18)
+    job.deliver_by("assassin", victims=victims, bucket_bytes=1 << 16)
     job.push(6)
     say(job, f"server killed in mid-push, log-probabilities within {job.check(6):.4f}")
     assert not set(victims) & set(processes_of(job.engine) if job.rank == 0 else []), "the server did not die"
