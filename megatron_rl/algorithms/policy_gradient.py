@@ -25,7 +25,13 @@ from megatron_rl.algorithms.importance import (
 )
 from megatron_rl.algorithms.kl import KLEstimator, kl_penalty
 from megatron_rl.algorithms.moments import masked_moments
-from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, perplexity_ratio, staleness
+from megatron_rl.algorithms.rollout_gap import (
+    explain,
+    gap_metrics,
+    perplexity_ratio,
+    response_starts,
+    staleness,
+)
 from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
@@ -147,8 +153,9 @@ class PolicyGradient(BaseAlgorithm):
         def pack(batch: Batch) -> None:
             stage.run(batch)
             batch.tokens["staleness"] = staleness(batch, self.actor.policy_version)
+            batch.tokens["response_starts"] = response_starts(batch)
 
-        return replace(stage, run=pack, writes=(*stage.writes, "staleness"))
+        return replace(stage, run=pack, writes=(*stage.writes, "staleness", "response_starts"))
 
     def finish_step(self, batch: Batch) -> None:
         super().finish_step(batch)
@@ -202,7 +209,7 @@ class PolicyGradient(BaseAlgorithm):
         reads += ["ref_logprobs"] if self.with_kl and not self.kl_in_reward else []
         measured = self.old_logprobs_field != "rollout_logprobs"
         reads += ["rollout_logprobs"] if measured or self.config.correction.level != "off" else []
-        reads += ["staleness"] if measured else []
+        reads += ["staleness", "response_starts"] if measured else []
         return tuple(reads)
 
     @property

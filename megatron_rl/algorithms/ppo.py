@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -13,6 +13,7 @@ from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.kl import AdaptiveKL, KLEstimator
 from megatron_rl.algorithms.moments import masked_moments, whiten
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
+from megatron_rl.algorithms.roles import ValueSource
 from megatron_rl.algorithms.surrogate import value_loss
 from megatron_rl.algorithms.token_rewards import at_last_token
 from megatron_rl.batch import Batch
@@ -51,6 +52,10 @@ class PPO(PolicyGradient):
         """Nats per response that the coefficient is steered to; none: the coefficient is constant."""
         kl_horizon: int = Field(default=10_000, gt=0)
         """Responses over which the coefficient can change by about a fifth."""
+        shared_critic: bool = False
+        """The critic is a value head on the actor's own weights (``actor.value_head: true``), trained in one loss."""
+        value_coefficient: float = Field(default=0.1, gt=0.0)
+        """Weight of the value loss beside the policy's, with a shared critic."""
         value_aggregation: LossAggregation = "token-mean"
         """How the critic's token losses become one number."""
 
@@ -68,7 +73,8 @@ class PPO(PolicyGradient):
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self.require("critic", "GAE")
+        if not self.config.shared_critic:
+            self.require("critic", "GAE (unless shared_critic is set)")
         target = self.config.kl_target
         self.controller = AdaptiveKL(super().kl_coefficient, target, self.config.kl_horizon) if target else None
 
@@ -94,6 +100,27 @@ class PPO(PolicyGradient):
         explained = 1.0 - error.variance / target.variance if target.variance > 0 else 0.0
         values = masked_moments(batch["values"], mask, self.dp_group)
         return {"values/mean": values.mean, "returns/mean": target.mean, "values/explained_variance": explained}
+
+    # --- a critic on shared weights --------------------------------------------------------------------------------
+
+    def loss(self, inputs: LossInputs) -> LossOutput:
+        if not self.config.shared_critic:
+            return super().loss(inputs)
+        value = self.critic_loss(inputs)
+        if self.is_warming_up:
+            return LossOutput(self.config.value_coefficient * value.loss, value.metrics)
+        policy = super().loss(inputs)
+        total = policy.loss + self.config.value_coefficient * value.loss
+        return LossOutput(total, {**policy.metrics, **value.metrics})
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether only values learn at this step."""
+        return self.step < self.config.critic_warmup_steps
+
+    @property
+    def token_reads(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (*super().token_reads, "values", "returns") if self.config.shared_critic else super().token_reads
 
     # --- the critic ------------------------------------------------------------------------------------------------
 
@@ -127,15 +154,19 @@ class PPO(PolicyGradient):
     # --- data flow -------------------------------------------------------------------------------------------------
 
     def forward_stages(self) -> list[Stage]:
-        assert self.critic is not None
-        return [*super().forward_stages(), self.critic.values(write="values")]
+        source = cast(ValueSource, self.actor) if self.config.shared_critic else self.critic
+        assert source is not None
+        return [*super().forward_stages(), source.values(write="values")]
 
     def optimize_stages(self) -> list[Stage]:
+        if self.config.shared_critic:
+            return super().optimize_stages()
+
         def train_critic(batch: Batch) -> None:
             batch.metrics.update(self.optimize_critic(batch))
 
         def train_actor(batch: Batch) -> None:
-            if self.step >= self.config.critic_warmup_steps:
+            if not self.is_warming_up:
                 batch.metrics.update(self.optimize_actor(batch))
             self.finish_step(batch)
 

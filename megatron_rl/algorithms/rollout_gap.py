@@ -32,6 +32,15 @@ def staleness(batch: Batch, trained_version: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
+def response_starts(batch: Batch) -> Tensor:
+    """Tokens at which a response, or its part after an observation, begins, ``[num_tokens]`` bool. Found on whole
+    sequences: context-parallel ranks do not see the neighbours of all their tokens."""
+    mask, owner = batch["response_mask"].bool(), batch.sequence_ids
+    goes_on = torch.zeros_like(mask)
+    goes_on[1:] = mask[:-1] & (owner[1:] == owner[:-1])
+    return mask & ~goes_on
+
+
 def gap_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
     """What is measured in one micro-batch.
 
@@ -42,7 +51,7 @@ def gap_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
     log_ratio, mask = log_ratio.detach(), inputs.mask
     k3 = bounded_exp(log_ratio) - 1.0 - log_ratio
     stale = (inputs.fields["staleness"] > 0).float() * mask
-    first = _first_tokens(inputs) * (mask - stale)
+    first = inputs.fields["response_starts"].float() * (mask - stale)
     one = torch.ones_like(mask.sum())
     return {
         "mismatch/kl": inputs.token_metric(k3),
@@ -75,12 +84,3 @@ def explain(metrics: Mapping[str, float]) -> str:
     if fresh > NUMERICS_KL:
         return f"wrong or mixed weights: too much for rounding ({figures}); see that pushes are attested by checksums"
     return f"numerics: small and everywhere alike ({figures})"
-
-
-def _first_tokens(inputs: LossInputs) -> Tensor:
-    """1 at each position that predicts the first response token of its sequence. Under context parallelism also where
-    this rank's part of a response begins."""
-    mask, ids = inputs.mask, inputs.sequence_ids
-    goes_on = torch.zeros_like(mask)
-    goes_on[1:] = mask[:-1] * (ids[1:] == ids[:-1]).float()
-    return mask * (1.0 - goes_on)

@@ -21,10 +21,11 @@ class ValueHead(MegatronModule):
     fp32, ``[s, b, 1]``, whole on each tensor-parallel rank.
     """
 
-    def __init__(self, config: TransformerConfig, tp_group: dist.ProcessGroup) -> None:
+    def __init__(self, config: TransformerConfig, tp_group: dist.ProcessGroup, beside_logits: bool = False) -> None:
         super().__init__(config=config)
         self.tp_group = tp_group
-        self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1
+        # Beside logits it sees all positions on every rank, so its gradient is complete everywhere.
+        self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1 and not beside_logits
         self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype))
         # `finalize_model_grads` then sums the weight's gradient over ranks that saw different positions.
         self.weight.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
@@ -41,6 +42,12 @@ class ValueHead(MegatronModule):
             )
         return values, None
 
+    def beside_logits(self, hidden: Tensor) -> Tensor:
+        """``[n, hidden] -> [n]`` where the output layer is the vocabulary's, from the whole hidden states of
+        `models.hidden_states`: their gradients are summed over the tensor-parallel ranks, so each gives its share."""
+        shared = _Share.apply(hidden, self.tp_group.size())
+        return torch.nn.functional.linear(shared.float(), self.weight.float()).squeeze(-1)
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
@@ -49,3 +56,16 @@ class ValueHead(MegatronModule):
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, {}, sharded_offsets, **groups
         )
+
+
+class _Share(torch.autograd.Function):
+    """Identity; the gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad / ctx.size, None

@@ -277,7 +277,8 @@ class GRPOTrainer(OneCallTrainer):
 
 
 class PPOTrainer(GRPOTrainer):
-    """As `GRPOTrainer`, with a critic made from ``critic_model`` (None = the actor's, when that is a Hugging Face one).
+    """As `GRPOTrainer`, with a critic made from ``critic_model`` (None = the actor's, when that is a Hugging Face one),
+    or with ``shared_critic=True`` a value head on the actor's own weights.
 
     Raises:
         ConfigError: the model is Megatron chunks and no critic_model was given.
@@ -289,7 +290,13 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self.critic_model = critic_model
 
+    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
+        shared = bool(self.options.get("shared_critic"))
+        return super().make_worker(context, settings.model_copy(update={"value_head": shared}))
+
     def make_algorithm(self, actor: Any) -> BaseAlgorithm:
+        if self.options.get("shared_critic"):
+            return PPO(actor, self.make_reference(actor), None, self.options)
         source = self.critic_model if self.critic_model is not None else self.model
         if isinstance(source, (list, tuple)):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")

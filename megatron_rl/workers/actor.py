@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.config import ConfigError
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
 from megatron_rl.models.tokenizer import align_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import assemble, job_context
-from megatron_rl.workers.heads import logprob_head, score_tokens
+from megatron_rl.workers.heads import logprob_head, score_tokens, second_head, shared_value_head
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.rollouts import Rollouts
 from megatron_rl.workers.scoring import token_values_stage
@@ -129,12 +132,30 @@ class Actor(TrainedWorker):
         ``[num_tokens]``; of all tokens where the batch has no ``response_mask``."""
         return token_values_stage("actor.logprobs", self.trainable, logprob_head, write)
 
+    def values(self, write: str = "values") -> Stage:
+        """A stage that writes the values of a critic on shared weights, as `Critic.values`.
+
+        Raises:
+            ConfigError: the model has no value head.
+        """
+        if not self.model.second_head:
+            raise ConfigError(
+                "a critic on the actor's weights needs actor.value_head=true, and a model that is built here"
+            )
+        return token_values_stage("actor.values", self.trainable, shared_value_head, write)
+
     # Work
 
     def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
         """Log-probabilities, and entropies where the loss reads them."""
         score = score_tokens(self.model, batch, batch.temperature, with_entropy)
-        return lambda micro_batch, hidden: dict(zip(("logprobs", "entropy"), score(micro_batch, hidden), strict=True))
+        values = second_head(self.model) if self.model.second_head else None
+
+        def found(micro_batch: MicroBatch, hidden: Tensor) -> dict[str, Tensor | None]:
+            logprobs, entropy = score(micro_batch, hidden)
+            return {"logprobs": logprobs, "entropy": entropy} | ({"values": values(hidden)} if values else {})
+
+        return found
 
     def weights_changed(self) -> None:
         self.rollouts.trained_version += 1

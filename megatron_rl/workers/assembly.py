@@ -99,7 +99,14 @@ def hold(
         chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
         return MegatronModel.from_chunks(chunks, context, vocab, value_head)
     dtype = DTYPES[settings.dtype]
-    return MegatronModel.from_hf(model, context, dtype=dtype, recompute=settings.recompute, value_head=value_head)
+    return MegatronModel.from_hf(
+        model,
+        context,
+        dtype=dtype,
+        recompute=settings.recompute,
+        value_head=value_head,
+        second_head=settings.value_head and not value_head,
+    )
 
 
 def _micro_batching(model: MegatronModel, settings: WorkerSettings) -> MicroBatching:

@@ -86,6 +86,17 @@ def value_head(model: MegatronModel, batch: Batch, temperature: float) -> Head:
     return lambda micro_batch, output: output.squeeze(-1).float()
 
 
+def second_head(model: MegatronModel) -> Callable[[Tensor], Tensor]:
+    """Hidden states ``[n, hidden]`` -> values ``[n]`` fp32 of the value head beside the output layer."""
+    return lambda hidden: model.last_chunk.value_head.beside_logits(hidden)  # type: ignore[operator,union-attr]
+
+
+def shared_value_head(model: MegatronModel, batch: Batch, temperature: float) -> Head:
+    """Head of a forward-only pass: values ``[n]`` fp32 of a critic on the policy's weights."""
+    values = second_head(model)
+    return lambda micro_batch, hidden: values(hidden)
+
+
 def loss_head(
     model: MegatronModel,
     batch: Batch,

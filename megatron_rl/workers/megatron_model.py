@@ -54,6 +54,7 @@ class MegatronModel:
     architecture: Architecture
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
+    second_head: bool = False  # the last chunk has a value head beside its output layer
 
     @classmethod
     def from_hf(
@@ -64,6 +65,7 @@ class MegatronModel:
         dtype: torch.dtype = torch.float32,
         recompute: bool = False,
         value_head: bool = False,
+        second_head: bool = False,
     ) -> MegatronModel:
         """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
         checkpoint of any layout.
@@ -76,12 +78,15 @@ class MegatronModel:
         architecture, sizes = replace(architecture_from_hf(hf_config), score_head=value_head), context.sizes
         device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
+        groups = context.collection
         chunks = build_model(
-            architecture, config, pg_collection=context.collection, device=device, value_head=value_head
+            architecture, config, pg_collection=groups, device=device, value_head=value_head, second_head=second_head
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
-        model = cls(list(chunks), context, architecture, vocab, hf_config)
+        model = cls(list(chunks), context, architecture, vocab, hf_config, second_head)
         if isinstance(source, MegatronCheckpoint):
+            if second_head:
+                raise ConfigError("a value head on shared weights needs a Hugging Face model: convert the checkpoint")
             load_megatron_checkpoint(source.folder, model.chunks)
         elif folder:
             has_head = not value_head or holds_scores(folder)

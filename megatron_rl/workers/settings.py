@@ -44,6 +44,8 @@ class WorkerSettings(ConfigRecord):
     """Of the weights and of the forward pass."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
+    value_head: bool = False
+    """An Actor's value head beside its output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
     token_budget: int = 4096
     """Tokens of one micro-batch, over all context-parallel ranks."""
     packing: bool | None = None

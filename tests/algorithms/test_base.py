@@ -55,7 +55,7 @@ def test_update_hands_the_worker_the_declared_fields_and_frees_the_rest():
     algorithm = grpo(num_epochs=2, correction={"level": "token"}, seed=5)
     batch = algorithm.update()(scored_batch())
     (call,) = algorithm.actor.calls
-    read = {"old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "staleness"}
+    read = {"old_logprobs", "advantages", "ref_logprobs", "rollout_logprobs", "staleness", "response_starts"}
     assert set(call["fields"]) == read
     assert (call["num_epochs"], call["num_mini_batches"], call["with_entropy"], call["seed"]) == (2, 1, True, 5)
     assert algorithm.step == 1

@@ -177,8 +177,19 @@ def test_a_reference_alone_switches_the_usual_penalty_on():
     assert PPO(actor=StandInWorker(), critic=StandInWorker("critic")).kl_coefficient == 0.0
 
 
+def test_a_shared_critic_needs_no_second_model_and_adds_its_loss_to_the_policys():
+    actor = StandInWorker()
+    algorithm = PPO(actor=actor, shared_critic=True, kl_coefficient=0.0, critic_warmup_steps=1)
+    names = [stage.name for stage in algorithm.update().stages]
+    assert names == ["batch.pack", "actor.values", "ppo.prepare", "actor.optimize"]
+    assert {"values", "returns", "advantages"} <= set(algorithm.loss_fields)
+    assert algorithm.is_warming_up
+    algorithm.step = 1
+    assert not algorithm.is_warming_up
+
+
 def test_missing_critic_and_meaningless_targets_are_refused():
-    with pytest.raises(ConfigError, match=r"GAE needs critic=\.\.\."):
+    with pytest.raises(ConfigError, match=r"GAE .* needs critic=\.\.\."):
         PPO(actor=StandInWorker())
     with pytest.raises(ConfigError, match="kl_in='reward'"):
         build(kl_target=6.0, kl_in="loss")

@@ -10,7 +10,7 @@ import torch
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import GRPO
-from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, staleness
+from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, response_starts, staleness
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.workers.loss import LossInputs, Totals
 
@@ -19,10 +19,11 @@ def measure(differences: list[list[float]], stale: list[list[float]]) -> dict[st
     """Metrics of responses whose tokens differ by ``differences`` (trainer minus engine); each has a prompt of 2."""
     rows = [[0.0, *row, 0.0] for row in differences]  # predictor-aligned: one prompt position before, one end after
     mask = [[0, *[1] * len(row), 0] for row in differences]
+    starts = [[0, 1, *[0] * len(row)] for row in differences]
     old = [[0.0, *row, 0.0] for row in stale]
     flat = lambda values: torch.tensor([value for row in values for value in row], dtype=torch.float32)  # noqa: E731
     ids = torch.tensor([i for i, row in enumerate(rows) for _ in row])
-    fields = {"response_mask": flat(mask).bool(), "staleness": flat(old)}
+    fields = {"response_mask": flat(mask).bool(), "staleness": flat(old), "response_starts": flat(starts).bool()}
     inputs = LossInputs(torch.zeros(len(ids)), fields, {}, ids, len(rows), Totals(1, 1))
     metrics = gap_metrics(inputs, flat(rows))
     return {name: float(mean.total) / float(mean.weight) if mean.weight else 0.0 for name, mean in metrics.items()}
@@ -63,6 +64,11 @@ def test_each_cause_leaves_its_own_trace(differences: list[list[float]], stale: 
 def test_staleness_counts_versions_behind_token_by_token() -> None:
     sample = Sample(Prompt([5, 6]), [7, 8, 9], [-1.0] * 3, policy_version=4, policy_version_spans=[(3, 2), (4, 1)])
     assert staleness(Batch(samples=[sample]), 5).tolist() == [0, 0, 2, 2, 1]
+
+
+def test_responses_start_at_their_first_token_and_after_every_observation() -> None:
+    batch = Batch.from_sequences([[1, 2, 3, 4, 5], [6, 7, 8]], [[0, 1, 1, 0, 1], [0, 1, 1]])
+    assert response_starts(batch).int().tolist() == [0, 1, 0, 0, 1, 0, 1, 0]
 
 
 def test_a_gap_above_the_threshold_warns_once_with_its_cause_unless_it_is_corrected(caplog) -> None:

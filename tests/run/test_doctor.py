@@ -39,6 +39,12 @@ def test_the_shipped_grpo_is_healthy_on_every_layout():
 
 
 @pytest.mark.distributed
+def test_ppo_with_a_critic_on_shared_weights_is_healthy_on_every_layout():
+    done = doctor("algorithm={name: ppo, shared_critic: true, num_mini_batches: 2}", "actor.value_head=true")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("algorithm", "first", "layout", "untouched"),
     [

@@ -41,7 +41,7 @@ def test_kto_separates_desirable_from_undesirable(result):
 
 
 def test_grpo_and_ppo_raise_the_reward(result):
-    for name in ("grpo", "ppo"):
+    for name in ("grpo", "ppo", "ppo_shared"):
         assert result[name]["last"]["rewards/mean"] > result[name]["first"]["rewards/mean"] + 0.1, name
 
 

@@ -54,6 +54,7 @@ def main(folder: Path) -> None:
         "kto": outcome(KTOTrainer(*common, labelled(), beta=0.5), folder / "kto", 12, 3e-3),
         "grpo": outcome(GRPOTrainer(*common, pairs(), **sampled), folder / "grpo", 12, 1e-2),
         "ppo": outcome(PPOTrainer(*common, pairs(), **sampled), folder / "ppo", 12, 1e-2),
+        "ppo_shared": outcome(PPOTrainer(*common, pairs(), shared_critic=True, **sampled), folder / "shared", 12, 1e-2),
         "errors": {
             "option": error_of(lambda: DPOTrainer(*common, pairs(), betta=0.1)),
             "columns": error_of(lambda: DPOTrainer(*common, [{"prompt": "1+1=", "good": "2"}])),

@@ -80,7 +80,8 @@ def build(plan: Plan, variant: Variant) -> Parts:
     """The configured algorithm over random models in this layout."""
     kind, config = find_algorithm(plan.config)
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
-    settings = WorkerSettings(**{"optimizer": sgd, "seed": plan.config.seed, **variant.worker})
+    own = {"optimizer": sgd, "seed": plan.config.seed, "value_head": plan.config.actor.value_head}
+    settings = WorkerSettings(**{**own, **variant.worker})
     context = ParallelContext.create(ParallelSizes(**variant.sizes), timeout=plan.timeout, seed=plan.config.seed)
     if issubclass(kind, RewardModelling):
         critic = Critic(str(plan.folder / "critic"), context=context, settings=settings)
