@@ -27,6 +27,13 @@ from megatron_rl.weights.hf_in import model_source
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "arithmetic_grpo"))
 from arithmetic import build_tokenizer  # a tokenizer of the model's vocabulary
 
+# It imports `datasets` for one that is not used here, and SGLang's environment does without that package.
+BENCH_SERVING = """
+import runpy, sys, types
+sys.modules["datasets"] = types.ModuleType("datasets")
+sys.modules["datasets"].load_dataset = None
+runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+"""
 REQUESTS, PROMPT_TOKENS, MAX_TOKENS, CONCURRENCY = 96, 16, 64, 16
 
 
@@ -97,7 +104,7 @@ def their_round(url: str, python: str, folder: Path, seed: int) -> float:
         "seed": seed,
         "output-file": output,
     }
-    command = [python, "-m", "sglang.bench_serving", "--return-logprob", "--disable-stream", "--tokenize-prompt"]
+    command = [python, "-c", BENCH_SERVING, "--return-logprob", "--disable-stream", "--tokenize-prompt"]
     command += ["--disable-tqdm", *(str(part) for name, value in options.items() for part in (f"--{name}", value))]
     environment = launch_environment(os.environ, "cpu", 1)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
