@@ -5,9 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import megatron_rl  # noqa: F401  first of all: the CPU face must be in place before a test imports megatron.core
+
+# The machine may be busy: how long an example takes says nothing. The same examples in every run.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("distributed", "learning", "integration")  # markers, from minutes to many minutes
