@@ -60,8 +60,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 PROMPTS = [[5, 9, 11, 40, 3], list(range(100, 130)), [7]]
-# Of a log-probability: one unit in the last place of a bf16 logit between 2 and 4. The tokens are drawn anew in each run;
-# up to 0.0078 was seen.
+# Of a log-probability: one unit in the last place of a bf16 logit between 2 and 4. The tokens are drawn anew in each
+# run; up to 0.0078 was seen.
 TOLERANCE = 2.0**-6
 PADDED = 1024
 
