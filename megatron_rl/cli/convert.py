@@ -41,7 +41,7 @@ class Target(enum.StrEnum):
 
 
 class Dtype(enum.StrEnum):
-    """Number formats of the result."""
+    """Number formats of weights."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"

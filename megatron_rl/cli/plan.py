@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import enum
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megatron_rl.cli.convert import Dtype
 from megatron_rl.cli.errors import clear_errors
 
 EPILOG = """
@@ -23,14 +23,6 @@ Engines on 64 nodes of their own, as JSON: `megatron-rl plan my-model --train tp
 Bytes are exact: a run counts the same ones. Each stands beside the least that any plan could reach. Seconds are an
 estimate from link speeds alone.
 """
-
-
-class Dtype(enum.StrEnum):
-    """Number formats of rollout weights."""
-
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 def plan(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.models.tokenizer import align_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams
-from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import assemble, job_context
 from megatron_rl.workers.heads import logprob_head, score_tokens, second_head, shared_value_head
 from megatron_rl.workers.loss import LossInputs, LossOutput
@@ -176,20 +174,6 @@ class Actor(TrainedWorker):
         values = self.settings.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
-
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank."""
-        self.model.sync_parameters()
-        return save_hf(
-            self.model.layout,
-            self.model.tensors(),
-            self.model.architecture,
-            Path(folder),
-            rank=self.context.rank,
-            tokenizer=self.tokenizer,
-            hf_config=self.model.hf_config,
-            overwrite=overwrite,
-        )
 
     def close(self) -> None:
         """Release the rollout engine."""

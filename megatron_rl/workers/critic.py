@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import assemble, job_context
 from megatron_rl.workers.heads import value_head
 from megatron_rl.workers.scoring import token_values_stage
@@ -65,20 +63,3 @@ class Critic(TrainedWorker):
         """The loss reads ``inputs.values``."""
         assert not with_entropy, "a value model has no entropy"
         return lambda micro_batch, output: {"values": output.squeeze(-1).float()}
-
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
-        """Write a Hugging Face sequence classifier with one label. Called on every rank.
-
-        Its score is the value after the last token of a sequence that is not padding.
-        """
-        self.model.sync_parameters()
-        return save_hf(
-            self.model.layout,
-            self.model.tensors(),
-            self.model.architecture,
-            Path(folder),
-            rank=self.context.rank,
-            tokenizer=self.tokenizer,
-            hf_config=self.model.hf_config,
-            overwrite=overwrite,
-        )

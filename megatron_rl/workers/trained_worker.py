@@ -8,6 +8,7 @@ from typing import Any
 from megatron_rl.batch import Batch
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.hf_folder import HFDescription
+from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.heads import LossFunction
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import WorkerSettings
@@ -77,6 +78,24 @@ class TrainedWorker:
     def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
         """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+        """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank.
+
+        A value model becomes a sequence classifier with one label: its score is the value after the last token of a
+        sequence that is not padding.
+        """
+        self.model.sync_parameters()
+        return save_hf(
+            self.model.layout,
+            self.model.tensors(),
+            self.model.architecture,
+            Path(folder),
+            rank=self.context.rank,
+            tokenizer=self.tokenizer,
+            hf_config=self.model.hf_config,
+            overwrite=overwrite,
+        )
 
     def describe_into(self, checkpoint: Path) -> None:
         """Write into a Megatron checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
