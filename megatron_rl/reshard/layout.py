@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +110,18 @@ class Layout:
         for rank in sorted(self.cells):
             groups.setdefault(self.cells[rank], []).append(rank)
         return {cell: tuple(ranks) for cell, ranks in groups.items()}
+
+
+def restricted(layout: Layout, tensors: Collection[str]) -> Layout:
+    """``layout`` with only the spans of ``tensors``: a plan for a part of a model need not walk all of it."""
+
+    def emit(cell: Hashable) -> Iterator[Shard]:
+        for shard in layout.shards_of(cell):
+            spans = tuple(span for span in shard.spans if span.tensor in tensors)
+            if spans:
+                yield replace(shard, spans=spans)
+
+    return Layout(layout.name, layout.cells, emit)
 
 
 def block(size: int, index: int, count: int, what: str = "dimension") -> tuple[int, int]:

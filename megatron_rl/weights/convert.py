@@ -26,11 +26,11 @@ from megatron_rl.models.local_tensors import chunk_tensors, naming_of
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport, P2PTransport
+from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, MAX_SHARD_BYTES, HFDescription, HFFolderWriter
 from megatron_rl.weights.hf_in import resolve_folder
-from megatron_rl.weights.hf_out import restricted
 from megatron_rl.weights.source import LayoutSource, SafetensorsFolder, TensorSource
 
 

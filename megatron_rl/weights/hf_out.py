@@ -7,7 +7,6 @@ never holds more than its own weights, one file and the staging buffers.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.parameters import whole
 from megatron_rl.reshard import Layout, Resharder, Shard, Transport
+from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import check_tensors, empty_tensors
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFile, HFFolderWriter
@@ -115,18 +115,6 @@ def _wave_layout(wave: Mapping[int, HFFile]) -> Layout:
         return (whole(name, name, shape) for name, shape in wave[cell].tensors.items())
 
     return Layout("huggingface files", {rank: rank for rank in wave}, emit)
-
-
-def restricted(layout: Layout, tensors: set[str]) -> Layout:
-    """``layout`` with only the spans of ``tensors``: a plan for a part of a model need not walk all of it."""
-
-    def emit(cell: Hashable) -> Iterator[Shard]:
-        for shard in layout.shards_of(cell):
-            spans = tuple(span for span in shard.spans if span.tensor in tensors)
-            if spans:
-                yield replace(shard, spans=spans)
-
-    return Layout(layout.name, layout.cells, emit)
 
 
 def check_complete(layout: Layout, tensors: Iterable[str]) -> None:

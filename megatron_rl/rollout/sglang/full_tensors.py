@@ -6,7 +6,7 @@ tensors on one rank another: each bucket is a small reshard between the two.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span
+from megatron_rl.reshard.layout import restricted
 from megatron_rl.rollout.sglang.handover import buckets
 
 
@@ -63,22 +64,10 @@ class FullTensors:
             for names in buckets(sizes, self._bucket_bytes):
                 whole = [_whole(name, self._shapes[name]) for name in names]
                 target = Layout("whole tensors", {self._leader: 0}, lambda cell, whole=whole: whole)  # type: ignore[misc]
-                source = _only(self._layout, set(names))
+                source = restricted(self._layout, set(names))
                 resharder = Resharder(source, target, self._rank, self._transport, self._dtype)
                 self._resharders.append((names, resharder))
         return self._resharders
-
-
-def _only(layout: Layout, tensors: Collection[str]) -> Layout:
-    """The layout without any span of other tensors."""
-
-    def emit(cell: Hashable) -> Iterator[Shard]:
-        for shard in layout.shards_of(cell):
-            spans = tuple(span for span in shard.spans if span.tensor in tensors)
-            if spans:
-                yield replace(shard, spans=spans)
-
-    return Layout(layout.name, layout.cells, emit)
 
 
 def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
