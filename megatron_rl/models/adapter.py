@@ -70,9 +70,8 @@ class Adapter(MegatronModule):
         self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1
         self.enabled = True
         outputs, inputs = layer.weight.shape
-        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(**like))
-        self.b = torch.nn.Parameter(torch.zeros(outputs, rank, **like))
+        self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(layer.weight))
+        self.b = torch.nn.Parameter(torch.zeros(outputs, rank).to(layer.weight))
         # In every checkpoint, so that one can be merged by whoever knows nothing of the run.
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=layer.weight.device))
         split, shared = (self.a, self.b) if self.row_parallel else (self.b, self.a)

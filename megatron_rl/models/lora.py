@@ -121,7 +121,8 @@ def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
 
 
 def _add(place: _Place, settings: LoraSettings, seed: int) -> Adapter:
-    layer, config = getattr(place.parent, place.target), place.parent.config
+    layer = getattr(place.parent, place.target)
+    config: Any = place.parent.config
     gated = place.target == "linear_fc1" and bool(config.gated_linear_unit)
     adapted = Adapted(place.name, layer.weight, place.target in ROW_PARALLEL, gated)
     adapter = Adapter(

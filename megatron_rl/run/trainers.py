@@ -8,7 +8,7 @@ Everything here is assembled from public parts: a worker, an algorithm, a loader
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from megatron_rl.data.completions import CompletionLoader
 from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
+from megatron_rl.models.lora import LoraSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.run.connect import connect
@@ -58,6 +59,8 @@ class OneCallTrainer:
             same weights and rows, then no reference model is held. For algorithms with a reference on fixed data.
         parallel: parallel sizes when there is no ``parallel_state``.
         settings: precision, micro-batches and rollouts of the worker.
+        lora: fields of `LoraSettings`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
+            then the model without them, and what is saved has them merged.
         callbacks: `Callback` objects.
         options: fields of the algorithm's Config and of the data set's Config, by name.
 
@@ -83,6 +86,7 @@ class OneCallTrainer:
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
         settings: WorkerSettings | None = None,
+        lora: LoraSettings | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
@@ -98,6 +102,9 @@ class OneCallTrainer:
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.parallel_state, self.parallel = parallel_state, parallel
         self.settings = settings or WorkerSettings()
+        if lora is not None:
+            lora = lora if isinstance(lora, LoraSettings) else LoraSettings.parse(lora, where="lora")
+            self.settings = self.settings.model_copy(update={"lora": lora})
         self.callbacks = callbacks
 
     def train(

@@ -57,7 +57,7 @@ def assemble(
     """A trainable model from either way in.
 
     Raises:
-        ConfigError: an optimizer came with a Hugging Face model, or without DDP-wrapped chunks.
+        ConfigError: an optimizer came with a Hugging Face model, or without DDP-wrapped chunks; LoRA with such chunks.
     """
     if is_hf_model(model) and optimizer is not None:
         raise ConfigError(
@@ -65,6 +65,8 @@ def assemble(
             "leave it out, or give Megatron model chunks"
         )
     held = hold(model, context, settings, vocab, value_head)
+    if settings.lora is not None:
+        held.add_lora(settings.lora, settings.seed)
     wrapped = all(hasattr(chunk, "ddp_config") for chunk in held.chunks)
     if optimizer is not None and not wrapped:
         raise ConfigError(

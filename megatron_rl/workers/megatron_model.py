@@ -6,10 +6,11 @@ chunks for Megatron's schedule, a `ParallelContext`, an `Architecture`, and the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,10 @@ from torch import Tensor
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
+from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
+from megatron_rl.models.lora import LoraSettings, add_adapters
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
 from megatron_rl.models.naming import chunk_prefix
@@ -55,6 +58,7 @@ class MegatronModel:
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
     second_head: bool = False  # the last chunk has a value head beside its output layer
+    adapters: dict[str, Adapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
 
     @classmethod
     def from_hf(
@@ -175,6 +179,26 @@ class MegatronModel:
     def tensors(self) -> dict[str, Tensor]:
         """This rank's weights by shard name: views that see every later update."""
         return chunk_tensors(self.chunks)
+
+    def published(self) -> dict[str, Tensor]:
+        """The same as they leave the trainer: with adapters merged into the frozen weights, which are not changed."""
+        tensors = self.tensors()
+        return tensors | {name: adapter.merged(tensors[name]) for name, adapter in self.adapters.items()}
+
+    def add_lora(self, settings: LoraSettings, seed: int) -> None:
+        """Freeze the weights and train adapters instead; before the chunks are wrapped. See `models.lora`."""
+        self.adapters = add_adapters(self.chunks, settings, seed)
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """While open, the model computes with its frozen weights alone, without adapters."""
+        for adapter in self.adapters.values():
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in self.adapters.values():
+                adapter.enabled = True
 
     def parameters(self) -> dict[str, torch.nn.Parameter]:
         """The same by the same names, as the parameters themselves."""

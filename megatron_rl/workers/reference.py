@@ -1,8 +1,9 @@
 """`Reference`: the frozen policy that KL penalties are measured against.
 
 `Reference(actor)` keeps a copy of the actor's weights as they are now, and lends it to the actor's own model while it
-scores: no second model is built, and it works for any model that the actor works for. `Reference(model=...)` builds its
-own model, for a reference of another origin.
+scores: no second model is built, and it works for any model that the actor works for. Where the actor trains adapters
+(`WorkerSettings.lora`) nothing is copied: the reference is the actor's model with its adapters off.
+`Reference(model=...)` builds its own model, for a reference of another origin.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Reference:
     """A frozen policy.
 
     Args:
-        model: an `Actor` (its present weights are copied), or a Hugging Face folder or model, or Megatron chunks.
+        model: an `Actor` (its present weights are copied; with LoRA: its frozen weights are used), or a Hugging Face
+            folder or model, or Megatron chunks.
         tokenizer: needed for Megatron chunks, whose logical vocabulary is its length.
         offload: keep the copy in host memory and bring it to the device only while scoring (with an `Actor`).
         parallel_state, parallel, context, settings: as for `Actor`, when ``model`` is not one.
@@ -46,9 +48,11 @@ class Reference:
         settings: WorkerSettings | None = None,
     ) -> None:
         self._frozen: dict[str, Tensor] | None = None
+        self._lends_base = False
         if isinstance(model, Actor):
             self._scored: ScoringModel = model.trainable
-            self._frozen = copy_weights(model.model, offload)
+            self._lends_base = bool(model.model.adapters)
+            self._frozen = None if self._lends_base else copy_weights(model.model, offload)
             return
         if tokenizer is None and not is_hf_model(model):
             raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
@@ -78,7 +82,8 @@ class Reference:
     def in_place(self) -> Iterator[None]:
         """While open, the shared model computes with the frozen weights; afterwards with its own again."""
         if self._frozen is None:
-            yield
+            with self.model.base() if self._lends_base else contextlib.nullcontext():
+                yield
             return
         self.model.sync_parameters()
         parameters = self.model.parameters()
@@ -92,7 +97,8 @@ class Reference:
                 parameter.data = own[name]
 
     def state(self) -> dict[str, Tensor] | None:
-        """This rank's frozen shards for a checkpoint; None when they are those of a model of its own."""
+        """This rank's frozen shards for a checkpoint; None when they are those of a model of its own,
+        or the actor's own frozen ones."""
         return self._frozen
 
     def load_state(self, state: dict[str, Tensor]) -> None:

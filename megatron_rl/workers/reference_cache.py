@@ -52,7 +52,8 @@ class CachedReference:
         self.path = Path(folder).expanduser() / f"{key}.pt"
         self.was_found = self.path.is_file()
         if not self.was_found:
-            found = compute(actor.trainable, list(rows.items()))
+            with actor.model.base():  # with LoRA the reference is the frozen model
+                found = compute(actor.trainable, list(rows.items()))
             if self.context.rank == 0:
                 write(self.path, found)
         torch.distributed.barrier(group=self.context.host_group)

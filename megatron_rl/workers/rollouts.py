@@ -108,7 +108,7 @@ class Rollouts:
                 attest=self.settings.attest,
                 device=self.model.device,
             )
-        report = self._sync.push(self.model.tensors(), self.trained_version)
+        report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
         return report
 

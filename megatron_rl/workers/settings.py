@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.models.lora import LoraSettings
 from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.workers.optimizer import OptimizerSettings
 
@@ -46,6 +47,8 @@ class WorkerSettings(ConfigRecord):
     """Recompute activations in the backward pass instead of keeping them."""
     value_head: bool = False
     """An Actor's value head beside its output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
+    lora: LoraSettings | None = None
+    """Train low-rank adapters on frozen weights; None = train all weights. What is published and saved is merged."""
     token_budget: int = 4096
     """Tokens of one micro-batch, over all context-parallel ranks."""
     packing: bool | None = None

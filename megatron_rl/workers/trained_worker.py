@@ -88,7 +88,7 @@ class TrainedWorker:
         self.model.sync_parameters()
         return save_hf(
             self.model.layout,
-            self.model.tensors(),
+            self.model.published(),
             self.model.architecture,
             Path(folder),
             rank=self.context.rank,
