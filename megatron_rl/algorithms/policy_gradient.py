@@ -166,10 +166,10 @@ class PolicyGradient(BaseAlgorithm):
         if correction.level == "off" and kl > max(correction.warn_above, self._warned_kl):
             self._warned_kl = 2 * kl  # again when it has doubled
             logger.warning(
-                "trainer and rollout engine are %.4f nats a token apart, perhaps by %s. algorithm.correction.level: "
+                "trainer and rollout engine are %.4f nats a token apart: %s. algorithm.correction.level: "
                 "token weighs samples against it",
                 kl,
-                explain(batch.metrics),
+                explain(batch.metrics, self.actor.verify_weights()),
             )
 
     def forward_stages(self) -> list[Stage]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, LossOutput
 
 LossFunction = Callable[[LossInputs], LossOutput]
@@ -72,6 +73,9 @@ class Policy(Trainable, LogprobSource, Protocol):
     @property
     def policy_version(self) -> int:
         """Of the weights in training, as samples count it."""
+
+    def verify_weights(self) -> WeightCheck:
+        """Whether the rollout engines still hold what was pushed; all ranks call it together."""
 
 
 class ValueSource(Trainable, Protocol):

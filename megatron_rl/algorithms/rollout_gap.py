@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.algorithms.importance import bounded_exp
 from megatron_rl.batch import Batch
+from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, Mean
 
 NUMERICS_KL = 0.02  # nats a token; bf16 against bf16 is one to two orders of magnitude below
@@ -69,18 +70,32 @@ def perplexity_ratio(metrics: Mapping[str, float]) -> float:
     return math.exp(min(metrics["mismatch/log_perplexity_ratio"], 20.0))
 
 
-def explain(metrics: Mapping[str, float]) -> str:
-    """The likeliest cause of a gap, and what to look at."""
+def explain(metrics: Mapping[str, float], check: WeightCheck) -> str:
+    """The cause of a gap, as far as it is known, and what to look at.
+
+    Args:
+        check: whether the engines hold the weights that they were given: knowledge, where the figures only hint.
+    """
+    if check.faults:
+        return f"wrong or mixed weights: {'; '.join(check.faults)}"
     kl, fresh, first = (metrics[f"mismatch/kl{part}"] for part in ("", "_fresh", "_fresh_first_token"))
     stale_share = metrics["mismatch/stale_fraction"] * metrics["mismatch/kl_stale"] / max(kl, 1e-30)
     figures = f"{fresh:.4f} on tokens of the newest weights, {first:.4f} on the first ones of responses"
     if stale_share > 0.5:
         part = metrics["mismatch/stale_fraction"]
         return (
-            f"staleness: {part:.0%} of the tokens come from older weights and make {stale_share:.0%} of it ({figures})"
+            f"perhaps staleness: {part:.0%} of the tokens, of older weights, make {stale_share:.0%} of it ({figures})"
         )
     if first > FIRST_TOKEN_FACTOR * max(fresh, NUMERICS_KL / FIRST_TOKEN_FACTOR):
-        return f"tokenisation or masking: the responses' first tokens were sampled after another context ({figures})"
+        return f"perhaps tokenisation or masking: first tokens were sampled after another context ({figures})"
+    if fresh > NUMERICS_KL and check.compared:
+        return (
+            f"not the servers' weights (by their checksums {check.compared} hold what was pushed), but too much for "
+            f"rounding ({figures}): see that trainer and servers agree on temperature, precision and model config"
+        )
     if fresh > NUMERICS_KL:
-        return f"wrong or mixed weights: too much for rounding ({figures}); see that pushes are attested by checksums"
-    return f"numerics: small and everywhere alike ({figures})"
+        return (
+            f"perhaps wrong or mixed weights: too much for rounding ({figures}); see that pushes are attested by "
+            f"checksums"
+        )
+    return f"perhaps numerics: small and everywhere alike ({figures})"

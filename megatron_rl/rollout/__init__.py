@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
 from megatron_rl.rollout.local.engine import LocalEngine
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.rollout.sglang.engine import SGLangEngine
@@ -15,5 +15,6 @@ __all__ = [
     "RolloutPlacement",
     "SGLangEngine",
     "SamplingParams",
+    "WeightCheck",
     "sample_seed",
 ]

@@ -62,6 +62,14 @@ class Completion:
     metadata: dict[str, Any] = field(default_factory=dict)  # "stop": the stop text found; engines may add more
 
 
+@dataclass(frozen=True, slots=True)
+class WeightCheck:
+    """Whether engines hold what was pushed; `RolloutEngine.verify_weights` fills it."""
+
+    compared: int = 0  # servers whose weights were compared; 0 = nothing is known
+    faults: tuple[str, ...] = ()  # one for each server that holds others: which it is, and what differs
+
+
 class RolloutEngine(ABC):
     """Generates completions, and serves exactly the version of the weights that was committed last.
 
@@ -161,6 +169,11 @@ class RolloutEngine(ABC):
             ValueError: a prompt that is empty, too long, or has a token outside the vocabulary.
             RuntimeError: no weights are committed, or an update is under way.
         """
+
+    def verify_weights(self) -> WeightCheck:
+        """Look whether the weights served are still those of the last push: for diagnosis, it reads all of them. Here:
+        nothing is known; engines whose weights others could reach compare checksums."""
+        return WeightCheck()
 
     @abstractmethod
     def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:

@@ -21,7 +21,7 @@ from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
 from megatron_rl.models.tokenizer import align_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.rollout.base import RolloutEngine, SamplingParams
+from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.assembly import assemble, job_context
 from megatron_rl.workers.heads import logprob_head, score_tokens, second_head, shared_value_head
 from megatron_rl.workers.loss import LossInputs, LossOutput
@@ -174,6 +174,10 @@ class Actor(TrainedWorker):
         values = self.settings.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
+
+    def verify_weights(self) -> WeightCheck:
+        """Whether the rollout engines still hold what was pushed; collective over all ranks."""
+        return self.rollouts.verify_weights()
 
     def close(self) -> None:
         """Release the rollout engine."""

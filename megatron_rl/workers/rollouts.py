@@ -16,7 +16,7 @@ from megatron_rl.batch import Prompt, Sample
 from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.groups import own_group
-from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.sync import SyncReport, WeightSync
 from megatron_rl.workers.megatron_model import MegatronModel
@@ -133,6 +133,12 @@ class Rollouts:
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
             for completion in completions
         ]
+
+    def verify_weights(self) -> WeightCheck:
+        """Whether all engines still hold what was pushed; collective over all ranks."""
+        checks = self.model.context.gather_objects(self.engine.verify_weights())
+        faults = tuple(fault for check in checks for fault in check.faults)
+        return WeightCheck(sum(check.compared for check in checks), faults)
 
     def rest(self) -> None:
         """Sampling is over for this step: let the engine sleep if the settings say so. Its weights are lost."""

@@ -6,6 +6,7 @@ import torch
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.rollout import WeightCheck
 
 
 class Standing:
@@ -31,6 +32,9 @@ class StandInWorker:
 
     def logprobs(self, write: str) -> Stage:
         return self._token_stage("logprobs", write, -1.0 if self.name == "actor" else -1.5)
+
+    def verify_weights(self) -> WeightCheck:
+        return WeightCheck()
 
     def values(self, write: str) -> Stage:
         return self._token_stage("values", write, 0.25)

@@ -12,6 +12,7 @@ from algorithms.stand_ins import StandInWorker
 from megatron_rl.algorithms import GRPO
 from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, response_starts, staleness
 from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.rollout import WeightCheck
 from megatron_rl.workers.loss import LossInputs, Totals
 
 
@@ -58,7 +59,19 @@ def test_equal_policies_have_no_gap() -> None:
     ],
 )
 def test_each_cause_leaves_its_own_trace(differences: list[list[float]], stale: list[list[float]], cause: str) -> None:
-    assert explain(measure(differences, stale)).startswith(cause)
+    assert explain(measure(differences, stale), WeightCheck()).startswith(f"perhaps {cause}")
+
+
+def test_checksums_of_the_servers_are_believed_before_figures() -> None:
+    stale, numerics = measure([[0.001, -0.9, 0.8]], [[0, 1, 1]]), measure([[0.001, -0.002]], [[0, 0]])
+    wrong = measure([[-0.9, 0.8, -0.7, 1.1]], [[0] * 4])
+    found = WeightCheck(2, ("http://a:1 no longer holds what was pushed",))
+    for metrics in (stale, numerics, wrong):
+        assert explain(metrics, found) == "wrong or mixed weights: http://a:1 no longer holds what was pushed"
+    sound = WeightCheck(2)
+    assert "staleness" in explain(stale, sound)
+    assert "numerics" in explain(numerics, sound)
+    assert explain(wrong, sound).startswith("not the servers' weights (by their checksums 2 hold what was pushed)")
 
 
 def test_staleness_counts_versions_behind_token_by_token() -> None:
@@ -78,7 +91,7 @@ def test_a_gap_above_the_threshold_warns_once_with_its_cause_unless_it_is_correc
         for _ in range(3):
             algorithm.finish_step(batch := Batch(metrics=dict(metrics)))
         assert len(caplog.records) == 1
-        assert "wrong or mixed weights" in caplog.text
+        assert "perhaps wrong or mixed weights" in caplog.text
         assert batch.metrics["mismatch/perplexity_ratio"] == pytest.approx(math.exp(-0.3 / 4), rel=1e-5)
         corrected = GRPO(StandInWorker(), kl_coefficient=0.0, correction={"level": "sequence"})
         corrected.finish_step(Batch(metrics=dict(metrics)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import hashlib
 import json
 import pickle
 import socket
@@ -23,6 +24,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_rl.rollout import LocalEngine, SamplingParams
+from megatron_rl.rollout.sglang.verification import server_checksums
 
 Fault = Literal["500", "malformed", "hang", "drop", "die", "wrong tokens"]
 Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], list[float], dict[str, Any]]]
@@ -114,7 +116,7 @@ class StandIn:
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         if path == "/generate":
             return self._generate(body)
-        if path not in ("/model_info", "/server_info", "/health", "/abort_request"):
+        if path not in ("/model_info", "/server_info", "/health", "/abort_request", "/weights_checker"):
             self.calls.append(path)
         handler = getattr(self, "_" + path.strip("/"), None)
         return (404, {"detail": "Not Found"}) if handler is None else handler(body)
@@ -162,6 +164,11 @@ class StandIn:
     def _update_weight_version(self, body: Any) -> tuple[int, Any]:
         self.weight_version = body["new_version"]
         return 200, {"success": True, "message": ""}
+
+    def _weights_checker(self, body: Any) -> tuple[int, Any]:
+        sums = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in self.weights.items()}
+        ranks = [{"parallelism_info": [{"tp_rank": rank}], "checksums": sums} for rank in range(self.tp)]
+        return 200, {"success": True, "ranks": ranks}
 
     def _release_memory_occupation(self, body: Any) -> tuple[int, Any]:
         return 200, b""
@@ -292,7 +299,10 @@ class PlainDelivery:
     """Named tensors, pickled, in one request: what a delivery must do at the least."""
 
     def __init__(self, *, loop: Any, **_: Any) -> None:
-        self.loop = loop
+        self.loop, self.sums = loop, dict[str, Any]()
+
+    def attested(self, url: str) -> Any:
+        return self.sums.get(url)
 
     def deliver(self, clients: Sequence[Any], shards: Mapping[str, torch.Tensor]) -> None:
         payload = base64.b64encode(pickle.dumps([(name, tensor.clone()) for name, tensor in shards.items()])).decode()
@@ -300,3 +310,4 @@ class PlainDelivery:
             self.loop.run(client.begin_weight_update())
             self.loop.run(client.update_weights_from_tensor([payload]))
             self.loop.run(client.end_weight_update())
+            self.sums[client.url] = self.loop.run(server_checksums(client))

@@ -15,7 +15,7 @@ from rollout.sglang_stand_in import Fault, Generate, PlainDelivery, StandIn, cou
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import rollout_layout
-from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine
+from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
 
 pytestmark = pytest.mark.timeout(60)
@@ -263,6 +263,21 @@ def test_a_half_written_update_refuses_until_a_whole_one(two: list[StandIn]) -> 
             engine.generate([[5, 6]], SHORT)
         engine.load_shards(SHARDS, 5)
         assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 5
+
+
+def test_servers_whose_weights_were_changed_behind_our_back_are_named(two: list[StandIn]) -> None:
+    with loaded_over(*two, version=3) as engine:
+        assert engine.verify_weights() == WeightCheck(2)
+        two[1].weights["model.norm.weight"] = torch.zeros(32)
+        check = engine.verify_weights()
+        assert check.compared == 2
+        assert [f"{two[1].url} no longer holds what was pushed: model.norm.weight on rank 0"] == list(check.faults)
+        two[1].weight_version = "2"
+        assert f"{two[1].url} serves weights that are named '2', pushed was 3" in engine.verify_weights().faults
+        two[0].die()
+        assert engine.verify_weights().compared == 1
+        engine.sleep()
+        assert engine.verify_weights() == WeightCheck()
 
 
 def test_a_sleeping_engine_refuses_and_needs_new_weights(two: list[StandIn]) -> None:

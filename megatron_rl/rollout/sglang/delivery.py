@@ -12,6 +12,7 @@ from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.verification import RankSums
 
 
 class Delivery(Protocol):
@@ -28,6 +29,10 @@ class Delivery(Protocol):
             ValueError: a shard is missing, unknown or of another shape, on any rank; nothing was written.
             RuntimeError: it failed, on any rank; servers may hold a mixture.
         """
+
+    def attested(self, url: str) -> RankSums | None:
+        """The checksums of a server right after the last delivery to it; None = it was not asked for them. On the
+        replica's first rank only."""
 
 
 class MakeDelivery(Protocol):

@@ -22,7 +22,15 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
-from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.base import (
+    ENGINES,
+    Completion,
+    Progress,
+    RolloutEngine,
+    SamplingParams,
+    WeightCheck,
+    sample_seed,
+)
 from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
 from megatron_rl.rollout.sglang.dispatch import Dispatcher
@@ -35,6 +43,7 @@ from megatron_rl.rollout.sglang.options import SGLangOptions
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
 from megatron_rl.rollout.sglang.server import server_python
+from megatron_rl.rollout.sglang.verification import check_members
 
 logger = logging.getLogger(__name__)
 
@@ -180,6 +189,12 @@ class SGLangEngine(RolloutEngine):
         self._gate.abort(intact)
         if intact and self.replica.leads and self._membership.versions and not self._membership.serving:
             self._loop.run(self._serve(self._membership.unchanged()))
+
+    def verify_weights(self) -> WeightCheck:
+        """The first rank asks the replica's servers; elsewhere, and while the engine sleeps, nothing is known."""
+        if not self.replica.leads or not self._membership.versions:
+            return WeightCheck()
+        return self._loop.run(check_members(self._membership, self._delivery.attested))
 
     # --- generation ------------------------------------------------------------------------------------------------
 

@@ -25,11 +25,11 @@ from megatron_rl.rollout.admission import check_shards
 from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.payload import fits_shared_memory
+from megatron_rl.rollout.sglang.verification import MAX_NAMED, RankSums, server_checksums
 
 logger = logging.getLogger(__name__)
 
 BUCKET_BYTES = 256 << 20
-MAX_NAMED = 4  # parameters that an error names
 
 T = TypeVar("T")
 
@@ -61,6 +61,7 @@ class Handover:
         self.bucket_bytes, self._verify = bucket_bytes, verify
         self.ranks = [rank] if tp_group is None else dist.get_process_group_ranks(tp_group)
         self._shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
+        self._attested: dict[str, RankSums] = {}  # by url, on the first rank
         self.num_servers, self.shared = 0, False  # of the delivery under way; shared: servers can map our memory
 
     @property
@@ -69,6 +70,8 @@ class Handover:
 
     def deliver(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> None:
         """See `delivery.Delivery`."""
+        for client in clients:
+            self._attested.pop(client.url, None)
         self._check(shards)
         self.num_servers, self.shared = self._reach(clients, shards)
         if self.needs_session:
@@ -76,6 +79,10 @@ class Handover:
         self.write(clients, shards)
         hashes = self.gather(_hashes(shards) if self._verify else {})
         self.lead(lambda: self._finish(clients, hashes))
+
+    def attested(self, url: str) -> RankSums | None:
+        """See `delivery.Delivery`."""
+        return self._attested.get(url)
 
     def write(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> None:
         """Put the weights into the servers; all ranks of the replica together."""
@@ -157,8 +164,12 @@ class Handover:
     def _finish(self, clients: Sequence[SGLangClient], hashes: Sequence[Mapping[str, str]]) -> None:
         if self.needs_session:
             self.each(clients, SGLangClient.end_weight_update)
+
+        async def compare(client: SGLangClient) -> None:
+            self._attested[client.url] = await _compare(client, hashes, self.runs_loader)
+
         if self._verify:
-            self.each(clients, lambda client: _compare(client, hashes, self.runs_loader))
+            self.each(clients, compare)
 
 
 def _is_here(url: str) -> bool:
@@ -178,20 +189,27 @@ async def _open(client: SGLangClient) -> None:
         await client.begin_weight_update()
 
 
-async def _compare(client: SGLangClient, hashes: Sequence[Mapping[str, str]], more: bool) -> None:
-    """Raises ServerError unless each of the server's ranks holds the given parameters; others too only if ``more``."""
+async def _compare(client: SGLangClient, hashes: Sequence[Mapping[str, str]], more: bool) -> RankSums:
+    """The server's checksums.
+
+    Args:
+        more: it may hold parameters beside the given ones.
+
+    Raises:
+        ServerError: a rank does not hold the given parameters.
+    """
     on_cpu = (await client.server_info()).get("device") == "cpu"
-    ranks = (await client.check_weights())["ranks"]
+    ranks = await server_checksums(client)
     if len(ranks) != len(hashes):
         raise ServerError(f"{client} has {len(ranks)} ranks, expected {len(hashes)}")
-    for found in ranks:
-        tp_rank = found["parallelism_info"][0]["tp_rank"]
-        held, expected = found["checksums"], hashes[tp_rank]
+    for tp_rank, held in ranks.items():
+        expected = hashes[tp_rank]
         if not on_cpu:  # SGLang hashes there with a kernel of its own: only the names can be compared
             expected = {name: held.get(name, "") for name in expected}
         if more:
             held = {name: value for name, value in held.items() if name in expected}
         _compare_rank(f"{client}, rank {tp_rank}", held, expected)
+    return ranks
 
 
 def _compare_rank(where: str, found: Mapping[str, str], expected: Mapping[str, str]) -> None:
