@@ -1,0 +1,161 @@
+"""Test program under torchrun: one GRPO step of a policy with adapters on many layouts, saved for the test to compare.
+
+Each case sets every adapter's B to values that do not depend on the layout, so that A has a gradient; then scores,
+optimises, publishes, samples and exports. Usage: lora_cases.py MODEL FOLDER CASE [CASE ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_rl  # noqa: F401  (first: the CPU face)
+
+from megatron.core import parallel_state  # isort: skip
+from layout_cases import own_share, samples
+from transformers import AutoTokenizer
+
+from megatron_rl.algorithms import GRPO
+from megatron_rl.batch import Batch, Prompt
+from megatron_rl.devices import current_platform
+from megatron_rl.models.adapter import Adapter
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.optimizer import OptimizerSettings
+from megatron_rl.workers.reference import Reference
+
+CASES: dict[str, tuple[dict, dict]] = {
+    "one": ({}, {}),
+    "one_recompute": ({}, {"recompute": True}),
+    "one_two_targets": ({}, {"lora": {"rank": 4, "alpha": 6.0, "target_modules": ("linear_fc2", "linear_qkv")}}),
+    "tp2": ({"tp": 2}, {}),
+    "tp2_padded": ({"tp": 2}, {"packing": False, "micro_batch_size": 4}),
+    "tp2_recompute": ({"tp": 2}, {"recompute": True}),
+    "tp2_sp": ({"tp": 2, "sequence_parallel": True}, {}),
+    "pp2": ({"pp": 2}, {}),
+    "pp2vpp2": ({"pp": 2, "vpp": 2}, {}),
+    "cp2": ({"cp": 2}, {}),
+    "dp2": ({}, {}),
+    "tp2pp2": ({"tp": 2, "pp": 2}, {}),
+    "tp2sp_dp2": ({"tp": 2, "sequence_parallel": True}, {}),
+}
+LORA = {"rank": 4, "alpha": 6.0}
+
+
+def whole_parameters(actor: Actor, take: Any) -> dict[str, torch.Tensor]:
+    """``take(parameter)`` of all adapters of the whole model: name -> whole tensor, on every rank."""
+    at = actor.context.coordinates
+    own = {}
+    for adapter in actor.model.adapters.values():
+        for letter, parameter in (("a", adapter.a), ("b", adapter.b)):
+            own[f"{adapter.layer_name}.{letter}"] = (take(parameter).clone(), split_dim(adapter, letter))
+    gathered: dict[str, dict[int, tuple]] = {}
+    for tp, dp, cp, part in actor.context.gather_objects((at.tp, at.dp, at.cp, own)):
+        if dp == cp == 0:
+            for name, value in part.items():
+                gathered.setdefault(name, {})[tp] = value
+    return {name: assembled([parts[tp] for tp in sorted(parts)], name) for name, parts in gathered.items()}
+
+
+def split_dim(adapter: Adapter, letter: str) -> int | None:
+    return {"a": 1 if adapter.row_parallel else None, "b": None if adapter.row_parallel else 0}[letter]
+
+
+def assembled(parts: list[tuple], name: str) -> torch.Tensor:
+    tensors, dim = [tensor for tensor, _ in parts], parts[0][1]
+    if dim is None:
+        assert all(torch.equal(tensors[0], other) for other in tensors), f"{name}: ranks differ"
+        return tensors[0]
+    if name.endswith("linear_fc1.b"):
+        return torch.cat([torch.cat([t.chunk(2)[half] for t in tensors]) for half in (0, 1)])
+    return torch.cat(tensors, dim)
+
+
+@torch.no_grad()
+def set_b(actor: Actor) -> None:
+    """The same B on every layout, drawn whole for each layer."""
+    tp, size = actor.context.coordinates.tp, actor.context.sizes.tp
+    for adapter in actor.model.adapters.values():
+        generator = torch.Generator().manual_seed(sum(map(ord, adapter.layer_name)))
+        rows = adapter.b.shape[0] * (1 if adapter.row_parallel else size)
+        whole = torch.randn(rows, adapter.b.shape[1], generator=generator) * 0.02
+        if adapter.gated:
+            whole = torch.cat([half.chunk(size)[tp] for half in whole.chunk(2)])
+        elif not adapter.row_parallel:
+            whole = whole.chunk(size)[tp]
+        adapter.b.copy_(whole)
+
+
+def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
+    at = actor.context
+    batch = own_share(samples(), at.coordinates.dp, at.grid.dp)
+    GRPO(actor, kl_coefficient=0.0).pack_stage().run(batch)
+    stage.run(batch)
+    by_replica = dict(at.gather_objects((at.coordinates.dp, batch[name].tolist())))
+    return [value for dp in sorted(by_replica) for value in by_replica[dp]]
+
+
+def run_case(model: str, folder: Path, name: str) -> dict:
+    sizes, overrides = CASES[name]
+    sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
+    settings = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
+    actor = Actor(
+        model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), settings=Actor.Config(**settings)
+    )
+    first = whole_parameters(actor, torch.Tensor.detach)
+    fresh, own = Reference(actor), Reference(model, actor.tokenizer, context=actor.context)
+    found = {name: logprobs_of(actor, stage.logprobs("ref"), "ref") for name, stage in (("off", fresh), ("own", own))}
+    found["at first"] = logprobs_of(actor, actor.logprobs("seen"), "seen")
+    set_b(actor)
+    before = {name: tensor.clone() for name, tensor in actor.model.tensors().items() if "_adapter" not in name}
+    found["logprobs"] = logprobs_of(actor, actor.logprobs("seen"), "seen")
+    found["off later"] = logprobs_of(actor, fresh.logprobs("ref"), "ref")
+    context = actor.context
+    batch = own_share(samples(), context.coordinates.dp, context.grid.dp)
+    grpo = GRPO(actor, fresh, kl_coefficient=0.05, loss_aggregation="token-mean", old_logprobs="recompute")
+    grpo.update()(batch)
+    gradients = whole_parameters(actor, lambda parameter: parameter.main_grad)
+    found["gap"] = rollout_gap(actor)
+    actor.publish()
+    actor.save_pretrained(folder / name)
+    after = actor.model.tensors()
+    found["unchanged"] = all(context.gather_objects(all(torch.equal(before[n], after[n]) for n in before)))
+    return found | {
+        "first": first,
+        "gradients": gradients,
+        "metrics": {k: v for k, v in batch.metrics.items() if not k.startswith("time/")},
+        "trained after": logprobs_of(actor, actor.logprobs("seen"), "seen"),
+    }
+
+
+def rollout_gap(actor: Actor) -> float:
+    """Largest difference between the engine's log-probabilities of its samples and the trainer's of the same tokens."""
+    prompts = [Prompt([1, 40 + i, 50, 60], index=i) for i in range(4)]
+    made = actor.generate(prompts, temperature=1.0, max_tokens=8)
+    for sample in made:
+        sample.reward = 0.0
+    batch = Batch(samples=made, temperature=1.0)
+    GRPO(actor, kl_coefficient=0.0).pack_stage().run(batch)
+    actor.logprobs("seen").run(batch)
+    mask = batch["response_mask"].bool()
+    seen = torch.tensor([p for sample in made for p in sample.rollout_logprobs])
+    gap = float((batch["seen"][mask] - seen).abs().max())
+    return max(actor.context.gather_objects(gap))
+
+
+def main(model: str, folder: Path, cases: list[str]) -> None:
+    current_platform().init_process_group(timeout=120)
+    for name in cases:
+        result = run_case(model, folder, name)
+        parallel_state.destroy_model_parallel()
+        ParallelContext.forget()
+        if torch.distributed.get_rank() == 0:
+            torch.save(result, folder / f"{name}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -1,0 +1,116 @@
+"""A policy with adapters gives the same numbers on every layout, by real torchrun: log-probabilities, loss, gradients of
+A and B and their norm, what its engine samples with, and what it exports.
+
+Everything is compared with one process, whose own numbers have other oracles: tests/models/test_lora.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchrun import run_torchrun
+
+PROGRAM = Path(__file__).with_name("lora_cases.py")
+WORLDS = {
+    1: ("one", "one_recompute", "one_two_targets"),
+    2: ("tp2", "tp2_padded", "tp2_recompute", "tp2_sp", "pp2", "pp2vpp2", "cp2", "dp2"),
+    4: ("tp2pp2", "tp2sp_dp2"),
+}
+CASES = [case for cases in WORLDS.values() for case in cases]
+SAME_ADAPTERS = [case for case in CASES if case != "one_two_targets"]
+
+pytestmark = pytest.mark.distributed
+
+
+@functools.cache
+def results(model: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for world, cases in WORLDS.items():
+            run_torchrun(PROGRAM, world, model, folder, *cases, timeout=400)
+            for case in cases:
+                found[case] = torch.load(Path(folder) / f"{case}.pt", weights_only=True)
+                found[case]["exported"] = load_file(Path(folder) / case / "model.safetensors")
+    return found
+
+
+@pytest.fixture(scope="module")
+def found(stories_model) -> dict[str, dict[str, Any]]:
+    return results(str(stories_model))
+
+
+def close(one: Any, other: Any, tolerance: float) -> bool:
+    return torch.allclose(torch.as_tensor(one), torch.as_tensor(other), atol=tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", SAME_ADAPTERS)
+def test_first_values_are_bitwise_the_same_and_b_is_zero(found, case):
+    one, other = found["one"]["first"], found[case]["first"]
+    assert one.keys() == other.keys()
+    assert len(one) == 5 * 4 * 2
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(bool(one[name].any()) == name.endswith(".a") for name in one)
+
+
+@pytest.mark.parametrize("case", SAME_ADAPTERS)
+def test_layout_changes_neither_logprobs_nor_loss_nor_gradient_norm(found, case):
+    one, other = found["one"], found[case]
+    for field in ("logprobs", "trained after"):
+        assert close(other[field], one[field], 5e-5), field
+    for name, tolerance in (("loss/total", 1e-6), ("loss/kl", 5e-5), ("optimizer/gradient_norm", 1e-5)):
+        assert math.isclose(other["metrics"][name], one["metrics"][name], rel_tol=tolerance, abs_tol=1e-6), name
+    assert one["metrics"]["optimizer/gradient_norm"] > 0.1
+
+
+@pytest.mark.parametrize("case", SAME_ADAPTERS)
+def test_layout_changes_no_gradient_of_an_adapter(found, case):
+    one, other = found["one"]["gradients"], found[case]["gradients"]
+    for name in one:
+        assert (other[name] - one[name]).norm() <= 1e-5 * one[name].norm(), name
+        assert one[name].norm() > 0, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_norm_counts_every_element_once(found, case):
+    squares = sum(float(gradient.double().square().sum()) for gradient in found[case]["gradients"].values())
+    assert math.isclose(found[case]["metrics"]["optimizer/gradient_norm"], math.sqrt(squares), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_the_actor_without_adapters_bit_for_bit(found, case):
+    assert found[case]["off"] == found[case]["own"]  # a model of its own from the same folder
+    assert found[case]["off"] == found[case]["at first"]  # B is zero
+    assert found[case]["off"] == found[case]["off later"]  # and still so with other adapters
+    assert not close(found[case]["logprobs"], found[case]["off"], 0.05)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_weights_stay_bitwise_the_same_through_steps_and_pushes(found, case):
+    assert found[case]["unchanged"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_engine_samples_with_merged_weights(found, case):
+    assert found[case]["gap"] < 1e-4
+
+
+@pytest.mark.parametrize("case", SAME_ADAPTERS)
+def test_exported_weights_are_the_merged_ones(found, case, stories_model):
+    base, one, other = load_file(stories_model / "model.safetensors"), found["one"]["exported"], found[case]["exported"]
+    assert one.keys() == other.keys() == base.keys()
+    for name in base:
+        adapted = name.endswith("proj.weight")
+        assert torch.equal(other[name], base[name]) == (not adapted), name
+        assert close(other[name], one[name], 1e-6), name
+
+
+def test_only_chosen_modules_have_adapters(found):
+    names = {name.rsplit(".", 2)[1] for name in found["one_two_targets"]["first"]}
+    assert names == {"linear_fc2", "linear_qkv"}
