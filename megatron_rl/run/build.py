@@ -23,7 +23,7 @@ from megatron_rl.trainer.checkpoint import find_checkpoint
 from megatron_rl.trainer.loop import Trainer
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
-from megatron_rl.workers.megatron_model import MegatronCheckpoint
+from megatron_rl.workers.starting_weights import MegatronCheckpoint
 
 USER_CODE = "python:"
 

@@ -6,7 +6,7 @@ never holds more than its own weights, one file and the staging buffers.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ def save_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     max_staging_bytes: int = MAX_STAGING_BYTES,
     overwrite: bool = False,
+    beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a folder that transformers, SGLang and vLLM load as it is. Collective over all ranks of ``layout``.
 
@@ -57,6 +58,7 @@ def save_hf(
         dtype: of the files; None keeps that of ``tensors``.
         max_shard_bytes: largest file; a rank needs this much memory, on the device of ``tensors``.
         overwrite: replace an existing folder.
+        beside: called on every rank with the unfinished folder, for what else belongs into it.
 
     Raises:
         ConfigError: the folder exists and may not be replaced, or ``tensors`` do not fit ``layout``.
@@ -79,6 +81,8 @@ def save_hf(
                 filled = _gather(wave, layout, tensors, rank, transport, writer.dtype, max_staging_bytes)
                 if rank in wave:
                     writing.run(writer.write, wave[rank], filled)
+            if beside is not None:
+                writing.run(beside, writer.partial)
         with together.attempt():
             if rank == ranks[0]:
                 writer.commit()

@@ -14,11 +14,12 @@ from megatron.core import parallel_state as megatron_state
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers.megatron_model import MegatronModel, is_hf_model
+from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.optimizer import build_optimizer, build_scheduler, connect, wrap_data_parallel
 from megatron_rl.workers.schedule import MicroBatching
 from megatron_rl.workers.scoring import ScoringModel
 from megatron_rl.workers.settings import DTYPES, WorkerSettings
+from megatron_rl.workers.starting_weights import is_hf_model
 from megatron_rl.workers.trainable import TrainableModel
 
 

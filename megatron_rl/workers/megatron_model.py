@@ -7,15 +7,13 @@ chunks for Megatron's schedule, a `ParallelContext`, an `Architecture`, and the 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
 from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
+from megatron_rl.models.hf_config import architecture_from_hf
 from megatron_rl.models.lora import LoraSettings, add_adapters
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
@@ -33,19 +31,10 @@ from megatron_rl.models.pipeline import padded_vocab, stage_layers
 from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout
-from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source, resolve_folder
+from megatron_rl.workers.starting_weights import MegatronCheckpoint, fill_model, hf_config_of, resolved
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
-
-
-@dataclass(frozen=True, slots=True)
-class MegatronCheckpoint:
-    """Weights in a Megatron distributed checkpoint, and the Hugging Face config.json that describes their model."""
-
-    folder: Path
-    config: Path
 
 
 @dataclass
@@ -58,6 +47,7 @@ class MegatronModel:
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
     second_head: bool = False  # the last chunk has a value head beside its output layer
+    head_is_new: bool = False  # it has a value head, and where the weights came from there was none
     adapters: dict[str, Adapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
 
     @classmethod
@@ -74,11 +64,11 @@ class MegatronModel:
         """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
         checkpoint of any layout.
 
-        From files each rank reads only its own part. A value head is that of a sequence classifier with one label, and
-        zero where the source is a language model.
+        From files each rank reads only its own part. A value head is that of a sequence classifier with one label, or
+        the one that a policy was saved with, and zero where the source has none (`head_is_new`).
         """
-        folder = resolve_folder(source) if isinstance(source, (str, Path)) else None
-        hf_config = _hf_config(folder, source)
+        origin = resolved(source)
+        hf_config = hf_config_of(origin)
         architecture, sizes = replace(architecture_from_hf(hf_config), score_head=value_head), context.sizes
         device = current_platform().device
         config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
@@ -88,18 +78,7 @@ class MegatronModel:
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
         model = cls(list(chunks), context, architecture, vocab, hf_config, second_head)
-        if isinstance(source, MegatronCheckpoint):
-            if second_head:
-                raise ConfigError("a value head on shared weights needs a Hugging Face model: convert the checkpoint")
-            load_megatron_checkpoint(source.folder, model.chunks)
-        elif folder:
-            has_head = not value_head or holds_scores(folder)
-            stored = architecture if has_head else replace(architecture, score_head=False)
-            load_folder(folder, model.layout_of(has_head), context.rank, model.tensors(), stored)
-        else:
-            found, weights = model_source(source)  # type: ignore[arg-type]
-            has_head = not value_head or found.score_head
-            fill(model.layout_of(has_head), context.rank, model.tensors(), weights)
+        model.head_is_new = not fill_model(model, origin)
         return model
 
     @classmethod
@@ -155,6 +134,11 @@ class MegatronModel:
     def last_chunk(self) -> torch.nn.Module:
         """The bare chunk with the output layer, on the last pipeline stage."""
         return unwrap(self.chunks[-1])
+
+    @property
+    def last_prefix(self) -> str:
+        """What precedes the names of the last chunk's tensors."""
+        return chunk_prefix(len(self.chunks) - 1, len(self.chunks))
 
     @functools.cached_property
     def packs(self) -> bool:
@@ -225,34 +209,3 @@ class MegatronModel:
         for chunk in self.chunks:
             if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
-
-
-def _hf_config(folder: Path | None, source: Any) -> HFConfig:
-    if folder is not None:
-        return read_hf_config(folder)
-    if isinstance(source, MegatronCheckpoint):
-        return read_hf_config(source.config.parent if source.config.name == "config.json" else source.config)
-    return copy.deepcopy(source.config)
-
-
-def load_megatron_checkpoint(folder: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Fill bare chunks from a Megatron distributed checkpoint, whatever layout wrote it. Collective.
-
-    Raises:
-        ConfigError: there is no checkpoint in ``folder``.
-    """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise ConfigError(
-            f"{folder} holds no Megatron distributed checkpoint: expected a folder that "
-            "megatron.core.dist_checkpointing.save wrote"
-        )
-    names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
-    template = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-    state = dist_checkpointing.load(template, str(folder))
-    for name, chunk in zip(names, chunks, strict=True):
-        unwrap(chunk).load_state_dict(state[name])
-
-
-def is_hf_model(model: Any) -> bool:
-    """Whether ``model`` is to be built here (a Hugging Face folder or model, or a checkpoint) rather than chunks."""
-    return isinstance(model, (str, Path, MegatronCheckpoint)) or hasattr(model, "save_pretrained")

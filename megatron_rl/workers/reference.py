@@ -20,9 +20,10 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import build_frozen, job_context
 from megatron_rl.workers.heads import logprob_head
-from megatron_rl.workers.megatron_model import MegatronModel, is_hf_model
+from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.scoring import ScoringModel, token_values
 from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.starting_weights import is_hf_model
 
 
 class Reference:

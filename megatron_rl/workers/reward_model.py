@@ -4,6 +4,7 @@ RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
 RewardModel({"correct": r1, "format": (r2, 0.2)})   several, weighted
 RewardModel("path/to/classifier")         a model with a value head, run by this job: see `score_model`
+RewardModel(model=chunks, parallel_state=parallel_state, vocab=len(tokenizer))      the same, of a Megatron job's own
 RewardModel(url, kind="vllm", model="my-rm")        a service: see `megatron_rl.rewards.service`
 """
 
@@ -27,10 +28,12 @@ class RewardModel:
 
     Args:
         source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs;
-            or a model: a Hugging Face sequence classifier with one label (folder, id or model) or Megatron chunks with
-            a `ValueHead`; or with ``kind`` the address of a service.
+            or a model: a Hugging Face sequence classifier with one label (folder, id or model), a Megatron checkpoint
+            of a model with a value head, or Megatron chunks with a `ValueHead`; or with ``kind`` the address of a
+            service. A model may also be given as ``model``.
         kind: vllm, sglang, tei, tgi, http or judge, when ``source`` is an address.
-        options: of `as_reward`, of `ScoreModel` (``tokenizer``, ``context``), or of the service's Config.
+        options: of `as_reward`, of `ScoreModel` (``vocab``, ``parallel_state``, ``tokenizer``), or of the service's
+            Config.
 
     Raises:
         ConfigError: ``source`` is none of these.
@@ -38,13 +41,15 @@ class RewardModel:
 
     def __init__(
         self,
-        source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any,
+        source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any = None,
         kind: str | None = None,
         **options: Any,
     ) -> None:
+        if source is None:
+            source = options.pop("model", None)
         if kind is not None or (isinstance(source, str) and source.startswith(("http://", "https://"))):
             self.reward: Reward = build_service(str(source), kind, **options)
-        elif is_model(source):
+        elif source is not None and is_model(source):
             self.reward = ScoreModel(model=source, **options)
         else:
             self.reward = as_reward(source, **options)

@@ -1,9 +1,10 @@
 """`ScoreModel`: a reward that is a model with a value head, run under this job's own layout.
 
-    RewardModel("path/to/classifier")                   # `RewardModel` makes one of a path, a model or Megatron chunks
+    RewardModel("path/to/classifier")            # a Hugging Face folder, or a Megatron checkpoint of any layout
+    RewardModel(model=chunks, parallel_state=parallel_state, vocab=len(tokenizer))      # a Megatron job's own
     rewards: [{name: model, options: {model: path/to/classifier}}]
 
-The model is built on first use, in the layout of the job that runs then.
+A model from a path is built on first use, in the layout of the job that runs then.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import REWARDS, Reward
-from megatron_rl.workers.assembly import build_frozen, running_context
+from megatron_rl.workers.assembly import build_frozen, job_context, running_context
 from megatron_rl.workers.heads import value_head
-from megatron_rl.workers.megatron_model import is_hf_model
 from megatron_rl.workers.scoring import ScoringModel, token_values
 from megatron_rl.workers.settings import DtypeName, WorkerSettings
+from megatron_rl.workers.starting_weights import MegatronCheckpoint, is_hf_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,10 @@ class ScoreModel(Reward):
         """Options of the reward "model"."""
 
         model: str
-        """Hugging Face folder or id of a sequence classifier with one label (`RewardTrainer` writes such)."""
+        """Hugging Face folder or id of a sequence classifier with one label (`RewardTrainer` writes such), or the
+        Megatron checkpoint of a model with a value head."""
+        model_config_path: str | None = None
+        """Hugging Face folder or config.json that describes a Megatron checkpoint which does not carry its own."""
         retokenize: bool = False
         """Re-encode the text with the reward model's own tokenizer; False: it shares the policy's vocabulary."""
         dtype: DtypeName = "float32"
@@ -73,18 +77,21 @@ class ScoreModel(Reward):
         model: Any = None,
         tokenizer: Any = None,
         vocab: int = 0,
+        pad_token_id: int | None = None,
         context: ParallelContext | None = None,
+        parallel_state: Any = None,
     ) -> None:
         """
         Args:
             config: options; ``model`` and ``tokenizer`` as objects go before those that it names.
-            model: Hugging Face folder, id or model, or Megatron chunks with a `ValueHead`.
+            model: Hugging Face folder, id or model, Megatron checkpoint, or Megatron chunks with a `ValueHead`.
             tokenizer: re-encodes the text.
-            vocab: logical vocabulary of Megatron chunks.
-            context: the job's; None = the one that runs when the first samples are scored.
+            vocab: logical vocabulary of Megatron chunks, without padding; None of the other sources needs it.
+            pad_token_id: trailing tokens of this id do not count; None = the model's config, or the tokenizer, says.
+            context, parallel_state: the job's; None = the one that runs when the first samples are scored.
 
         Raises:
-            ConfigError: no model was given.
+            ConfigError: no model was given, or Megatron chunks without their vocabulary.
         """
         if config is None and model is None:
             raise ConfigError("a reward model needs model: a Hugging Face folder, id or model, or Megatron chunks")
@@ -92,29 +99,60 @@ class ScoreModel(Reward):
         self.settings = WorkerSettings()
         if config is not None:
             self.settings = WorkerSettings(dtype=config.dtype, token_budget=config.token_budget)
-        self.source = model if config is None else config.model
-        self.tokenizer = load_tokenizer(config.model) if config and config.retokenize else tokenizer
+        self.source = model if config is None else _named(config)
+        self.tokenizer = load_tokenizer(_tokenizer_folder(self.source)) if config and config.retokenize else tokenizer
         self.vocab = vocab or (len(tokenizer) if tokenizer is not None else 0)
+        if not self.vocab and not is_hf_model(self.source):
+            raise ConfigError("a reward model of Megatron chunks needs vocab: the length of its tokenizer")
+        self._pad_token_id = pad_token_id
         self.context = context
+        if parallel_state is not None:
+            self.context = job_context(parallel_state, None, self.settings.seed)
         self._worker: ScoringModel | None = None
 
     @property
     def worker(self) -> ScoringModel:
-        """The model, built on first use; collective."""
+        """The model, built on first use; collective.
+
+        Raises:
+            ConfigError: it has no value head: its rewards would all be 0.
+        """
         if self._worker is None:
             context = self.context or running_context(self.settings.seed)
-            self._worker = build_frozen(self.source, context, self.settings, self.vocab, value_head=True)
+            worker = build_frozen(self.source, context, self.settings, self.vocab, value_head=True)
+            if worker.model.head_is_new:
+                raise ConfigError(
+                    f"reward {self.name!r}: {self.source} is a language model without a value head: expected a "
+                    "sequence classifier with one label, as RewardTrainer writes it, or a critic"
+                )
+            self._worker = worker
         return self._worker
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """Trailing tokens of this id do not count."""
+        hf_config = self.worker.model.hf_config
+        if self._pad_token_id is not None or hf_config is None:
+            return getattr(self.tokenizer, "pad_token_id", None) if self._pad_token_id is None else self._pad_token_id
+        return hf_config.pad_token_id
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float]:
         worker = self.worker
-        hf_config = worker.model.hf_config
-        seen = ScoredText(self.tokenizer, hf_config.pad_token_id if hf_config is not None else None)
+        seen = ScoredText(self.tokenizer, self.pad_token_id)
         rows = [seen.token_ids(sample) for sample in samples]
         batch = Batch.from_sequences(rows, [[0] * len(row) for row in rows])
         ask_for_scores(batch, seen.pad_token_id)
         values = token_values(worker, batch, value_head)
         return values[batch["response_mask"].bool()].to(torch.float32).tolist()
+
+
+def _named(config: ScoreModel.Config) -> str | MegatronCheckpoint:
+    """What the configuration names; a model id stays one."""
+    return MegatronCheckpoint.find(config.model, config.model_config_path) or config.model
+
+
+def _tokenizer_folder(source: Any) -> str | Path:
+    return source.hf_folder if isinstance(source, MegatronCheckpoint) else source
 
 
 def is_model(source: Any) -> bool:

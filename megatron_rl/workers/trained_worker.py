@@ -9,9 +9,11 @@ from megatron_rl.batch import Batch
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
+from megatron_rl.weights.value_head_file import write_value_head
 from megatron_rl.workers.heads import LossFunction
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.starting_weights import SECOND_HEAD
 from megatron_rl.workers.trainable import Optimization, Scorer, TrainableModel
 
 
@@ -83,7 +85,8 @@ class TrainedWorker:
         """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank.
 
         A value model becomes a sequence classifier with one label: its score is the value after the last token of a
-        sequence that is not padding.
+        sequence that is not padding. The value head of a critic on shared weights goes into the sub-folder
+        ``value_head``.
         """
         self.model.sync_parameters()
         return save_hf(
@@ -95,7 +98,14 @@ class TrainedWorker:
             tokenizer=self.tokenizer,
             hf_config=self.model.hf_config,
             overwrite=overwrite,
+            beside=self._write_second_head,
         )
+
+    def _write_second_head(self, folder: Path) -> None:
+        """On one of the ranks that hold it."""
+        at, context = self.context.coordinates, self.context
+        if self.model.second_head and (at.tp, at.pp, at.cp, at.dp) == (0, context.sizes.pp - 1, 0, 0):
+            write_value_head(folder, self.model.tensors()[self.model.last_prefix + SECOND_HEAD])
 
     def describe_into(self, checkpoint: Path) -> None:
         """Write into a Megatron checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""

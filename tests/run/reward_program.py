@@ -1,7 +1,8 @@
-"""Test program under torchrun: trains a reward model, exports it, and scores samples with the folder in three ways.
+"""Test program under torchrun: trains a reward model, exports it, and scores samples with it in every way there is.
 
-Usage: reward_program.py FOLDER TP PAD. Rank 0 prints JSON: metrics of the first and last step, and the scores of
-`transformers` and of `RewardModel(folder)`.
+Usage: reward_program.py FOLDER TP PP PAD [CHECKPOINT]. Rank 0 prints JSON: metrics of the first and last step, scores
+of `transformers`, and those of `RewardModel` of the exported folder, the run's Megatron checkpoint, a job's own chunks,
+and CHECKPOINT, which another layout wrote (with `transformers`' scores of the folder beside it).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import megatron_rl  # noqa: F401  (first: the CPU face)
-from megatron_rl import RewardModel, RewardTrainer
+from megatron_rl import Critic, RewardModel, RewardTrainer
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.tracking import TrackerGroup, read_metrics
+
+from megatron.core import parallel_state  # isort: skip  (after megatron_rl, which gives it its CPU face)
 
 
 def pairs() -> list[dict[str, object]]:
@@ -49,33 +51,53 @@ def scores_of_transformers(folder: Path, rows: list[Sample]) -> list[float]:
         return model(padded, attention_mask=mask.long()).logits.squeeze(-1).tolist()
 
 
-def main(folder: Path, tp: int, pad: str) -> None:
+def scores(model: RewardModel, rows: list[Sample]) -> list[float]:
+    batch = Batch(samples=rows)
+    model.score().run(batch)
+    return batch["rewards"].tolist()
+
+
+def ways(output: Path, tokenizer, rows: list[Sample]) -> dict[str, list[float]]:
+    """The trained model from a folder, from a checkpoint, and as the chunks of a job that has its own."""
+    chunks = Critic(str(output / "hf"), parallel_state, tokenizer=tokenizer).model.chunks
+    own = {"parallel_state": parallel_state, "vocab": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    return {
+        "folder": scores(RewardModel(str(output / "hf")), rows),
+        "checkpoint": scores(RewardModel(str(output / "checkpoints" / "step_000012")), rows),
+        "chunks": scores(RewardModel(model=chunks, **own), rows),
+    }
+
+
+def main(folder: Path, tp: int, pp: int, pad: str, checkpoint: str | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     if pad == "eos":
         tokenizer.pad_token = tokenizer.eos_token
-    trainer = RewardTrainer(
-        str(folder / "model"), tokenizer, pairs(), margin="gap", parallel=ParallelSizes(tp=tp), max_length=32
-    )
-    output = folder / f"out_{tp}_{pad}"
+    model, sizes = str(folder / "model"), ParallelSizes(tp=tp, pp=pp)
+    trainer = RewardTrainer(model, tokenizer, pairs(), margin="gap", parallel=sizes, max_length=32)
+    output = folder / f"out_{tp}_{pp}_{pad}"
     trainer.train(1, 16, 3e-3, str(output), max_steps=12, tracking=TrackerGroup.Config(trackers=("jsonl",)))
     rows = samples(tokenizer)
-    batch = Batch(samples=rows)
-    RewardModel(str(output / "hf")).score().run(batch)
-    again = RewardTrainer(str(output / "hf"), tokenizer, pairs(), parallel=ParallelSizes(tp=tp), center_coefficient=0.1)
+    ours = ways(output, tokenizer, rows)
+    again = RewardTrainer(str(output / "hf"), tokenizer, pairs(), parallel=sizes, center_coefficient=0.1)
     rate = 0.0  # nothing moves: the metrics are those of the folder
     last = again.train(1, 48, rate, str(output) + "_again", max_steps=1, tracking=TrackerGroup.Config(trackers=()))
+    theirs = dict.fromkeys(ours, output)
+    if checkpoint is not None:
+        ours["another layout"] = scores(RewardModel(checkpoint), rows)
+        theirs["another layout"] = Path(checkpoint).parents[1]
     if torch.distributed.get_rank() == 0:
         found = read_metrics(output / "metrics.jsonl")
         result = {
             "first": found[1],
             "last": found[max(found)],
             "reloaded": last,
-            "ours": batch["rewards"].tolist(),
-            "theirs": scores_of_transformers(output / "hf", rows),
+            "checkpoint": str(output / "checkpoints" / "step_000012"),
+            "ours": ours,
+            "theirs": {way: scores_of_transformers(place / "hf", rows) for way, place in theirs.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
