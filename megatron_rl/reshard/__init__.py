@@ -4,6 +4,7 @@
 """
 
 from megatron_rl.reshard.certificate import Certificate, Measure
+from megatron_rl.reshard.derived import Derived, Readable
 from megatron_rl.reshard.execute import Resharder, TransferReport
 from megatron_rl.reshard.layout import Alike, Layout, Shard, Span, block, stack_rows
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
@@ -22,6 +23,7 @@ from megatron_rl.reshard.wire import WireFormat
 __all__ = [
     "Alike",
     "Certificate",
+    "Derived",
     "Layout",
     "LinkLoad",
     "LinkSpeeds",
@@ -32,6 +34,7 @@ __all__ = [
     "MemoryTransport",
     "P2PTransport",
     "RankPlan",
+    "Readable",
     "ReshardPlan",
     "Resharder",
     "Shard",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_rl.ops.copy_spans import copy_spans
+from megatron_rl.reshard.derived import Derived, Kept, Readable
 from megatron_rl.reshard.layout import Shard
 from megatron_rl.reshard.plan import LocalCopy
 from megatron_rl.reshard.schedule import Message
@@ -30,6 +31,7 @@ class Slot(NamedTuple):
     group: Group
     number: int
     stride: int
+    derived: bool = False
 
 
 class CopyCall(NamedTuple):
@@ -45,14 +47,17 @@ class Binding:
 
     Args:
         shards: side -> the shards of this rank there.
-        tensors: side -> shard name -> local tensor, contiguous, of the shard's shape.
+        tensors: side -> shard name -> local tensor, contiguous, of the shard's shape; those of the source side may be
+            `Derived`.
 
     Raises:
         ValueError: a tensor is missing, has another shape, is not contiguous, or lies on another device.
     """
 
-    def __init__(self, shards: Mapping[str, Iterable[Shard]], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.groups: dict[Group, list[Tensor]] = {}
+    def __init__(self, shards: Mapping[str, Iterable[Shard]], tensors: Mapping[str, Mapping[str, Readable]]) -> None:
+        self.groups: dict[Group, list[Tensor]] = {}  # of a derived tensor: what it is like
+        self._derived: dict[Group, dict[int, Derived]] = {}
+        self._kept = Kept()
         self._slots: dict[tuple[str, str], Slot] = {}
         self.device: torch.device | None = None
         for side in (SOURCE, TARGET):
@@ -60,10 +65,12 @@ class Binding:
                 if shard.spans:
                     self._add(side, shard, tensors[side])
 
-    def _add(self, side: str, shard: Shard, tensors: Mapping[str, Tensor]) -> None:
+    def _add(self, side: str, shard: Shard, tensors: Mapping[str, Readable]) -> None:
         if shard.name not in tensors:
             raise ValueError(f"{side} tensors lack {shard.name} {list(shard.shape)}: got {sorted(tensors)[:8]}...")
-        tensor = tensors[shard.name].detach()
+        given = tensors[shard.name]
+        derived = isinstance(given, Derived)
+        tensor = (given.like if isinstance(given, Derived) else given).detach()
         if tuple(tensor.shape) != shard.shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{side} tensor {shard.name}: expected a contiguous tensor of {list(shard.shape)}, got "
@@ -73,7 +80,9 @@ class Binding:
         if tensor.device != self.device:
             raise ValueError(f"{side} tensor {shard.name} is on {tensor.device}, the others on {self.device}")
         group = self.groups.setdefault(Group(side, tensor.dtype), [])
-        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1])
+        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1], derived)
+        if isinstance(given, Derived):
+            self._derived.setdefault(slot.group, {})[slot.number] = given
         group.append(tensor)
         self._slots[side, shard.name] = slot
 
@@ -86,12 +95,13 @@ class Binding:
         return self._slots[side, shard]
 
     def in_place(self, side: str, message: Message) -> Tensor | None:
-        """The part of a local tensor that is, bit for bit, the message; None where packing is needed."""
+        """The part of a local tensor that is, bit for bit, the message; None where packing is needed, as it is for
+        a derived tensor: a message under way would keep it."""
         if len(message.pieces) != 1:
             return None
         piece = message.pieces[0]
         slot = self.slot(TARGET if piece.forwarded else side, piece.spot.shard)
-        if slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
+        if slot.derived or slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
             return None
         start = piece.spot.row * slot.stride + piece.spot.col
         return self.groups[slot.group][slot.number].view(-1)[start : start + piece.numel]
@@ -131,9 +141,28 @@ class Binding:
         """``check``: let `copy_spans` check the tables, as is done when they are new."""
         packed = [] if buffer is None else [buffer]
         for call in calls:
-            sources = packed if call.src is None else self.groups[call.src]
             destinations = packed if call.dst is None else self.groups[call.dst]
-            copy_spans(sources, destinations, call.jobs, checked=check)
+            for sources, jobs in [(packed, call.jobs)] if call.src is None else self._read(call.src, call.jobs):
+                copy_spans(sources, destinations, jobs, checked=check)
+
+    def _read(self, group: Group, jobs: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """The jobs with the tensors that they read; derived ones one by one."""
+        derived = self._derived.get(group)
+        if not derived:
+            yield self.groups[group], jobs
+            return
+        numbers = jobs[:, 0]
+        computed = torch.isin(numbers, torch.tensor(list(derived)))
+        if not computed.all():
+            yield self.groups[group], jobs[~computed]
+        for number in numbers[computed].unique().tolist():
+            own = jobs[numbers == number]
+            own[:, 0] = 0
+            yield [self._kept.read((group, number), derived[number])], own
+
+    def release(self) -> None:
+        """Drop derived tensors that are kept for the next call."""
+        self._kept.clear()
 
 
 def _offset(spot: Spot, slot: Slot) -> int:

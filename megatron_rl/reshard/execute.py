@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.reshard.binding import SOURCE, TARGET, Binding, CopyCall
+from megatron_rl.reshard.derived import Readable
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan
 from megatron_rl.reshard.schedule import Exchange, Message, Pace, build_schedule, messages
@@ -90,8 +91,9 @@ class Resharder:
         self._signature: tuple | None = None
         self._program: _Program | None = None
 
-    def run(self, source_tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]) -> TransferReport:
-        """Fill ``target_tensors`` from ``source_tensors`` (shard name -> this rank's contiguous tensor).
+    def run(self, source_tensors: Mapping[str, Readable], target_tensors: Mapping[str, Tensor]) -> TransferReport:
+        """Fill ``target_tensors`` from ``source_tensors`` (shard name -> this rank's contiguous tensor;
+        a source may be `Derived`).
 
         Collective: every rank of the plan must call it. Padding, that is elements of the target under no span, is left
         as it is: zero it once, when the tensors are allocated. Source and target must not share memory.
@@ -103,7 +105,7 @@ class Resharder:
         return self.bind(source_tensors, target_tensors)()
 
     def bind(
-        self, source_tensors: Mapping[str, Tensor], target_tensors: Mapping[str, Tensor]
+        self, source_tensors: Mapping[str, Readable], target_tensors: Mapping[str, Tensor]
     ) -> Callable[[], TransferReport]:
         """What `run` does before it needs another rank: check the tensors. Call the result to run.
 
@@ -222,6 +224,7 @@ class _Run:
         while self._flights or not self._local_done:
             self._advance()
         self._call(self._program.echoes)
+        self._binding.release()
         return TransferReport(
             rank=plan.rank,
             sent_bytes=self._sent,

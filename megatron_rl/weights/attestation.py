@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
-from megatron_rl.reshard import Layout, ReshardPlan, Shard, WireFormat
+from megatron_rl.reshard import Layout, Readable, ReshardPlan, Shard, WireFormat
+from megatron_rl.reshard.derived import Derived, read
 from megatron_rl.reshard.layout import matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle, cross, disjoint_parts
 from megatron_rl.reshard.spots import Spot, Spots
@@ -83,7 +84,7 @@ class Attestor:
         self._held_shapes = {shard.name: shard.shape for shard in plan.target.shards(rank)}
         self._padding = {shard.name: parts for shard in plan.target.shards(rank) if (parts := _padding(shard))}
 
-    def part(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def part(self, tensors: Mapping[str, Readable]) -> Tensor:
         """What this rank's trainer ``tensors`` (by shard name) add to the expected sums: [num_slots] int64, CPU."""
         return self._sums(tensors)
 
@@ -120,23 +121,25 @@ class Checksums:
     def __init__(self, pieces: Sequence[Piece], num_slots: int, wire: WireFormat) -> None:
         self._pieces, self._num_slots, self._wire = pieces, num_slots, wire
         self._names = list(dict.fromkeys(piece.spot.shard for piece in pieces))
-        self._signature: list[tuple[torch.dtype, torch.Size]] = []
+        self._signature: list[tuple[torch.dtype, torch.Size, bool]] = []
         self._groups: list[_Group] = []
 
-    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, tensors: Mapping[str, Readable]) -> Tensor:
         """[num_slots] int64, on the CPU; ``tensors`` by shard name."""
-        signature = [(tensors[name].dtype, tensors[name].shape) for name in self._names]
+        given = [tensors[name] for name in self._names]
+        signature = [(tensor.dtype, tensor.shape, isinstance(tensor, Derived)) for tensor in given]
         fresh = signature != self._signature
         if fresh:
             self._groups, self._signature = _grouped(self._pieces, tensors, self._wire), signature
         sums = torch.zeros(self._num_slots, dtype=torch.int64)
         for group in self._groups:
+            local = {name: read(tensors[name]) for name in group.names}
             if group.table is None:
-                sums += _widened(tensors, group.pieces, self._num_slots, group.travels)
+                sums += _widened(local, group.pieces, self._num_slots, group.travels)
             else:
-                local = [tensors[name].detach() for name in group.names]
-                as_dtype = None if local[0].dtype == group.travels else group.travels
-                sums += span_checksum(local, group.table, self._num_slots, as_dtype=as_dtype, checked=fresh).cpu()
+                held = list(local.values())
+                as_dtype = None if held[0].dtype == group.travels else group.travels
+                sums += span_checksum(held, group.table, self._num_slots, as_dtype=as_dtype, checked=fresh).cpu()
         return sums
 
 
@@ -149,12 +152,14 @@ class _Group(NamedTuple):
     table: Tensor | None
 
 
-def _grouped(pieces: Iterable[Piece], tensors: Mapping[str, Tensor], wire: WireFormat) -> list[_Group]:
-    groups: dict[tuple[torch.dtype, torch.dtype], list[Piece]] = {}
+def _grouped(pieces: Iterable[Piece], tensors: Mapping[str, Readable], wire: WireFormat) -> list[_Group]:
+    groups: dict[tuple[torch.dtype, torch.dtype, str], list[Piece]] = {}
     for piece in pieces:
-        groups.setdefault((tensors[piece.spot.shard].dtype, wire.of(piece.tensor)), []).append(piece)
+        tensor = tensors[piece.spot.shard]
+        alone = piece.spot.shard if isinstance(tensor, Derived) else ""  # computed one at a time
+        groups.setdefault((tensor.dtype, wire.of(piece.tensor), alone), []).append(piece)
     made = []
-    for (have, travels), members in groups.items():
+    for (have, travels, _), members in groups.items():
         names = list(dict.fromkeys(piece.spot.shard for piece in members))
         table = None
         if have == travels or travels.itemsize < have.itemsize:
@@ -165,7 +170,7 @@ def _grouped(pieces: Iterable[Piece], tensors: Mapping[str, Tensor], wire: WireF
 
 
 def _row(
-    piece: Piece, numbers: Mapping[str, int], tensors: Mapping[str, Tensor], dtype: torch.dtype
+    piece: Piece, numbers: Mapping[str, int], tensors: Mapping[str, Readable], dtype: torch.dtype
 ) -> tuple[int, ...]:
     """The columns of `ops.span_checksum.SPAN_COLUMNS`."""
     stride = matrix_shape(tuple(tensors[piece.spot.shard].shape))[1]

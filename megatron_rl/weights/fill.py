@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.reshard.derived import Readable
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.weights.source import TensorSource, check_shape
 
@@ -50,7 +51,7 @@ def fill(layout: Layout, rank: int, tensors: Mapping[str, Tensor], source: Tenso
                 part.copy_(source.read(span))
 
 
-def check_tensors(layout: Layout, rank: int, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(layout: Layout, rank: int, tensors: Mapping[str, Readable]) -> None:
     """Raise ConfigError unless ``tensors`` has every shard of ``rank`` in its shape."""
     for shard in layout.shards(rank):
         if shard.name not in tensors:

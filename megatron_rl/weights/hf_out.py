@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.parameters import whole
-from megatron_rl.reshard import Layout, Resharder, Shard, Transport
+from megatron_rl.reshard import Layout, Readable, Resharder, Shard, Transport
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import check_tensors, empty_tensors
@@ -29,7 +29,7 @@ MAX_STAGING_BYTES = 64 << 20
 
 def save_hf(
     layout: Layout,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Readable],
     architecture: Architecture,
     folder: str | Path,
     *,
@@ -96,7 +96,7 @@ def save_hf(
 def _gather(
     wave: Mapping[int, HFFile],
     layout: Layout,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Readable],
     rank: int,
     transport: Transport,
     dtype: torch.dtype,

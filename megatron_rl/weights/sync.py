@@ -24,6 +24,7 @@ from megatron_rl.reshard import (
     Layout,
     LocalTransport,
     P2PTransport,
+    Readable,
     Resharder,
     ReshardPlan,
     Shard,
@@ -108,7 +109,7 @@ class WeightSync:
             self._transport, ranks, rank, device, "no engine serves the new version, and the next push starts anew"
         )
 
-    def push(self, tensors: Mapping[str, Tensor], version: int) -> SyncReport:
+    def push(self, tensors: Mapping[str, Readable], version: int) -> SyncReport:
         """Make the engine serve ``tensors`` (shard name -> this rank's tensor) as ``version``. Collective.
 
         After an error no engine serves ``version``, unless it came while they committed: then each serves ``version``
@@ -167,7 +168,7 @@ class WeightSync:
         checks = "attested" if self._attested else "not attested"
         return f"version {version} of {self.source.name} for {self.target.layout.name}, sent as {wire}, {checks}"
 
-    def _begin(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    def _begin(self, tensors: Mapping[str, Readable], own: Mapping[str, Tensor]) -> None:
         assert self._resharder is not None
         if not own and self._takes_part and not self._staged:
             device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
@@ -179,7 +180,7 @@ class WeightSync:
             self._begun = True
             self.target.begin_update()
 
-    def _attest(self, tensors: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    def _attest(self, tensors: Mapping[str, Readable], held: Mapping[str, Tensor]) -> None:
         attestor = self._attestor
         if attestor is None:
             return

@@ -30,7 +30,7 @@ from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
 from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout
+from megatron_rl.reshard import Derived, Layout, Readable
 from megatron_rl.workers.starting_weights import MegatronCheckpoint, fill_model, hf_config_of, resolved
 
 if TYPE_CHECKING:
@@ -164,10 +164,16 @@ class MegatronModel:
         """This rank's weights by shard name: views that see every later update."""
         return chunk_tensors(self.chunks)
 
-    def published(self) -> dict[str, Tensor]:
-        """The same as they leave the trainer: with adapters merged into the frozen weights, which are not changed."""
+    def published(self) -> dict[str, Readable]:
+        """The same as they leave the trainer: with adapters merged into the frozen weights, which are not changed.
+
+        Each is merged when it is read, so never are two copies of the model held.
+        """
         tensors = self.tensors()
-        return tensors | {name: adapter.merged(tensors[name]) for name, adapter in self.adapters.items()}
+        return tensors | {
+            name: Derived(tensors[name], functools.partial(adapter.merged, tensors[name]))
+            for name, adapter in self.adapters.items()
+        }
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
         """Freeze the weights and train adapters instead; before the chunks are wrapped. See `models.lora`."""

@@ -1,5 +1,5 @@
-"""A policy with adapters gives the same numbers on every layout, by real torchrun: log-probabilities, loss, gradients of
-A and B and their norm, what its engine samples with, and what it exports.
+"""A policy with adapters gives the same numbers on every layout, by real torchrun: log-probabilities, loss, gradients
+of A and B and their norm, what its engine samples with, and what it exports.
 
 Everything is compared with one process, whose own numbers have other oracles: tests/models/test_lora.py.
 """

@@ -1,0 +1,63 @@
+"""`Derived`: a source tensor that is computed when it is read, so that a rank never holds all of them at once.
+
+A frozen weight with its adapter merged is one: each is made as its turn comes to be sent, and dropped.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+KEPT = 2  # neighbouring messages share a tensor, and a message often spans two
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Derived:
+    """What ``compute`` returns: a new contiguous tensor like ``like``, with the same bits at each call."""
+
+    like: Tensor
+    compute: Callable[[], Tensor]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.like.device
+
+
+Readable = Tensor | Derived
+
+
+def read(tensor: Readable) -> Tensor:
+    """The values, without a gradient."""
+    return (tensor.compute() if isinstance(tensor, Derived) else tensor).detach()
+
+
+class Kept:
+    """The derived tensors that were read last."""
+
+    def __init__(self, size: int = KEPT) -> None:
+        self._size = size
+        self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
+
+    def read(self, key: Hashable, tensor: Derived) -> Tensor:
+        """The values of ``tensor``, which is always the same for one ``key``."""
+        if key not in self._tensors:
+            while len(self._tensors) >= self._size:
+                self._tensors.popitem(last=False)
+            self._tensors[key] = read(tensor)
+        self._tensors.move_to_end(key)
+        return self._tensors[key]
+
+    def clear(self) -> None:
+        self._tensors.clear()
