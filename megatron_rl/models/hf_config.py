@@ -45,6 +45,11 @@ def architecture_from_hf(config: PretrainedConfig) -> Architecture:
     return family_of(config.model_type).architecture(config.to_dict())
 
 
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a Hugging Face config is a sequence classifier's: of a reward model or critic."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
 def hf_config_from(
     architecture: Architecture, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "bfloat16"
 ) -> PretrainedConfig:

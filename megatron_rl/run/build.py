@@ -50,7 +50,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     steps = config.trainer.total_steps(loader.steps_per_epoch)
     steps *= algorithm_config.num_epochs * algorithm_config.num_mini_batches
     actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps)
-    critic = _critic(config, context, num_optimizer_steps=steps)
+    critic = _critic(config, actor, num_optimizer_steps=steps)
     algorithm = algorithm_type(actor, _reference(config, actor), critic, algorithm_config)
     scorer = RewardModel(reward)
     sample = actor.sample(parts=config.rollout_parts, then=scorer.begin if config.rollout_parts > 1 else None)
@@ -121,11 +121,13 @@ def _reference(config: RunConfig, actor: Actor) -> Reference | None:
     return Reference(source, actor.tokenizer, context=actor.context, settings=config.actor)
 
 
-def _critic(config: RunConfig, context: ParallelContext, num_optimizer_steps: int) -> Critic | None:
+def _critic(config: RunConfig, actor: Actor, num_optimizer_steps: int) -> Critic | None:
     if config.critic is None:
         return None
     settings = config.critic.over(num_optimizer_steps)
-    return Critic(config.critic.model or config.model, context=context, settings=settings)
+    return Critic(
+        config.critic.model or config.model, context=actor.context, settings=settings, tokenizer=actor.tokenizer
+    )
 
 
 def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:

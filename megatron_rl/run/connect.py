@@ -61,7 +61,7 @@ def connect(
         settings,
         checkpoints=_checkpoints(actor, algorithm, settings),
         evaluate=evaluate,
-        export=lambda folder: actor.save_pretrained(folder, overwrite=True),
+        export=lambda folder: _export(actor, algorithm, folder),
         callbacks=callbacks,
     )
     rank = actor.context.rank
@@ -74,6 +74,13 @@ def connect(
     trainer.callbacks.append(RewardCurve(output_dir, tracker))
     logger.info("%s, %s; outputs in %s", current_platform().name, actor.context, output_dir)
     return trainer
+
+
+def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> None:
+    """The model that the run is about, and beside its folder that of a critic with weights of its own."""
+    actor.save_pretrained(folder, overwrite=True)
+    if isinstance(algorithm.critic, Critic) and algorithm.critic is not actor:
+        algorithm.critic.save_pretrained(folder.with_name(f"{folder.name}_critic"), overwrite=True)
 
 
 def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: TrainerSettings) -> DistributedCheckpoints:

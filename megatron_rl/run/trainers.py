@@ -307,7 +307,7 @@ class PPOTrainer(GRPOTrainer):
         source = self.critic_model if self.critic_model is not None else self.model
         if isinstance(source, (list, tuple)):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")
-        critic = Critic(source, context=actor.context, settings=actor.settings)
+        critic = Critic(source, context=actor.context, settings=actor.settings, tokenizer=actor.tokenizer)
         return PPO(actor, self.make_reference(actor), critic, self.options)
 
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder, save_checkpoint
-from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
+from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_hf_config
 from megatron_rl.models.layouts import hf_layout, megatron_layout
 from megatron_rl.models.local_tensors import chunk_tensors, naming_of
+from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport, P2PTransport
@@ -30,8 +32,9 @@ from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, MAX_SHARD_BYTES, HFDescription, HFFolderWriter
-from megatron_rl.weights.hf_in import resolve_folder
+from megatron_rl.weights.hf_in import SCORE, resolve_folder
 from megatron_rl.weights.source import LayoutSource, SafetensorsFolder, TensorSource
+from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head, write_value_head
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Opened:
     description: HFDescription
     tensors: TensorSource
     dtype: torch.dtype
+    value_head: Tensor | None = None  # [1, hidden], of a policy that a critic shares its weights with
 
 
 @contextlib.contextmanager
@@ -58,7 +62,8 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
         folder = resolve_folder(path)
         description = _describe(folder)
         with SafetensorsFolder(folder) as source:
-            yield Opened(description, source, source.dtype("model.embed_tokens.weight"))
+            head = read_value_head(folder, description.architecture.hidden)
+            yield Opened(description, source, source.dtype("model.embed_tokens.weight"), head)
         return
     described = Path(config) if config is not None else checkpoint / DESCRIPTION_FOLDER
     if not described.exists():
@@ -69,7 +74,10 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
     description = _describe(described.parent if described.is_file() else described)
     reader = CheckpointReader(checkpoint)
     layout = megatron_layout(description.architecture, RankGrid(ParallelSizes(), 1), reader.padded_vocab)
-    yield Opened(description, LayoutSource(layout, 0, reader.read), reader.dtype)
+    head = None
+    if SECOND_HEAD in reader.tensors:
+        head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
+    yield Opened(description, LayoutSource(layout, 0, reader.read), reader.dtype, head)
 
 
 def convert(
@@ -120,6 +128,8 @@ def _to_hf(opened: Opened, writer: HFFolderWriter) -> None:
                 writer.write(file, tensors)
         with together.attempt():
             if rank == 0:
+                if opened.value_head is not None:
+                    write_value_head(writer.partial, opened.value_head)
                 writer.commit()
 
 
@@ -127,12 +137,19 @@ def _to_megatron(opened: Opened, writer: HFFolderWriter, sizes: ParallelSizes) -
     a = opened.description.architecture
     context = ParallelContext.create(sizes)
     config = transformer_config(a, sizes, dtype=writer.dtype)
-    chunks = build_model(a, config, pg_collection=context.collection)
+    head = opened.value_head
+    chunks = build_model(
+        a, config, pg_collection=context.collection, value_head=a.score_head, second_head=head is not None
+    )
     layout = megatron_layout(a, context.grid, padded_vocab(a.vocab, sizes.tp), naming_of(chunks))
     together = _agreement(context)
     with _hidden(writer, together, context.rank):
         with together.attempt():
-            fill(layout, context.rank, chunk_tensors(chunks), opened.tensors)
+            own = chunk_tensors(chunks)
+            fill(layout, context.rank, own, opened.tensors)
+            for name in own:
+                if head is not None and name.endswith(SECOND_HEAD):
+                    own[name].copy_(head)
         save_checkpoint(chunks, writer.partial)
         with together.attempt():
             if context.rank == 0:
@@ -168,4 +185,5 @@ def _describe(folder: Path) -> HFDescription:
     generation = None
     if (folder / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(folder)
-    return HFDescription(architecture_from_hf(config), config, tokenizer, generation)
+    architecture = replace(architecture_from_hf(config), score_head=is_classifier(config))
+    return HFDescription(architecture, config, tokenizer, generation)

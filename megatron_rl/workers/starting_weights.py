@@ -21,14 +21,13 @@ from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER
 from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source, resolve_folder
-from megatron_rl.weights.value_head_file import read_value_head
+from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
     from megatron_rl.workers.megatron_model import MegatronModel
 
-# Names of a value head in checkpoints: in place of the output layer, and beside it.
-OUTPUT_LAYER, SECOND_HEAD = "output_layer.weight", "value_head.weight"
+OUTPUT_LAYER = "output_layer.weight"  # of chunks and checkpoints: a value head may stand in its place
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +127,17 @@ def load_megatron_checkpoint(model: MegatronModel, folder: Path) -> bool:
         As `fill_model`.
 
     Raises:
-        ConfigError: there is no checkpoint in ``folder``.
+        ConfigError: there is no checkpoint in ``folder``, or it is that of a run with adapters.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise ConfigError(
             f"{folder} holds no Megatron distributed checkpoint: expected a folder that "
             "megatron.core.dist_checkpointing.save wrote"
+        )
+    if CheckpointReader(folder).has_adapters:
+        raise ConfigError(
+            f"{folder} is the checkpoint of a run that trained adapters (LoRA): `megatron-rl convert {folder} FOLDER "
+            "--to hf` merges them into the weights; start from that folder"
         )
     own = OUTPUT_LAYER if model.value_head else SECOND_HEAD if model.second_head else None
     stored = None if own is None else _stored_head(CheckpointReader(folder).tensors)

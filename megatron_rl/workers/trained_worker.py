@@ -9,11 +9,10 @@ from megatron_rl.batch import Batch
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
-from megatron_rl.weights.value_head_file import write_value_head
+from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
 from megatron_rl.workers.heads import LossFunction
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.starting_weights import SECOND_HEAD
 from megatron_rl.workers.trainable import Optimization, Scorer, TrainableModel
 
 

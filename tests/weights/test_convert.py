@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import megatron_rl
 from megatron_rl.config import ConfigError
@@ -45,6 +46,16 @@ def test_to_megatron_and_back_is_bitwise(architecture: Architecture, tmp_path) -
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "back"}
+
+
+def test_a_reward_model_stays_the_classifier_that_it_is(tmp_path) -> None:
+    full = hf_folder(replace(LLAMA, score_head=True), tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    convert(tmp_path / "megatron", tmp_path / "back", "hf")
+    found = read_files(tmp_path / "back")
+    assert sorted(found) == sorted(full)
+    assert all(torch.equal(found[name], full[name]) for name in full)
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")).__name__.startswith("Llama")
 
 
 def test_a_real_model_keeps_its_tokenizer_and_its_words(stories_model, tmp_path) -> None:
