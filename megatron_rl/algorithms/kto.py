@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,10 +14,11 @@ from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mask, sequence_average
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.mismatch import exchange_responses
-from megatron_rl.algorithms.moments import masked_moments
+from megatron_rl.algorithms.moments import masked_moments, sum_over_replicas
 from megatron_rl.algorithms.offline import OfflineAlgorithm
 from megatron_rl.algorithms.running_mean import RunningMean
 from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 
@@ -68,7 +70,8 @@ class KTO(LabelledAlgorithm):
 
     r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
     the mean log-ratio of *mismatched* responses (neighbours exchange theirs), over the data-parallel world, not below 0
-    and without gradient. A rank with a single sequence has no mismatch to offer and is left out.
+    and without gradient. A rank with a single sequence has no mismatch to offer and is left out; where that is every
+    rank the estimate is refused (as in TRL), since z would be 0 unnoticed.
     """
 
     class Config(LabelledAlgorithm.Config):
@@ -97,8 +100,13 @@ class KTO(LabelledAlgorithm):
         return [*super().forward_stages(), estimate]
 
     def estimate_kl(self, batch: Batch) -> None:
-        """Write ``kl_logratio``, the same number for every sequence of the world."""
+        """Write ``kl_logratio``, the same number for every sequence of the world.
+
+        Raises:
+            ConfigError: no rank has two sequences.
+        """
         assert self.reference is not None
+        require_neighbours(batch.num_sequences, self.dp_group)
         other = exchange_responses(batch)
         self.actor.logprobs(write="logprobs").run(other)
         self.reference.logprobs(write="ref_logprobs").run(other)
@@ -108,6 +116,16 @@ class KTO(LabelledAlgorithm):
         mean = max(masked_moments(ratios, usable, self.dp_group).mean, 0.0)
         batch.sequences["kl_logratio"] = torch.full((batch.num_sequences,), mean)
         batch.metrics["kto/kl"] = mean
+
+
+def require_neighbours(num_sequences: int, group: dist.ProcessGroup | None) -> None:
+    """Raises ConfigError, on every rank, when none has two sequences that could exchange their responses."""
+    crowded = torch.tensor([float(num_sequences > 1)], dtype=torch.float64)
+    if not sum_over_replicas(crowded, group).item():
+        raise ConfigError(
+            "KTO estimates its KL from responses that sequences of one data-parallel rank exchange, but no rank has "
+            "more than one: give each at least 2 (a larger batch, or fewer ranks), or set estimate_kl=False (z = 0)"
+        )
 
 
 @ALGORITHMS.register("bco")

@@ -130,6 +130,9 @@ class OneCallTrainer:
 
         Returns:
             The newest metrics.
+
+        Raises:
+            ConfigError: a batch that the algorithm cannot train on, or settings of the run that cannot work.
         """
         config = self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
         rates = self.settings.optimizer.model_copy(
@@ -144,6 +147,7 @@ class OneCallTrainer:
             resume=resume,
         )
         at = job_context(self.parallel_state, self.parallel, self.settings.seed)
+        self.check_batches(per_device_train_batch_size, at.dp_size)
         loader = self.loader_type(
             self.dataset, per_device_train_batch_size * at.dp_size, at.coordinates.dp, at.dp_size, self.settings.seed
         )
@@ -163,6 +167,9 @@ class OneCallTrainer:
             params={"trainer": type(self).__name__, **self.options, **run.model_dump()},
         )
         return trainer.train()
+
+    def check_batches(self, per_replica: int, dp_size: int) -> None:
+        """Raises ConfigError for batches that the algorithm cannot use; called before any model is loaded."""
 
     def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
         """The model in training: an `Actor`, unless a subclass says otherwise."""
@@ -204,6 +211,18 @@ class KTOTrainer(OneCallTrainer):
 
     algorithm_type, dataset_type, loader_type = KTO, LabelledDataset, CompletionLoader
     pack = staticmethod(pack_completions)
+
+    def check_batches(self, per_replica: int, dp_size: int) -> None:
+        if not self.options.get("estimate_kl", True):
+            return
+        held_out = 2 if self.held_out is None else len(self.held_out) // dp_size
+        counts = {"per_device_train_batch_size": per_replica, "rows of eval_dataset a replica": held_out}
+        for what, count in counts.items():
+            if count < 2:
+                raise ConfigError(
+                    f"KTOTrainer: {what} = {count}, but the KL is estimated from responses that the completions of a "
+                    "replica exchange: give at least 2, or set estimate_kl=False"
+                )
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:
         if self.reference_cache is None or not self.options.get("estimate_kl", True):

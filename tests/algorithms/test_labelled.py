@@ -21,6 +21,7 @@ from algorithms.test_preference import log_sigmoid, sigma, total
 from megatron_rl.algorithms import ALGORITHMS, BCO, KTO
 from megatron_rl.algorithms.mismatch import exchange_responses, partners
 from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
 
 MASKS = [[0, 1, 1, 0], [1], [0, 0], [0, 1, 0, 1, 1], [1, 1, 1], [0]]
@@ -156,11 +157,11 @@ def test_kl_is_the_mean_log_ratio_of_exchanged_responses_and_never_negative(poli
     assert call["sequence_reads"] == ("labels", "kl_logratio")
 
 
-def test_a_single_sequence_offers_no_mismatch():
+def test_a_world_of_single_sequences_is_refused_since_its_kl_would_be_zero_unnoticed():
     algorithm = KTO(actor=TokenCounting("actor", 0.1), reference=TokenCounting("reference", 0.5))
     batch = Batch.from_sequences([[1, 2, 10]], [[0, 0, 1]])
-    algorithm.estimate_kl(batch)
-    assert batch["kl_logratio"].tolist() == [0.0]
+    with pytest.raises(ConfigError, match=r"at least 2 .* or set estimate_kl=False"):
+        algorithm.estimate_kl(batch)
 
 
 def test_kto_without_an_estimate_reads_no_kl():

@@ -51,3 +51,8 @@ def test_an_unknown_option_names_the_nearest(result):
 
 def test_a_data_set_without_the_columns_is_named(result):
     assert "chosen" in result["errors"]["columns"]
+
+
+def test_kto_refuses_batches_in_which_no_responses_can_be_exchanged(result):
+    assert "per_device_train_batch_size = 1, but the KL is estimated" in result["errors"]["kto_batch"]
+    assert "rows of eval_dataset a replica = 1" in result["errors"]["kto_eval"]
