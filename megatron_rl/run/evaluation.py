@@ -8,6 +8,7 @@ from typing import Any
 from megatron_rl.batch import Prompt
 from megatron_rl.rewards import NoReward, Reward, RewardError, share
 from megatron_rl.trainer.agreement import agree_over
+from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor
 
 
@@ -38,8 +39,8 @@ class Evaluation:
         self.sampling = sampling
 
     def __call__(self) -> dict[str, float]:
-        """``eval/reward``, ``eval/num_prompts``, ``eval/response_tokens_mean`` and each part of the reward; the same on
-        all ranks. Collective.
+        """``eval/reward``, ``eval/num_prompts``, ``eval/response_tokens_mean``, ``eval/dropped_fraction``, each part of
+        the reward and what rewards count; the same on all ranks. Collective.
 
         Raises:
             RewardError: a reward failed, or none could be had. Samples without one are left out of the means.
@@ -53,6 +54,7 @@ class Evaluation:
         except Exception as failure:
             error = failure
         agree_over(context)("evaluation", error)
+        counted = self.reward.take_metrics()  # evaluation's own: the next training step starts at 0 again
         scored = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
         sums: dict[str, float] = {"reward": sum(reward for _, reward in scored), "response_tokens_mean": 0.0}
         for sample, _ in scored:
@@ -61,11 +63,13 @@ class Evaluation:
                 sums[part] = sums.get(part, 0.0) + value
         # Every rank of a model replica has the same samples: one of them reports.
         at = context.coordinates
-        report = (sums, len(scored)) if at.tp == at.pp == at.cp == 0 else ({}, 0)
-        reports = context.gather_objects(report)
-        count = sum(number for _, number in reports)
+        first = at.tp == at.pp == at.cp == 0
+        reports = context.gather_objects((sums, len(scored), len(samples), counted) if first else ({}, 0, 0, {}))
+        count, asked = sum(report[1] for report in reports), sum(report[2] for report in reports)
         if count == 0:
             raise RewardError(f"evaluation: reward {self.reward.name!r} could not be had for any sample")
-        names = {name for part, _ in reports for name in part}
-        metrics = {f"eval/{name}": sum(part.get(name, 0.0) for part, _ in reports) / count for name in sorted(names)}
-        return metrics | {"eval/num_prompts": count / self.n}
+        names = {name for report in reports for name in report[0]}
+        means = {name: sum(report[0].get(name, 0.0) for report in reports) / count for name in sorted(names)}
+        means |= {"num_prompts": asked / self.n, "dropped_fraction": 1 - count / asked}
+        means |= reduce_metrics([report[3] for report in reports])
+        return {f"eval/{name}": value for name, value in means.items()}

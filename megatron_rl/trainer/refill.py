@@ -19,6 +19,7 @@ from megatron_rl.batch import Batch, Sample
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.agreement import agree_over
+from megatron_rl.trainer.metrics import join_rounds
 
 Group = list[Sample]
 
@@ -55,12 +56,13 @@ class Refill:
         wanted = len(batch.prompts) * self.context.dp_size
         kept: list[Group] = []
         dropped: list[Group] = []
+        measured: list[dict[str, float]] = []
         rounds, prompts = 0, list(batch.prompts)
         while True:
             part = Batch(prompts=prompts)
             self._one_round(part)
             batch.temperature = part.temperature
-            batch.metrics.update(part.metrics)
+            measured.append(part.metrics)
             good, bad = self._gather(part.samples)
             kept, dropped, rounds = kept + good, dropped + bad, rounds + 1
             if len(kept) >= wanted or rounds >= self.algorithm.max_sampling_rounds:
@@ -69,7 +71,7 @@ class Refill:
         chosen = self._choose(kept, dropped, wanted)
         batch.samples = renumbered(own_share(chosen, self.context.coordinates.dp, self.context.dp_size))
         batch.sequences["rewards"] = torch.tensor([s.reward for s in batch.samples], dtype=torch.float32)
-        batch.metrics |= {
+        batch.metrics |= join_rounds(measured) | {
             "sampling/rounds": float(rounds),
             "sampling/groups_kept": float(len(kept)),
             "sampling/groups_dropped": float(len(dropped)),
@@ -101,7 +103,7 @@ class Refill:
         return good, [group for found in ordered for group in found[1]]
 
     def _choose(self, kept: list[Group], dropped: list[Group], wanted: int) -> list[Group]:
-        """The first ``wanted``; where not even one for each rank was found, dropped ones, whose advantages are 0."""
+        """The first ``wanted``; where not even one for each rank was found, dropped ones, so that no rank is idle."""
         chosen = kept[:wanted]
         return chosen + dropped[: max(0, self.context.dp_size - len(chosen))]
 

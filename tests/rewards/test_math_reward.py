@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.batch import Prompt, Sample
-from megatron_rl.rewards import MathReward, RewardError
+from megatron_rl.rewards import MathReward, NoReward, RewardError
 from megatron_rl.rewards import verifier as verifier_module
 
 pytest.importorskip("math_verify")
@@ -79,9 +79,19 @@ def test_an_endless_comparison_costs_its_limit_and_is_counted() -> None:
     batch = [sample(f"\\boxed{{{MONSTER}}}", "18"), sample(r"\boxed{\frac{36}{2}}", "18")]
     assert reward(batch) == [0.0, 1.0]
     assert time.monotonic() - started < 25
-    assert reward.num_timeouts == 1
     assert batch[0].metadata["math_timeout"] is True
     assert "math_timeout" not in batch[1].metadata
+    assert reward.take_metrics() == {"math/math/timeouts_count": 1.0}
+    assert reward.take_metrics() == {"math/math/timeouts_count": 0.0}
+    reward.close()
+
+
+def test_an_endless_comparison_can_be_dropped_instead_of_counted_as_wrong() -> None:
+    reward = MathReward(MathReward.Config(seconds=1, on_timeout="drop"))
+    endless, right = reward([sample(f"\\boxed{{{MONSTER}}}", "18"), sample(r"\boxed{\frac{36}{2}}", "18")])
+    assert isinstance(endless, NoReward)
+    assert "1.0 s of CPU time" in endless.reason
+    assert right == 1.0
     reward.close()
 
 

@@ -148,6 +148,33 @@ def test_answers_are_kept_on_disk_by_what_was_asked(server: ContractServer, tmp_
     assert len(server.bodies) == 2
 
 
+READINGS = {
+    "http": ("http", {"request": {"q": "{prompt}"}, "path": "low"}, {"path": "high"}),
+    "judge": (
+        "judge",
+        {"model": "j", "criteria": {"correct": "right", "brief": "short"}, "weights": {"correct": 3.0}},
+        {"weights": {"brief": 3.0}},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", READINGS)
+def test_kept_answers_are_those_of_the_same_way_to_read_them(server: ContractServer, tmp_path: Path, case: str) -> None:
+    server.plain["/http"] = lambda body: {"low": -1.0, "high": 1.0}
+    kind, options, other = READINGS[case]
+    url, cache = server.url + ("/http" if kind == "http" else ""), {"cache_dir": str(tmp_path)}
+
+    def reward(**changes: object) -> object:
+        return build_service(url, kind, **options | cache | changes)(samples(1))
+
+    first, second = reward(), reward(**other)
+    assert first != second
+    asked = len(server.bodies)
+    assert (reward(), reward(**other)) == (first, second)
+    assert reward(timeout=5.0, on_failure="drop") == first
+    assert len(server.bodies) == asked
+
+
 def test_identical_texts_are_asked_for_once(server: ContractServer) -> None:
     batch = [samples(1)[0] for _ in range(6)]
     assert build_service(server.url + "/sglang", "sglang")(batch) == pytest.approx([expected(batch)[0]] * 6)

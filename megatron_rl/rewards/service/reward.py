@@ -119,7 +119,7 @@ class ServiceReward(Reward):
     def _outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
         """From the cache where it knows them, otherwise from the service."""
         first: dict[str, Sample] = {}  # identical questions are asked once
-        keys = [answer_key(type(self).__name__, self.config.url + self.endpoint, self.request([s])) for s in samples]
+        keys = [self._key(sample) for sample in samples]
         for key, sample in zip(keys, samples, strict=True):
             first.setdefault(key, sample)
         known = {key: Scored(**answer) for key in first if (answer := self.cache.get(key)) is not None}
@@ -138,6 +138,12 @@ class ServiceReward(Reward):
         )
         self._counts["cache_hits"] += sum(key in known for key in keys)
         return [(known | answered)[key] for key in keys]
+
+    def _key(self, sample: Sample) -> str:
+        """Of everything that the reward depends on: the question, and how the answer is read."""
+        reading = {name for name in type(self.config).model_fields if name not in ServiceConfig.model_fields}
+        options = self.config.model_dump(mode="json", include=reading)
+        return answer_key(type(self).__name__, self.config.url + self.endpoint, self.request([sample]), options)
 
     def take_metrics(self) -> dict[str, float]:
         counted = ("samples", "dropped", "requests", "retries", "cache_hits")
