@@ -222,6 +222,48 @@ def test_an_update_while_requests_run_pauses_them_and_both_versions_are_reported
     assert "/flush_cache" not in two[0].calls
 
 
+def asking_forever(engine: SGLangEngine, servers: list[StandIn], failures: list[BaseException]) -> threading.Thread:
+    """A thread that waits for 6 answers of 2 samples, which never come, and tells how it ended."""
+
+    def ask() -> None:
+        try:
+            engine.generate([[5, 6]] * 6, SamplingParams(n=2, max_tokens=4))
+        except BaseException as error:
+            failures.append(error)
+
+    for server in servers:
+        server.faults.append("hang")
+    asking = threading.Thread(target=ask)
+    asking.start()
+    eventually(lambda: sum(len(server.started_with) for server in servers) == 6)
+    return asking
+
+
+def test_closing_aborts_every_sample_that_runs_and_says_so_to_who_waits(two: list[StandIn]) -> None:
+    failures: list[BaseException] = []
+    engine = loaded_over(*two)
+    asking = asking_forever(engine, two, failures)
+    engine.close()
+    asking.join(20)
+    assert "closed while it generated" in str(failures[0])
+    assert len({*two[0].aborted, *two[1].aborted}) == 12
+
+
+def test_an_interrupt_aborts_every_sample_that_runs_before_it_goes_on(two: list[StandIn]) -> None:
+    failures: list[BaseException] = []
+
+    def interrupted(seconds: float) -> None:
+        if sum(len(server.started_with) for server in two) == 6:
+            raise KeyboardInterrupt
+
+    with loaded_over(*two) as engine:
+        engine.replica.sign_of_life = interrupted  # type: ignore[method-assign]
+        asking_forever(engine, two, failures).join(20)
+        aborted = {*two[0].aborted, *two[1].aborted}
+    assert isinstance(failures[0], KeyboardInterrupt)
+    assert len(aborted) == 12
+
+
 def test_an_update_goes_through_pause_session_version_and_continue(two: list[StandIn]) -> None:
     with loaded_over(two[0]):
         pass

@@ -6,9 +6,10 @@ It sends a request once: who retries, and where, is the engine's business. Endpo
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Literal
 
 import httpx
@@ -23,6 +24,8 @@ PauseMode = Literal["abort", "retract", "in_place"]
 OLDEST_VERSION, NEWEST_VERSION = (0, 5, 21), (0, 6, 0)
 SUPPORTED_VERSIONS = "0.5.21 or later, before 0.6"
 CONTROL_SECONDS = 60.0
+ABORT_SECONDS = 5.0
+EVENT, LAST_EVENT = "data: ", "data: [DONE]"  # of a stream
 BODY_EXCERPT = 300  # characters of an answer that an error quotes
 
 
@@ -71,12 +74,15 @@ class SGLangClient:
             answer = await self._http.request(method, path, json=body, timeout=httpx.Timeout(timeout, connect=10.0))
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
+        self._check(path, answer)
+        return answer.content
+
+    def _check(self, path: str, answer: httpx.Response) -> None:
         text = answer.text[:BODY_EXCERPT]
         if answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
             raise ServerError(f"{self.url}{path} answered {answer.status_code}: {text}")
         if answer.is_error:
             raise RequestError(f"{self.url}{path} answered {answer.status_code}: {text}")
-        return answer.content
 
     async def post(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Any:
         """The JSON of the answer; ServerError where it is none."""
@@ -113,10 +119,28 @@ class SGLangClient:
         """/generate, as it is: the caller writes the body and reads the answer."""
         return await self.post("/generate", body, self.timeout)
 
+    async def stream(self, body: Json) -> AsyncGenerator[Json, None]:
+        """/generate with ``stream``: each event as it comes.
+
+        Raises:
+            ServerError, RequestError: as `send`; also in the middle, when the connection breaks.
+        """
+        path, limit = "/generate", httpx.Timeout(self.timeout, connect=10.0)
+        try:
+            async with self._http.stream("POST", path, json=body, timeout=limit) as answer:
+                if answer.is_error:
+                    await answer.aread()
+                    self._check(path, answer)
+                async for line in answer.aiter_lines():
+                    if line.startswith(EVENT) and line != LAST_EVENT:
+                        yield _record(self._parse(path, line.removeprefix(EVENT).encode()), self.url)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
+
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Give requests up; unknown ones do no harm."""
-        for request_id in request_ids:
-            await self.send("POST", "/abort_request", {"rid": request_id, "abort_all": False}, timeout=5.0)
+        bodies = [{"rid": request_id, "abort_all": False} for request_id in request_ids]
+        await asyncio.gather(*(self.send("POST", "/abort_request", body, ABORT_SECONDS) for body in bodies))
 
     async def pause(self, mode: PauseMode) -> None:
         """Stop generating. retract: running requests wait anew, their cache can be flushed; in_place: they keep their

@@ -1,7 +1,8 @@
 """`Dispatcher`: every request is answered exactly once, by one of the servers.
 
 A request is one coroutine that tries one server at a time and takes the first whole answer; so it can neither be lost
-nor counted twice, whatever servers do.
+nor counted twice, whatever servers do. What ends without its answer is aborted on its server, by its name, whether the
+caller was interrupted, another request failed or the engine is closed: nobody generates what nobody will read.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from megatron_rl.rollout.base import Completion
-from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
+from megatron_rl.rollout.sglang.client import ABORT_SECONDS, RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.generation import OutdatedWeightsError, Request, read_completions, request_body
 from megatron_rl.rollout.sglang.membership import Member, Membership
 from megatron_rl.rollout.sglang.routing import State, choose
+from megatron_rl.rollout.sglang.streaming import KnownVersions, StreamedAnswer
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +31,13 @@ class Dispatcher:
 
     Args:
         separate_caches: give each version of the weights prefixes of its own, where a server's cache survives updates.
+        stream: keep the tokens of a server that fails, see `streaming`.
     """
 
-    def __init__(self, membership: Membership, separate_caches: bool) -> None:
-        self.membership, self.separate_caches = membership, separate_caches
-        self._chores: set[asyncio.Task[None]] = set()
+    def __init__(self, membership: Membership, separate_caches: bool, stream: bool = False) -> None:
+        self.membership, self.separate_caches, self.stream = membership, separate_caches, stream
+        self._calls: set[asyncio.Task[None]] = set()  # of `answer_all`
+        self._aborts: set[asyncio.Task[None]] = set()
 
     async def answer_all(self, requests: Sequence[Request], emit: Emit) -> None:
         """Answer every request; ``emit`` is called once for each, in any order.
@@ -42,14 +46,30 @@ class Dispatcher:
             RuntimeError: a request failed on every attempt, or no server came back in time.
             ValueError: a server refused a request as wrong.
         """
-        async with self.membership.watched() as watch:
-            work = asyncio.create_task(self._answer_all(requests, emit))
-            try:
-                await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
-                await (work if work.done() else watch)
-            finally:
-                work.cancel()
-                await asyncio.gather(work, return_exceptions=True)
+        call = asyncio.current_task()
+        assert call is not None
+        self._calls.add(call)
+        try:
+            async with self.membership.watched() as watch:
+                work = asyncio.create_task(self._answer_all(requests, emit))
+                try:
+                    await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+                    await (work if work.done() else watch)
+                finally:
+                    work.cancel()
+                    await asyncio.gather(work, return_exceptions=True)
+        except BaseException:
+            if self._aborts:  # of the requests that ran
+                await asyncio.wait(self._aborts, timeout=ABORT_SECONDS)
+            raise
+        finally:
+            self._calls.discard(call)
+
+    async def settled(self) -> None:
+        """Return when calls of `answer_all` that were cancelled have ended and their requests are aborted."""
+        ending = {call for call in self._calls if call.cancelling()}
+        if ending:
+            await asyncio.wait(ending, timeout=2 * ABORT_SECONDS)
 
     async def _answer_all(self, requests: Sequence[Request], emit: Emit) -> None:
         try:
@@ -61,11 +81,12 @@ class Dispatcher:
 
     async def _answer(self, request: Request, emit: Emit) -> None:
         patience, failed_on = self.membership.patience, list[Member]()
+        streamed = StreamedAnswer(request) if self.stream else None
         pause = patience.first_pause
         for attempt in range(1, patience.attempts + 1):
             member = await self._acquire(len(request.seeds), failed_on)
             try:
-                completions = await self._attempt(member, request)
+                completions = await self._attempt(member, request, streamed)
             except ServerError as error:
                 failed_on.append(member)
                 logger.warning("attempt %d on prompt %d failed: %s", attempt, request.index, error)
@@ -97,19 +118,28 @@ class Dispatcher:
                 if membership.serving and not membership.of(State.READY):
                     raise RuntimeError(f"no server was ready for {patience:.0f} s: {membership.describe()}") from None
 
-    async def _attempt(self, member: Member, request: Request) -> list[Completion]:
+    async def _attempt(self, member: Member, request: Request, streamed: StreamedAnswer | None) -> list[Completion]:
         """One try on one server. What is left of it there when it fails is aborted, and the server is looked at."""
         membership, client = self.membership, member.client
         begun = len(membership.versions) - 1
         request_ids = [uuid.uuid4().hex for _ in request.seeds]
         cache_key = f"weights-{membership.version}" if self.separate_caches else None
-        work = asyncio.create_task(client.generate(request_body(request, request_ids, cache_key)))
+
+        def known() -> list[int]:
+            return membership.versions[begun:]
+
+        if streamed is None:
+            work = asyncio.create_task(_ask(client, request, request_ids, cache_key, known))
+        else:
+            work = asyncio.create_task(streamed.ask(client, request_ids, cache_key, known))
         given_up = asyncio.create_task(member.given_up.wait())
         try:
             await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise ServerError(f"{client.url} was given up while prompt {request.index} ran there")
-            return read_completions(work.result(), request, membership.versions[begun:])
+            completions = work.result()
+            request_ids = []  # nothing to abort
+            return completions
         except OutdatedWeightsError as error:
             member.held = None
             await membership.mark(member, State.OUTDATED, str(error))
@@ -118,21 +148,29 @@ class Dispatcher:
             if member.state is State.READY:
                 await membership.mark(member, State.DOWN, str(error))  # until it is known to be well
                 await membership.examine(member)
-            self._chore(client, request_ids)
             raise
         finally:
             given_up.cancel()
-            if not work.done():
-                work.cancel()
-                self._chore(client, request_ids)
+            work.cancel()
+            if request_ids:  # before anything is awaited: who is cancelled twice does not come back from there
+                self._abort(client, request_ids)
+            await asyncio.wait({work})  # what had come is kept by then
 
-    def _chore(self, client: SGLangClient, request_ids: Sequence[str]) -> None:
-        """Abort requests on the side; the server may be gone."""
+    def _abort(self, client: SGLangClient, request_ids: Sequence[str]) -> None:
+        """On the side; the server may be gone."""
 
         async def abort() -> None:
             with contextlib.suppress(ServerError, RequestError, RuntimeError):
                 await client.abort(request_ids)
 
         task = asyncio.create_task(abort())
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
+
+
+async def _ask(
+    client: SGLangClient, request: Request, request_ids: Sequence[str], cache_key: str | None, known: KnownVersions
+) -> list[Completion]:
+    """The answer of one server, in one piece."""
+    answer = await client.generate(request_body(request, request_ids, cache_key))
+    return read_completions(answer, request, known())

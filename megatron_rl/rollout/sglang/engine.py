@@ -100,7 +100,7 @@ class SGLangEngine(RolloutEngine):
                 self.options, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
             )
         self._membership = Membership(members, self.options.patience, self.replica.tp)
-        self._dispatcher = Dispatcher(self._membership, separate_caches=self.options.pause == "in_place")
+        self._dispatcher = Dispatcher(self._membership, self.options.pause == "in_place", self.options.stream)
         self._delivery = DELIVERIES[self.options.delivery](
             loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.options.delivery_options
         )
@@ -249,8 +249,11 @@ class SGLangEngine(RolloutEngine):
                 if self._membership.serving and self._membership.of(State.OUTDATED):
                     self._redeliver()
             work.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError("the engine was closed while it generated") from None
         except BaseException:
             work.cancel()
+            self._loop.run(self._dispatcher.settled())  # nobody generates on, whatever comes next
             raise
 
     def _redeliver(self) -> None:
@@ -308,8 +311,8 @@ class SGLangEngine(RolloutEngine):
 
     def close(self) -> None:
         with self._closing:
+            self._loop.close()  # first: it aborts what runs, and would start servers again that are gone
             for member in self._membership.members:
                 if member.server is not None:
                     member.server.close()
-            self._loop.close()
             self._folder.cleanup()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import base64
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 
@@ -19,6 +19,9 @@ from megatron_rl.rollout.base import Completion, FinishReason, SamplingParams
 from megatron_rl.rollout.sglang.client import Json, ServerError
 
 SEED_BITS = 31  # servers hold seeds in signed integers
+ANSWER_FAULTS = (KeyError, TypeError, ValueError, IndexError)  # what reading something else than an answer raises
+
+T = TypeVar("T")
 
 
 class OutdatedWeightsError(ServerError):
@@ -90,14 +93,24 @@ def read_completions(answer: Any, request: Request, known_versions: Collection[i
     if len(results) != len(request.seeds):
         raise ServerError(f"{len(results)} results for {len(request.seeds)} samples of prompt {request.index}")
     try:
-        return [_completion(result, request, known_versions) for result in results]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+        return [read_completion(result, request, known_versions) for result in results]
+    except ANSWER_FAULTS as error:
         raise ServerError(
             f"the answer to prompt {request.index} is not one of /generate ({type(error).__name__}: {error})"
         ) from error
 
 
-def _completion(result: Mapping[str, Any], request: Request, known_versions: Collection[int]) -> Completion:
+def check_versions(request: Request, versions: Iterable[str], known_versions: Collection[int]) -> None:
+    """Raises OutdatedWeightsError unless ``versions`` are known ones."""
+    strange = set(versions) - set(map(str, known_versions))
+    if strange:
+        raise OutdatedWeightsError(
+            f"prompt {request.index} was answered by weights {sorted(strange)}, expected {sorted(known_versions)}"
+        )
+
+
+def read_completion(result: Mapping[str, Any], request: Request, known_versions: Collection[int]) -> Completion:
+    """One sample of an answer; see `read_completions`. What is not an answer raises one of ANSWER_FAULTS, too."""
     meta = result["meta_info"]
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
@@ -108,11 +121,7 @@ def _completion(result: Mapping[str, Any], request: Request, known_versions: Col
     if len(tokens) > request.params.max_tokens:
         raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, at most {request.params.max_tokens} wanted")
     spans = _spans(meta, len(tokens))
-    strange = {version for version, _ in spans} - set(map(str, known_versions))
-    if strange:
-        raise OutdatedWeightsError(
-            f"prompt {request.index} was answered by weights {sorted(strange)}, expected {sorted(known_versions)}"
-        )
+    check_versions(request, (version for version, _ in spans), known_versions)
     length, stopped = _cut(tokens, request)
     logprobs = [math.nan if triple[0] is None else float(triple[0]) for triple in triples[:length]]
     if not all(map(math.isfinite, logprobs)):
@@ -120,7 +129,7 @@ def _completion(result: Mapping[str, Any], request: Request, known_versions: Col
             f"prompt {request.index}: log-probabilities are not finite, so the weights of version {spans[-1][0]} give "
             f"NaN or infinite logits: look at the last update's loss and gradient norm"
         )
-    kept = _shorten([(int(version), count) for version, count in spans], length)
+    kept = shorten([(int(version), count) for version, count in spans], length)
     finish: FinishReason = "stop" if stopped or reason["type"] == "stop" else "length"
     return Completion(tokens[:length], logprobs, finish, kept[-1][0], kept, _metadata(meta, request, length))
 
@@ -143,10 +152,10 @@ def _cut(tokens: Sequence[int], request: Request) -> tuple[int, bool]:
     return (len(tokens), False) if first is None else (first + 1, True)
 
 
-def _shorten(spans: Sequence[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    starts = itertools.accumulate((count for _, count in spans), initial=0)
-    cut = [(version, min(count, length - start)) for (version, count), start in zip(spans, starts, strict=False)]
-    return [(version, count) for version, count in cut if count > 0]
+def shorten(spans: Sequence[tuple[T, int]], length: int) -> list[tuple[T, int]]:
+    """(version, token count) runs of the first ``length`` tokens; neighbours of one version are one run."""
+    of_tokens = itertools.islice((version for version, count in spans for _ in range(count)), length)
+    return [(version, len(list(run))) for version, run in itertools.groupby(of_tokens)]
 
 
 def _metadata(meta: Mapping[str, Any], request: Request, length: int) -> dict[str, Any]:

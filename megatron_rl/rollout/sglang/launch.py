@@ -16,6 +16,8 @@ from megatron_rl.rollout.sglang.options import SGLangOptions
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.server import SGLangServer
 
+STREAM_INTERVAL = 16  # tokens of a sample between two chunks
+
 
 def build_members(
     options: SGLangOptions,
@@ -74,6 +76,9 @@ def _arguments(
     arguments: dict[str, str | int | float | bool] = {}
     if device.index is not None:
         arguments["base-gpu-id"] = device.index  # the replica's ranks are neighbours, so are their GPUs
+    if options.stream:
+        # Only what is new, and not at each token: every chunk costs the server and us a millisecond's work.
+        arguments |= {"incremental-streaming-output": True, "stream-interval": STREAM_INTERVAL}
     if options.memory_saver:
         arguments["enable-memory-saver"] = True
     if options.return_routed_experts:

@@ -35,6 +35,9 @@ class SGLangOptions(ConfigRecord):
     """Tries of one request, over all servers, before the run ends with an error."""
     recovery_timeout: float = Field(default=900.0, gt=0)
     """Seconds that requests wait for a server to come back when none serves."""
+    stream: bool = False
+    """Have servers send tokens as they come, so that those of a server that fails are kept and another one goes on
+    behind them; for long responses. See docs/sglang.md."""
     health_interval: float = Field(default=30.0, gt=0)
     """Seconds between looks at servers that work on requests; one that fails two in a row is given up."""
     return_routed_experts: bool = False
