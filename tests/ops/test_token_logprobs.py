@@ -175,7 +175,7 @@ def test_tiles_and_what_is_kept_of_them_change_nothing(name, masked, kept_tiles,
     module = importlib.import_module(f"megatron_rl.ops.token_logprobs.{name}")
     for height in (16, 37):  # several tiles of tokens, and one
         tile = 64 * height  # 64 rows is the least a tile takes: 300 rows make five
-        tiling = Tiling(tile_bytes=4 * tile, tile_tokens=height, keep_bytes=4 * tile * kept_tiles)
+        tiling = Tiling(4 * tile, height, keep_bytes=4 * tile * kept_tiles, keep_half_bytes=2 * tile * kept_tiles)
         monkeypatch.setattr(vars(module)[TILED[name]], "tiling", tiling)
         p = problem(vocab=300, rows=320, temperature=0.7)
         if masked:

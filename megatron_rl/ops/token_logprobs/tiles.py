@@ -20,11 +20,12 @@ from megatron_rl.ops.token_logprobs.differentiable import NOTHING, Shard, Softma
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Sizes in bytes of fp32 logits, and tokens."""
+    """Sizes of what exists at a time."""
 
-    tile_bytes: int  # logits that exist at once
+    tile_bytes: int  # logits of a tile, counted in fp32
     tile_tokens: int  # tokens of a tile, where the caller does not say
-    keep_bytes: int  # logits kept for the backward pass
+    keep_bytes: int  # fp32 logits kept for the backward pass
+    keep_half_bytes: int  # the same in half precision, whose weight gradients leave more room
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,6 @@ class TiledKernels(ABC):
 
     def __init__(self) -> None:
         self.kept: dict[tuple[int, int], Tensor] = {}  # by first token and first row of the tile
-        self.tokens = 0  # of the forward pass
         self.height = 1  # tokens of a tile
         self.width = 1  # rows of a tile; the backward pass must cut as the forward pass did
 
@@ -62,16 +62,16 @@ class TiledKernels(ABC):
 
     def statistics(self, shard: Shard, keep: bool) -> Statistics:
         hidden, weight, request = shard.hidden, shard.weight, shard.request
-        tokens = self.tokens = hidden.shape[0]
+        tokens = hidden.shape[0]
         self.height = max(1, min(tokens, request.chunk_tokens or self.tiling.tile_tokens))
         self.width = max(64, self.tiling.tile_bytes // (4 * self.height))
         nothing = torch.full((tokens,), NOTHING, dtype=torch.float32, device=hidden.device)
         found = Statistics(nothing, *torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device))
-        room = self.tiling.keep_bytes if keep else 0
+        room = self._room(hidden.dtype) if keep else 0
         for tile in self._tiles(shard):
             logits = self.product(hidden[tile.tokens], weight[tile.rows])
             self.accumulate(Statistics(*(field[tile.tokens] for field in found)), logits, tile, request.with_entropy)
-            room -= logits.numel() * 4
+            room -= logits.nbytes
             if room >= 0:
                 self.kept[tile.tokens.start, tile.rows.start] = logits
         return found
@@ -94,16 +94,26 @@ class TiledKernels(ABC):
                 grad_weight[tile.rows] = part
         return grad_hidden.to(hidden.dtype), grad_weight
 
+    def _room(self, dtype: torch.dtype) -> int:
+        return self.tiling.keep_bytes if dtype.itemsize == 4 else self.tiling.keep_half_bytes
+
     def _logits(self, shard: Shard, tile: Tile, active: Tensor | None) -> Tensor:
         """Undivided logits of one tile, free to be overwritten."""
-        kept = self.kept.get((tile.tokens.start, tile.rows.start))
-        if kept is not None and active is None:
-            return kept.clone()  # the backward pass may come twice
-        if kept is not None and self.tokens <= self.height:
-            assert active is not None
-            return kept[active]
-        # Without its gradient-less tokens the tile holds others than the kept one.
-        return self.product(shard.hidden[tile.tokens], shard.weight[tile.rows])
+        if active is None:
+            kept = self.kept.get((tile.tokens.start, tile.rows.start))
+            kept = None if kept is None else kept.clone()  # the backward pass may come twice
+        else:
+            kept = self._kept_of(active[tile.tokens], tile.rows.start)
+        return self.product(shard.hidden[tile.tokens], shard.weight[tile.rows]) if kept is None else kept
+
+    def _kept_of(self, tokens: Tensor, first_row: int) -> Tensor | None:
+        """A copy of the logits of ``tokens``, ascending numbers of the forward pass; None if not all were kept."""
+        if (0, first_row) not in self.kept:
+            return None
+        first, last = (int(tokens[place]) // self.height * self.height for place in (0, -1))
+        parts = [self.kept.get((start, first_row)) for start in range(first, last + 1, self.height)]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found)[tokens - first] if len(found) == len(parts) else None
 
     def _tiles(self, shard: Shard) -> Iterator[Tile]:
         tokens, temperature = shard.hidden.shape[0], shard.request.temperature

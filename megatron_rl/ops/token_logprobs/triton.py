@@ -84,7 +84,7 @@ def gradient_rows(
 class TritonKernels(TiledKernels):
     """Tiles large enough to keep a GPU's matrix units busy."""
 
-    tiling = Tiling(tile_bytes=512 * 2**20, tile_tokens=8192, keep_bytes=256 * 2**20)
+    tiling = Tiling(tile_bytes=512 * 2**20, tile_tokens=8192, keep_bytes=256 * 2**20, keep_half_bytes=128 * 2**20)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right.t()
