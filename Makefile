@@ -89,10 +89,10 @@ test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own fun
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
 
 bench-rollout: $(SGLANG)/.ready
-bench-rollout: BENCH_ARGS += --sglang $(SGLANG)/bin/python
+bench-rollout: override BENCH_ARGS += --sglang $(SGLANG)/bin/python
 
 bench-train bench-dpo: $(TRL)/.ready
-bench-train bench-dpo: BENCH_ARGS += --trl $(TRL)/bin/python
+bench-train bench-dpo: override BENCH_ARGS += --trl $(TRL)/bin/python
 
 $(BENCHES): bench-%: $(READY)
 	$(BIN)/python tools/bench_$*.py $(BENCH_ARGS)
