@@ -22,8 +22,8 @@ class DPO(PairwiseAlgorithm):
     """Direct Preference Optimization (arXiv 2305.18290) with any loss of `PAIR_LOSSES`, or a weighted mixture of them.
 
     Log-probabilities are sums over response tokens. Pairs count equally; one whose both responses are empty counts
-    not at all. For bco_pair, the running mean reward is that of the steps *before* this one (TRL's includes the batch
-    at hand), so that it does not depend on micro-batches or ranks.
+    not at all. bco_pair is shifted by the running mean reward of the steps *before* this one, so that it depends
+    neither on micro-batches nor on ranks (TRL 1.16 does not shift it at all).
     """
 
     class Config(OfflineAlgorithm.Config, PairSettings):

@@ -56,6 +56,12 @@ class LabelledAlgorithm(OfflineAlgorithm):
         metrics = {f"loss/{self.name}": answered_metric(inputs, per_sequence), **label_metrics(inputs, rewards, labels)}
         return LossOutput(sequence_average(inputs, per_sequence), metrics, of_sequences=True)
 
+    def optimize_actor(self, batch: Batch) -> dict[str, float]:
+        return with_margins(super().optimize_actor(batch))
+
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        return with_margins(super().evaluate(batch))
+
     def forward_stages(self) -> list[Stage]:
         if self.config.precomputed_reference:
             return []
@@ -130,10 +136,11 @@ def require_neighbours(num_sequences: int, group: dist.ProcessGroup | None) -> N
 
 @ALGORITHMS.register("bco")
 class BCO(LabelledAlgorithm):
-    """Binary Classifier Optimization (arXiv 2404.04656, section 3): -log sigmoid(+-(r - d)), d the mean reward.
+    """Binary Classifier Optimization (arXiv 2404.04656, section 3): -log sigmoid(+-(r - d)), d a mean reward.
 
-    d is the running mean of the mean of both classes' rewards over the steps *before* this one (TRL's includes the
-    batch at hand), so that it does not depend on micro-batches or ranks. No density-ratio weights.
+    d is the running mean, over the steps *before* this one, of the mean reward of all responses of a step, so that it
+    depends neither on micro-batches nor on ranks. Classes count by their size (in the paper each counts half, the same
+    where they are balanced). No density-ratio weights.
     """
 
     class Config(LabelledAlgorithm.Config):
@@ -162,8 +169,17 @@ class BCO(LabelledAlgorithm):
         self.mean_reward.load_state_dict(state["mean_reward"])
 
 
+def with_margins(metrics: dict[str, float]) -> dict[str, float]:
+    """The metrics and, where responses of both classes were there, ``rewards/margins``: by how much the mean reward of
+    the desirable ones exceeds that of the others (as TRL's KTOTrainer logs it)."""
+    if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
+        metrics = metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
+    return metrics
+
+
 def label_metrics(inputs: LossInputs, rewards: Tensor, labels: Tensor) -> dict[str, Mean]:
-    """Mean rewards of the desirable (chosen) and undesirable (rejected) responses, and of all."""
+    """Mean rewards of the desirable (chosen) and undesirable (rejected) responses, and of all; ``accuracies`` is the
+    share whose reward has the sign of its label."""
     present = answered(inputs)
     kind = rewards.dtype
     return {

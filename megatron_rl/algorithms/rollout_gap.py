@@ -74,12 +74,15 @@ def explain(metrics: Mapping[str, float], check: WeightCheck) -> str:
     """The cause of a gap, as far as it is known, and what to look at.
 
     Args:
+        metrics: of a step; parts of the gap are missing where no token belongs to them.
         check: whether the engines hold the weights that they were given: knowledge, where the figures only hint.
     """
     if check.faults:
         return f"wrong or mixed weights: {'; '.join(check.faults)}"
-    kl, fresh, first = (metrics[f"mismatch/kl{part}"] for part in ("", "_fresh", "_fresh_first_token"))
-    stale_share = metrics["mismatch/stale_fraction"] * metrics["mismatch/kl_stale"] / max(kl, 1e-30)
+    kl, fresh, first, stale = (
+        metrics.get(f"mismatch/kl{part}", 0.0) for part in ("", "_fresh", "_fresh_first_token", "_stale")
+    )
+    stale_share = metrics["mismatch/stale_fraction"] * stale / max(kl, 1e-30)
     figures = f"{fresh:.4f} on tokens of the newest weights, {first:.4f} on the first ones of responses"
     if stale_share > 0.5:
         part = metrics["mismatch/stale_fraction"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class RunningMean:
-    """0 before the first update; every step counts the same (as TRL's ``RunningMoments`` with equal batches)."""
+    """0 before the first update; every step counts the same, whatever the size of its batch."""
 
     def __init__(self) -> None:
         self.value = 0.0

@@ -130,19 +130,20 @@ class TrainableModel(ScoringModel):
         return self._with_total(results), float(norm or 0.0)
 
     def _totals(self, batch: Batch, groups: Sequence[int] | None) -> Totals:
-        """Global counts. A mask position is trained on where some position predicts it: never a sequence's first."""
+        """Global counts of what is trained on; an empty sequence or group counts not at all. A mask position is trained
+        on where some position predicts it: never a sequence's first."""
         mask = batch.tokens["response_mask"].clone()
         starts = batch.cu_seqlens[:-1]
         mask[starts[starts < mask.numel()]] = False
         per_sequence = torch.zeros(batch.num_sequences).index_add(0, batch.sequence_ids, mask.float())
-        counts = torch.tensor(
-            [float(mask.sum()), float((per_sequence > 0).sum()), float(len(set(groups)) if groups else 0)],
-            dtype=torch.float64,
-        ).to(self.model.device)
+        trained = per_sequence > 0
+        units = {group for group, kept in zip(groups or (), trained.tolist(), strict=False) if kept}
+        counts = torch.tensor([float(mask.sum()), float(trained.sum()), float(len(units))], dtype=torch.float64)
+        counts = counts.to(self.model.device)
         if self.model.context.grid.dp > 1:
             dist.all_reduce(counts, group=self.model.context.dp_group)
-        tokens, sequences, units = counts.tolist()
-        return Totals(tokens=max(tokens, 1.0), sequences=max(sequences, 1.0), groups=max(units, 1.0))
+        tokens, sequences, num_units = counts.tolist()
+        return Totals(tokens=max(tokens, 1.0), sequences=max(sequences, 1.0), groups=max(num_units, 1.0))
 
     def _require_finite(self, value: float, what: str) -> None:
         bad = torch.tensor(0.0 if math.isfinite(value) else 1.0, device=self.model.device)
@@ -156,7 +157,8 @@ class TrainableModel(ScoringModel):
             )
 
     def _reduce(self, collected: Sequence[dict[str, Mean]]) -> dict[str, float]:
-        """Metrics over all ranks that computed some: the last stage, one rank of each tensor-parallel group."""
+        """Metrics over all ranks that computed some: the last stage, one rank of each tensor-parallel group. A mean of
+        nothing is left out: 0 would be taken for a measurement."""
         sums: dict[str, list[float]] = {}
         if self.model.context.coordinates.tp == 0:
             for metrics in collected:
@@ -166,7 +168,7 @@ class TrainableModel(ScoringModel):
         for part in self.model.context.gather_objects(sums):
             for name, (total, weight) in part.items():
                 _add(merged, name, total, weight)
-        return {name: total / weight if weight else 0.0 for name, (total, weight) in sorted(merged.items())}
+        return {name: total / weight for name, (total, weight) in sorted(merged.items()) if weight}
 
 
 def _add(sums: dict[str, list[float]], name: str, total: float, weight: float) -> None:
