@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices.process_lifetime import die_with_parent
+from megatron_rl.models.adapter import SUFFIX, merged
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.reshard.layout import Shard
 
@@ -82,7 +83,8 @@ class CheckpointReader:
         return self._stored("embedding.word_embeddings.weight").properties.dtype
 
     def read(self, shard: Shard) -> Tensor:
-        """The tensor of a shard of the one-rank layout, named as the local spec names it.
+        """The tensor of a shard of the one-rank layout, named as the local spec names it; its adapter, if it has one,
+        merged.
 
         Raises:
             ConfigError: the checkpoint lacks it, or has it in another shape.
@@ -95,8 +97,22 @@ class CheckpointReader:
                         f"{self.folder}: {key} has shape {list(sizes)}, but {shard.name} of the config has "
                         f"{list(shard.shape)}: the config belongs to another model"
                     )
-                return self._read(Stored(key, index), shard.shape)
+                return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
         raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it was written by a run that trained adapters."""
+        return any(f"{SUFFIX}." in key for key in self.tensors)
+
+    def _with_adapter(self, key: str, place: tuple[int, ...], weight: Tensor) -> Tensor:
+        prefix = key.removesuffix(".weight") + SUFFIX
+        if f"{prefix}.a" not in self.tensors:
+            return weight
+        names = [f"{prefix}.{part}" for part in ("a", "b", "scale")]
+        shapes = [tuple(self._stored(name).size)[len(place) :] for name in names]
+        a, b, scale = (self._read(Stored(name, place), shape) for name, shape in zip(names, shapes, strict=True))
+        return merged(weight, a, b, float(scale))
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:

@@ -127,12 +127,17 @@ def load_megatron_checkpoint(model: MegatronModel, folder: Path) -> bool:
         As `fill_model`.
 
     Raises:
-        ConfigError: there is no checkpoint in ``folder``.
+        ConfigError: there is no checkpoint in ``folder``, or it is that of a run with adapters.
     """
     if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
         raise ConfigError(
             f"{folder} holds no Megatron distributed checkpoint: expected a folder that "
             "megatron.core.dist_checkpointing.save wrote"
+        )
+    if CheckpointReader(folder).has_adapters:
+        raise ConfigError(
+            f"{folder} is the checkpoint of a run that trained adapters (LoRA): `megatron-rl convert {folder} FOLDER "
+            "--to hf` merges them into the weights; start from that folder"
         )
     own = OUTPUT_LAYER if model.value_head else SECOND_HEAD if model.second_head else None
     stored = None if own is None else _stored_head(CheckpointReader(folder).tensors)

@@ -1,0 +1,269 @@
+"""Adapters on one rank: values and gradients against plain torch, what is allocated, refused and exported."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from models.oracle import LLAMA, QWEN3_MOE
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture
+from megatron_rl.models.adapter import merged
+from megatron_rl.models.builder import build_model, transformer_config
+from megatron_rl.models.hf_config import hf_config_from
+from megatron_rl.models.lora import LoraSettings, add_adapters
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.workers import Actor, Reference
+from megatron_rl.workers.loss import LossInputs, LossOutput
+from megatron_rl.workers.optimizer import OptimizerSettings
+
+SMALL = replace(LLAMA, num_layers=2, hidden=32, ffn=48, num_kv_heads=4, head_dim=4)
+LORA = {"rank": 3, "alpha": 4.5}
+SCALE = 1.5
+
+
+@pytest.fixture(scope="module")
+def context() -> ParallelContext:
+    return ParallelContext.create(ParallelSizes(), seed=1)
+
+
+class Tokenizer(SimpleNamespace):
+    """As little of a tokenizer as an actor needs."""
+
+    pad_token_id, eos_token_id, bos_token_id, pad_token, eos_token = 0, 2, 1, "p", "e"
+
+    def __len__(self) -> int:
+        return 50
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Nothing to save."""
+
+
+def random_hf(architecture: Architecture, seed: int = 2) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config_from(architecture, dtype="float32")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+def lora_actor(context: ParallelContext, architecture: Architecture = SMALL, **overrides: Any) -> Actor:
+    optimizer = overrides.pop("optimizer", OptimizerSettings(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
+    settings = Actor.Config(**{"lora": LORA, "optimizer": optimizer} | overrides)
+    actor = Actor(random_hf(architecture), Tokenizer(), context=context, settings=settings)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for adapter in actor.model.adapters.values():
+            adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator) * 0.1)
+    return actor
+
+
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(7)
+    rows = [torch.randint(3, 50, (length,), generator=generator).tolist() for length in (5, 9, 2, 12)]
+    made = Batch.from_sequences(rows, [[0] + [1] * (len(row) - 1) for row in rows])
+    made.tokens["weights"] = torch.rand(28, generator=generator)
+    return made
+
+
+def weighted(inputs: LossInputs) -> LossOutput:
+    return LossOutput(-(inputs.logprobs * inputs.fields["weights"] * inputs.mask).sum(), {})
+
+
+def hf_deltas(a: Architecture, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Update of each Hugging Face weight, from the fused layers' A and B, by view and chunk."""
+    deltas = {}
+    for layer in range(a.num_layers):
+        hf, own = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+
+        def delta(module: str, own: str = own) -> Tensor:
+            return SCALE * parameters[own + module + ".b"] @ parameters[own + module + ".a"]
+
+        groups = delta("self_attention.linear_qkv").view(a.num_kv_heads, -1, a.head_dim, a.hidden)
+        heads = a.num_heads // a.num_kv_heads
+        for letter, part in zip("qkv", groups.split([heads, 1, 1], dim=1), strict=True):
+            deltas[f"{hf}self_attn.{letter}_proj.weight"] = part.reshape(-1, a.hidden)
+        deltas[f"{hf}self_attn.o_proj.weight"] = delta("self_attention.linear_proj")
+        gate, up = delta("mlp.linear_fc1").chunk(2)
+        deltas |= {f"{hf}mlp.gate_proj.weight": gate, f"{hf}mlp.up_proj.weight": up}
+        deltas[f"{hf}mlp.down_proj.weight"] = delta("mlp.linear_fc2")
+    return deltas
+
+
+def adapters_of(actor: Actor) -> dict[str, torch.nn.Parameter]:
+    found = actor.model.adapters.values()
+    return {f"{x.layer_name}.{letter}": getattr(x, letter) for x in found for letter in "ab"}
+
+
+def plain_logprobs(actor: Actor, parameters: dict[str, Tensor]) -> Tensor:
+    """Float64 log-probabilities of the batch's tokens in plain torch, 0 at each sequence's first."""
+    model = random_hf(SMALL).double()
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    weights |= {name: weights[name] + update for name, update in hf_deltas(SMALL, parameters).items()}
+    found = []
+    for row in batch()["input_ids"].split(batch().lengths.tolist()):
+        logits = functional_call(model, weights, (row[None],)).logits[0, :-1]
+        found += [row.new_zeros(1).double(), logits.log_softmax(-1).gather(-1, row[1:, None])[:, 0]]
+    return torch.cat(found)
+
+
+def test_logprobs_and_gradients_are_those_of_plain_torch_in_float64(context) -> None:
+    actor = lora_actor(context)
+    leaves = {n: p.detach().double().requires_grad_() for n, p in adapters_of(actor).items()}
+    expected = plain_logprobs(actor, leaves)
+    scored = batch()
+    actor.logprobs("seen").run(scored)
+    assert torch.allclose(scored["seen"].double(), expected.detach(), atol=1e-5, rtol=1e-6)
+    (-(expected * scored["weights"]).sum()).backward()
+    metrics = actor.optimize(scored, weighted, reads=("weights",))
+    for name, parameter in adapters_of(actor).items():
+        exact = leaves[name].grad
+        assert (parameter.main_grad.double() - exact).norm() < 2e-6 * exact.norm(), name
+    norm = torch.cat([leaf.grad.flatten() for leaf in leaves.values()]).norm()
+    assert metrics["optimizer/gradient_norm"] == pytest.approx(float(norm), rel=1e-6)
+
+
+def test_only_adapters_have_gradient_buffers_and_optimizer_state(context) -> None:
+    adam = OptimizerSettings(learning_rate=1e-2)
+    actor, full = lora_actor(context, optimizer=adam), lora_actor(context, lora=None, optimizer=adam)
+    for one in (actor, full):
+        one.optimize(batch(), weighted, reads=("weights",))
+    adapted = sum(parameter.numel() for parameter in adapters_of(actor).values())
+    assert adapted == 2 * 3 * ((32 + 64) + (32 + 32) + (32 + 96) + (48 + 32))
+    assert state_numbers(actor) == 2 * adapted
+    assert gradient_numbers(actor) < adapted + 64 * len(adapters_of(actor)) + 256  # padding
+    assert gradient_numbers(full) > 5 * gradient_numbers(actor)
+
+
+def gradient_numbers(actor: Actor) -> int:
+    return sum(buffer.grad_data.numel() for chunk in actor.model.chunks for buffer in chunk.buffers)
+
+
+def state_numbers(actor: Actor) -> int:
+    """Elements of Adam's moments."""
+    parts = getattr(actor.trainable.optimizer, "chained_optimizers", [actor.trainable.optimizer])
+    states = [state for part in parts for state in part.optimizer.state.values()]
+    return sum(value.numel() for state in states for name, value in state.items() if name != "step")
+
+
+def test_exported_model_gives_the_trainers_logprobs_in_transformers(context, tmp_path) -> None:
+    actor = lora_actor(context)
+    actor.optimize(batch(), weighted, reads=("weights",))
+    actor.save_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    scored = batch()
+    actor.logprobs("seen").run(scored)
+    for row, seen in zip(*(scored[name].split(scored.lengths.tolist()) for name in ("input_ids", "seen")), strict=True):
+        with torch.no_grad():
+            logprobs = model(row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None])[:, 0]
+        assert torch.allclose(seen[1:], logprobs, atol=1e-5)
+
+
+def test_merging_rounds_once_from_fp32_and_leaves_the_weight_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(shape, generator=generator).bfloat16() for shape in ((40, 30), (4, 30), (40, 4)))
+    kept = weight.clone()
+    exact = (weight.double() + 0.25 * b.double() @ a.double()).bfloat16()
+    found = merged(weight, a, b, 0.25)
+    assert found.dtype == torch.bfloat16
+    assert (found != exact).sum() <= 2  # fp32 may fall on the other side of a tie
+    assert torch.equal(weight, kept)
+
+
+def test_adapters_that_are_off_or_new_change_nothing(context) -> None:
+    actor = lora_actor(context)
+    found = {}
+    with actor.model.base():
+        found["off"] = logprobs(actor)
+    plain = Actor(random_hf(SMALL), Tokenizer(), context=context)
+    assert torch.equal(found["off"], logprobs(plain))
+    assert not torch.equal(found["off"], logprobs(actor))
+    scored = batch()
+    Reference(actor).logprobs("ref").run(scored)
+    assert torch.equal(scored["ref"], found["off"])
+    assert Reference(actor).state() is None, "no copy of the weights is held"
+
+
+def logprobs(actor: Actor) -> Tensor:
+    scored = batch()
+    actor.logprobs("seen").run(scored)
+    return scored["seen"]
+
+
+def test_dropout_acts_in_training_only(context) -> None:
+    actor = lora_actor(context, lora=LORA | {"dropout": 0.5})
+    assert torch.equal(logprobs(actor), logprobs(lora_actor(context)))
+    adapter = next(iter(actor.model.adapters.values())).train()
+    x = torch.ones(4000, 1, 32)
+    outputs = torch.stack([adapter(x) for _ in range(2)])
+    assert not torch.equal(outputs[0], outputs[1])
+    assert torch.allclose(outputs.mean((0, 1, 2)), adapter.eval()(x[:1])[0, 0], rtol=0.1, atol=0.01)
+
+
+def test_a_value_head_is_trained_whole(context) -> None:
+    actor = lora_actor(context, value_head=True)
+    trained = {name for name, parameter in actor.model.parameters().items() if parameter.requires_grad}
+    assert {name for name in trained if "_adapter." not in name} == {"value_head.weight"}
+
+
+def test_experts_take_no_adapters_but_their_attention_does(context) -> None:
+    with pytest.raises(ConfigError, match="mixture of experts, whose experts take no adapters: choose linear_qkv"):
+        lora_actor(context, QWEN3_MOE)
+    actor = lora_actor(context, QWEN3_MOE, lora=LORA | {"target_modules": ("linear_qkv", "linear_proj")})
+    assert len(actor.model.adapters) == 2 * QWEN3_MOE.num_layers
+    assert not torch.equal(logprobs(actor), logprobs(Actor(random_hf(QWEN3_MOE), Tokenizer(), context=context)))
+
+
+def test_a_jobs_own_bare_chunks_get_adapters_and_wrapped_ones_are_refused(context) -> None:
+    config = transformer_config(SMALL, context.sizes)
+    actor = Actor(build_model(SMALL, config), Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+    assert len(actor.model.adapters) == 4 * SMALL.num_layers
+    with pytest.raises(ConfigError, match="Give bare chunks without an optimizer"):
+        Actor(actor.model.chunks, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+
+
+def test_settings_that_cannot_work_are_refused(context) -> None:
+    with pytest.raises(ConfigError, match="linear_out"):
+        LoraSettings.parse({"target_modules": ["linear_out"]}, where="lora")
+    with pytest.raises(ConfigError, match="rank = 0"):
+        LoraSettings.parse({"rank": 0}, where="lora")
+    chunks = build_model(SMALL, transformer_config(SMALL, context.sizes))
+    with pytest.raises(ConfigError, match="target_modules is empty"):
+        add_adapters(chunks, LoraSettings(target_modules=()), seed=0)
+
+
+def test_first_values_depend_on_seed_and_layer_only(context) -> None:
+    one, again, other = (lora_actor(context, seed=seed) for seed in (0, 0, 1))
+    a = [adapters_of(actor)["decoder.layers.1.mlp.linear_fc2.a"] for actor in (one, again, other)]
+    assert torch.equal(a[0], a[1])
+    assert not torch.equal(a[0], a[2])
+    assert a[0].abs().max() <= 48**-0.5
+    assert float(a[0].detach().std()) == pytest.approx(48**-0.5 / 3**0.5, rel=0.15)  # of a uniform distribution
+
+
+def test_pushes_and_exports_change_no_frozen_weight_and_agree(context, tmp_path) -> None:
+    actor = lora_actor(context)
+    before = {name: tensor.clone() for name, tensor in actor.model.tensors().items()}
+    for version in range(3):
+        actor.rollouts.trained_version = version
+        actor.publish()
+        actor.save_pretrained(tmp_path / "hf", overwrite=True)
+    after = actor.model.tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    held = actor.rollouts.engine.targets()
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    for layer in range(SMALL.num_layers):
+        name = f"model.layers.{layer}.self_attn.o_proj.weight"
+        assert torch.equal(held[name], exported[name])
+    actor.close()
