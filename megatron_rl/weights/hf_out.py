@@ -6,6 +6,7 @@ never holds more than its own weights, one file and the staging buffers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def save_hf(
         check_complete(layout, writer.tensors)
         if rank == ranks[0]:
             writer.begin()
-    try:
+    with _abandoned_on_failure(writer if rank == ranks[0] else None):
         with together.attempt() as writing:
             for wave in writer.shares(ranks):
                 filled = _gather(wave, layout, tensors, rank, transport, writer.dtype, max_staging_bytes)
@@ -86,11 +87,17 @@ def save_hf(
         with together.attempt():
             if rank == ranks[0]:
                 writer.commit()
+    return writer.folder
+
+
+@contextlib.contextmanager
+def _abandoned_on_failure(writer: HFFolderWriter | None) -> Iterator[None]:
+    try:
+        yield
     except Exception:
-        if rank == ranks[0]:
+        if writer is not None:
             writer.abandon()
         raise
-    return writer.folder
 
 
 def _gather(
