@@ -6,28 +6,13 @@ import logging
 import math
 
 import pytest
-import torch
+from algorithms.gap_measure import measure
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import GRPO
-from megatron_rl.algorithms.rollout_gap import explain, gap_metrics, response_starts, staleness
+from megatron_rl.algorithms.rollout_gap import explain, response_starts, staleness
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.rollout import WeightCheck
-from megatron_rl.workers.loss import LossInputs, Totals
-
-
-def measure(differences: list[list[float]], stale: list[list[float]]) -> dict[str, float]:
-    """Metrics of responses whose tokens differ by ``differences`` (trainer minus engine); each has a prompt of 2."""
-    rows = [[0.0, *row, 0.0] for row in differences]  # predictor-aligned: one prompt position before, one end after
-    mask = [[0, *[1] * len(row), 0] for row in differences]
-    starts = [[0, 1, *[0] * len(row)] for row in differences]
-    old = [[0.0, *row, 0.0] for row in stale]
-    flat = lambda values: torch.tensor([value for row in values for value in row], dtype=torch.float32)  # noqa: E731
-    ids = torch.tensor([i for i, row in enumerate(rows) for _ in row])
-    fields = {"response_mask": flat(mask).bool(), "staleness": flat(old), "response_starts": flat(starts).bool()}
-    inputs = LossInputs(torch.zeros(len(ids)), fields, {}, ids, len(rows), Totals(1, 1))
-    metrics = gap_metrics(inputs, flat(rows))
-    return {name: float(mean.total) / float(mean.weight) if mean.weight else 0.0 for name, mean in metrics.items()}
 
 
 def k3(difference: float) -> float:

@@ -6,7 +6,6 @@ Everything is imported once; the ranks are forks of this process. The trainer ho
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ import httpx
 import pytest
 import torch
 import torch.distributed as dist
+from integration.servers import members_of, processes_of
 from rollout.rollout_models import architecture_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
@@ -187,11 +187,12 @@ def play(job: Job, python: str) -> None:
 
 def restarted(job: Job) -> None:
     """The server dies in the middle of a push: it is named, started anew, and serves that push whole."""
-    victims = processes_of(job.engine) if job.rank == 0 else []
+    victims = processes_of(members_of(job.engine)[0].server) if job.rank == 0 else []
     job.deliver_by("assassin", victims=victims, bucket_bytes=1 << 16)
     job.push(6)
     say(job, f"server killed in mid-push, log-probabilities within {job.check(6):.4f}")
-    assert not set(victims) & set(processes_of(job.engine) if job.rank == 0 else []), "the server did not die"
+    left = processes_of(members_of(job.engine)[0].server) if job.rank == 0 else []
+    assert not set(victims) & set(left), "the server did not die"
     job.deliver_by("broken")
     with pytest.raises((RuntimeError, ValueError), match=r"model\.norm\.weight"):
         job.push(7)
@@ -213,23 +214,6 @@ class Broken(DirectDelivery):
 
 DELIVERIES.register("assassin")(Assassin)
 DELIVERIES.register("broken")(Broken)
-
-
-def processes_of(engine: SGLangEngine) -> list[int]:
-    """The server's own processes, its guard excepted, as /proc knows them: children of our guards, and theirs."""
-    (member,) = engine._membership.members
-    assert member.server is not None
-    assert member.server._guard is not None
-    parents = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    found, wave = [], {member.server._guard.pid}
-    while wave:
-        wave = {child for child, parent in parents.items() if parent in wave}
-        found += wave
-    return found
 
 
 def parity(job: Job, python: str) -> None:

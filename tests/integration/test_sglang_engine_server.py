@@ -4,36 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from integration.environment import sglang_python
+from integration.servers import MODEL, attached
 from rollout.engine_contract import EngineContract, Loaded
-from rollout.rollout_models import CONFIGS, Cutter, architecture_of, random_model, reference_logprobs
-from transformers import LlamaConfig
+from rollout.rollout_models import reference_logprobs
 
-from megatron_rl.models import rollout_layout
 from megatron_rl.rollout import SamplingParams, SGLangEngine
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-CONFIGS["llama_long"] = LlamaConfig(**CONFIGS["llama"].to_dict() | {"max_position_embeddings": 512})
-MODEL = random_model("llama_long")
-ARCHITECTURE = architecture_of(MODEL.config)
-LAYOUT = rollout_layout(ARCHITECTURE, 1, [[0]])
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def loaded() -> Iterator[Loaded]:
-    server = {"python": sglang_python(), "context_length": 512, "max_total_tokens": 8192}
-    shards = Cutter(ARCHITECTURE, MODEL.state_dict()).cut()
-    with SGLangEngine(
-        ARCHITECTURE, LAYOUT, dtype=torch.float32, eos_token_ids=[2], max_running=32, server=server
-    ) as engine:
-        engine.load_shards(shards, 7)
-        yield Loaded(engine, MODEL, shards, vocab=100, eos=2, exact_seeds=False)
 
 
 class TestARealServerKeepsTheContract(EngineContract):
@@ -58,9 +40,7 @@ def spanning_request(engine: SGLangEngine, shards: dict[str, torch.Tensor]) -> A
 
 @pytest.mark.parametrize("pause", ["retract", "in_place"])
 def test_a_request_of_200_tokens_that_spans_a_push_reports_both_versions(loaded: Loaded, pause: str) -> None:
-    with SGLangEngine(
-        ARCHITECTURE, LAYOUT, dtype=torch.float32, urls=loaded.engine.urls, max_running=32, pause=pause
-    ) as engine:
+    with attached(loaded, pause=pause) as engine:
         completion = spanning_request(engine, loaded.shards)
     (old, first), (new, second) = completion.policy_version_spans
     assert (old, new, first + second) == (7, 8, 200)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
+
+CLOSE_SECONDS = 20.0
 
 T = TypeVar("T")
 
@@ -43,7 +45,8 @@ class EventLoop:
         """Cancel what still runs and end the thread; may be called twice."""
         if self._loop.is_closed():
             return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result(10.0)
+        ended = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
+        wait([ended], CLOSE_SECONDS)  # what then still runs is stopped where it stands
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10.0)
         self._loop.close()
