@@ -104,16 +104,18 @@ def run_schedule(
     """
     first = micro_batches[0]
     # Both of Megatron's conventions (`calculate_per_token_loss` or not) end in a division by micro-batches times
-    # data- and context-parallel ranks when every micro-batch reports one "token": see `forward_step_calc_loss`,
-    # `finalize_model_grads` and the gradient scaling of DistributedDataParallel.
-    scale = len(micro_batches) * model.context.dp_cp_size
+    # data- and context-parallel ranks times the "tokens" that every micro-batch reports: see `forward_step_calc_loss`,
+    # `finalize_model_grads` and the gradient scaling of DistributedDataParallel. The first of them multiplies a
+    # router's auxiliary losses by the positions of a micro-batch (`attach_and_log_load_balancing_loss`).
+    num_tokens = first.rows * first.columns if model.config.num_moe_experts else 1
+    scale = num_tokens * len(micro_batches) * model.context.dp_cp_size
 
     def loss_function(micro_batch: MicroBatch, output: Tensor, non_loss_data: bool = False) -> Any:
         hidden = output.reshape(-1, output.shape[-1])
         if not backward:
             return head(micro_batch, hidden)
         loss, result = head(micro_batch, hidden)
-        return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), result
+        return loss * scale, torch.tensor(num_tokens, dtype=torch.int, device=loss.device), result
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         micro_batch = next(iterator)
