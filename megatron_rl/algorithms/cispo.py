@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Self
+
+from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import LossAggregation, on_mask
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative, Positive, refuse_unused
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.surrogate import Surrogate, cispo_surrogate, soft_gate_surrogate
 from megatron_rl.workers.loss import LossInputs
@@ -21,12 +25,17 @@ class CISPO(GRPO):
     class Config(GRPO.Config):
         """Settings of CISPO."""
 
-        clip_low: float = 1.0
+        clip_low: NonNegative = 1.0
         """1 means no lower bound, as in the paper."""
-        clip_high: float = 4.0
+        clip_high: NonNegative = 4.0
         """The weight is held below 1 + clip_high."""
         loss_aggregation: LossAggregation = "token-mean"
         """Mean over all tokens of the mini-batch."""
+
+        @model_validator(mode="after")
+        def _no_dual_clip(self) -> Self:
+            refuse_unused(self, "CISPO", dual_clip="its weight is bounded on both sides already; leave it unset")
+            return self
 
     name = "cispo"
     config: Config
@@ -40,16 +49,21 @@ class CISPO(GRPO):
 
 @ALGORITHMS.register("sapo")
 class SAPO(GRPO):
-    """Soft Adaptive Policy Optimization (arXiv 2511.20347): a sigmoid gate around ratio 1 instead of a clip; the clip
-    settings are not used."""
+    """Soft Adaptive Policy Optimization (arXiv 2511.20347): a sigmoid gate around ratio 1 instead of a clip."""
 
     class Config(GRPO.Config):
         """Settings of SAPO."""
 
-        tau_positive: float = 1.0
+        tau_positive: Positive = 1.0
         """Steepness of the gate where the advantage is positive."""
-        tau_negative: float = 1.05
+        tau_negative: Positive = 1.05
         """Steepness elsewhere; a little more, as negative updates are the less stable ones."""
+
+        @model_validator(mode="after")
+        def _no_clip(self) -> Self:
+            gate = "its gate takes the place of clips; leave it unset"
+            refuse_unused(self, "SAPO", dual_clip=gate, clip_low=gate, clip_high=gate)
+            return self
 
     name = "sapo"
     config: Config

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import informative_groups, overlong_penalty
 from megatron_rl.algorithms.aggregation import LossAggregation
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.batch import Batch, Sample
 
@@ -26,20 +28,29 @@ class DAPO(GRPO):
     class Config(GRPO.Config):
         """Settings of DAPO."""
 
-        clip_high: float = 0.28
+        clip_high: NonNegative = 0.28
         """Upper clip, wider than the lower one so that unlikely tokens can still grow."""
         loss_aggregation: LossAggregation = "token-mean"
         """Every token weighs the same, in long responses too."""
-        overlong_tokens: int | None = None
+        overlong_tokens: int | None = Field(default=None, gt=0)
         """Response tokens at which the length penalty reaches its full size; none: no penalty."""
-        overlong_cache: int = 4096
-        """Tokens before that over which the penalty grows linearly."""
-        overlong_weight: float = 1.0
+        overlong_cache: int = Field(default=4096, gt=0)
+        """Tokens before that over which the penalty grows linearly; at most overlong_tokens."""
+        overlong_weight: NonNegative = 1.0
         """Size of the full penalty, in units of reward."""
         dynamic_sampling: bool = True
         """Drop groups whose rewards are all equal, and sample new prompts in their place."""
         max_sampling_rounds: int = Field(default=10, ge=1)
         """Rounds of sampling a step; a batch that is not full then is trained on as it is."""
+
+        @model_validator(mode="after")
+        def _penalty_starts_within_the_response(self) -> Self:
+            if self.overlong_tokens is not None and self.overlong_cache > self.overlong_tokens:
+                raise ValueError(
+                    f"overlong_cache={self.overlong_cache} is above overlong_tokens={self.overlong_tokens}, so even an "
+                    "empty response would be penalised: set both, for example a quarter of the tokens as cache"
+                )
+            return self
 
     name = "dapo"
     config: Config
@@ -48,7 +59,8 @@ class DAPO(GRPO):
         rewards = super().shaped_rewards(batch)
         if self.config.overlong_tokens is None:
             return rewards
-        lengths = torch.zeros(batch.num_sequences).index_add(0, batch.sequence_ids, batch["response_mask"].float())
+        # from the samples: with mask_truncated the mask of the longest responses is empty by now
+        lengths = torch.tensor([sum(sample.mask) for sample in batch.samples])
         penalty = overlong_penalty(lengths, self.config.overlong_tokens, self.config.overlong_cache)
         return rewards + self.config.overlong_weight * penalty
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative, refuse_unused
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import PAIR_LOSSES, SMOOTHED, Pairs, PairSettings
 from megatron_rl.algorithms.running_mean import RunningMean
@@ -29,14 +30,12 @@ class DPO(PairwiseAlgorithm):
     class Config(OfflineAlgorithm.Config, PairSettings):
         """Settings of DPO."""
 
-        loss: str | dict[str, float] = "sigmoid"
+        loss: str | dict[str, NonNegative] = "sigmoid"
         """Name of a preference loss, or names with their weights: {"sigmoid": 0.8, "sft": 0.2}."""
         reference_free: bool = False
         """Treat the reference as uniform: its log-probabilities are 0."""
         precomputed_reference: bool = False
         """Batches bring ``ref_logprobs`` themselves (computed once and cached), no reference model is needed."""
-        label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-        """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
 
         @property
         def weights(self) -> dict[str, float]:
@@ -48,13 +47,24 @@ class DPO(PairwiseAlgorithm):
                 PAIR_LOSSES[name]
             if not self.weights:
                 raise ValueError("loss={} has no term: name at least one preference loss")
-            if self.label_smoothing and not set(self.weights) & set(SMOOTHED):
-                raise ValueError(f"label_smoothing has no effect on {list(self.weights)}; it is for {list(SMOOTHED)}")
+            self._refuse_ignored()
             if "exo_pair" in self.weights and not self.label_smoothing:
                 raise ValueError(
                     "exo_pair needs label_smoothing above 0 (1e-3 is usual): its target has log(smoothing)"
                 )
             return self
+
+        def _refuse_ignored(self) -> None:
+            # sft compares no labels; exo_pair cannot be without smoothing, whatever stands beside it
+            deaf = [name for name in self.weights if name not in (*SMOOTHED, "sft")]
+            if self.label_smoothing and "exo_pair" not in self.weights and (deaf or set(self.weights) == {"sft"}):
+                raise ValueError(
+                    f"label_smoothing={self.label_smoothing} has no effect on {deaf or ['sft']}; it is for "
+                    f"{list(SMOOTHED)}, alone or with sft"
+                )
+            for field, loss in {"ipo_length_norm": "ipo", "discopop_tau": "discopop"}.items():
+                if loss not in self.weights:
+                    refuse_unused(self, f"loss={self.loss!r}", **{field: f"it is for {loss}"})
 
     name = "dpo"
     config: Config

@@ -15,9 +15,10 @@ from megatron_rl.algorithms.aggregation import (
     sequence_average,
 )
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative, refuse_unused
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.importance import bounded_exp
-from megatron_rl.algorithms.surrogate import clipped_surrogate, pessimistic_log_ratio, sequence_token_log_ratio
+from megatron_rl.algorithms.surrogate import pessimistic_log_ratio, sequence_token_log_ratio
 from megatron_rl.workers.loss import LossInputs, Mean
 
 
@@ -33,9 +34,9 @@ class GSPO(GRPO):
     class Config(GRPO.Config):
         """Settings of GSPO."""
 
-        clip_low: float = 3e-4
+        clip_low: NonNegative = 3e-4
         """Lower clip of the sequence ratio, the paper's."""
-        clip_high: float = 4e-4
+        clip_high: NonNegative = 4e-4
         """Upper clip of the sequence ratio, the paper's."""
         token_form: bool = False
         """GSPO-token: needed when tokens of one response have different advantages."""
@@ -62,17 +63,7 @@ class GSPO(GRPO):
             logprobs = on_mask(inputs, inputs.logprobs)
             per_token = sequence_token_log_ratio(inputs.expand(sequence_log_ratio), logprobs)
             return super().policy_loss(inputs, per_token, weights, average)
-        config = self.config
-        advantages = inputs.sequence_mean(on_mask(inputs, inputs.fields["advantages"]))
-        surrogate = clipped_surrogate(
-            sequence_log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip
-        )
-        per_sequence = surrogate.loss * inputs.sequence_mean(weights)
-        metrics = {
-            "loss/policy": answered_metric(inputs, per_sequence),
-            "policy/clip_fraction": answered_metric(inputs, surrogate.clipped.to(per_sequence.dtype)),
-        }
-        return sequence_average(inputs, per_sequence), metrics
+        return self.response_policy_loss(inputs, sequence_log_ratio, weights)
 
 
 @ALGORITHMS.register("gmpo")
@@ -83,9 +74,9 @@ class GMPO(GRPO):
     class Config(GRPO.Config):
         """Settings of GMPO."""
 
-        clip_low: float = 0.4
+        clip_low: NonNegative = 0.4
         """Tokens' log-ratios are held above -clip_low where that lowers the objective."""
-        clip_high: float = 0.4
+        clip_high: NonNegative = 0.4
         """Tokens' log-ratios are held below clip_high where that lowers the objective."""
         loss_aggregation: LossAggregation = "seq-mean-token-mean"
         """Fixed: the objective is a mean over responses."""
@@ -93,8 +84,7 @@ class GMPO(GRPO):
         @model_validator(mode="after")
         def _sequence_level(self) -> Self:
             check_sequence_level(self.loss_aggregation, self.correction.level, "GMPO")
-            if self.dual_clip is not None:
-                raise ValueError("GMPO has no dual clip: leave dual_clip unset")
+            refuse_unused(self, "GMPO", dual_clip="its token ratios are clipped on one side already; leave it unset")
             return self
 
     name = "gmpo"

@@ -8,12 +8,14 @@ Off-Policy RL Training") or by dropping what lies outside an interval (verl's ``
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.aggregation import on_mask
+from megatron_rl.algorithms.bounds import NonNegative, Positive
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO
 from megatron_rl.config import ConfigRecord
 from megatron_rl.workers.loss import LossInputs
@@ -26,12 +28,20 @@ class MismatchCorrection(ConfigRecord):
     """Ratio of each token, of the whole response (product), or the geometric mean over its tokens; off: weight 1."""
     mode: Literal["truncate", "mask"] = "truncate"
     """truncate: min(ratio, upper). mask: the ratio inside [lower, upper], 0 outside; denominators do not change."""
-    upper: float = 2.0
+    upper: Positive = 2.0
     """Largest ratio kept as it is."""
-    lower: float = 0.0
-    """Smallest ratio that mask keeps; truncate ignores it."""
-    warn_above: float = 0.05
+    lower: NonNegative = 0.0
+    """Smallest ratio that mask keeps; truncate has none."""
+    warn_above: NonNegative = 0.05
     """Warn of a mismatch/kl above this, in nats a token, while the correction is off."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lower > self.upper:
+            raise ValueError(f"lower={self.lower} is above upper={self.upper}: no ratio would be kept")
+        if self.lower and self.mode == "truncate":
+            raise ValueError(f"mode='truncate' does not use lower={self.lower}: it is for mode='mask'")
+        return self
 
 
 def masked_log_ratio(inputs: LossInputs, numerator: Tensor, denominator: Tensor) -> Tensor:

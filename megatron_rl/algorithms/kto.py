@@ -13,6 +13,7 @@ from torch.nn import functional
 from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mask, sequence_average
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative, Positive
 from megatron_rl.algorithms.mismatch import exchange_responses
 from megatron_rl.algorithms.moments import masked_moments, sum_over_replicas
 from megatron_rl.algorithms.offline import OfflineAlgorithm
@@ -29,11 +30,11 @@ class LabelledAlgorithm(OfflineAlgorithm):
     class Config(OfflineAlgorithm.Config):
         """Settings of algorithms on labelled responses."""
 
-        beta: float = 0.1
+        beta: Positive = 0.1
         """Strength of the tie to the reference."""
-        desirable_weight: float = 1.0
+        desirable_weight: NonNegative = 1.0
         """Weight of the desirable responses' losses."""
-        undesirable_weight: float = 1.0
+        undesirable_weight: NonNegative = 1.0
         """Weight of the undesirable responses' losses."""
         precomputed_reference: bool = False
         """Batches bring ``ref_logprobs`` themselves (computed once and cached)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megatron_rl.algorithms.bounds import FlipProbability, Positive
 from megatron_rl.config import ConfigRecord
 from megatron_rl.registry import Registry
 
@@ -74,13 +75,13 @@ class Pairs:
 class PairSettings(ConfigRecord):
     """What the losses below can be told."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Strength of the tie to the reference."""
-    label_smoothing: float = 0.0
+    label_smoothing: FlipProbability = 0.0
     """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
     ipo_length_norm: bool = False
     """Divide log-ratios by the response's tokens in ipo: the paper's formula does not, TRL always does."""
-    discopop_tau: float = 0.05
+    discopop_tau: Positive = 0.05
     """Temperature of discopop's mixing."""
 
 

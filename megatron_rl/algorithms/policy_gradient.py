@@ -15,8 +15,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import sum_over_tokens
-from megatron_rl.algorithms.aggregation import LossAggregation, TokenAverage, token_average
+from megatron_rl.algorithms.aggregation import (
+    LossAggregation,
+    TokenAverage,
+    answered_metric,
+    on_mask,
+    sequence_average,
+    token_average,
+)
 from megatron_rl.algorithms.base import BaseAlgorithm
+from megatron_rl.algorithms.bounds import Finite, NonNegative
 from megatron_rl.algorithms.importance import (
     MismatchCorrection,
     bounded_exp,
@@ -46,23 +54,23 @@ class PolicyGradient(BaseAlgorithm):
     class Config(BaseAlgorithm.Config):
         """Settings shared by the policy-gradient family."""
 
-        clip_low: float = Field(default=0.2, ge=0.0)
+        clip_low: NonNegative = 0.2
         """The ratio is held above 1 - clip_low where that lowers the objective."""
-        clip_high: float = Field(default=0.2, ge=0.0)
+        clip_high: NonNegative = 0.2
         """The ratio is held below 1 + clip_high where that lowers the objective."""
-        dual_clip: float | None = None
+        dual_clip: Finite | None = None
         """Bound c > 1 on the loss of tokens with negative advantage, in units of -advantage; none: unbounded."""
         loss_aggregation: LossAggregation = "token-mean"
         """How token losses become one number: see `aggregation.token_average`."""
         norm_length: int | None = Field(default=None, gt=0)
         """Constant divisor in tokens of the fixed-length aggregation: the generation budget."""
-        kl_coefficient: float | None = None
+        kl_coefficient: NonNegative | None = None
         """Weight of the KL to the reference. None: the algorithm's usual weight where there is a reference, else 0."""
         kl_estimator: KLEstimator = "k3"
         """Estimator of that KL per token."""
         kl_in: Literal["loss", "reward"] = "loss"
         """Whether the KL is a term of the loss or is taken off the reward before advantages."""
-        entropy_coefficient: float = 0.0
+        entropy_coefficient: Finite = 0.0
         """Weight of the entropy bonus."""
         log_entropy: bool = True
         """Report the policy's entropy also when it is not part of the loss."""
@@ -102,6 +110,26 @@ class PolicyGradient(BaseAlgorithm):
             "policy/clip_fraction": inputs.token_metric(surrogate.clipped.float()),
         }
         return average(per_token), metrics
+
+    def response_policy_loss(
+        self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor
+    ) -> tuple[Tensor, dict[str, Mean]]:
+        """The policy term of algorithms with one ratio and one clip per response, for `policy_loss`; they set
+        ``of_sequences``.
+
+        Args:
+            log_ratio: of each response, ``[num_sequences]``, made of `LossInputs.sequence_sum`.
+            weights: the mismatch correction per token.
+        """
+        config = self.config
+        advantages = inputs.sequence_mean(on_mask(inputs, inputs.fields["advantages"]))
+        surrogate = clipped_surrogate(log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
+        per_sequence = surrogate.loss * inputs.sequence_mean(weights)
+        metrics = {
+            "loss/policy": answered_metric(inputs, per_sequence),
+            "policy/clip_fraction": answered_metric(inputs, surrogate.clipped.to(per_sequence.dtype)),
+        }
+        return sequence_average(inputs, per_sequence), metrics
 
     # --- the loss --------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from megatron_rl.algorithms.aggregation import LossAggregation, token_average
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import Fraction, Positive
 from megatron_rl.algorithms.kl import AdaptiveKL, KLEstimator
 from megatron_rl.algorithms.moments import masked_moments, whiten
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
@@ -34,27 +35,27 @@ class PPO(PolicyGradient):
     class Config(PolicyGradient.Config):
         """Settings of PPO."""
 
-        gamma: float = Field(default=1.0, ge=0.0, le=1.0)
+        gamma: Fraction = 1.0
         """Discount per response token."""
-        lam: float = Field(default=0.95, ge=0.0, le=1.0)
+        lam: Fraction = 0.95
         """Lambda of GAE."""
         whiten_advantages: bool = True
         """Mean 0 and variance 1 over all response tokens of the data-parallel world."""
-        value_clip: float | None = 0.2
+        value_clip: Positive | None = 0.2
         """How far a value may move from the old one before its loss stops falling; none: no clip."""
-        critic_warmup_steps: int = 0
+        critic_warmup_steps: int = Field(default=0, ge=0)
         """Updates at the beginning in which only the critic learns."""
         kl_in: Literal["loss", "reward"] = "reward"
         """Token by token in the reward."""
         kl_estimator: KLEstimator = "k1"
         """Unbiased in rewards."""
-        kl_target: float | None = Field(default=None, gt=0.0)
+        kl_target: Positive | None = None
         """Nats per response that the coefficient is steered to; none: the coefficient is constant."""
         kl_horizon: int = Field(default=10_000, gt=0)
         """Responses over which the coefficient can change by about a fifth."""
         shared_critic: bool = False
         """The critic is a value head on the actor's own weights (``actor.value_head: true``), trained in one loss."""
-        value_coefficient: float = Field(default=0.1, gt=0.0)
+        value_coefficient: Positive = 0.1
         """Weight of the value loss beside the policy's, with a shared critic."""
         value_aggregation: LossAggregation = "token-mean"
         """How the critic's token losses become one number."""

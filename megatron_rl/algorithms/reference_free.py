@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import FlipProbability, NonNegative, Positive
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs, smoothed_logistic
 
@@ -24,13 +24,13 @@ class SimPO(PairwiseAlgorithm):
     class Config(OfflineAlgorithm.Config):
         """Settings of SimPO."""
 
-        beta: float = 2.0
+        beta: Positive = 2.0
         """Scale of the length-normalised rewards."""
-        gamma: float = 0.5
+        gamma: NonNegative = 0.5
         """Target margin between the rewards."""
-        label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+        label_smoothing: FlipProbability = 0.0
         """Probability that a label is flipped."""
-        sft_weight: float = 0.0
+        sft_weight: NonNegative = 0.0
         """Weight of the chosen response's negative log-likelihood per token."""
 
     name = "simpo"
@@ -54,11 +54,11 @@ class CPO(PairwiseAlgorithm):
     class Config(OfflineAlgorithm.Config):
         """Settings of CPO."""
 
-        beta: float = 0.1
+        beta: Positive = 0.1
         """Scale of the log-probabilities."""
-        label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+        label_smoothing: FlipProbability = 0.0
         """Probability that a label is flipped."""
-        sft_weight: float = 1.0
+        sft_weight: NonNegative = 1.0
         """Weight of the chosen response's negative log-likelihood per token."""
 
     name = "cpo"
@@ -84,7 +84,7 @@ class ORPO(PairwiseAlgorithm):
     class Config(OfflineAlgorithm.Config):
         """Settings of ORPO."""
 
-        beta: float = 0.1
+        beta: Positive = 0.1
         """Weight of the odds-ratio term (lambda in the paper)."""
 
     name = "orpo"

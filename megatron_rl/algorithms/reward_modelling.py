@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import NonNegative
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.algorithms.roles import Policy, ValueSource
@@ -32,9 +34,9 @@ class RewardModelling(PairwiseAlgorithm):
 
         use_margins: bool = False
         """Batches bring the sequence field ``margins``, the same number for both responses of a pair."""
-        center_coefficient: float = 0.0
+        center_coefficient: NonNegative = 0.0
         """Weight of (score_chosen + score_rejected)^2, which keeps scores around 0 (arXiv 2312.09244, eq. 2)."""
-        pad_token_id: int | None = None
+        pad_token_id: int | None = Field(default=None, ge=0)
         """Trailing tokens of this id do not count, as in Hugging Face's classifiers, which look for the last token that
         is not padding: where pad is eos, the score is that of the token before. None: the last token counts always."""
 

@@ -2,46 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages, spread_over_tokens
-from megatron_rl.algorithms.aggregation import LossAggregation
+from megatron_rl.algorithms.aggregation import LossAggregation, TokenAverage
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.bounds import Fraction, refuse_unused
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.kl import KLEstimator
 from megatron_rl.algorithms.moments import whiten
 from megatron_rl.algorithms.token_rewards import at_last_token
 from megatron_rl.batch import Batch
 from megatron_rl.ops.gae import gae
+from megatron_rl.workers.loss import LossInputs, Mean
 
 
 @ALGORITHMS.register("rloo")
 class RLOO(GRPO):
     """REINFORCE Leave-One-Out (arXiv 2402.14740): a response's baseline is the mean reward of its siblings.
 
-    The response is one action, so token losses are summed; the KL to the reference is part of the reward. The ratio
-    and its clip matter only with several optimizer steps per batch.
+    The response is one action: the ratio is that of the whole response, exp of the sum of its token log-ratios, and is
+    clipped as one (as in TRL's RLOOTrainer); the KL to the reference is part of the reward. On policy the ratio is 1
+    and the gradient that of REINFORCE. A product over many tokens leaves the clip range quickly: with several optimizer
+    steps a batch, long responses are mostly clipped after the first.
     """
 
     class Config(GRPO.Config):
         """Settings of RLOO."""
 
         loss_aggregation: LossAggregation = "seq-mean-token-sum"
-        """The log-probability of a whole response."""
+        """Fixed: a mean over responses of what belongs to the whole response."""
         kl_in: Literal["loss", "reward"] = "reward"
         """As in the paper."""
         kl_estimator: KLEstimator = "k1"
         """Unbiased in rewards."""
+        normalize_std: bool = False
+        """Fixed: only centred."""
+
+        @model_validator(mode="after")
+        def _whole_responses(self) -> Self:
+            refuse_unused(
+                self,
+                "RLOO",
+                loss_aggregation="a response is one action, and the loss a mean over responses",
+                normalize_std="its baseline is the siblings' mean alone; GRPO divides by their deviation",
+            )
+            if self.correction.level == "token":
+                raise ValueError("RLOO has one ratio per response: correction.level must be 'sequence' or 'geometric'")
+            return self
 
     name = "rloo"
     config: Config
     usual_kl_coefficient = 0.05
+    of_sequences = True
 
     def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
         return leave_one_out_advantages(rewards, batch["groups"])
+
+    def policy_loss(
+        self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor, average: TokenAverage
+    ) -> tuple[Tensor, dict[str, Mean]]:
+        return self.response_policy_loss(inputs, inputs.sequence_sum(log_ratio), weights)
 
 
 @ALGORITHMS.register("reinforce++")
@@ -53,7 +78,7 @@ class ReinforcePP(GRPO):
     """
 
     class Config(GRPO.Config):
-        """Settings of REINFORCE++; ``normalize_std`` is not used."""
+        """Settings of REINFORCE++."""
 
         loss_aggregation: LossAggregation = "token-mean"
         """Mean over all tokens of the mini-batch."""
@@ -61,8 +86,15 @@ class ReinforcePP(GRPO):
         """Token by token in the reward."""
         kl_estimator: KLEstimator = "k1"
         """Unbiased in rewards."""
-        gamma: float = 1.0
+        gamma: Fraction = 1.0
         """Discount per response token."""
+        normalize_std: bool = False
+        """Fixed: rewards are whitened over all tokens instead."""
+
+        @model_validator(mode="after")
+        def _no_group_deviation(self) -> Self:
+            refuse_unused(self, "REINFORCE++", normalize_std="it has no groups and whitens over all tokens")
+            return self
 
     name = "reinforce++"
     config: Config
@@ -89,6 +121,13 @@ class ReinforcePPBaseline(GRPO):
         """Mean over all tokens of the mini-batch."""
         kl_estimator: KLEstimator = "k2"
         """Its gradient is that of the KL."""
+        normalize_std: bool = False
+        """Fixed: centred rewards are whitened over all tokens instead."""
+
+        @model_validator(mode="after")
+        def _no_group_deviation(self) -> Self:
+            refuse_unused(self, "REINFORCE++-baseline", normalize_std="it whitens over all tokens instead")
+            return self
 
     name = "reinforce++-baseline"
     config: Config

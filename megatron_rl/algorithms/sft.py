@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_rl.algorithms.aggregation import LossAggregation, token_average
 from megatron_rl.algorithms.base import ALGORITHMS
@@ -21,7 +21,7 @@ class SFT(OfflineAlgorithm):
 
         loss_aggregation: LossAggregation = "token-mean"
         """How token losses become one number: see `aggregation.token_average`."""
-        norm_length: int | None = None
+        norm_length: int | None = Field(default=None, gt=0)
         """Constant divisor in tokens of the fixed-length aggregation."""
 
         @model_validator(mode="after")

@@ -13,7 +13,6 @@ from algorithms.test_policy_loss import clamp, exp20, make_rows, without
 
 from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.batch import Batch, Prompt, Sample
-from megatron_rl.config import ConfigError
 
 
 def build(name: str, **config):
@@ -41,13 +40,23 @@ def over_sequences(rows: Rows, term) -> float:
     return sum(values) / len(values)
 
 
-def gspo(rows: Rows, low: float, high: float, corrected: bool = False) -> float:
+def gspo(rows: Rows, low: float, high: float, corrected: bool = False, dual: float = math.inf) -> float:
     def term(row):
         mismatch = exp20(sum(row["old_logprobs"][t] - row["rollout_logprobs"][t] for t in steps(row)))
         weight = min(mismatch, 1.5) if corrected else 1.0
         ratio = exp20(sum(log_ratio(row, t) for t in steps(row)) / len(steps(row)))
         advantage = row["advantages"][0]
-        return -min(ratio * advantage, clamp(ratio, 1 - low, 1 + high) * advantage) * weight
+        loss = -min(ratio * advantage, clamp(ratio, 1 - low, 1 + high) * advantage)
+        return (min(loss, -dual * advantage) if advantage < 0 else loss) * weight
+
+    return over_sequences(rows, term)
+
+
+def rloo(rows: Rows, low: float, high: float, dual: float = math.inf) -> float:
+    def term(row):
+        ratio, advantage = exp20(sum(log_ratio(row, t) for t in steps(row))), row["advantages"][0]
+        loss = -min(ratio * advantage, clamp(ratio, 1 - low, 1 + high) * advantage)
+        return min(loss, -dual * advantage) if advantage < 0 else loss
 
     return over_sequences(rows, term)
 
@@ -88,6 +97,13 @@ ORACLES = {
         {"clip_low": 0.3, "clip_high": 0.4, "correction": {"level": "sequence", "upper": 1.5}},
         lambda rows: gspo(rows, 0.3, 0.4, corrected=True),
     ),
+    "gspo-dual": (
+        "gspo",
+        {"clip_low": 0.02, "clip_high": 0.02, "dual_clip": 1.03},
+        lambda rows: gspo(rows, 0.02, 0.02, dual=1.03),
+    ),
+    "rloo": ("rloo", {}, lambda rows: rloo(rows, 0.2, 0.2)),
+    "rloo-dual": ("rloo", {"clip_high": 0.4, "dual_clip": 1.1}, lambda rows: rloo(rows, 0.2, 0.4, 1.1)),
     "gmpo": ("gmpo", {}, lambda rows: gmpo(rows, 0.4)),
     "gmpo-tight": ("gmpo", {"clip_low": 0.1, "clip_high": 0.1}, lambda rows: gmpo(rows, 0.1)),
     "sapo": ("sapo", {}, lambda rows: sapo(rows, 1.0, 1.05)),
@@ -95,27 +111,37 @@ ORACLES = {
 }
 
 
-def kin_rows() -> Rows:
-    return without(make_rows(3), "ref_logprobs", "entropy")
+def test_the_rows_reach_the_dual_clips():
+    rows = kin_rows("-dual")
+    assert gspo(rows, 0.02, 0.02, dual=1.03) < gspo(rows, 0.02, 0.02) - 1e-3
+    assert rloo(rows, 0.2, 0.4, 1.1) < rloo(rows, 0.2, 0.4) - 1e-3
+
+
+def kin_rows(case: str = "") -> Rows:
+    """For a dual clip most advantages are negative."""
+    rows = without(make_rows(3), "ref_logprobs", "entropy")
+    sign = -1.0 if case.endswith("-dual") else 1.0
+    return [{**row, "advantages": [sign * a for a in row["advantages"]]} for row in rows]
 
 
 @pytest.mark.parametrize("case", ORACLES)
 def test_loss_equals_the_papers_formula_in_value_and_gradient(case):
     name, config, oracle = ORACLES[case]
-    check_against_oracle(build(name, **config).loss, oracle, kin_rows())
+    check_against_oracle(build(name, **config).loss, oracle, kin_rows(case))
 
 
 @pytest.mark.parametrize(
-    "case", ["gspo-wide", "gspo-corrected", "gmpo", "sapo", "dapo", "cispo", "gspo-token", "gspo-kl"]
+    "case", ["rloo", "rloo-kl", "gspo-wide", "gspo-corrected", "gmpo", "sapo", "dapo", "cispo", "gspo-token", "gspo-kl"]
 )
 def test_loss_does_not_depend_on_micro_batches_or_context_halves(case, monkeypatch):
     others = {
         "cispo": ("cispo", {}),
         "gspo-token": ("gspo", {"token_form": True, "clip_low": 0.3, "clip_high": 0.4}),
+        "rloo-kl": ("rloo", {"kl_in": "loss", "kl_coefficient": 0.1, "entropy_coefficient": 0.2}),
         "gspo-kl": ("gspo", {"kl_coefficient": 0.1, "entropy_coefficient": 0.2, "clip_low": 0.2, "clip_high": 0.2}),
     }
     name, config = ORACLES[case][:2] if case in ORACLES else others[case]
-    rows = make_rows(3) if case == "gspo-kl" else kin_rows()
+    rows = make_rows(3) if case.endswith("-kl") else kin_rows()
     algorithm = build(name, **config)
     check_micro_batches(algorithm.loss, rows, [[0], [1, 2], [3, 4], [5, 6, 7]])
     check_context_halves(algorithm.loss, rows, monkeypatch)
@@ -154,18 +180,41 @@ def test_gspo_token_form_has_the_value_and_gradient_of_the_sequence_form():
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-10, abs=1e-14)
 
 
-@pytest.mark.parametrize(
-    ("name", "config", "message"),
-    [
-        ("gspo", {"loss_aggregation": "token-mean"}, "averages over responses"),
-        ("gmpo", {"dual_clip": 3.0}, "no dual clip"),
-        ("gspo", {"correction": {"level": "token"}}, "one ratio per response"),
-        ("grpo", {"dual_clip": 0.5}, "must be above 1"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(name, config, message):
-    with pytest.raises(ConfigError, match=message):
-        build(name, **config)
+def test_gspo_token_form_weighs_each_tokens_gradient_by_its_own_advantage():
+    """sg(.) has no numeric derivative, so value and gradient are stated separately."""
+    from algorithms.ragged import gradient_of, make_inputs
+
+    rows = kin_rows()
+    for row in rows:
+        row["advantages"] = [a * (1 + 0.5 * (t % 3)) * (-1) ** (t // 2) for t, a in enumerate(row["advantages"])]
+    inputs = make_inputs(rows)
+    output = build("gspo", token_form=True, clip_low=0.1, clip_high=0.15).loss(inputs)
+    value, gradient, clipped = 0.0, [], 0
+    num_sequences = sum(1 for row in rows if steps(row))
+    for row in rows:
+        n = len(steps(row))
+        mean = sum(log_ratio(row, t) for t in steps(row)) / n if n else 0.0
+        ratio = exp20(mean)
+        for advantage, m in zip(row["advantages"], row["mask"], strict=True):
+            held = clamp(ratio, 0.9, 1.15)
+            free = ratio * advantage <= held * advantage and abs(mean) < 20
+            clipped += m and not free
+            value -= m * min(ratio * advantage, held * advantage) / (num_sequences * max(n, 1))
+            gradient.append(-m * free * ratio * advantage / (num_sequences * max(n, 1)))
+    assert clipped
+    assert output.loss.item() == pytest.approx(value, rel=1e-12)
+    assert gradient_of(output, inputs.logprobs) == pytest.approx(gradient, rel=1e-10, abs=1e-15)
+
+
+def test_rloo_on_policy_has_the_gradient_of_reinforce():
+    from algorithms.ragged import gradient_of, make_inputs
+
+    rows = kin_rows()
+    inputs = make_inputs(rows)
+    output = build("rloo", old_logprobs="current").loss(inputs)
+    count = sum(1 for row in rows if steps(row))
+    expected = [-m * a / count for row in rows for m, a in zip(row["mask"], row["advantages"], strict=True)]
+    assert gradient_of(output, inputs.logprobs) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 # --- advantages of the kin -------------------------------------------------------------------------------------------
@@ -232,6 +281,13 @@ def test_dapo_shapes_overlong_rewards_before_grouping():
     rewards = [1.0, 0.0, 0.5, 2.0, 2.0, 3.0, -1.0, 0.0]  # the last has 8 tokens: -1
     mean0 = statistics.fmean(rewards[:3])
     expect_spread(per_sample(batch, "advantages"), [r - mean0 for r in rewards[:3]] + [0, 0, 0, -0.5, 0.5])
+
+
+def test_dapo_penalises_the_length_of_truncated_responses_too():
+    """Their mask is empty by then; the samples know."""
+    algorithm = build("dapo", overlong_tokens=8, overlong_cache=4, normalize_std=False, mask_truncated=True)
+    batch = packed(algorithm)
+    assert algorithm.shaped_rewards(batch).tolist() == [1.0, 0.0, 0.5, 2.0, 2.0, 3.0, -1.0, 0.0]
 
 
 def test_dapo_keeps_exactly_the_groups_with_a_gradient():
