@@ -10,7 +10,8 @@ rewards:
       criteria: {correct: The final answer is right., brief: There are no needless words.}
       weights: {correct: 0.8, brief: 0.2}
 
-vLLM, SGLang, TGI and others serve ``/v1/chat/completions`` (OpenAI API reference, "Create chat completion").
+vLLM, SGLang, TGI and others serve ``/v1/chat/completions`` (OpenAI API reference, "Create chat completion"). Where the
+server can constrain what it says, ``extra_body`` asks for it: ``{regex: "Score: (10|[0-9])"}`` of SGLang, for example.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from megatron_rl.rewards.service.reward import Scored, ServiceReward
 from megatron_rl.rewards.service.settings import ServiceConfig
 from megatron_rl.rewards.service.template import fill, look_up
 
-NUMBER = r"\**\s*[:=]\s*\**\s*([-+]?\d+(?:\.\d+)?)"  # "Score: 7", "**Score:** 7.5", "Score = 7/10"
+NUMBER = r"\"?\**\s*[:=]\s*\**\s*([-+]?\d+(?:\.\d+)?)"  # "Score: 7", "**Score:** 7.5", "Score = 7/10", {"Score": 7}
 ONE_GRADE = "Score"
 QUESTION = """Prompt:
 <prompt>
@@ -67,6 +68,8 @@ class JudgeReward(ServiceReward):
         """Of the judge's sampling; above 0 an unreadable verdict is asked for again."""
         max_tokens: int = Field(default=512, ge=1)
         """Longest verdict."""
+        extra_body: dict[str, Any] = Field(default_factory=dict)
+        """Further fields of the request, such as response_format, seed, or SGLang's regex; they go before our own."""
 
     config: Config
     path = "/v1/chat/completions"
@@ -94,7 +97,8 @@ class JudgeReward(ServiceReward):
             {"role": "user", "content": fill(self.config.question, sample)},
         ]
         body: dict[str, Any] = {"model": self.config.model, "messages": messages}
-        return body | {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
+        limits = {"temperature": self.config.temperature, "max_tokens": self.config.max_tokens}
+        return body | limits | self.config.extra_body
 
     @property
     def instructions(self) -> str:
