@@ -27,6 +27,8 @@ The exit code is 0 when nothing differs, 1 when something does, 2 when the confi
 
 `megatron-rl doctor examples/arithmetic_grpo/config.yaml`
 
+Of a trainer in one call: `megatron-rl doctor examples/dpo_pairs/config.yaml dpo.loss=ipo`
+
 An algorithm of your own under the same configuration:
 `megatron-rl doctor CONFIG --algorithm my_algorithms.py:MyAlgorithm algorithm.num_mini_batches=2`
 
@@ -35,7 +37,7 @@ Also on four ranks (TP2 PP2, CP2 DP2): `megatron-rl doctor CONFIG --ranks 4`
 
 
 def doctor(
-    config: Annotated[Path, typer.Argument(help="YAML file, as for `train`.")],
+    config: Annotated[Path, typer.Argument(help="YAML file, as for `train` or as examples/dpo_pairs has it.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file.")] = None,
     algorithm: Annotated[
         str | None, typer.Option(help="my.module:MyAlgo, file.py:MyAlgo or a known name, instead of the file's.")
@@ -48,11 +50,10 @@ def doctor(
     Starts torchrun by itself; takes about a minute on two cores.
     """
     with clear_errors():
-        from megatron_rl.config.files import load_config
-        from megatron_rl.run.config import RunConfig
         from megatron_rl.run.doctor.examine import examine
+        from megatron_rl.run.doctor.one_call import load_examined
 
-        run = load_config(RunConfig, config, overrides or [])
+        run = load_examined(config, overrides or [])
         say = lambda line: typer.echo(line, err=True)  # noqa: E731
         report = examine(run, algorithm, max_ranks=ranks, timeout=timeout, progress=say)
     typer.echo(str(report))
