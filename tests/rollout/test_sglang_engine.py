@@ -115,10 +115,11 @@ def test_a_server_that_hangs_is_given_up_by_its_health(two: list[StandIn]) -> No
     assert len(two[1].answered) == 30
 
 
-def test_a_request_that_takes_too_long_goes_elsewhere(two: list[StandIn]) -> None:
+def test_a_request_that_takes_too_long_is_aborted_and_goes_elsewhere(two: list[StandIn]) -> None:
     with loaded_over(*two, request_timeout=3.0) as engine:
         two[0].faults.append("hang")
         assert last_tokens(engine, 10) == list(range(10))
+    assert len(two[0].aborted) == len(two[0].started_with)
 
 
 def test_a_server_that_dies_while_it_generates_loses_nothing(two: list[StandIn]) -> None:
