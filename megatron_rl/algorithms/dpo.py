@@ -35,7 +35,7 @@ class DPO(PairwiseAlgorithm):
         reference_free: bool = False
         """Treat the reference as uniform: its log-probabilities are 0."""
         precomputed_reference: bool = False
-        """Batches bring ``ref_logprobs`` themselves (computed once and cached), no reference model is needed."""
+        """Batches of your own flow bring ``ref_logprobs``; the one-call trainers have ``reference_cache`` instead."""
 
         @property
         def weights(self) -> dict[str, float]:

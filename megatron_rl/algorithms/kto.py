@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,11 +14,10 @@ from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mas
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import NonNegative, Positive
 from megatron_rl.algorithms.mismatch import exchange_responses
-from megatron_rl.algorithms.moments import masked_moments, sum_over_replicas
+from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.offline import OfflineAlgorithm
 from megatron_rl.algorithms.running_mean import RunningMean
 from megatron_rl.batch import Batch
-from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 
@@ -37,7 +35,7 @@ class LabelledAlgorithm(OfflineAlgorithm):
         undesirable_weight: NonNegative = 1.0
         """Weight of the undesirable responses' losses."""
         precomputed_reference: bool = False
-        """Batches bring ``ref_logprobs`` themselves (computed once and cached)."""
+        """Batches of your own flow bring ``ref_logprobs``; the one-call trainers have ``reference_cache`` instead."""
 
     config: Config
     token_reads = ("ref_logprobs",)
@@ -76,9 +74,9 @@ class KTO(LabelledAlgorithm):
     """Kahneman-Tversky Optimization (arXiv 2402.01306, section 4): w_y (1 - sigmoid(+-(r - beta z))).
 
     r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
-    the mean log-ratio of *mismatched* responses (neighbours exchange theirs), over the data-parallel world, not below 0
-    and without gradient. A rank with a single sequence has no mismatch to offer and is left out; where that is every
-    rank the estimate is refused (as in TRL), since z would be 0 unnoticed.
+    the mean log-ratio of *mismatched* responses (those to other prompts of the whole batch, see `partners`), not below
+    0 and without gradient. A batch of one prompt has none and is refused (as TRL refuses a batch size of 1), since z
+    would be 0 unnoticed.
     """
 
     class Config(LabelledAlgorithm.Config):
@@ -110,29 +108,17 @@ class KTO(LabelledAlgorithm):
         """Write ``kl_logratio``, the same number for every sequence of the world.
 
         Raises:
-            ConfigError: no rank has two sequences.
+            ConfigError: the whole batch has one prompt only.
         """
         assert self.reference is not None
-        require_neighbours(batch.num_sequences, self.dp_group)
-        other = exchange_responses(batch)
+        other, mismatched = exchange_responses(batch, self.dp_group)
         self.actor.logprobs(write="logprobs").run(other)
         self.reference.logprobs(write="ref_logprobs").run(other)
         ratios = sum_over_tokens(other, other["logprobs"] - other["ref_logprobs"])
         lengths = sum_over_tokens(other, torch.ones_like(ratios[:1]).expand(other.num_tokens))
-        usable = (lengths > 0) & (other.num_sequences > 1)
-        mean = max(masked_moments(ratios, usable, self.dp_group).mean, 0.0)
+        mean = max(masked_moments(ratios, mismatched & (lengths > 0), self.dp_group).mean, 0.0)
         batch.sequences["kl_logratio"] = torch.full((batch.num_sequences,), mean)
         batch.metrics["kto/kl"] = mean
-
-
-def require_neighbours(num_sequences: int, group: dist.ProcessGroup | None) -> None:
-    """Raises ConfigError, on every rank, when none has two sequences that could exchange their responses."""
-    crowded = torch.tensor([float(num_sequences > 1)], dtype=torch.float64)
-    if not sum_over_replicas(crowded, group).item():
-        raise ConfigError(
-            "KTO estimates its KL from responses that sequences of one data-parallel rank exchange, but no rank has "
-            "more than one: give each at least 2 (a larger batch, or fewer ranks), or set estimate_kl=False (z = 0)"
-        )
 
 
 @ALGORITHMS.register("bco")

@@ -65,7 +65,7 @@ class OneCallTrainer:
         options: fields of the algorithm's Config and of the data set's Config, by name.
 
     Raises:
-        ConfigError: an option that neither Config has.
+        ConfigError: an option that neither Config has, or that cannot work here.
         DataError: the data set lacks columns, or nothing is left of it.
     """
 
@@ -95,6 +95,7 @@ class OneCallTrainer:
         self.options = {name: value for name, value in options.items() if name not in data_fields}
         _refuse_unknown(type(self).__name__, self.options, self.algorithm_type.Config, self.dataset_type.Config)
         self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
+        _refuse_precomputed(type(self).__name__, self.options)
         columns = self.dataset_type.Config.parse(own, where="dataset")
         self.dataset = self.dataset_type(dataset, tokenizer, columns)
         self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns)
@@ -180,7 +181,7 @@ class OneCallTrainer:
         return self.algorithm_type(actor, self.make_reference(actor), config=self.options)
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:
-        if self.options.get("reference_free") or self.options.get("precomputed_reference"):
+        if self.options.get("reference_free"):
             return None
         return Reference(actor) if self.reference_cache is None else self.cached_reference(actor, None)
 
@@ -335,3 +336,12 @@ def _refuse_unknown(trainer: str, options: dict[str, Any], *records: type[Config
     for name in options:
         if name not in known:
             raise ConfigError(f"{trainer}: unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+
+
+def _refuse_precomputed(trainer: str, options: dict[str, Any]) -> None:
+    """Batches of a flow of one's own may bring log-probabilities; those of a data set never do."""
+    if options.get("precomputed_reference"):
+        raise ConfigError(
+            f"{trainer}: precomputed_reference is for batches that bring ref_logprobs, and a data set has none. Give "
+            "reference_cache=FOLDER instead: they are computed once and kept there"
+        )

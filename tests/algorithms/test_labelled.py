@@ -17,6 +17,8 @@ from algorithms.ragged import (
 from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_loss import AGGREGATIONS, make_rows, token_weight
 from algorithms.test_preference import log_sigmoid, sigma, total
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_rl.algorithms import ALGORITHMS, BCO, KTO
 from megatron_rl.algorithms.mismatch import exchange_responses, partners
@@ -107,10 +109,26 @@ def test_label_metrics_separate_the_classes_and_skip_empty_responses():
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"), [(0, []), (1, [0]), (2, [1, 0]), (3, [1, 2, 0]), (4, [1, 0, 3, 2]), (5, [1, 0, 3, 4, 2])]
+    ("prompts", "expected"),
+    [
+        ("", []),
+        ("abcd", [1, 2, 3, 0]),
+        ("aabbcc", [2, 3, 4, 5, 0, 1]),  # pairs: chosen gets chosen, rejected gets rejected
+        ("abac", [1, 0, 3, 2]),  # a a b c, shifted by two
+        ("aaab", [3, 0, 1, 2]),  # two of the four have no other prompt
+    ],
 )
-def test_neighbours_are_partners_and_of_an_odd_number_the_last_three_rotate(count, expected):
-    assert partners(count) == expected
+def test_partners_shift_by_the_most_frequent_prompt(prompts, expected):
+    assert partners(prompts) == expected
+
+
+@given(st.lists(st.integers(0, 5), max_size=20))
+def test_every_response_is_taken_once_and_as_many_as_can_be_are_of_another_prompt(prompts):
+    found = partners(prompts)
+    assert sorted(found) == list(range(len(prompts)))
+    most = max(map(prompts.count, prompts), default=0)
+    mismatched = sum(prompts[i] != prompts[j] for i, j in enumerate(found))
+    assert mismatched == min(len(prompts), 2 * (len(prompts) - most))
 
 
 def test_exchanging_gives_each_prompt_its_partners_response():
@@ -118,11 +136,12 @@ def test_exchanging_gives_each_prompt_its_partners_response():
         [[1, 2, 10, 11], [3, 20], [4, 5], [6, 30, 7, 31]], [[0, 0, 1, 1], [0, 1], [0, 0], [0, 1, 0, 1]]
     )
     batch.temperature = 0.7
-    other = exchange_responses(batch)
+    other, mismatched = exchange_responses(batch)
+    assert mismatched.tolist() == [True] * 4
     rows = [part.tolist() for part in torch.split(other["input_ids"], other.lengths.tolist())]
     masks = [part.int().tolist() for part in torch.split(other["response_mask"], other.lengths.tolist())]
-    assert rows == [[1, 2, 20], [3, 10, 11], [4, 5, 30, 7, 31], [6]]
-    assert masks == [[0, 0, 1], [0, 1, 1], [0, 0, 1, 0, 1], [0]]
+    assert rows == [[1, 2, 20], [3], [4, 5, 30, 7, 31], [6, 10, 11]]
+    assert masks == [[0, 0, 1], [0], [0, 0, 1, 0, 1], [0, 1, 1]]
     assert other.temperature == 0.7
 
 
@@ -162,6 +181,15 @@ def test_a_world_of_single_sequences_is_refused_since_its_kl_would_be_zero_unnot
     batch = Batch.from_sequences([[1, 2, 10]], [[0, 0, 1]])
     with pytest.raises(ConfigError, match=r"at least 2 .* or set estimate_kl=False"):
         algorithm.estimate_kl(batch)
+
+
+def test_answers_to_the_same_prompt_do_not_count_in_the_kl():
+    """Of three answers to one prompt and one to another, two sequences find a response to the other prompt."""
+    algorithm = KTO(actor=TokenCounting("actor", 0.1), reference=TokenCounting("reference", 0.5))
+    rows = [[1, 10], [1, 20], [1, 30], [2, 70]]
+    batch = Batch.from_sequences(rows, [[0, 1]] * 4)
+    algorithm.estimate_kl(batch)
+    assert batch["kl_logratio"].tolist() == pytest.approx([0.4 * (70 + 30) / 2] * 4)
 
 
 def test_kto_without_an_estimate_reads_no_kl():

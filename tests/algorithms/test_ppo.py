@@ -8,7 +8,7 @@ import statistics
 
 import pytest
 import torch
-from algorithms.ragged import Rows, check_against_oracle, check_context_halves, check_micro_batches
+from algorithms.ragged import Rows, check_against_oracle, check_context_halves, check_micro_batches, metric_value
 from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_kin import SPECS, make_samples, packed, per_sample
 
@@ -177,15 +177,65 @@ def test_a_reference_alone_switches_the_usual_penalty_on():
     assert PPO(actor=StandInWorker(), critic=StandInWorker("critic")).kl_coefficient == 0.0
 
 
-def test_a_shared_critic_needs_no_second_model_and_adds_its_loss_to_the_policys():
-    actor = StandInWorker()
-    algorithm = PPO(actor=actor, shared_critic=True, kl_coefficient=0.0, critic_warmup_steps=1)
+def shared(**config) -> PPO:
+    return PPO(actor=StandInWorker(), shared_critic=True, kl_coefficient=0.0, **config)
+
+
+def test_a_shared_critic_needs_no_second_model():
+    algorithm = shared(critic_warmup_steps=1)
     names = [stage.name for stage in algorithm.update().stages]
     assert names == ["batch.pack", "actor.values", "ppo.prepare", "actor.optimize"]
     assert {"values", "returns", "advantages"} <= set(algorithm.loss_fields)
     assert algorithm.is_warming_up
     algorithm.step = 1
     assert not algorithm.is_warming_up
+
+
+def shared_rows() -> Rows:
+    draw = random.Random(5)
+    rows = value_rows()
+    for row in rows:
+        row["old_logprobs"] = [-draw.expovariate(0.7) - 0.05 for _ in row["mask"]]
+        row["logprobs"] = [old + draw.uniform(-0.5, 0.5) for old in row["old_logprobs"]]
+        row["advantages"] = [draw.gauss(0, 1) for _ in row["mask"]]
+    rows[4]["current_values"] = [0.3, -0.4]
+    return rows
+
+
+def policy_oracle(rows: Rows) -> float:
+    terms = []
+    for row in rows:
+        for t, m in enumerate(row["mask"]):
+            if m:
+                ratio, advantage = math.exp(row["logprobs"][t] - row["old_logprobs"][t]), row["advantages"][t]
+                terms.append(-min(ratio * advantage, max(0.8, min(1.2, ratio)) * advantage))
+    return sum(terms) / len(terms)
+
+
+def test_a_shared_critic_adds_its_weighted_loss_to_the_policys_in_value_and_both_gradients(monkeypatch):
+    algorithm = shared(value_coefficient=0.3, value_clip=0.2, old_logprobs="recompute", log_entropy=False)
+    output = check_against_oracle(
+        algorithm.loss,
+        lambda rows: policy_oracle(rows) + 0.3 * value_oracle(rows, 0.2),
+        shared_rows(),
+        fields=("logprobs", "current_values"),
+        rtol=1e-5,
+    )
+    assert metric_value([output], "loss/policy") == pytest.approx(policy_oracle(shared_rows()), rel=1e-9)
+    assert metric_value([output], "loss/value") == pytest.approx(value_oracle(shared_rows(), 0.2), rel=1e-9)
+    check_micro_batches(algorithm.loss, shared_rows(), [[0, 1], [2, 3], [4]])
+    check_context_halves(algorithm.loss, shared_rows(), monkeypatch)
+
+
+def test_while_a_shared_critic_warms_up_the_policy_has_no_gradient():
+    algorithm = shared(value_coefficient=0.3, old_logprobs="recompute", critic_warmup_steps=1)
+    check_against_oracle(
+        algorithm.loss,
+        lambda rows: 0.3 * value_oracle(rows, 0.2),
+        shared_rows(),
+        fields=("logprobs", "current_values"),
+        rtol=1e-5,
+    )
 
 
 def test_missing_critic_and_meaningless_targets_are_refused():

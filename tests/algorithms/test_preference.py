@@ -178,23 +178,6 @@ def test_loss_does_not_depend_on_micro_batches_or_context_halves(case, monkeypat
     check_context_halves(algorithm.loss, pair_rows(), monkeypatch)
 
 
-@pytest.mark.parametrize("name", list(PAIR_LOSSES))
-def test_loss_and_gradient_stay_finite_in_fp32_when_a_response_is_a_thousand_nats_away(name):
-    for sign in (1.0, -1.0):
-        rows = [
-            {"mask": [1, 1], "logprobs": [-600.0, -600.0], "ref_logprobs": [-600.0 + sign * 500, -600.0 + sign * 500]},
-            {"mask": [1], "logprobs": [-2.0], "ref_logprobs": [-2.0]},
-        ]
-        inputs = make_inputs(rows, dtype=torch.float32)
-        config = {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
-        output = dpo(loss=name, **config).loss(inputs)
-        (gradient,) = torch.autograd.grad(output.loss, inputs.logprobs, allow_unused=True)
-        if name == "discopop" and sign > 0:
-            continue  # its exponential term is e^100 here, by definition
-        assert math.isfinite(output.loss.item())
-        assert torch.isfinite(gradient).all()
-
-
 def test_metrics_are_means_over_pairs_of_implicit_rewards():
     rows = pair_rows()
     output = dpo(beta=0.3).loss(make_inputs(rows))
@@ -279,16 +262,6 @@ def test_reference_free_loss_equals_its_formula_in_value_and_gradient(case, monk
     check_against_oracle(algorithm.loss, lambda rows: average(rows, term), free_rows(), rtol=1e-5)
     check_micro_batches(algorithm.loss, free_rows(), [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11, 12, 13]])
     check_context_halves(algorithm.loss, free_rows(), monkeypatch)
-
-
-def test_orpo_is_finite_for_a_certain_response_and_for_an_impossible_one():
-    rows = [{"mask": [1, 1], "logprobs": [0.0, 0.0]}, {"mask": [1], "logprobs": [-1000.0]}]
-    for order in (rows, rows[::-1]):
-        inputs = make_inputs(order, dtype=torch.float32)
-        output = ALGORITHMS["orpo"](actor=StandInWorker()).loss(inputs)
-        (gradient,) = torch.autograd.grad(output.loss, inputs.logprobs)
-        assert math.isfinite(output.loss.item())
-        assert torch.isfinite(gradient).all()
 
 
 # --- reward models ---------------------------------------------------------------------------------------------------

@@ -56,3 +56,7 @@ def test_a_data_set_without_the_columns_is_named(result):
 def test_kto_refuses_batches_in_which_no_responses_can_be_exchanged(result):
     assert "per_device_train_batch_size = 1, but the KL is estimated" in result["errors"]["kto_batch"]
     assert "rows of eval_dataset a replica = 1" in result["errors"]["kto_eval"]
+
+
+def test_a_precomputed_reference_is_refused_in_favour_of_the_cache(result):
+    assert "Give reference_cache=FOLDER instead" in result["errors"]["precomputed"]

@@ -57,6 +57,7 @@ def main(folder: Path) -> None:
         "ppo_shared": outcome(PPOTrainer(*common, pairs(), shared_critic=True, **sampled), folder / "shared", 12, 1e-2),
         "errors": {
             "option": error_of(lambda: DPOTrainer(*common, pairs(), betta=0.1)),
+            "precomputed": error_of(lambda: DPOTrainer(*common, pairs(), precomputed_reference=True)),
             "kto_batch": error_of(lambda: KTOTrainer(*common, labelled()).train(1, 1, 1e-3, str(folder / "none"))),
             "kto_eval": error_of(
                 lambda: KTOTrainer(*common, labelled(), eval_dataset=labelled()[:1], allow_one_class=True).train(1, 2)
