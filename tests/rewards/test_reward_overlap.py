@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,7 @@ from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.rewards import RewardError, WeightedReward, build_service
 
 ANSWER_SECONDS = 0.3
+SECONDS = 60.0  # after which a wait has failed
 
 
 @pytest.fixture
@@ -79,5 +82,44 @@ def test_an_actor_s_parts_keep_prompts_groups_and_rewards_together(server: Contr
     assert begun == [9, 6]
     assert [sample.group for sample in batch.samples] == [i for i in range(5) for _ in range(3)]
     assert [sample.prompt.index for sample in batch.samples] == [i for i in range(5) for _ in range(3)]
+    assert batch.sequences["rewards"].tolist() == pytest.approx(expected(batch.samples))
+    actor.close()
+
+
+def test_the_first_part_is_asked_for_and_answered_while_the_engine_works_on_the_second(
+    server: ContractServer, stories_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No clock: the service answers only when the second part is being generated, and that ends only when it has."""
+    asked, generating, answered = threading.Event(), threading.Event(), threading.Event()
+    calls: list[int] = []
+
+    def in_between(handler: Handler, number: int) -> bool:
+        asked.set()
+        assert generating.wait(SECONDS)
+        handler.answer(server.bodies[number - 1])
+        answered.set()
+        return True
+
+    server.fault = in_between
+    tokenizer = load_tokenizer(stories_model)
+    actor = Actor(stories_model, tokenizer)
+    generate = actor.rollouts.engine.generate
+
+    def watched(prompts: list[list[int]], *arguments: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 1:
+            return generate(prompts, *arguments)
+        assert asked.wait(SECONDS), "the first part was not asked for before the second was generated"
+        generating.set()
+        made = generate(prompts, *arguments)
+        assert answered.wait(SECONDS), "the first part was not answered while the second was generated"
+        return made
+
+    monkeypatch.setattr(actor.rollouts.engine, "generate", watched)
+    reward = RewardModel(server.url + "/sglang", kind="sglang", retries=0, timeout=SECONDS)
+    text = "Once upon a time, there was a girl named Lily."
+    batch = Batch(prompts=[Prompt(tokenizer(text).input_ids, text, index=i) for i in range(4)])
+    (actor.sample(n=2, max_tokens=6, parts=2, then=reward.begin) >> reward.score())(batch)
+    assert calls == [2, 2]
     assert batch.sequences["rewards"].tolist() == pytest.approx(expected(batch.samples))
     actor.close()
