@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_rl.batch import Batch
+from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
 from megatron_rl.models.adapter import merged
@@ -44,6 +44,10 @@ class Tokenizer(SimpleNamespace):
 
     def __len__(self) -> int:
         return 50
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Its text is never looked at."""
+        return str(ids)
 
     def save_pretrained(self, folder: Path) -> None:
         """Nothing to save."""
@@ -266,4 +270,19 @@ def test_pushes_and_exports_change_no_frozen_weight_and_agree(context, tmp_path)
     for layer in range(SMALL.num_layers):
         name = f"model.layers.{layer}.self_attn.o_proj.weight"
         assert torch.equal(held[name], exported[name])
+    actor.close()
+
+
+def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
+    adam = OptimizerSettings(learning_rate=1e-2)
+    actor = lora_actor(context, dtype="bfloat16", optimizer=adam)
+    assert {parameter.dtype for parameter in adapters_of(actor).values()} == {torch.bfloat16}
+    losses = [actor.optimize(batch(), weighted, reads=("weights",))["loss/total"] for _ in range(4)]
+    assert losses[-1] < 0.9 * losses[0]
+    made = actor.generate([Prompt([5, 6, 7], index=0)], temperature=1.0, max_tokens=12)
+    (sample,) = made
+    ids = sample.prompt.token_ids + sample.response_ids
+    scored = Batch.from_sequences([ids], [[0] * 3 + [1] * len(sample.response_ids)])
+    actor.logprobs("seen").run(scored)
+    assert torch.allclose(scored["seen"][3:], torch.tensor(sample.rollout_logprobs), atol=0.1)
     actor.close()
