@@ -27,14 +27,13 @@ MAX_RUNNING = 32
 
 
 def start_pair() -> Iterator[Loaded]:
-    """An engine that owns two servers, with the weights of `MODEL` as version 7."""
+    """An engine that owns two servers; it holds no weights yet, ``shards`` are those of `MODEL`."""
     server = {"python": sglang_python(), "context_length": 512, "max_total_tokens": 32768}
     server["args"] = {"incremental-streaming-output": True, "stream-interval": 8}
     shards = Cutter(ARCHITECTURE, MODEL.state_dict()).cut()
     with SGLangEngine(
         ARCHITECTURE, LAYOUT, dtype=torch.float32, eos_token_ids=[2], max_running=MAX_RUNNING, server=server, servers=2
     ) as engine:
-        engine.load_shards(shards, 7)
         yield Loaded(engine, MODEL, shards, vocab=100, eos=2, exact_seeds=False)
 
 
