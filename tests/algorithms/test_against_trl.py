@@ -13,10 +13,11 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from algorithms.ragged import make_inputs
 from algorithms.rectangular import BATCH, TIME, assert_same, make_matrices, ours
 from algorithms.stand_ins import StandInWorker
 
-from megatron_rl.algorithms import ALGORITHMS, DPO, KTO
+from megatron_rl.algorithms import ALGORITHMS, DPO, KTO, RewardModelling
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 ORDER = [0, 2, 4, 1, 3, 5]  # TRL stacks all chosen, then all rejected; we alternate
@@ -226,6 +227,70 @@ def test_grpo_family_losses(case):
     assert_same(ours(algorithm.loss, matrices, *fields), *trl_grpo(matrices, loss_type, **settings))
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_rloo_clips_the_ratio_of_the_whole_response(spread):
+    from trl.trainer.rloo_trainer import RLOOTrainer
+
+    matrices = make_matrices(6, spread=spread)
+    logprobs = matrices["logprobs"].clone().requires_grad_()
+    trainer = trainer_of(aux_loss_enabled=False, epsilon_low=0.2, epsilon_high=0.2)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (logprobs, matrices["entropy"], None)
+    mask = matrices["mask"].long()
+    inputs = {
+        "prompt_ids": mask[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": mask,
+        "completion_mask": mask,
+        "advantages": matrices["advantages"][:, 0],
+        "old_logps": (matrices["old_logprobs"] * mask).sum(1),
+    }
+    loss = RLOOTrainer._compute_loss(trainer, None, inputs)
+    gradient = torch.autograd.grad(loss, logprobs)[0]
+    clipped = (gradient == 0).all(1)
+    assert clipped.any() == (spread > 0)
+    assert not clipped.all()
+    algorithm = ALGORITHMS["rloo"](actor=StandInWorker(), old_logprobs="recompute")
+    assert_same(ours(algorithm.loss, matrices, "old_logprobs", "advantages"), loss.detach(), gradient)
+
+
+def test_sft_loss():
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    matrices = make_matrices(7)
+    logprobs, mask = matrices["logprobs"].clone().requires_grad_(), matrices["mask"]
+    trainer = trainer_of(
+        aux_loss_enabled=False, compute_loss_func=None, label_smoother=None, _tp_size=1, _total_train_tokens=0
+    )
+    trainer.args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=False)
+    trainer.accelerator.parallelism_config = None
+    output = output_of(logprobs, mask)
+    output.label_mask = mask
+    loss = SFTTrainer.compute_loss(trainer, lambda **_: output, {"attention_mask": mask})
+    gradient = torch.autograd.grad(loss, logprobs)[0]
+    assert_same(ours(ALGORITHMS["sft"](actor=StandInWorker()).loss, matrices), loss.detach(), gradient)
+
+
+@pytest.mark.parametrize("margins", [None, [0.5, 0.0, 2.0]])
+@pytest.mark.parametrize("center", [None, 0.1])
+def test_reward_model_loss(margins, center):
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    scores = make_matrices(8)["values"][:, 0].clone().requires_grad_()
+    trainer = trainer_of(_tp_size=1, _total_train_tokens=0)
+    trainer.args = SimpleNamespace(center_rewards_coefficient=center)
+    inputs = {"attention_mask": torch.ones(BATCH, 1)} | ({"margin": torch.tensor(margins)} if margins else {})
+    outputs = SimpleNamespace(logits=scores[ORDER].unsqueeze(1))
+    loss = RewardTrainer.compute_loss(trainer, lambda **_: outputs, inputs)
+    expected = torch.autograd.grad(loss, scores)[0]
+
+    algorithm = RewardModelling(StandInWorker("critic"), use_margins=bool(margins), center_coefficient=center or 0.0)
+    rows = [{"mask": [1], "logprobs": [0.0], "current_values": [value]} for value in scores.tolist()]
+    given = make_inputs(rows, sequences={"margins": [m for m in margins for _ in range(2)]} if margins else {})
+    output = algorithm.loss(given)
+    assert math.isclose(output.loss.item(), loss.item(), rel_tol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(output.loss, given.values)[0], expected, rtol=1e-6, atol=1e-9)
+
+
 def mean_over_response(matrices, name: str) -> torch.Tensor:
     return (matrices[name] * matrices["mask"]).sum(1) / matrices["mask"].sum(1)
 
@@ -237,8 +302,9 @@ def test_simpo_cpo_and_orpo():
 
     matrices = make_matrices(5)
     matrices["logprobs"] = matrices["logprobs"].clamp(max=-0.05)
-    averages = mean_over_response(matrices, "logprobs")
-    sums = (matrices["logprobs"] * matrices["mask"]).sum(1)
+    logprobs = matrices["logprobs"].clone().requires_grad_()
+    averages = mean_over_response(matrices | {"logprobs": logprobs}, "logprobs")
+    sums = (logprobs * matrices["mask"]).sum(1)
     likelihood = -averages[0::2].mean()
     simpo = trainer_of(alpha=0.0, loss_type="simpo", simpo_gamma=0.5, beta=2.0, label_smoothing=0.1)
     cpo = trainer_of(alpha=0.0, loss_type="sigmoid", beta=0.1, label_smoothing=0.1)
@@ -250,5 +316,6 @@ def test_simpo_cpo_and_orpo():
     }
     for name, value in expected.items():
         config = {} if name == "orpo" else {"label_smoothing": 0.1}
-        found, _ = ours(ALGORITHMS[name](actor=StandInWorker(), **config).loss, matrices)
-        assert math.isclose(found, value.item(), rel_tol=1e-6), name
+        gradient = torch.autograd.grad(value, logprobs, retain_graph=True)[0]
+        found = ours(ALGORITHMS[name](actor=StandInWorker(), **config).loss, matrices)
+        assert_same(found, value.detach(), gradient)  # TRL's ORPO is in fp32

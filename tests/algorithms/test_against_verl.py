@@ -14,13 +14,16 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from algorithms.rectangular import BATCH, TIME, assert_same, make_matrices, ours
+from algorithms.ragged import make_inputs
+from algorithms.rectangular import BATCH, TIME, as_rows, assert_same, make_matrices, ours
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import ALGORITHMS, PPO
-from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages
-from megatron_rl.algorithms.kl import kl_penalty
+from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages, overlong_penalty
+from megatron_rl.algorithms.importance import MismatchCorrection, mismatch_weights
+from megatron_rl.algorithms.kl import AdaptiveKL, kl_penalty
 from megatron_rl.algorithms.moments import whiten
+from megatron_rl.batch import Batch
 from megatron_rl.ops.gae import gae
 
 UNUSED = ("ray", "hydra", "codetiming", "torchdata", "peft", "pyvers", "orjson", "pylatexenc", "dill")
@@ -162,3 +165,67 @@ def test_group_baselines(verl):
     expected, _ = verl.compute_rloo_outcome_advantage(rewards.unsqueeze(1).clone(), mask, groups.numpy())
     found = leave_one_out_advantages(rewards, groups)
     torch.testing.assert_close(found, expected.squeeze(1).double(), rtol=1e-6, atol=1e-6)
+
+
+def test_reinforce_pp_baseline_advantages(verl):
+    matrices = make_matrices(8)
+    mask, rewards, groups = matrices["mask"], matrices["rewards"][:, 0], torch.tensor([0, 0, 0, 1, 1, 1])
+    at_first = torch.zeros(BATCH, TIME, dtype=torch.float64)
+    at_first[:, 0] = rewards
+    expected, _ = verl.compute_reinforce_plus_plus_baseline_outcome_advantage(at_first, mask, groups.numpy())
+    batch = Batch.from_sequences([[1] * TIME] * BATCH, mask.int().tolist())
+    batch.sequences |= {"rewards": rewards, "groups": groups}
+    build("reinforce++-baseline").prepare(batch)
+    torch.testing.assert_close(batch["advantages"].view(BATCH, TIME) * mask, expected * mask)
+
+
+def test_adaptive_kl_coefficient(verl):
+    theirs, mine = verl.AdaptiveKLController(0.2, 6.0, 10_000), AdaptiveKL(0.2, 6.0, 10_000)
+    for kl, samples in ((1.0, 64), (6.3, 128), (20.0, 256), (5.9, 64)):
+        theirs.update(kl, samples)
+        mine.update(kl, samples)
+        assert mine.coefficient == pytest.approx(theirs.value, rel=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize(("mode", "spread"), [("truncate", 0.4), ("truncate", 30.0), ("mask", 0.4), ("mask", 0.8)])
+def test_weights_against_the_mismatch_of_trainer_and_engine(verl, level, mode, spread):
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+    matrices = make_matrices(9, spread=spread)
+    mask = matrices["mask"]
+    log_ratio = (matrices["logprobs"] - matrices["old_logprobs"]) * mask
+    threshold = 1.5 if mode == "truncate" else "0.5_1.5"
+    expected, _ = compute_rollout_correction_weights(log_ratio, mask, level, threshold)
+    lower = {"lower": 0.5} if mode == "mask" else {}
+    correction = MismatchCorrection(level=level, mode=mode, upper=1.5, **lower)
+    found = mismatch_weights(make_inputs(as_rows(matrices)), log_ratio.flatten(), correction)
+    assert len(expected.unique()) > 2 or spread > 1
+    torch.testing.assert_close(found.view(BATCH, TIME) * mask, expected)
+
+
+def test_soft_overlong_penalty(verl):
+    """verl's reward manager for DAPO, on responses up to the limit (verl's penalty goes on beyond it)."""
+    dapo = pytest.importorskip("verl.workers.reward_manager.dapo")
+    lengths, most, cache = [1, 3, 4, 5, 7, 8], 8, 4
+    manager = MagicMock(max_resp_len=most, num_examine=0)
+    manager.overlong_buffer_cfg = MagicMock(enable=True, len=cache, penalty_factor=1.0, log=False)
+    manager.compute_score = lambda **_: 0.0
+    manager._extract_reward_from_rm_scores = lambda *_: None
+    manager.tokenizer.eos_token = manager.tokenizer.decode.return_value = "."
+    rows = [(torch.tensor([1] * n + [0] * (most - n)), torch.ones(most, dtype=torch.long)) for n in lengths]
+    items = [
+        MagicMock(
+            batch={
+                "prompts": torch.ones(1),
+                "responses": responses,
+                "attention_mask": torch.cat([torch.ones(1, dtype=torch.long), mask]),
+            }
+        )
+        for mask, responses in rows
+    ]
+    data = MagicMock()
+    data.__len__.return_value, data.__getitem__.side_effect = len(items), items.__getitem__
+    data.batch = {"responses": torch.stack([responses for _, responses in rows])}
+    penalties = dapo.DAPORewardManager.__call__(manager, data).sum(1)
+    torch.testing.assert_close(overlong_penalty(torch.tensor(lengths), most, cache), penalties)
