@@ -38,7 +38,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     check_engine(config)
     checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
     find_checkpoint(checkpoint_folder, config.trainer.resume)
-    tokenizer = load_tokenizer(config.tokenizer or config.model, config.pad_token)
+    model = starting_model(config)
+    described = model.hf_folder if isinstance(model, MegatronCheckpoint) else model
+    tokenizer = load_tokenizer(config.tokenizer or described, config.pad_token)
     prompts = PromptDataset(None, tokenizer, config.data)
     held_out = PromptDataset(None, tokenizer, config.evaluation.data) if config.evaluation else None
     reward = build_reward(config.rewards)
@@ -101,15 +103,14 @@ def check_engine(config: RunConfig) -> None:
 def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, num_optimizer_steps: int) -> Actor:
     """The policy, from a Hugging Face folder or a Megatron checkpoint; the schedule decays over the whole run."""
     settings = config.actor.over(num_optimizer_steps).model_copy(update={"seed": config.seed})
-    model = config.model
+    return Actor(starting_model(config), tokenizer, context=context, settings=settings)
+
+
+def starting_model(config: RunConfig) -> str | MegatronCheckpoint:
+    """What the policy starts from: a Hugging Face folder or id, or a Megatron checkpoint."""
     if config.model_config_path is not None:
-        return Actor(
-            MegatronCheckpoint(Path(model), Path(config.model_config_path)),
-            tokenizer,
-            context=context,
-            settings=settings,
-        )
-    return Actor(model, tokenizer, context=context, settings=settings)
+        return MegatronCheckpoint(Path(config.model), Path(config.model_config_path))
+    return MegatronCheckpoint.find(config.model) or config.model
 
 
 def _reference(config: RunConfig, actor: Actor) -> Reference | None:
@@ -125,9 +126,8 @@ def _critic(config: RunConfig, actor: Actor, num_optimizer_steps: int) -> Critic
     if config.critic is None:
         return None
     settings = config.critic.over(num_optimizer_steps)
-    return Critic(
-        config.critic.model or config.model, context=actor.context, settings=settings, tokenizer=actor.tokenizer
-    )
+    source = config.critic.model or starting_model(config)
+    return Critic(source, context=actor.context, settings=settings, tokenizer=actor.tokenizer)
 
 
 def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:

@@ -50,9 +50,9 @@ class RunConfig(ConfigRecord):
     """One training run."""
 
     model: str
-    """Hugging Face folder or id, or a Megatron distributed checkpoint (then `model_config_path` is needed)."""
+    """Hugging Face folder or id, or a Megatron distributed checkpoint, such as one of another run's."""
     model_config_path: str | None = None
-    """config.json in Hugging Face's form that describes a Megatron checkpoint."""
+    """Hugging Face folder or config.json that describes a Megatron checkpoint which does not carry its own."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer; None = the model's."""
     pad_token: str | None = None

@@ -88,9 +88,12 @@ def shared_critic(folder: Path) -> dict[str, list[float]]:
     output, tokenizer = folder / "shared", AutoTokenizer.from_pretrained(folder / "model")
     found = {"trained": train(folder, output, ParallelSizes(pp=2), shared_critic=True)}
     checkpoint = str(output / "checkpoints" / "step_000004")
-    policy = AutoModelForCausalLM.from_pretrained(output / "hf", dtype=torch.float32)
-    head = load_file(output / "hf" / "value_head" / "model.safetensors")["score.weight"]
-    found["transformers"] = by_transformers(policy.model, head)
+    AutoModelForCausalLM.from_pretrained(output / "hf")
+    classifier = AutoModelForSequenceClassification.from_pretrained(output / "hf", num_labels=1, dtype=torch.float32)
+    state = load_file(output / "hf" / "value_head" / "model.safetensors")
+    classifier.load_state_dict(state, strict=False)
+    head = state["score.weight"]
+    found["transformers"] = by_transformers(classifier.model, classifier.score.weight)
     ParallelContext.forget()
     two = ParallelSizes(tp=2)
     for name, source in {"folder": str(output / "hf"), "checkpoint": checkpoint}.items():

@@ -74,6 +74,8 @@ def main(folder: Path) -> None:
         "yaml alone": from_yaml(folder, "actor.optimizer.learning_rate=1e-2"),
         "yaml still": from_yaml(folder, *evaluation, still),
     }
+    left = folder / "yaml_0" / "checkpoints" / f"step_{STEPS:06d}"
+    results["from the checkpoint"] = from_yaml(folder, *evaluation, still, f"model={left}", "trainer.num_steps=1")
     print(json.dumps(results))
 
 

@@ -11,15 +11,18 @@ import pytest
 import torch
 from small_run import ROOT
 
+from megatron_rl.config import ConfigError
+from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.doctor.compare import Measured, differences
+from megatron_rl.run.doctor.one_call import load_examined
 
 CONFIG = ROOT / "examples" / "arithmetic_grpo" / "config.yaml"
 FAULTS = Path(__file__).with_name("faulty_algorithms.py")
 
 
-def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+def doctor(*arguments: str, config: Path = CONFIG) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "megatron_rl", "doctor", str(CONFIG), *arguments]
+    command = [sys.executable, "-m", "megatron_rl", "doctor", str(config), *arguments]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -67,6 +70,43 @@ def test_an_algorithm_that_cannot_run_is_no_fault_of_the_layout():
     done = doctor("--algorithm", f"{FAULTS}:Raising")
     assert done.returncode == 2
     assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in done.stderr
+
+
+ONE_CALL = {
+    "dpo_pairs": ("dpo", {"beta": 0.1}, True),
+    "kto_binary": ("kto", {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}, True),
+    "reward_model": ("reward-model", {"use_margins": False}, False),
+}
+
+
+@pytest.mark.parametrize("example", ONE_CALL)
+def test_a_trainer_in_one_call_is_examined_with_its_algorithm_s_options_and_reference(example):
+    run = load_examined(ROOT / "examples" / example / "config.yaml", ["worker.dtype=bfloat16"])
+    name, options, has_reference = ONE_CALL[example]
+    assert run.algorithm == {"name": name, **options}
+    assert (run.reference is not None) == has_reference
+    assert run.actor.dtype == "bfloat16"
+    find_algorithm(run)
+
+
+def test_options_of_one_call_that_change_the_update_reach_the_doctor():
+    pairs = ROOT / "examples" / "dpo_pairs" / "config.yaml"
+    assert load_examined(pairs, ["dpo.reference_free=true", "dpo.loss=ipo"]).reference is None
+    assert load_examined(pairs, ["dpo.loss=ipo"]).algorithm["loss"] == "ipo"
+    assert load_examined(ROOT / "examples" / "reward_model" / "config.yaml", ["reward.margin=gap"]).algorithm[
+        "use_margins"
+    ]
+    with pytest.raises(ConfigError, match="one file describes one trainer"):
+        load_examined(pairs, ["kto={beta: 0.1}"])
+    with pytest.raises(ConfigError, match="id you mean 'beta'"):
+        find_algorithm(load_examined(pairs, ["dpo.betta=0.1"]))
+
+
+@pytest.mark.distributed
+def test_the_shipped_kto_is_healthy_on_every_layout():
+    done = doctor(config=ROOT / "examples" / "kto_binary" / "config.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "KTO on random preference pairs" in done.stdout
 
 
 def measurement(**changes: object) -> Measured:

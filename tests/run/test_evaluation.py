@@ -62,3 +62,7 @@ def test_training_is_the_same_with_evaluation_and_without(results, way):
     assert {step: trained[step] for step in alone} == alone
     assert len(alone) == 6
     assert alone["6"]["rewards/mean"] > 0
+
+
+def test_a_run_that_starts_from_another_s_checkpoint_is_as_good_as_that_was_at_its_end(results):
+    assert evaluations(results["from the checkpoint"])["0"] == evaluations(results["yaml"])["6"]
