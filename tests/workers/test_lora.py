@@ -23,7 +23,7 @@ from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.models.lora import LoraSettings, add_adapters
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers import Actor, Reference
+from megatron_rl.workers import Actor, Critic, Reference
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.optimizer import OptimizerSettings
 
@@ -286,3 +286,24 @@ def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
     actor.logprobs("seen").run(scored)
     assert torch.allclose(scored["seen"][3:], torch.tensor(sample.rollout_logprobs), atol=0.1)
     actor.close()
+
+
+def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_path) -> None:
+    sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05, clip_gradient=0.0)
+    critic = Critic(random_hf(SMALL), context=context, settings=Critic.Config(lora=LORA, optimizer=sgd))
+    trained = {name for name, parameter in critic.model.parameters().items() if parameter.requires_grad}
+    assert {name for name in trained if "_adapter." not in name} == {"output_layer.weight"}
+    first = values_of(critic)
+    for _ in range(3):
+        critic.optimize(batch(), lambda inputs: LossOutput(((inputs.values - 1.0) ** 2 * inputs.mask).mean(), {}))
+    assert any(adapter.b.any() for adapter in critic.model.adapters.values())
+    assert not torch.allclose(values_of(critic), first)
+    critic.save_pretrained(tmp_path / "critic")
+    again = Critic(str(tmp_path / "critic"), context=context)
+    assert torch.allclose(values_of(again), values_of(critic), atol=1e-5)
+
+
+def values_of(critic: Critic) -> Tensor:
+    scored = batch()
+    critic.values("seen").run(scored)
+    return scored["seen"]
