@@ -35,7 +35,9 @@ class OfflineEvaluation:
                 "many"
             )
         self.algorithm = algorithm
-        self.rows = list(rows)[context.coordinates.dp :: context.dp_size]
+        dp, size = context.coordinates.dp, context.dp_size
+        # Contiguous, as in training: all ranks' rows end to end are the data set, whatever their number.
+        self.rows = list(rows)[len(rows) * dp // size : len(rows) * (dp + 1) // size]
         self.num_rows = len(rows)
         self.pack = pack
 
