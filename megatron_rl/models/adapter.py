@@ -98,7 +98,7 @@ class Adapter(MegatronModule):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return F.linear(low, self.b) * self.factor
+        return F.linear(low * self.factor, self.b)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
@@ -111,6 +111,12 @@ class Adapter(MegatronModule):
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's ``weight`` with the update in it: a new tensor of the same dtype."""
         return merged(weight, self.a, self.b, self.factor)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Its settings in PEFT's names."""
+        rank = self.a.shape[0]
+        return {"r": rank, "lora_alpha": self.factor * rank, "lora_dropout": self.dropout}
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None

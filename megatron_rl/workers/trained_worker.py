@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
+from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
 from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
 from megatron_rl.workers.heads import LossFunction
 from megatron_rl.workers.megatron_model import MegatronModel
@@ -99,6 +101,35 @@ class TrainedWorker:
             overwrite=overwrite,
             beside=self._write_second_head,
         )
+
+    def save_adapters(self, folder: str | Path, base: str = "", overwrite: bool = False) -> Path:
+        """Write the adapters alone as a PEFT folder, unmerged. Called on every rank.
+
+        Args:
+            base: name or folder of the frozen model, for whoever loads the adapters.
+
+        Raises:
+            ConfigError: there are no adapters, a value head belongs to them, or the folder exists.
+        """
+        model, at, folder = self.model, self.context.coordinates, Path(folder)
+        if not model.adapters or model.value_head:
+            raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
+        model.sync_parameters()
+        own: list[Part] = []
+        if at.dp == at.cp == 0:
+            shards = {shard.name: shard for shard in model.layout.shards(self.context.rank)}
+            for name, adapter in model.adapters.items():
+                own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
+        parts = [part for parts in self.context.gather_objects(own) for part in parts]
+        failure = None
+        if self.context.rank == 0:
+            try:
+                write_peft(folder, assembled(parts), next(iter(model.adapters.values())).facts, base, overwrite)
+            except (ConfigError, OSError) as error:
+                failure = str(error)
+        if problem := self.context.gather_objects(failure)[0]:
+            raise ConfigError(problem)
+        return folder
 
     def _write_second_head(self, folder: Path) -> None:
         """On one of the ranks that hold it."""

@@ -303,6 +303,18 @@ def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_
     assert torch.allclose(values_of(again), values_of(critic), atol=1e-5)
 
 
+def test_adapters_alone_are_saved_of_policies_that_have_some(context, tmp_path) -> None:
+    sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05)
+    critic = Critic(random_hf(SMALL), context=context, settings=Critic.Config(lora=LORA, optimizer=sgd))
+    for worker in (critic, Actor(random_hf(SMALL), Tokenizer(), context=context)):
+        with pytest.raises(ConfigError, match="use save_pretrained"):
+            worker.save_adapters(tmp_path / "adapters")
+    actor = lora_actor(context)
+    actor.save_adapters(tmp_path / "adapters")
+    with pytest.raises(ConfigError, match="exists"):
+        actor.save_adapters(tmp_path / "adapters")
+
+
 def values_of(critic: Critic) -> Tensor:
     scored = batch()
     critic.values("seen").run(scored)
