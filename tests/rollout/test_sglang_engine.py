@@ -16,6 +16,7 @@ from rollout.sglang_stand_in import Fault, Generate, PlainDelivery, StandIn, cou
 from megatron_rl.config import ConfigError
 from megatron_rl.models import rollout_layout
 from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
+from megatron_rl.rollout.sglang.client import ABORT_SECONDS
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
 
 pytestmark = pytest.mark.timeout(60)
@@ -224,11 +225,11 @@ def test_an_update_while_requests_run_pauses_them_and_both_versions_are_reported
 
 
 def asking_forever(engine: SGLangEngine, servers: list[StandIn], failures: list[BaseException]) -> threading.Thread:
-    """A thread that waits for 6 answers of 2 samples, which never come, and tells how it ended."""
+    """A thread that waits for 100 answers of 2 samples, which never come, and tells how it ended."""
 
     def ask() -> None:
         try:
-            engine.generate([[5, 6]] * 6, SamplingParams(n=2, max_tokens=4))
+            engine.generate([[5, 6]] * 100, SamplingParams(n=2, max_tokens=4))
         except BaseException as error:
             failures.append(error)
 
@@ -236,33 +237,35 @@ def asking_forever(engine: SGLangEngine, servers: list[StandIn], failures: list[
         server.faults.append("hang")
     asking = threading.Thread(target=ask)
     asking.start()
-    eventually(lambda: sum(len(server.started_with) for server in servers) == 6)
+    eventually(lambda: sum(len(server.started_with) for server in servers) == 100)
     return asking
 
 
 def test_closing_aborts_every_sample_that_runs_and_says_so_to_who_waits(two: list[StandIn]) -> None:
     failures: list[BaseException] = []
-    engine = loaded_over(*two)
+    engine = loaded_over(*two, concurrency=100)
     asking = asking_forever(engine, two, failures)
+    start = time.monotonic()
     engine.close()
+    assert time.monotonic() - start < ABORT_SECONDS, "aborts did not get through"
     asking.join(20)
     assert "closed while it generated" in str(failures[0])
-    assert len({*two[0].aborted, *two[1].aborted}) == 12
+    assert len({*two[0].aborted, *two[1].aborted}) == 200
 
 
 def test_an_interrupt_aborts_every_sample_that_runs_before_it_goes_on(two: list[StandIn]) -> None:
     failures: list[BaseException] = []
 
     def interrupted(seconds: float) -> None:
-        if sum(len(server.started_with) for server in two) == 6:
+        if sum(len(server.started_with) for server in two) == 100:
             raise KeyboardInterrupt
 
-    with loaded_over(*two) as engine:
+    with loaded_over(*two, concurrency=100) as engine:
         engine.replica.sign_of_life = interrupted  # type: ignore[method-assign]
         asking_forever(engine, two, failures).join(20)
         aborted = {*two[0].aborted, *two[1].aborted}
     assert isinstance(failures[0], KeyboardInterrupt)
-    assert len(aborted) == 12
+    assert len(aborted) == 200
 
 
 def test_an_update_goes_through_pause_session_version_and_continue(two: list[StandIn]) -> None:

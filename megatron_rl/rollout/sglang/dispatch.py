@@ -65,6 +65,13 @@ class Dispatcher:
         finally:
             self._calls.discard(call)
 
+    async def end(self) -> None:
+        """End all calls of `answer_all`, as `settled` says. Cancelling everything that runs instead would cancel HTTP
+        requests twice, whose connections are then never given back, and the aborts would wait for them."""
+        for call in self._calls:
+            call.cancel()
+        await self.settled()
+
     async def settled(self) -> None:
         """Return when calls of `answer_all` that were cancelled have ended and their requests are aborted."""
         ending = {call for call in self._calls if call.cancelling()}

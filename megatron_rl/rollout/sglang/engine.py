@@ -311,7 +311,9 @@ class SGLangEngine(RolloutEngine):
 
     def close(self) -> None:
         with self._closing:
-            self._loop.close()  # first: it aborts what runs, and would start servers again that are gone
+            if not self._loop.is_closed:
+                self._loop.run(self._dispatcher.end())
+            self._loop.close()  # before the servers: it would start those again that are gone
             for member in self._membership.members:
                 if member.server is not None:
                     member.server.close()
