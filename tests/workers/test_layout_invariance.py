@@ -19,7 +19,7 @@ from torchrun import run_torchrun
 
 PROGRAM = Path(__file__).with_name("layout_cases.py")
 WORLDS = {
-    1: ("one", "one_padded", "one_small_budget"),
+    1: ("one", "one_padded", "one_small_budget", "one_empty_rows"),
     2: ("tp2", "pp2", "dp2", "cp2", "cp2_padded", "tp2_sp", "tp2_padded", "pp2vpp2", "tp2_recompute"),
     4: ("tp2pp2", "tp2cp2", "dp2pp2", "dp4", "pp2vpp2_small_budget"),
 }
