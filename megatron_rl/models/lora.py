@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -73,10 +72,21 @@ def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, seed: int)
         )
     if not settings.target_modules:
         raise ConfigError(f"lora.target_modules is empty: choose some of {', '.join(PARENTS)}")
+    _refuse_experts(unwrap(chunks[0]).config, settings)
     places = [place for index, chunk in enumerate(chunks) for place in _places(chunk, index, len(chunks), settings)]
     for chunk in chunks:
         _freeze(unwrap(chunk))
     return {place.shard: _add(place, settings, seed) for place in places}
+
+
+def _refuse_experts(config: Any, settings: LoraSettings) -> None:
+    """On every rank alike, whichever layers it holds."""
+    given = [target for target in settings.target_modules if PARENTS[target] == "mlp"]
+    if config.num_moe_experts and given:
+        raise ConfigError(
+            f"lora.target_modules has {' and '.join(given)}, but the model is a mixture of experts, whose experts take "
+            "no adapters: choose linear_qkv and linear_proj"
+        )
 
 
 def _places(chunk: nn.Module, index: int, num_chunks: int, settings: LoraSettings) -> Iterator[_Place]:
@@ -92,11 +102,6 @@ def _places(chunk: nn.Module, index: int, num_chunks: int, settings: LoraSetting
 
 
 def _check(parent: nn.Module, target: Target, where: str) -> None:
-    if isinstance(parent, MoELayer):
-        raise ConfigError(
-            f"lora.target_modules has {target}, but {where} is a mixture of experts, whose experts take no adapters: "
-            "choose linear_qkv and linear_proj"
-        )
     layer = parent._modules.get(target)
     if layer is None or not isinstance(getattr(layer, "weight", None), Tensor):
         raise ConfigError(
