@@ -1,4 +1,4 @@
-"""Several rollout replicas under torchrun, each with a real server of its own; `replicas_program.py` says the rest."""
+"""Two rollout replicas of two ranks each under torchrun, each with a real server of its own; `replicas_program.py` says the rest."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from integration.environment import ROOT, sglang_python
 from torchrun import run_torchrun
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-TP = 1  # 2 works, too: it takes a machine of two cores four times as long
 
 
 def test_two_replicas_generate_and_generate_again_after_a_push() -> None:
     program = Path(__file__).with_name("replicas_program.py")
-    out = run_torchrun(program, 2 * TP, sglang_python(), str(TP), timeout=580, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    out = run_torchrun(program, 4, sglang_python(), "2", timeout=580, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     print(out)
     assert sum(line.startswith("ok version") for line in out.splitlines()) == 2
