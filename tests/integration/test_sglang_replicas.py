@@ -1,4 +1,4 @@
-"""Two rollout replicas of two ranks each under torchrun, each with a real server of its own; `replicas_program.py` says the rest."""
+"""Two rollout replicas of two ranks each under torchrun, with a real server each: see `replicas_program.py`."""
 
 from __future__ import annotations
 
