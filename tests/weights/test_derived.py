@@ -21,10 +21,10 @@ from megatron_rl.weights.sync import WeightSync
 
 
 class Alive:
-    """Counts the derived tensors that somebody still holds."""
+    """Counts the derived tensors whose memory somebody still holds."""
 
     def __init__(self) -> None:
-        self.references: list[weakref.ref[Tensor]] = []
+        self.references: list[weakref.ref[object]] = []
         self.most = 0
 
     def count(self) -> int:
@@ -35,10 +35,10 @@ class Alive:
         hidden = -tensor
 
         def compute() -> Tensor:
-            made = -hidden
-            self.references.append(weakref.ref(made))
+            memory = -hidden.numpy()  # an array of its own lives as long as any tensor over it
+            self.references.append(weakref.ref(memory))
             self.most = max(self.most, self.count())
-            return made
+            return torch.from_numpy(memory)
 
         return Derived(torch.full_like(tensor, torch.nan), compute)
 
