@@ -21,4 +21,4 @@ def measure(differences: Sequence[Sequence[float]], stale: Sequence[Sequence[flo
     fields = {"response_mask": flat(mask).bool(), "staleness": flat(old), "response_starts": flat(starts).bool()}
     inputs = LossInputs(torch.zeros(len(ids)), fields, {}, ids, len(rows), Totals(1, 1))
     metrics = gap_metrics(inputs, flat(rows))
-    return {name: float(mean.total) / float(mean.weight) if mean.weight else 0.0 for name, mean in metrics.items()}
+    return {name: float(mean.total) / float(mean.weight) for name, mean in metrics.items() if mean.weight}
