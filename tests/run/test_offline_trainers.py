@@ -43,3 +43,10 @@ def test_evaluation_covers_every_row_and_does_not_depend_on_the_layout(results, 
     assert evaluated == pytest.approx({name: other[name] for name in evaluated}, rel=1e-3, abs=1e-4)
     assert 0.0 < evaluated["eval/loss/total"] < 2.0
     assert "eval/rewards/accuracies" in evaluated
+
+
+def test_kl_of_held_out_pairs_is_mismatched_and_does_not_depend_on_the_ranks(results):
+    """The chosen and the rejected answer of a prompt lie next to each other: a neighbour is no mismatch."""
+    one, other = results["KTOTrainer tp2 model"]["eval/kto/kl"], results["KTOTrainer dp2 model"]["eval/kto/kl"]
+    assert one > 0.01
+    assert one == pytest.approx(other, rel=1e-3)
