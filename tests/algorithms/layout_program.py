@@ -22,12 +22,17 @@ from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 from megatron_rl.workers.optimizer import OptimizerSettings
 
-LAYOUTS: dict[str, dict] = {
-    "one": {},
-    "tp2": {"tp": 2},
-    "cp2": {"cp": 2},
-    "dp2": {},
-    "pp2": {"pp": 2},
+PADDED = {"packing": False, "micro_batch_size": 4}
+LAYOUTS: dict[str, tuple[dict, dict]] = {  # of `ParallelSizes`, of the workers' settings
+    "one": ({}, {}),
+    "one_padded": ({}, PADDED),
+    "tp2": ({"tp": 2}, {}),
+    "tp2_sp": ({"tp": 2, "sequence_parallel": True}, {}),
+    "cp2": ({"cp": 2}, {}),
+    "dp2": ({}, {}),
+    "pp2": ({"pp": 2}, {}),
+    "pp2vpp2": ({"pp": 2, "vpp": 2}, {}),
+    "tp2pp2": ({"tp": 2, "pp": 2}, {}),
 }
 SEVERAL = {"num_epochs": 2, "num_mini_batches": 2}  # so that ratios leave 1 and clips bite
 ONLINE: dict[str, dict] = {
@@ -93,10 +98,9 @@ def fixed_batch(context) -> Batch:
 
 def run_layout(model: str, layout: str) -> dict[str, dict[str, float]]:
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-4, clip_gradient=0.0)
-    settings = Actor.Config(optimizer=sgd, token_budget=96)
-    actor = Actor(
-        model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**LAYOUTS[layout]), settings=settings
-    )
+    sizes, overrides = LAYOUTS[layout]
+    settings = Actor.Config(optimizer=sgd, token_budget=96, **overrides)
+    actor = Actor(model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), settings=settings)
     reference = Reference(actor)
     critic = Critic(model, context=actor.context, settings=settings)
     found = {}

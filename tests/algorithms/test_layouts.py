@@ -12,7 +12,12 @@ from torchrun import run_torchrun
 from megatron_rl.algorithms import ALGORITHMS
 
 PROGRAM = Path(__file__).with_name("layout_program.py")
-WORLDS = {1: ("one",), 2: ("tp2", "cp2", "dp2", "pp2")}
+WORLDS = {
+    1: ("one", "one_padded"),
+    2: ("tp2", "tp2_sp", "cp2", "dp2", "pp2", "pp2vpp2"),
+    4: ("tp2pp2",),
+}
+LAYOUTS = [layout for layouts in WORLDS.values() for layout in layouts if layout != "one"]
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +33,7 @@ def results(model: str) -> dict[str, dict[str, dict[str, float]]]:
     return found
 
 
-@pytest.mark.parametrize("layout", WORLDS[2])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_no_metric_of_any_algorithm_depends_on_the_layout(stories_model, layout):
     one, other = results(str(stories_model))["one"], results(str(stories_model))[layout]
     assert set(one) == set(ALGORITHMS)
