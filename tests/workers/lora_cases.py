@@ -16,17 +16,25 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 
 from megatron.core import parallel_state  # isort: skip
 from layout_cases import own_share, samples
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
+from megatron_rl.models import Architecture, Experts
 from megatron_rl.models.adapter import Adapter
+from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.optimizer import OptimizerSettings
 from megatron_rl.workers.reference import Reference
 
+LORA = {"rank": 4, "alpha": 6.0}
+ATTENTION = LORA | {"target_modules": ("linear_qkv", "linear_proj")}
+EXPERTS = Architecture(
+    family="qwen3_moe", num_layers=2, hidden=32, ffn=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab=512, tied=False,
+    qk_norm=True, experts=Experts(4, 2, 16),
+)  # fmt: skip
 CASES: dict[str, tuple[dict, dict]] = {
     "one": ({}, {}),
     "one_recompute": ({}, {"recompute": True}),
@@ -41,8 +49,10 @@ CASES: dict[str, tuple[dict, dict]] = {
     "dp2": ({}, {}),
     "tp2pp2": ({"tp": 2, "pp": 2}, {}),
     "tp2sp_dp2": ({"tp": 2, "sequence_parallel": True}, {}),
+    "experts_one": ({}, {"lora": ATTENTION}),
+    "experts_ep2": ({"ep": 2}, {"lora": ATTENTION}),
+    "experts_tp2sp_ep2": ({"tp": 2, "ep": 2, "sequence_parallel": True}, {"lora": ATTENTION}),
 }
-LORA = {"rank": 4, "alpha": 6.0}
 
 
 def whole_parameters(actor: Actor, take: Any) -> dict[str, torch.Tensor]:
@@ -89,6 +99,16 @@ def set_b(actor: Actor) -> None:
         adapter.b.copy_(whole)
 
 
+def random_experts() -> PreTrainedModel:
+    """A mixture of experts, the same on every rank."""
+    torch.manual_seed(4)
+    model = AutoModelForCausalLM.from_config(hf_config_from(EXPERTS, dtype="float32")).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2).add_(1.0 if "norm" in name else 0.0)
+    return model
+
+
 def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
     at = actor.context
     batch = own_share(samples(), at.coordinates.dp, at.grid.dp)
@@ -102,11 +122,10 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     sizes, overrides = CASES[name]
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
     settings = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
-    actor = Actor(
-        model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), settings=Actor.Config(**settings)
-    )
+    source, tokenizer = random_experts() if name.startswith("experts") else model, AutoTokenizer.from_pretrained(model)
+    actor = Actor(source, tokenizer, parallel=ParallelSizes(**sizes), settings=Actor.Config(**settings))
     first = whole_parameters(actor, torch.Tensor.detach)
-    fresh, own = Reference(actor), Reference(model, actor.tokenizer, context=actor.context)
+    fresh, own = Reference(actor), Reference(source, actor.tokenizer, context=actor.context)
     found = {name: logprobs_of(actor, stage.logprobs("ref"), "ref") for name, stage in (("off", fresh), ("own", own))}
     found["at first"] = logprobs_of(actor, actor.logprobs("seen"), "seen")
     set_b(actor)
@@ -121,6 +140,7 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     found["gap"] = rollout_gap(actor)
     actor.publish()
     actor.save_pretrained(folder / name)
+    actor.save_adapters(folder / f"{name} peft", base=model)
     after = actor.model.tensors()
     found["unchanged"] = all(context.gather_objects(all(torch.equal(before[n], after[n]) for n in before)))
     return found | {

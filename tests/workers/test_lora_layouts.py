@@ -7,6 +7,7 @@ Everything is compared with one process, whose own numbers have other oracles: t
 from __future__ import annotations
 
 import functools
+import json
 import math
 import tempfile
 from pathlib import Path
@@ -19,12 +20,24 @@ from torchrun import run_torchrun
 
 PROGRAM = Path(__file__).with_name("lora_cases.py")
 WORLDS = {
-    1: ("one", "one_recompute", "one_two_targets"),
-    2: ("tp2", "tp2_padded", "tp2_recompute", "tp2_sp", "pp2", "pp2vpp2", "cp2", "dp2"),
+    1: ("one", "one_recompute", "one_two_targets", "experts_one"),
+    2: (
+        "tp2",
+        "tp2_padded",
+        "tp2_recompute",
+        "tp2_sp",
+        "pp2",
+        "pp2vpp2",
+        "cp2",
+        "dp2",
+        "experts_ep2",
+        "experts_tp2sp_ep2",
+    ),
     4: ("tp2pp2", "tp2sp_dp2"),
 }
 CASES = [case for cases in WORLDS.values() for case in cases]
 SAME_ADAPTERS = [case for case in CASES if case != "one_two_targets"]
+DENSE = [case for case in CASES if not case.startswith("experts")]
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +51,8 @@ def results(model: str) -> dict[str, dict[str, Any]]:
             for case in cases:
                 found[case] = torch.load(Path(folder) / f"{case}.pt", weights_only=True)
                 found[case]["exported"] = load_file(Path(folder) / case / "model.safetensors")
+                found[case]["adapters"] = load_file(Path(folder) / f"{case} peft" / "adapter_model.safetensors")
+                found[case]["config"] = json.loads((Path(folder) / f"{case} peft" / "adapter_config.json").read_text())
     return found
 
 
@@ -46,22 +61,27 @@ def found(stories_model) -> dict[str, dict[str, Any]]:
     return results(str(stories_model))
 
 
+def alone(case: str) -> str:
+    """The case of one process to compare with."""
+    return "experts_one" if case.startswith("experts") else "one"
+
+
 def close(one: Any, other: Any, tolerance: float) -> bool:
     return torch.allclose(torch.as_tensor(one), torch.as_tensor(other), atol=tolerance, rtol=1e-5)
 
 
 @pytest.mark.parametrize("case", SAME_ADAPTERS)
 def test_first_values_are_bitwise_the_same_and_b_is_zero(found, case):
-    one, other = found["one"]["first"], found[case]["first"]
+    one, other = found[alone(case)]["first"], found[case]["first"]
     assert one.keys() == other.keys()
-    assert len(one) == 5 * 4 * 2
+    assert len(one) == (2 * 2 * 2 if case.startswith("experts") else 5 * 4 * 2)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(bool(one[name].any()) == name.endswith(".a") for name in one)
 
 
 @pytest.mark.parametrize("case", SAME_ADAPTERS)
 def test_layout_changes_neither_logprobs_nor_loss_nor_gradient_norm(found, case):
-    one, other = found["one"], found[case]
+    one, other = found[alone(case)], found[case]
     for field in ("logprobs", "trained after"):
         assert close(other[field], one[field], 5e-5), field
     for name, tolerance in (("loss/total", 1e-6), ("loss/kl", 5e-5), ("optimizer/gradient_norm", 1e-5)):
@@ -71,7 +91,7 @@ def test_layout_changes_neither_logprobs_nor_loss_nor_gradient_norm(found, case)
 
 @pytest.mark.parametrize("case", SAME_ADAPTERS)
 def test_layout_changes_no_gradient_of_an_adapter(found, case):
-    one, other = found["one"]["gradients"], found[case]["gradients"]
+    one, other = found[alone(case)]["gradients"], found[case]["gradients"]
     for name in one:
         assert (other[name] - one[name]).norm() <= 1e-5 * one[name].norm(), name
         assert one[name].norm() > 0, name
@@ -101,7 +121,7 @@ def test_engine_samples_with_merged_weights(found, case):
     assert found[case]["gap"] < 1e-4
 
 
-@pytest.mark.parametrize("case", SAME_ADAPTERS)
+@pytest.mark.parametrize("case", [case for case in SAME_ADAPTERS if case in DENSE])
 def test_exported_weights_are_the_merged_ones(found, case, stories_model):
     base, one, other = load_file(stories_model / "model.safetensors"), found["one"]["exported"], found[case]["exported"]
     assert one.keys() == other.keys() == base.keys()
@@ -109,6 +129,22 @@ def test_exported_weights_are_the_merged_ones(found, case, stories_model):
         adapted = name.endswith("proj.weight")
         assert torch.equal(other[name], base[name]) == (not adapted), name
         assert close(other[name], one[name], 1e-6), name
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_adapters_alone_are_the_difference_of_the_exported_weights(found, case, stories_model):
+    """As PEFT reads them: W + lora_alpha / r * B A, one pair for each Hugging Face weight."""
+    base, exported, adapters = load_file(stories_model / "model.safetensors"), found[case]["exported"], {}
+    for name, tensor in found[case]["adapters"].items():
+        assert name.startswith("base_model.model.model.layers.")
+        weight, letter = name.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        adapters.setdefault(f"{weight}.weight", {})[letter[0]] = tensor
+    config = found[case]["config"]
+    assert {name.split(".")[-2] for name in adapters} == set(config["target_modules"])
+    assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 6.0)
+    for name in base:
+        update = 1.5 * adapters[name]["B"] @ adapters[name]["A"] if name in adapters else torch.zeros(())
+        assert close(exported[name], base[name] + update, 1e-6), name
 
 
 def test_only_chosen_modules_have_adapters(found):
