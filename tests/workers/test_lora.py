@@ -222,7 +222,7 @@ def test_a_value_head_is_trained_whole(context) -> None:
 
 
 def test_experts_take_no_adapters_but_their_attention_does(context) -> None:
-    with pytest.raises(ConfigError, match="mixture of experts, whose experts take no adapters: choose linear_qkv and linear_proj"):
+    with pytest.raises(ConfigError, match="whose experts take no adapters: choose linear_qkv and linear_proj"):
         lora_actor(context, QWEN3_MOE)
     actor = lora_actor(context, QWEN3_MOE, lora=LORA | {"target_modules": ("linear_qkv", "linear_proj")})
     assert len(actor.model.adapters) == 2 * QWEN3_MOE.num_layers
