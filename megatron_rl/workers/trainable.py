@@ -6,7 +6,7 @@ Actor and Critic are both one; they differ in what their head computes and in no
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -60,7 +60,7 @@ class TrainableModel(ScoringModel):
             Metrics over all steps and ranks, and ``optimizer/...``.
 
         Raises:
-            FloatingPointError: the loss or the gradient is not finite; no parameter was touched in the first case.
+            FloatingPointError: the loss or the gradient of a step is not finite; that step has changed nothing.
         """
         collected: list[dict[str, Mean]] = []
         norms = []
@@ -121,11 +121,10 @@ class TrainableModel(ScoringModel):
         head = loss_head(model, batch, loss, totals, how.reads, how.sequence_reads, scorer(batch))
         results = run_schedule(model, batch, micro_batches, head, backward=True)
         value = sum(result[0].double() for result in results) if results else torch.zeros((), dtype=torch.float64)
-        self._require_finite(float(value), "loss")
+        self._require_finite({"loss": float(value), "gradient": self._largest_gradient()})
         if self.scheduler is not None:
             self.scheduler.step(increment=1)
         _, norm, _ = self.optimizer.step()
-        self._require_finite(float(norm or 0.0), "gradient norm")
         self.num_steps += 1
         return self._with_total(results), float(norm or 0.0)
 
@@ -145,16 +144,28 @@ class TrainableModel(ScoringModel):
         tokens, sequences, num_units = counts.tolist()
         return Totals(tokens=max(tokens, 1.0), sequences=max(sequences, 1.0), groups=max(num_units, 1.0))
 
-    def _require_finite(self, value: float, what: str) -> None:
-        bad = torch.tensor(0.0 if math.isfinite(value) else 1.0, device=self.model.device)
+    def _largest_gradient(self) -> float:
+        """Magnitude of the largest element on this rank; not finite where any is not. 0 with a loss scale: such an
+        optimizer finds overflows itself, and skips their steps."""
+        if getattr(self.optimizer.config, "fp16", False):
+            return 0.0
+        found = (
+            getattr(parameter, "main_grad", None) for chunk in self.model.chunks for parameter in chunk.parameters()
+        )
+        gradients = [gradient for gradient in found if gradient is not None]
+        return float(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)) if gradients else 0.0
+
+    def _require_finite(self, values: Mapping[str, float]) -> None:
+        bad = torch.tensor([float(not math.isfinite(value)) for value in values.values()], device=self.model.device)
         if dist.get_world_size() > 1:
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        if bad.item():
-            raise FloatingPointError(
-                f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank "
-                f"({value} here): "
-                "lower the learning rate, or look for NaN rewards or log-probabilities in this step's metrics"
-            )
+        for (what, value), flag in zip(values.items(), bad.tolist(), strict=True):
+            if flag:
+                raise FloatingPointError(
+                    f"{self.name}: the {what} of optimizer step {self.num_steps} is not finite on some rank "
+                    f"({value} here): "
+                    "lower the learning rate, or look for NaN rewards or log-probabilities in this step's metrics"
+                )
 
     def _reduce(self, collected: Sequence[dict[str, Mean]]) -> dict[str, float]:
         """Metrics over all ranks that computed some: the last stage, one rank of each tensor-parallel group. A mean of

@@ -152,11 +152,14 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_or_optimizer_state_ch
     assert actor.trainable.num_steps == 1
 
 
-def test_a_gradient_that_is_not_finite_is_an_error_that_names_it(actor):
+def test_a_gradient_that_is_not_finite_stops_before_any_weight_or_optimizer_state_changes(actor):
     algorithm = SFT(actor)
+    algorithm.update()(labelled([True] * 6))
     algorithm.loss = undefined_gradient  # type: ignore[method-assign]
-    with pytest.raises(FloatingPointError, match=r"actor: the gradient norm of optimizer step 0 is not finite"):
+    before = everything(actor)
+    with pytest.raises(FloatingPointError, match=r"actor: the gradient of optimizer step 1 is not finite"):
         algorithm.update()(labelled([True] * 6))
+    assert_untouched(actor, before)
 
 
 def test_a_reference_that_is_not_finite_stops_before_the_step(actor):
