@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,12 @@ import torch
 from small_run import ROOT
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Experts
 from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.doctor.compare import Measured, differences
+from megatron_rl.run.doctor.layouts import variants_for
 from megatron_rl.run.doctor.one_call import load_examined
+from megatron_rl.run.doctor.random_data import PLAIN, write_random_model
 
 CONFIG = ROOT / "examples" / "arithmetic_grpo" / "config.yaml"
 FAULTS = Path(__file__).with_name("faulty_algorithms.py")
@@ -37,7 +41,7 @@ def test_the_shipped_grpo_is_healthy_on_every_layout():
     done = doctor("--ranks", "4")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "healthy" in done.stdout
-    for layout in ("small micro-batches", "padded rows", "DP2", "CP2", "TP2", "PP2", "TP2 PP2"):
+    for layout in ("small micro-batches", "padded rows", "DP2", "CP2", "TP2", "PP2", "PP2 VPP2", "TP2 PP2"):
         assert marks(done.stdout, layout) == ["same"] * 4
 
 
@@ -45,6 +49,24 @@ def test_the_shipped_grpo_is_healthy_on_every_layout():
 def test_ppo_with_a_critic_on_shared_weights_is_healthy_on_every_layout():
     done = doctor("algorithm={name: ppo, shared_critic: true, num_mini_batches: 2}", "actor.value_head=true")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+@pytest.mark.distributed
+def test_a_mixture_of_experts_is_also_examined_with_its_experts_spread_over_ranks(tmp_path):
+    experts = replace(PLAIN, family="qwen3_moe", qk_norm=True, experts=Experts(8, 2, 32, dense_layers=(0,)))
+    model = write_random_model(tmp_path / "model", experts, seed=4)
+    done = doctor(f"model={model}", f"model_config_path={model}")
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "a random qwen3_moe of 4 layers" in done.stdout
+    for layout in ("EP2", "PP2 VPP2", "TP2, sequence parallel"):
+        assert marks(done.stdout, layout) == ["same"] * 4
+    assert "TP2  " not in done.stdout
+
+
+def test_only_a_mixture_of_experts_has_expert_parallel_layouts():
+    names = {has: {v.name for vs in variants_for(4, has).values() for v in vs} for has in (True, False)}
+    assert names[True] - names[False] == {"EP2"}
+    assert names[False] - names[True] == {"TP2", "TP2 PP2"}  # experts want sequence parallelism beside TP
 
 
 @pytest.mark.distributed

@@ -36,6 +36,7 @@ HINTS = {
     "sequences are split there; use inputs.sequence_sum and inputs.sequence_metric, and fields as they are aligned",
     "tp": "something differs between tensor-parallel ranks, such as an unseeded random number",
     "pp": "something depends on the pipeline stage that it runs on",
+    "ep": "something depends on which experts a rank holds, such as an unseeded random number",
 }
 
 

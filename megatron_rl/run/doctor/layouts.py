@@ -16,7 +16,7 @@ class Variant:
     """A layout, and how its batches become micro-batches."""
 
     name: str
-    axis: str  # what is new in it: "dp", "cp", "tp", "pp", "micro-batch", "packing"
+    axis: str  # what is new in it: "dp", "cp", "tp", "pp", "ep", "micro-batch", "packing"
     ranks: int = 1
     sizes: dict[str, Any] = field(default_factory=dict)  # of `ParallelSizes`
     worker: dict[str, Any] = field(default_factory=dict)  # of `WorkerSettings`
@@ -38,6 +38,8 @@ VARIANTS = (
     Variant("TP2, sequence parallel", "tp", 2, {"tp": 2, "sequence_parallel": True}),
     Variant("PP2", "pp", 2, {"pp": 2}),
     Variant("PP2, small micro-batches", "pp", 2, worker=SMALL, sizes={"pp": 2}),
+    Variant("PP2 VPP2", "pp", 2, {"pp": 2, "vpp": 2}),
+    Variant("EP2", "ep", 2, {"ep": 2}),
     Variant("TP2 PP2", "tp", 4, {"tp": 2, "pp": 2}),
     Variant("CP2 DP2", "cp", 4, {"cp": 2}, SMALL),
 )
@@ -48,7 +50,7 @@ def variants_for(max_ranks: int, has_experts: bool) -> dict[int, list[Variant]]:
 
     Args:
         max_ranks: largest number of processes; at least 2.
-        has_experts: tensor parallelism then comes with sequence parallelism.
+        has_experts: tensor parallelism then comes with sequence parallelism, and expert parallelism is among them.
 
     Raises:
         ConfigError: fewer than 2 processes.
@@ -58,7 +60,9 @@ def variants_for(max_ranks: int, has_experts: bool) -> dict[int, list[Variant]]:
     found: dict[int, list[Variant]] = {}
     for variant in VARIANTS:
         sizes = ParallelSizes(**variant.sizes)
-        fits = variant.ranks <= max_ranks and not (has_experts and sizes.tp > 1 and not sizes.sequence_parallel)
-        if fits:
+        fits = sizes.ep == 1
+        if has_experts:
+            fits = sizes.tp == 1 or sizes.sequence_parallel
+        if fits and variant.ranks <= max_ranks:
             found.setdefault(variant.ranks, []).append(variant)
     return found

@@ -20,7 +20,7 @@ VOCAB = 64
 TEMPERATURE = 0.9
 NUM_GROUPS, GROUP_SIZE, NUM_PAIRS = 4, 3, 4
 INITIAL_STD = 0.08
-PLAIN = Architecture("llama", 2, 32, 64, 4, 2, 8, VOCAB, tied=False, max_positions=128)
+PLAIN = Architecture("llama", 4, 32, 64, 4, 2, 8, VOCAB, tied=False, max_positions=128)
 
 
 class NumberTokenizer:
@@ -36,7 +36,7 @@ class NumberTokenizer:
 
 
 def shrunk(architecture: Architecture) -> Architecture:
-    """The same kind of decoder, as small as two ranks of each axis allow."""
+    """The same kind of decoder, as small as two ranks of each axis, and two chunks a stage, allow."""
     experts = architecture.experts and replace(
         architecture.experts, num_experts=4, experts_per_token=2, ffn=32, dense_layers=()
     )
