@@ -15,7 +15,13 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.optimizer import build_optimizer, build_scheduler, connect, wrap_data_parallel
+from megatron_rl.workers.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    connect,
+    experts_reduced_as_dense,
+    wrap_data_parallel,
+)
 from megatron_rl.workers.schedule import MicroBatching
 from megatron_rl.workers.scoring import ScoringModel
 from megatron_rl.workers.settings import DTYPES, WorkerSettings
@@ -73,6 +79,12 @@ def assemble(
         raise ConfigError(
             "an optimizer was given with model chunks that are not wrapped in Megatron's "
             "DistributedDataParallel: wrap them, or leave the optimizer out"
+        )
+    if wrapped and experts_reduced_as_dense(held.chunks):
+        raise ConfigError(
+            f"experts with tp={context.sizes.tp}, etp={context.sizes.etp} and ep=1: Megatron-Core does not sum their "
+            "gradients over the tensor-parallel ranks, which have other tokens: set etp to tp, ep above 1, or set "
+            "allreduce=False on the experts' parameters before DistributedDataParallel wraps them"
         )
     if not wrapped:
         held.chunks = list(wrap_data_parallel(held.chunks, settings.optimizer))

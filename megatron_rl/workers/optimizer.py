@@ -66,6 +66,8 @@ def wrap_data_parallel(
         check_for_nan_in_grad=False,  # a NaN is reported by the worker with the name of the step, see `Actor.optimize`
     )
     extra = {} if groups is None else {"pg_collection": groups}
+    for parameter in experts_reduced_as_dense(chunks):
+        parameter.allreduce = False  # type: ignore[attr-defined]
     wrapped = [
         DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=index > 0, **extra)
         for index, chunk in enumerate(chunks)
@@ -73,6 +75,21 @@ def wrap_data_parallel(
     for chunk in wrapped:
         chunk.broadcast_params()
     return wrapped
+
+
+def experts_reduced_as_dense(chunks: Sequence[torch.nn.Module]) -> list[torch.nn.Parameter]:
+    """Experts whose gradients would be summed over the wrong ranks.
+
+    With ep=1 Megatron-Core reduces experts like dense weights, over data-parallel ranks (tensor_parallel/layers.py:
+    ``allreduce``). Where etp is not tp, tensor-parallel ranks have other tokens, too, and each would keep its own
+    gradient. ``allreduce=False``, as with ep > 1, reduces over the expert-data-parallel ranks.
+    """
+    config: Any = chunks[0].config
+    sizes = config.tensor_model_parallel_size, config.expert_tensor_parallel_size or config.tensor_model_parallel_size
+    if config.num_moe_experts is None or sizes[0] == sizes[1]:
+        return []
+    named = [item for chunk in chunks for item in chunk.named_parameters()]
+    return [p for name, p in named if ".experts." in name and getattr(p, "allreduce", True)]
 
 
 def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:

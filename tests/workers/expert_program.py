@@ -38,6 +38,7 @@ CASES: dict[str, tuple[dict, dict]] = {
     "ep2_padded": ({"ep": 2}, {"packing": False, "micro_batch_size": 4}),
     "ep2_recompute": ({"ep": 2}, {"recompute": True}),
     "cp2ep2": ({"cp": 2, "ep": 2}, {}),
+    "tp2": (TP2, {}),  # whole experts on both tensor-parallel ranks
     "tp2ep2": ({"ep": 2, **TP2}, {}),
     "dp4ep2": ({"ep": 2}, {}),
     "ep4": ({"ep": 4}, SMALL),

@@ -24,7 +24,7 @@ PROGRAM = Path(__file__).with_name("expert_program.py")
 MODEL = replace(PLAIN, family="qwen3_moe", num_layers=4, qk_norm=True, experts=Experts(4, 2, 32, dense_layers=(1,)))
 WORLDS = {
     1: ("one", "own", "own_auxiliary", "own_auxiliary_per_token"),
-    2: ("dp2", "ep2", "ep2_small_micro_batches", "ep2_padded", "ep2_recompute", "cp2ep2", "tp2ep2"),
+    2: ("dp2", "ep2", "ep2_small_micro_batches", "ep2_padded", "ep2_recompute", "cp2ep2", "tp2", "tp2ep2"),
     4: ("dp4ep2", "ep4", "tp2ep2dp2", "pp2ep2", "cp2ep2dp2", "pp2vpp2ep2"),
 }
 LAYOUTS = [case for cases in WORLDS.values() for case in cases if case != "one" and "auxiliary" not in case]
