@@ -43,7 +43,7 @@ ONLINE: dict[str, dict] = {
     "gmpo": SEVERAL,
     "cispo": SEVERAL,
     "sapo": SEVERAL,
-    "rloo": {},
+    "rloo": {"clip_low": 0.01, "clip_high": 0.01, **SEVERAL},
     "reinforce++": {},
     "reinforce++-baseline": {},
     "ppo": {"kl_target": 1.0, **SEVERAL},
