@@ -1,4 +1,4 @@
-"""Which experts Megatron-Core would reduce over the wrong ranks; the case tp2 of `test_expert_layouts.py` trains them."""
+"""Which experts Megatron-Core would reduce over the wrong ranks; case tp2 of `test_expert_layouts.py` trains them."""
 
 from __future__ import annotations
 
