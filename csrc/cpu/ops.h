@@ -76,6 +76,22 @@ template <class T>
 void gae(const T* rewards, const T* values, const bool* mask, const int64_t* bounds, int64_t num_sequences,
          double gamma, double lam, T* advantages, T* returns, int num_threads);
 
+// A tile of logits, [tokens, width] of NumberType `type`, and its tokens' online softmax, [tokens] each and written by
+// fold_logits: largest logit, sum of exp(logit - maximum), the target's logit, sum of exp(..) * (logit - maximum).
+struct LogitTile {
+  void* logits;  // undivided; grad_logits overwrites them with their gradient
+  const int64_t* targets;  // rows of the whole weight; negative: held by another rank
+  int64_t width, first_row;
+  float temperature;
+  bool with_entropy;
+  float *maximum, *total, *target, *moment;
+};
+struct LogitGradient {  // [tokens] each
+  const float *log_total, *grad_logprob, *grad_entropy, *entropy;  // grad_entropy nullptr: none flows
+};
+void fold_logits(const LogitTile& a, int64_t tokens, int type, int num_threads);
+void grad_logits(const LogitTile& a, const LogitGradient& g, int64_t tokens, int type, int num_threads);
+
 // x, out, grad_out, grad: [rows, cols]; inverse: [rows], 1 / rms of each; weight, grad_weight: [cols].
 void rms_norm(const float* x, const float* weight, float* out, float* inverse, int64_t rows, int64_t cols, float eps,
               int num_threads);

@@ -138,6 +138,36 @@ void gae(Tensor rewards, Tensor values, Tensor mask, Tensor bounds, Tensor advan
   run(rewards, values, mask, bounds, advantages, returns, gamma, lam, num_threads);
 }
 
+mrl::LogitTile logit_tile(const Tensor& logits, const Tensor& targets, int64_t first_row, double temperature) {
+  mrl::LogitTile tile{};
+  tile.logits = logits.data_ptr();
+  tile.targets = static_cast<const int64_t*>(targets.data_ptr());
+  tile.width = logits.size(1);
+  tile.first_row = first_row;
+  tile.temperature = static_cast<float>(temperature);
+  return tile;
+}
+
+void fold_logits(Tensor logits, Tensor targets, Tensor maximum, Tensor total, Tensor target, Tensor moment,
+                 int64_t first_row, double temperature, bool with_entropy, int64_t type, int64_t num_threads) {
+  mrl::LogitTile tile = logit_tile(logits, targets, first_row, temperature);
+  tile.with_entropy = with_entropy;
+  tile.maximum = floats(maximum), tile.total = floats(total), tile.target = floats(target);
+  tile.moment = floats(moment);
+  mrl::fold_logits(tile, logits.size(0), static_cast<int>(type), static_cast<int>(num_threads));
+}
+
+// grad_entropy: [0] where none flows.
+void grad_logits(Tensor logits, Tensor targets, Tensor maximum, Tensor log_total, Tensor grad_logprob,
+                 Tensor grad_entropy, Tensor entropy, int64_t first_row, double temperature, int64_t type,
+                 int64_t num_threads) {
+  mrl::LogitTile tile = logit_tile(logits, targets, first_row, temperature);
+  tile.maximum = floats(maximum);
+  const mrl::LogitGradient gradient{floats(log_total), floats(grad_logprob),
+                                    grad_entropy.size(0) ? floats(grad_entropy) : nullptr, floats(entropy)};
+  mrl::grad_logits(tile, gradient, logits.size(0), static_cast<int>(type), static_cast<int>(num_threads));
+}
+
 int64_t limit_vector_level(int64_t level) { return mrl::limit_level(static_cast<int>(level)); }
 
 }  // namespace
@@ -172,6 +202,12 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
   library.def(
       "gae(Tensor rewards, Tensor values, Tensor mask, Tensor bounds, Tensor(a!) advantages, Tensor(b!) returns, "
       "float gamma, float lam, int num_threads) -> ()");
+  library.def(
+      "fold_logits(Tensor logits, Tensor targets, Tensor(a!) maximum, Tensor(b!) total, Tensor(c!) target, "
+      "Tensor(d!) moment, int first_row, float temperature, bool with_entropy, int type, int num_threads) -> ()");
+  library.def(
+      "grad_logits(Tensor(a!) logits, Tensor targets, Tensor maximum, Tensor log_total, Tensor grad_logprob, "
+      "Tensor grad_entropy, Tensor entropy, int first_row, float temperature, int type, int num_threads) -> ()");
   library.def("limit_vector_level(int level) -> int");
 }
 
@@ -186,6 +222,8 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("rms_norm_grad", TORCH_BOX(&rms_norm_grad));
   library.impl("gae", TORCH_BOX(&gae));
+  library.impl("fold_logits", TORCH_BOX(&fold_logits));
+  library.impl("grad_logits", TORCH_BOX(&grad_logits));
   library.impl("packed_attention", TORCH_BOX(&packed_attention));
   library.impl("packed_attention_grad", TORCH_BOX(&packed_attention_grad));
 }

@@ -186,6 +186,26 @@ def test_tiles_and_what_is_kept_of_them_change_nothing(name, masked, kept_tiles,
         assert_as_good_as(ours(p, implementation=name), plain(p, torch.float32), plain(p, torch.float64))
 
 
+@pytest.mark.skipif("cpu" not in available(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_vector_levels_and_threads_change_no_bit(dtype):
+    limit = torch.ops.megatron_rl_cpu.limit_vector_level
+    p = problem(vocab=1100, rows=1152, temperature=0.7, dtype=dtype)  # two whole blocks of columns and a ragged one
+    first = ours(p, implementation="cpu")
+    try:
+        for level in (0, 1, 2):
+            limit(level)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                again = ours(p, implementation="cpu")
+                for name, value, expected in zip(Outcome._fields, again, first, strict=True):
+                    if not (name.startswith("grad") and threads > 1):  # these are products, whose sums threads split
+                        assert torch.equal(value, expected), (name, level, threads)
+    finally:
+        limit(2)
+    assert_as_good_as(first, plain(p, dtype), plain(p, torch.float64))
+
+
 def test_a_backward_pass_may_come_twice(implementation):
     p = problem()
     hidden = p.hidden.clone().requires_grad_()
