@@ -83,7 +83,7 @@ def test_a_fault_that_passes_is_retried_and_every_sample_gets_its_reward(server:
     assert reward(batch) == pytest.approx(expected(batch))
     assert time.monotonic() - started < LONGEST
     metrics = reward.take_metrics()
-    assert metrics["reward_service/sglang/retries_count"] == 1
+    assert metrics["reward_service/sglang/retries_count"] >= 1  # a busy machine may miss the short time limit again
     assert metrics["reward_service/sglang/dropped_count"] == 0
 
 
