@@ -18,13 +18,16 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from megatron_rl.models.megatron_chunk import unwrap
+from megatron_rl.models.megatron_chunk import output_weight, unwrap
 from megatron_rl.models.value_head import ValueHead
 
 
 @contextlib.contextmanager
 def hidden_states(chunk: nn.Module) -> Iterator[None]:
     """Within this context the forward of the last chunk returns hidden states ``[b, s, hidden]`` in place of logits.
+
+    They have the dtype of the output layer's weight, however the chunk is wrapped: Megatron's ``Float16Module`` makes
+    fp32 of what a last stage returns (megatron/core/transformer/module.py), which is meant for logits.
 
     They are whole on each tensor-parallel rank, and each rank's gradient is a partial sum (what its part of the
     vocabulary contributes): the sum over the ranks is taken in the backward pass, as it is for logits. Chunks that are
@@ -40,11 +43,15 @@ def hidden_states(chunk: nn.Module) -> Iterator[None]:
     def forward(hidden: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
         return whole_hidden(hidden, group, sequence_parallel), None
 
+    dtype = output_weight(model).dtype
+    # On the outermost wrapper, so that whatever the wrappers do to the output comes first.
+    handle = chunk.register_forward_hook(lambda module, inputs, hidden: hidden.to(dtype))
     layer.forward = forward
     try:
         yield
     finally:
         del layer.forward
+        handle.remove()
 
 
 def whole_hidden(hidden: Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> Tensor:
