@@ -1,4 +1,4 @@
-"""Jobs whose chunks Megatron-LM has put into `Float16Module`, on one rank: what the last stage's upcast may not change."""
+"""Jobs whose chunks Megatron-LM has put into `Float16Module`, on one rank: the upcast of the last stage changes nothing."""
 
 from __future__ import annotations
 
