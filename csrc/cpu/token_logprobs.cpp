@@ -30,6 +30,12 @@ MRL_INLINE float sum_wide(Wide x) {
   return sum;
 }
 
+// -inf as kNothing, so that 0 log 0 is 0; NaN stays.
+MRL_INLINE Wide finite(Wide x) {
+  const Wide low = Wide{} + kNothing;
+  return x < low ? low : x;
+}
+
 MRL_INLINE float exp_one(float x) { return exp_wide(Wide{} + x)[0]; }
 
 template <class T>
@@ -54,7 +60,7 @@ MRL_INLINE void fold_row(const LogitTile& a, int64_t row) {
       const Wide shifted = load_wide(block + i) - larger;
       const Wide p = exp_wide(shifted);
       sums += p;
-      if (a.with_entropy) moments += p * shifted;
+      if (a.with_entropy) moments += p * finite(shifted);
     }
     const float shift = maximum - larger, scale = exp_one(shift);
     moment = (moment + total * shift) * scale + sum_wide(moments);
@@ -77,7 +83,7 @@ MRL_INLINE void gradient_row(const LogitTile& a, const LogitGradient& g, int64_t
     const int64_t n = a.width - start < kBlock ? a.width - start : kBlock;
     const int64_t padded = load_block(logits + start, n, a.temperature, block);
     for (int64_t i = 0; i < padded; i += kWide) {
-      const Wide log_p = load_wide(block + i) - maximum - log_total;
+      const Wide log_p = finite(load_wide(block + i) - maximum - log_total);
       // d logprob / d logit = -p, and 1 more at the target; d entropy / d logit = -p (log p + entropy)
       store_wide(block + i, -(slope * log_p + constant) * exp_wide(log_p));
     }

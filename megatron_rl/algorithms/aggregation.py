@@ -81,5 +81,5 @@ def answered_metric(inputs: LossInputs, per_sequence: Tensor) -> Mean:
 
 
 def on_mask(inputs: LossInputs, per_token: Tensor) -> Tensor:
-    """``per_token`` with 0 outside the response mask, also in the gradient; NaN outside does not spread."""
-    return torch.where(inputs.fields["response_mask"].bool(), per_token, 0.0)
+    """`LossInputs.masked` as a function."""
+    return inputs.masked(per_token)

@@ -20,16 +20,23 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     """Per-token estimate, same shape, differentiable in ``logprobs``.
 
     In a loss on the policy's own samples, k1 has an expected gradient of zero, k2 has the gradient of
-    KL(policy || reference) and k3 that of KL(reference || policy); in a reward k1 is the unbiased choice. Beyond
-    +-20 nats k3 is flat: a clamped exponential with a live linear part would push the wrong way.
+    KL(policy || reference) and k3 that of KL(reference || policy); in a reward k1 is the unbiased choice.
+
+    k3 of a token is not capped below exp(20) - 21 = 4.85e8, which it reaches where the policy is 20 nats below the
+    reference: one such token outweighs a batch (verl holds k3 within +-10, TRL not at all). Beyond +-20 nats it is
+    flat: a clamped exponential with a live linear part would push the wrong way.
     """
     difference = logprobs - ref_logprobs
     if estimator == "k1":
         return difference
     if estimator == "k2":
         return 0.5 * difference.square()
-    difference = difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    return torch.exp(-difference) - 1.0 + difference
+    return k3(-difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+
+
+def k3(log_ratio: Tensor) -> Tensor:
+    """exp(r) - 1 - r with the exponent clamped to +-20; exp(r) - 1 is one number, since near r = 0 it cancels."""
+    return torch.expm1(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)) - log_ratio
 
 
 class AdaptiveKL:

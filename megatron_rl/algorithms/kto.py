@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mask, sequence_average
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import NonNegative, Positive
+from megatron_rl.algorithms.logistic import logistic_loss
 from megatron_rl.algorithms.mismatch import exchange_responses
 from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.offline import OfflineAlgorithm
@@ -142,7 +142,7 @@ class BCO(LabelledAlgorithm):
 
     def response_loss(self, rewards: Tensor, labels: Tensor, inputs: LossInputs) -> Tensor:
         shifted = rewards - self.mean_reward.value
-        return functional.softplus(torch.where(labels, -shifted, shifted))
+        return logistic_loss(torch.where(labels, shifted, -shifted))
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         if "rewards/mean" in metrics:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_rl.algorithms.bounds import FlipProbability, Positive
+from megatron_rl.algorithms.logistic import logistic_loss, smoothed_logistic
 from megatron_rl.config import ConfigRecord
 from megatron_rl.registry import Registry
 
@@ -90,11 +91,6 @@ PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss")
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm")  # losses that obey label_smoothing
 
 
-def smoothed_logistic(x: Tensor, smoothing: float) -> Tensor:
-    """-(1 - s) log sigmoid(x) - s log sigmoid(-x)."""
-    return (1 - smoothing) * functional.softplus(-x) + smoothing * functional.softplus(x)
-
-
 @PAIR_LOSSES.register("sigmoid")
 def sigmoid(pairs: Pairs, settings: PairSettings) -> Tensor:
     """-log sigmoid(beta m): DPO (arXiv 2305.18290, eq. 7), smoothed as conservative DPO (E. Mitchell, 2023)."""
@@ -125,7 +121,7 @@ def robust(pairs: Pairs, settings: PairSettings) -> Tensor:
     """Unbiased under flips with probability s: [(1 - s) L(m) - s L(-m)] / (1 - 2 s), L = -log sigmoid(beta .); robust
     DPO (arXiv 2403.00409, section 3). May be negative."""
     x, flips = settings.beta * pairs.margin, settings.label_smoothing
-    return ((1 - flips) * functional.softplus(-x) - flips * functional.softplus(x)) / (1 - 2 * flips)
+    return ((1 - flips) * logistic_loss(x) - flips * logistic_loss(-x)) / (1 - 2 * flips)
 
 
 @PAIR_LOSSES.register("exo_pair")
@@ -142,7 +138,7 @@ def nca_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
     """-log sigmoid(beta l_w) - [log sigmoid(-beta l_w) + log sigmoid(-beta l_l)] / 2: NCA (arXiv 2402.05369)
     for K = 2 with preferences."""
     chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
-    return functional.softplus(-chosen) + 0.5 * functional.softplus(chosen) + 0.5 * functional.softplus(rejected)
+    return logistic_loss(chosen) + 0.5 * logistic_loss(-chosen) + 0.5 * logistic_loss(-rejected)
 
 
 @PAIR_LOSSES.register("bco_pair")
@@ -151,7 +147,7 @@ def bco_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
     2404.04656, section 3)."""
     chosen = settings.beta * pairs.chosen_ratio - pairs.shift
     rejected = settings.beta * pairs.rejected_ratio - pairs.shift
-    return functional.softplus(-chosen) + functional.softplus(rejected)
+    return logistic_loss(chosen) + logistic_loss(-rejected)
 
 
 @PAIR_LOSSES.register("sppo_hard")
@@ -179,7 +175,7 @@ def discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
     x = settings.beta * pairs.margin
     # g * exp(-x) as one exponential: for very negative x the product is 0 times infinity in floating point
     gated = torch.exp(functional.logsigmoid(x / settings.discopop_tau) - x)
-    return torch.sigmoid(-x / settings.discopop_tau) * functional.softplus(-x) + gated
+    return torch.sigmoid(-x / settings.discopop_tau) * logistic_loss(x) + gated
 
 
 @PAIR_LOSSES.register("sft")

@@ -31,7 +31,7 @@ from megatron_rl.algorithms.importance import (
     masked_log_ratio,
     mismatch_weights,
 )
-from megatron_rl.algorithms.kl import KLEstimator, kl_penalty
+from megatron_rl.algorithms.kl import KLEstimator, k3, kl_penalty
 from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.rollout_gap import (
     explain,
@@ -270,5 +270,5 @@ def ratio_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
     ratio = bounded_exp(log_ratio)
     return {
         "policy/ratio_mean": inputs.token_metric(ratio),
-        "policy/approx_kl": inputs.token_metric(ratio - 1.0 - log_ratio),
+        "policy/approx_kl": inputs.token_metric(k3(log_ratio)),
     }

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, cast
 import torch
 from pydantic import Field, model_validator
 
-from megatron_rl.algorithms.aggregation import LossAggregation, token_average
+from megatron_rl.algorithms.aggregation import LossAggregation, on_mask, token_average
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import Fraction, Positive
 from megatron_rl.algorithms.kl import AdaptiveKL, KLEstimator
@@ -129,7 +129,10 @@ class PPO(PolicyGradient):
         """Half the squared error of the values, clipped; pure."""
         assert inputs.values is not None, "the critic's worker passes values"
         average = token_average(inputs, self.config.value_aggregation, self.config.norm_length)
-        surrogate = value_loss(inputs.values, inputs.fields["values"], inputs.fields["returns"], self.config.value_clip)
+        values, old, returns = (
+            on_mask(inputs, given) for given in (inputs.values, inputs.fields["values"], inputs.fields["returns"])
+        )
+        surrogate = value_loss(values, old, returns, self.config.value_clip)
         metrics = {
             "loss/value": average.metric(surrogate.loss),
             "values/clip_fraction": inputs.token_metric(surrogate.clipped.float()),

@@ -6,12 +6,12 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import FlipProbability, NonNegative, Positive
+from megatron_rl.algorithms.logistic import logistic_loss, smoothed_logistic
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
-from megatron_rl.algorithms.pairs import Pairs, smoothed_logistic
+from megatron_rl.algorithms.pairs import Pairs
 
 CERTAIN = -1e-6  # mean log-probabilities are held below this: log-odds of a certain response are infinite
 
@@ -93,7 +93,7 @@ class ORPO(PairwiseAlgorithm):
     def pair_loss(self, pairs: Pairs) -> dict[str, Tensor]:
         chosen, rejected = mean_logprobs(pairs)
         ratio = log_odds(chosen) - log_odds(rejected)
-        return {"orpo": self.config.beta * functional.softplus(-ratio)} | likelihood_term(pairs, 1.0)
+        return {"orpo": self.config.beta * logistic_loss(ratio)} | likelihood_term(pairs, 1.0)
 
     def pair_rewards(self, pairs: Pairs) -> tuple[Tensor, Tensor]:
         chosen, rejected = mean_logprobs(pairs)

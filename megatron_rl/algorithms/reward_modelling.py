@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import NonNegative
+from megatron_rl.algorithms.logistic import logistic_loss
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.algorithms.roles import Policy, ValueSource
@@ -57,7 +57,7 @@ class RewardModelling(PairwiseAlgorithm):
         return Pairs.of_sequences(scores, margins, inputs.sequence_sum(inputs.mask).to(scores.dtype))
 
     def pair_loss(self, pairs: Pairs) -> dict[str, Tensor]:
-        terms = {"bradley_terry": functional.softplus(-pairs.margin)}
+        terms = {"bradley_terry": logistic_loss(pairs.margin)}
         if self.config.center_coefficient:
             terms["centering"] = self.config.center_coefficient * (pairs.chosen + pairs.rejected).square()
         return terms

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.importance import bounded_exp
+from megatron_rl.algorithms.kl import k3
 from megatron_rl.batch import Batch
 from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, Mean
@@ -50,18 +50,18 @@ def gap_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
             estimates KL(rollout || trainer) on samples of the rollout policy (Schulman, "Approximating KL divergence").
     """
     log_ratio, mask = log_ratio.detach(), inputs.mask
-    k3 = bounded_exp(log_ratio) - 1.0 - log_ratio
+    kl = k3(log_ratio)
     stale = (inputs.fields["staleness"] > 0).float() * mask
-    first = inputs.fields["response_starts"].float() * (mask - stale)
+    first = inputs.masked(inputs.fields["response_starts"].float()) * (mask - stale)
     one = torch.ones_like(mask.sum())
     return {
-        "mismatch/kl": inputs.token_metric(k3),
+        "mismatch/kl": inputs.token_metric(kl),
         "mismatch/logprob_difference_max": Mean(log_ratio.abs().max() if log_ratio.numel() else 0.0 * one, one),
         "mismatch/log_perplexity_ratio": inputs.token_metric(-log_ratio),
         "mismatch/stale_fraction": inputs.token_metric(stale),
-        "mismatch/kl_stale": Mean((k3 * stale).sum(), stale.sum()),
-        "mismatch/kl_fresh": Mean((k3 * (mask - stale)).sum(), (mask - stale).sum()),
-        "mismatch/kl_fresh_first_token": Mean((k3 * first).sum(), first.sum()),
+        "mismatch/kl_stale": Mean((kl * stale).sum(), stale.sum()),
+        "mismatch/kl_fresh": Mean((kl * (mask - stale)).sum(), (mask - stale).sum()),
+        "mismatch/kl_fresh_first_token": Mean((kl * first).sum(), first.sum()),
     }
 
 

@@ -54,6 +54,10 @@ class LossInputs:
         """``response_mask`` as fp32, ``[num_tokens]``."""
         return self.fields["response_mask"].float()
 
+    def masked(self, per_token: Tensor) -> Tensor:
+        """``per_token`` with 0 off the response mask, also in the gradient; NaN and infinity there do not spread."""
+        return torch.where(self.fields["response_mask"].bool(), per_token, 0.0)
+
     @property
     def cp_size(self) -> int:
         return 1 if self.cp_group is None else self.cp_group.size()
@@ -69,20 +73,21 @@ class LossInputs:
 
     def sequence_mean(self, per_token: Tensor) -> Tensor:
         """Mean over each sequence's masked tokens, ``[num_sequences]``; 0 for a sequence without any."""
-        return self.sequence_sum(per_token * self.mask) / self.sequence_sum(self.mask).clamp_min(1.0)
+        return self.sequence_sum(self.masked(per_token)) / self.sequence_sum(self.mask).clamp_min(1.0)
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         """Give every token its sequence's value: ``[num_sequences] -> [num_tokens]``."""
         return per_sequence[self.sequence_ids]
 
     def token_metric(self, per_token: Tensor) -> Mean:
-        """Masked mean over tokens."""
-        return Mean((per_token.detach() * self.mask).sum(), self.mask.sum())
+        """Mean over the masked tokens; what stands elsewhere is not looked at, NaN included."""
+        return Mean(self.masked(per_token.detach()).sum(), self.mask.sum())
 
     def sequence_metric(self, per_sequence: Tensor, weight: Tensor | None = None) -> Mean:
-        """Mean over sequences (equal on all context-parallel ranks, hence counted once)."""
+        """Mean over sequences of weight above 0 (equal on all context-parallel ranks, hence counted once)."""
         weight = torch.ones_like(per_sequence) if weight is None else weight
-        return Mean((per_sequence.detach() * weight).sum() / self.cp_size, weight.sum() / self.cp_size)
+        counted = torch.where(weight > 0, per_sequence.detach(), 0.0)
+        return Mean((counted * weight).sum() / self.cp_size, weight.sum() / self.cp_size)
 
 
 @dataclass(frozen=True, slots=True)

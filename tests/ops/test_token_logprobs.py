@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.registry import UnavailableError, implementations, load
-from megatron_rl.ops.token_logprobs import token_logprobs
+from megatron_rl.ops.token_logprobs import from_logits, token_logprobs
 from megatron_rl.ops.token_logprobs.tiles import Tiling
 
 
@@ -114,6 +114,65 @@ def test_logits_of_ten_thousands_are_as_exact_as_plain_torch(implementation):
     got, exact = ours(p, implementation=implementation), plain(p, torch.float64)
     assert exact.logprobs.min() < -1e4
     assert_as_good_as(got, plain(p, torch.float32), exact)
+
+
+def test_a_logit_of_minus_infinity_has_no_share_in_the_entropy_nor_in_any_gradient(implementation):
+    """0 log 0 = 0: the same as without these rows. fp32 products overflow to -inf here, as fp16 ones do at 65,504."""
+    p = problem(temperature=0.7)
+    p.hidden[:, 0] = 10.0
+    rows = [0, 7, 8, 9, 49]
+    p.weight[rows, 0] = -1e38
+    p = p._replace(targets=torch.where(torch.isin(p.targets, torch.tensor(rows)), 1, p.targets))
+    assert torch.isneginf(p.hidden @ p.weight.t()).any()
+    got = ours(p, implementation=implementation)
+    kept = [row for row in range(p.vocab) if row not in rows]
+    places = torch.full((p.vocab,), -1)
+    places[kept] = torch.arange(len(kept))
+    small = p._replace(weight=p.weight[kept], targets=places[p.targets], vocab=len(kept))
+    exact = plain(small, torch.float64)
+    assert (got.grad_weight[rows] == 0).all()
+    got = got._replace(grad_weight=got.grad_weight[kept])
+    assert_as_good_as(got, plain(small, torch.float32), exact)
+
+
+def test_a_target_at_minus_infinity_has_that_logprob_and_spoils_no_other(implementation):
+    logits = torch.tensor([[0.0, -torch.inf, 1.0], [2.0, 0.0, -torch.inf]], requires_grad=True)
+    logprobs, entropy = from_logits(logits, torch.tensor([1, 0]), with_entropy=True, implementation=implementation)
+    assert logprobs[0] == -torch.inf
+    (logprobs[1] + entropy.sum()).backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[0, 1] == logits.grad[1, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padding", [0, 14])
+def test_from_logits_is_log_softmax_of_them(implementation, dtype, padding):
+    generator = torch.Generator().manual_seed(3)
+    given = (torch.randn(23, 50 + padding, generator=generator) * 3).to(dtype)
+    given[:, 50:] = 30.0
+    given[3, 7:30] = -torch.inf
+    targets, factors = torch.randint(0, 7, (23,), generator=generator), torch.randn(2, 23, generator=generator)
+
+    def textbook(precision: torch.dtype) -> list[Tensor]:
+        logits = given.detach().clone().to(precision).requires_grad_()
+        logs = torch.log_softmax(logits[:, :50] / 0.7, dim=-1)
+        held = torch.where(logs.isneginf(), 0.0, logs)
+        found = [logs.gather(1, targets[:, None]).squeeze(1), -(logs.exp() * held).sum(-1)]
+        (found[0] @ factors[0].to(precision) + found[1] @ factors[1].to(precision)).backward()
+        return [*(value.detach() for value in found), logits.grad]
+
+    logits = given.clone().requires_grad_()
+    logprobs, entropy = from_logits(
+        logits, targets, vocab_size=50, temperature=0.7, with_entropy=True, implementation=implementation
+    )
+    (logprobs @ factors[0] + entropy @ factors[1]).backward()
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    assert logits.grad.dtype == dtype
+    got = [logprobs.detach(), entropy.detach(), logits.grad]
+    for mine, theirs, truth in zip(got, textbook(torch.float32), textbook(torch.float64), strict=True):
+        allowed = (theirs.double() - truth).abs().max() * 2 + torch.finfo(mine.dtype).eps * truth.abs().max()
+        assert (mine.double() - truth).abs().max() <= allowed
+    assert torch.equal(logits.grad[:, 50:], torch.zeros(23, padding, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -246,5 +305,9 @@ def test_bad_calls_say_what_is_wrong():
         token_logprobs(p.hidden, p.weight[:, :3], p.targets)
     with pytest.raises(ValueError, match=r"expected \[37\] torch.int64"):
         token_logprobs(p.hidden, p.weight, p.targets[:5])
+    with pytest.raises(ValueError, match=r"logits \[50\] torch.float32: expected \[tokens, rows\]"):
+        from_logits(torch.zeros(50), p.targets)
+    with pytest.raises(ValueError, match=r"expected \[3\] torch.int64"):
+        from_logits(torch.zeros(3, 50), p.targets)
     with pytest.raises(ValueError, match="expected one of"):
         token_logprobs(p.hidden, p.weight.bfloat16(), p.targets)

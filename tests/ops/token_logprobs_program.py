@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_rl.ops.token_logprobs import token_logprobs
+from megatron_rl.ops.token_logprobs import from_logits, token_logprobs
 
 
 def check(vocab: int, rows: int, scale: float, implementation: str) -> float:
@@ -45,6 +45,37 @@ def check(vocab: int, rows: int, scale: float, implementation: str) -> float:
     return max(((a.detach() - b).abs().max() / b.detach().abs().max().clamp_min(1e-3)).item() for a, b in pairs)
 
 
+def check_logits(implementation: str) -> float:
+    """The same from logits, of which the last rank's are all -inf for some tokens."""
+    rank, rows, vocab = dist.get_rank(), 32, 50
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(21, rows * dist.get_world_size(), generator=generator)
+    logits[:9, rows:] = -torch.inf
+    targets = torch.randint(0, rows, (21,), generator=generator)
+    factors = torch.randn(2, 21, generator=generator)
+
+    whole = logits.double().requires_grad_()
+    logs = torch.log_softmax(whole[:, :vocab], dim=-1)
+    held = torch.where(logs.isneginf(), 0.0, logs)
+    want = [logs.gather(1, targets[:, None])[:, 0], -(logs.exp() * held).sum(-1)]
+    (want[0] @ factors[0].double() + want[1] @ factors[1].double()).backward()
+
+    mine = logits[:, rank * rows : (rank + 1) * rows].clone().requires_grad_()
+    logprobs, entropy = from_logits(
+        mine,
+        targets,
+        vocab_start=rank * rows,
+        vocab_size=vocab,
+        group=dist.group.WORLD,
+        with_entropy=True,
+        implementation=implementation,
+    )
+    (logprobs @ factors[0] + entropy @ factors[1]).backward()
+    got = [logprobs, entropy, mine.grad]
+    want.append(whole.grad[:, rank * rows : (rank + 1) * rows])
+    return max((a.detach() - b).abs().max().item() for a, b in zip(got, want, strict=True))
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     for implementation in sys.argv[1:]:
@@ -54,6 +85,10 @@ def main() -> None:
             dist.all_reduce(error, op=dist.ReduceOp.MAX)
             if dist.get_rank() == 0:
                 print(f"case|{implementation}|{vocab} of {rows}+{rows} x {scale}|{error:.3e}", flush=True)
+        error = torch.tensor(check_logits(implementation)).nan_to_num(nan=torch.inf)
+        dist.all_reduce(error, op=dist.ReduceOp.MAX)
+        if dist.get_rank() == 0:
+            print(f"case|{implementation}|from logits|{error:.3e}", flush=True)
     dist.destroy_process_group()
 
 

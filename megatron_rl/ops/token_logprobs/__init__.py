@@ -1,5 +1,6 @@
-"""Log-probabilities and entropies of tokens straight from hidden states, without a batch's full-vocabulary logits."""
+"""Log-probabilities and entropies of tokens straight from hidden states, without a batch's full-vocabulary logits; and
+from logits where these exist already."""
 
-from megatron_rl.ops.token_logprobs.interface import token_logprobs
+from megatron_rl.ops.token_logprobs.interface import from_logits, token_logprobs
 
-__all__ = ["token_logprobs"]
+__all__ = ["from_logits", "token_logprobs"]

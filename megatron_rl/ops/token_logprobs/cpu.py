@@ -14,7 +14,9 @@ from megatron_rl.ops.token_logprobs.tiles import Tile, TiledKernels, Tiling
 __all__ = ["requires", "token_logprobs"]
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
+) -> tuple[Tensor, Tensor | None]:
     """See `interface.token_logprobs`."""
     return apply(CpuKernels(), hidden, weight, targets, request)
 

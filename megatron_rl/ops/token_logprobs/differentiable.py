@@ -28,9 +28,18 @@ class Request:
     with_entropy: bool
     chunk_tokens: int | None
 
+    def num_real(self, rows: int) -> int:
+        """How many of this rank's ``rows`` are not padding."""
+        return max(0, min(self.vocab_size - self.vocab_start, rows))
+
     def real_rows(self, weight: Tensor) -> Tensor:
         """The rows of ``weight`` that are not padding."""
-        return weight[: max(0, min(self.vocab_size - self.vocab_start, weight.shape[0]))]
+        return weight[: self.num_real(weight.shape[0])]
+
+    def local_targets(self, targets: Tensor, rows: int) -> Tensor:
+        """Row numbers among this rank's real ``rows``, -1 = held by another rank."""
+        local = targets - self.vocab_start
+        return torch.where((local >= 0) & (local < rows), local, -1)
 
 
 class Statistics(NamedTuple):
@@ -68,8 +77,23 @@ class Shard:
     request: Request
 
 
+def nothing(tokens: int, device: torch.device) -> Statistics:
+    """Of no rows."""
+    zeros = torch.zeros(4, tokens, dtype=torch.float32, device=device)
+    zeros[0] = NOTHING
+    return Statistics(*zeros)
+
+
 class Kernels(Protocol):
     """Local work of one implementation; one object serves one call, and may keep what its backward pass can use."""
+
+    def logit_statistics(self, logits: Tensor, targets: Tensor, request: Request) -> Statistics:
+        """Of contiguous undivided logits [tokens, rows] that exist already; leaves them as they are."""
+        ...
+
+    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, request: Request) -> Tensor:
+        """Gradient of such logits, in their dtype; may overwrite them."""
+        ...
 
     def statistics(self, shard: Shard, keep: bool) -> Statistics:
         """``keep``: a backward pass will follow."""
@@ -86,9 +110,12 @@ class Kernels(Protocol):
 
 
 def apply(
-    kernels: Kernels, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request
+    kernels: Kernels, hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
 ) -> tuple[Tensor, Tensor | None]:
-    """Run ``kernels`` on one call of the interface."""
+    """Run ``kernels`` on one call of the interface; without ``weight``, ``hidden`` are logits."""
+    if weight is None:
+        logprobs, entropy = _LogitLogprobs.apply(hidden, targets, request, kernels)
+        return logprobs, entropy if request.with_entropy else None
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, request, kernels, keep)
     return logprobs, entropy if request.with_entropy else None
@@ -123,8 +150,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request, kernels: Kernels, keep: bool
     ) -> tuple[Tensor, Tensor]:
         rows = request.real_rows(weight)
-        local = targets - request.vocab_start
-        local = torch.where((local >= 0) & (local < rows.shape[0]), local, -1)
+        local = request.local_targets(targets, rows.shape[0])
         shard = Shard(hidden.detach(), rows.detach(), local, request)
         merged = merge(kernels.statistics(shard, keep), request.group)
         ctx.save_for_backward(hidden, weight, local, merged.maximum, merged.log_total, merged.entropy)
@@ -147,6 +173,33 @@ class _TokenLogprobs(torch.autograd.Function):
             padding = weight.shape[0] - grad_rows.shape[0]
             grad_rows = torch.nn.functional.pad(grad_rows, (0, 0, 0, padding))
         return grad_hidden, grad_rows, None, None, None, None
+
+
+class _LogitLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, request: Request, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        real = logits.detach()[:, : request.num_real(logits.shape[1])].contiguous()
+        local = request.local_targets(targets, real.shape[1])
+        found = kernels.logit_statistics(real, local, request) if real.numel() else nothing(len(real), real.device)
+        merged = merge(found, request.group)
+        ctx.save_for_backward(logits, local, merged.maximum, merged.log_total, merged.entropy)
+        ctx.request, ctx.kernels = request, kernels
+        ctx.set_materialize_grads(False)
+        if not request.with_entropy:
+            ctx.mark_non_differentiable(merged.entropy)
+        return merged.logprobs, merged.entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_logprob is None and grad_entropy is None:
+            return (None,) * 4
+        logits, targets, maximum, log_total, entropy = ctx.saved_tensors
+        grad_logprob = torch.zeros_like(log_total) if grad_logprob is None else grad_logprob
+        softmax = Softmax(maximum, log_total, entropy, grad_logprob, grad_entropy)
+        real = logits[:, : ctx.request.num_real(logits.shape[1])].clone(memory_format=torch.contiguous_format)
+        if real.numel():
+            real = ctx.kernels.logit_gradients(real, targets, softmax, ctx.request)
+        return torch.nn.functional.pad(real, (0, logits.shape[1] - real.shape[1])), None, None, None
 
 
 def _active_gradients(

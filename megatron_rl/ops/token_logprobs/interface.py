@@ -54,13 +54,44 @@ def token_logprobs(
         ValueError: shapes or dtypes that do not fit, a temperature that is not positive.
         UnavailableError: the forced implementation cannot run here.
     """
-    if vocab_size is None:
-        if group is not None:
-            raise ValueError("vocab_size is required with a group: the last rows may be padding")
-        vocab_size = vocab_start + weight.shape[0]
     _check(hidden, weight, targets, temperature)
+    vocab_size = _vocab_size(vocab_size, vocab_start + weight.shape[0], group)
     request = Request(vocab_start, vocab_size, temperature, group, with_entropy, chunk_tokens)
     return choose("token_logprobs", hidden.device.type, implementation)(hidden, weight, targets, request)
+
+
+def from_logits(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+    with_entropy: bool = False,
+    implementation: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``log_softmax(logits / temperature)[targets]``, and the entropy of each softmax, of logits that exist already.
+
+    A logit of -inf is a token of probability 0, and 0 log 0 = 0. With a ``group`` every rank has some columns; values
+    are equal on all ranks, and the gradient is that of the rank's own columns.
+
+    Args:
+        logits: [tokens, rows], fp32, bf16 or fp16: columns ``vocab_start`` onward of the padded vocabulary.
+        Others, results and errors: as for `token_logprobs`.
+    """
+    if logits.dim() != 2 or logits.dtype not in FLOATS:
+        raise ValueError(f"logits {list(logits.shape)} {logits.dtype}: expected [tokens, rows] of one of {FLOATS}")
+    _check_targets(targets, logits.shape[0], temperature)
+    vocab_size = _vocab_size(vocab_size, vocab_start + logits.shape[1], group)
+    request = Request(vocab_start, vocab_size, temperature, group, with_entropy, None)
+    return choose("token_logprobs", logits.device.type, implementation)(logits, None, targets, request)
+
+
+def _vocab_size(given: int | None, end: int, group: dist.ProcessGroup | None) -> int:
+    if given is None and group is not None:
+        raise ValueError("vocab_size is required with a group: the last rows may be padding")
+    return end if given is None else given
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> None:
@@ -68,9 +99,13 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) 
         raise ValueError(
             f"hidden {list(hidden.shape)} and weight {list(weight.shape)}: expected [tokens, hidden] and [rows, hidden]"
         )
-    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
-        raise ValueError(f"targets {list(targets.shape)} {targets.dtype}: expected [{hidden.shape[0]}] torch.int64")
+    _check_targets(targets, hidden.shape[0], temperature)
     if hidden.dtype != weight.dtype or hidden.dtype not in FLOATS:
         raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: expected one of {FLOATS} for both")
+
+
+def _check_targets(targets: Tensor, tokens: int, temperature: float) -> None:
+    if targets.shape != (tokens,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets {list(targets.shape)} {targets.dtype}: expected [{tokens}] torch.int64")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: expected a positive number (greedy decoding has no softmax)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.token_logprobs.differentiable import NOTHING, Shard, Softmax, Statistics
+from megatron_rl.ops.token_logprobs.differentiable import Request, Shard, Softmax, Statistics, nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,7 @@ class TiledKernels(ABC):
         tokens = hidden.shape[0]
         self.height = max(1, min(tokens, request.chunk_tokens or self.tiling.tile_tokens))
         self.width = max(64, self.tiling.tile_bytes // (4 * self.height))
-        nothing = torch.full((tokens,), NOTHING, dtype=torch.float32, device=hidden.device)
-        found = Statistics(nothing, *torch.zeros(3, tokens, dtype=torch.float32, device=hidden.device))
+        found = nothing(tokens, hidden.device)
         room = self._room(hidden.dtype) if keep else 0
         for tile in self._tiles(shard):
             logits = self.product(hidden[tile.tokens], weight[tile.rows])
@@ -94,6 +93,14 @@ class TiledKernels(ABC):
                 grad_weight[tile.rows] = part
         return grad_hidden.to(hidden.dtype), grad_weight
 
+    def logit_statistics(self, logits: Tensor, targets: Tensor, request: Request) -> Statistics:
+        found = nothing(len(logits), logits.device)
+        self.accumulate(found, logits, whole(logits, targets, request), request.with_entropy)
+        return found
+
+    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, request: Request) -> Tensor:
+        return self.gradient(logits, whole(logits, targets, request), softmax)
+
     def _room(self, dtype: torch.dtype) -> int:
         return self.tiling.keep_bytes if dtype.itemsize == 4 else self.tiling.keep_half_bytes
 
@@ -120,6 +127,11 @@ class TiledKernels(ABC):
         for rows in spans(shard.weight.shape[0], self.width):
             for span in spans(tokens, self.height):
                 yield Tile(span, rows, shard.targets[span], temperature)
+
+
+def whole(logits: Tensor, targets: Tensor, request: Request) -> Tile:
+    """All logits of a call as one tile."""
+    return Tile(slice(0, logits.shape[0]), slice(0, logits.shape[1]), targets, request.temperature)
 
 
 def spans(length: int, size: int) -> Iterator[slice]:

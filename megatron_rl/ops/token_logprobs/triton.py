@@ -22,9 +22,17 @@ __all__ = ["requires", "token_logprobs"]
 BLOCK = 2048  # columns a program holds at once
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, request: Request) -> tuple[Tensor, Tensor | None]:
+def token_logprobs(
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
+) -> tuple[Tensor, Tensor | None]:
     """See `interface.token_logprobs`."""
     return apply(TritonKernels(), hidden, weight, targets, request)
+
+
+@triton.jit
+def finite(x):
+    """-inf becomes -1e30, so that 0 log 0 is 0; NaN stays."""
+    return tl.where(x < -1e30, -1e30, x)
 
 
 @triton.jit
@@ -47,7 +55,7 @@ def fold_rows(
         shift = largest - larger
         weights = tl.where(inside, tl.exp(x - larger), 0.0)
         if ENTROPY:
-            sum_moment = (sum_moment + sum_exp * shift) * tl.exp(shift) + tl.sum(weights * (x - larger), axis=0)
+            sum_moment = (sum_moment + sum_exp * shift) * tl.exp(shift) + tl.sum(weights * finite(x - larger), axis=0)
         sum_exp = sum_exp * tl.exp(shift) + tl.sum(weights, axis=0)
         largest = larger
     tl.store(maximum + token, largest)
@@ -75,7 +83,7 @@ def gradient_rows(
     upstream = tl.load(grad_logprob + token) / temperature
     grad = -upstream * p
     if ENTROPY:  # d entropy / d logit = -p (log p + entropy)
-        grad -= tl.load(grad_entropy + token) / temperature * p * (log_p + tl.load(entropy + token))
+        grad -= tl.load(grad_entropy + token) / temperature * p * (finite(log_p) + tl.load(entropy + token))
     local = tl.load(targets + token) - first_row
     grad = tl.where(columns == local, grad + upstream, grad)
     tl.store(place, cast_bits(grad.to(tl.int32, bitcast=True), 1, TYPE), mask=inside)
