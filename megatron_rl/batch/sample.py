@@ -5,6 +5,7 @@ Who fills each field is said beside it; `None` or an empty list means "not yet".
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,19 @@ class Sample:
     reward: float | None = None  # reward.score: the scalar that training uses
     reward_parts: dict[str, float] = field(default_factory=dict)  # reward.score: each named reward before weighting
     metadata: dict[str, Any] = field(default_factory=dict)  # engines and rewards: anything worth keeping
+    special_tokens: list[tuple[int, str]] = field(
+        default_factory=list
+    )  # actor.sample: (offset, text) left out of the text
+
+    def text_with(self, names: Callable[[str], bool]) -> str:
+        """`response_text` with those special tokens in their places whose text ``names`` accepts; never EOS or padding,
+        which `special_tokens` does not hold."""
+        pieces, done = [], 0
+        for offset, token in self.special_tokens:
+            if names(token):
+                pieces += [self.response_text[done:offset], token]
+                done = offset
+        return "".join([*pieces, self.response_text[done:]])
 
     @property
     def mask(self) -> list[int]:

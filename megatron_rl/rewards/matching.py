@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from fractions import Fraction
+from functools import cached_property
+from typing import Any, Literal
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.rewards.answers import all_numbers, ground_truth, last_number
+from megatron_rl.rewards.answers import all_numbers, last_number
 from megatron_rl.rewards.reward import REWARDS, Reward, RewardError, describe
+from megatron_rl.rewards.special import TokenNames
+from megatron_rl.rewards.truth import answer_of, required_truth
 
 
-def answer_of(name: str, sample: Sample) -> str:
-    """The prompt's ground truth as text.
+class ComparedReward(Reward):
+    """A reward that compares the response with the prompt's answer."""
 
-    Raises:
-        RewardError: the prompt has none.
-    """
-    if sample.prompt.answer is None or not str(sample.prompt.answer).strip():
-        raise RewardError(
-            f"reward {name!r} needs an answer to compare with, and the prompt has none: set data.answer to the column "
-            f"that holds it; sample: {describe(sample)}"
-        )
-    return ground_truth(sample.prompt.answer)
+    def check_answer(self, answer: Any) -> None:
+        required_truth(self.name, answer)
 
 
 @REWARDS.register("exact")
-class ExactReward(Reward):
+class ExactReward(ComparedReward):
     """1 when the response, stripped, is the answer, else 0."""
 
     class Config(ConfigRecord):
@@ -47,7 +44,7 @@ class ExactReward(Reward):
 
 
 @REWARDS.register("number")
-class NumberReward(Reward):
+class NumberReward(ComparedReward):
     """1 when the response's last (or first) number equals the answer's last number, else 0."""
 
     class Config(ConfigRecord):
@@ -62,13 +59,20 @@ class NumberReward(Reward):
         self.config = config or self.Config()
         self.name = name
 
+    def check_answer(self, answer: Any) -> None:
+        self._number(required_truth(self.name, answer), answer)
+
+    def _number(self, truth: str, answer: Any) -> Fraction:
+        number = last_number(truth)
+        if number is None:
+            raise ValueError(f"reward {self.name!r} compares numbers, and the answer {answer!r} holds none")
+        return number
+
     def score_one(self, sample: Sample) -> float:
-        answer = last_number(answer_of(self.name, sample))
-        if answer is None:
-            raise RewardError(
-                f"reward {self.name!r} compares numbers, and the answer {sample.prompt.answer!r} holds none; "
-                f"sample: {describe(sample)}"
-            )
+        try:
+            answer = self._number(answer_of(self.name, sample), sample.prompt.answer)
+        except ValueError as error:
+            raise RewardError(f"{error}; sample: {describe(sample)}") from None
         numbers = all_numbers(sample.response_text)
         if not numbers:
             return 0.0
@@ -78,7 +82,10 @@ class NumberReward(Reward):
 
 @REWARDS.register("regex")
 class RegexReward(Reward):
-    """1 when the pattern is found in the response; with ``compare``, when its first group is also the answer."""
+    """1 when the pattern is found in the response; with ``compare``, when its first group is also the answer.
+
+    Special tokens that the pattern names (``</think>``) are seen, others are not.
+    """
 
     class Config(ConfigRecord):
         """The pattern."""
@@ -102,8 +109,17 @@ class RegexReward(Reward):
                 f"reward {name!r}: compare needs a group, e.g. '= (\\d+)', and {config.pattern!r} has none"
             )
 
+    @cached_property
+    def named_tokens(self) -> TokenNames:
+        """The special tokens that the pattern names: the response is searched with these in it."""
+        return TokenNames(self.pattern)
+
+    def check_answer(self, answer: Any) -> None:
+        if self.config.compare:
+            required_truth(self.name, answer)
+
     def score_one(self, sample: Sample) -> float:
-        text = sample.response_text.strip()
+        text = sample.text_with(self.named_tokens).strip()
         whole = self.pattern.fullmatch(text)
         matches = ([whole] if whole else []) if self.config.whole else list(self.pattern.finditer(text))
         if not matches or not self.config.compare:

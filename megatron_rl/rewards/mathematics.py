@@ -10,20 +10,27 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigRecord
-from megatron_rl.rewards.answers import final_answer, plain_number
-from megatron_rl.rewards.matching import answer_of
+from megatron_rl.rewards.answers import final_answer, marks_answer, plain_text, quantity, spell_out
 from megatron_rl.rewards.reward import REWARDS, NoReward, Reward
+from megatron_rl.rewards.truth import answer_of, required_truth
 from megatron_rl.rewards.verifier import Verifier
 
 logger = logging.getLogger(__name__)
 
-WORDS = re.compile(r"[A-Za-z][A-Za-z .'-]*")
+WORDS = re.compile(r"[^\W\d_](?:[^\W\d_]|[ .'-])*")
+CHOICE = re.compile(r"\(?([A-Za-z])\)?")
+LABELLED_CHOICE = re.compile(r"(?:(?i:option|choice|answer)\s+)?(?:\(([A-Za-z])\)|([A-Za-z])[).:])(?:\s.*)?", re.DOTALL)
+STATED = re.compile(r"(?i:answer|option|choice)\**(?:\s+is\b|\s*[:=])\s*:?\s*([^\n]+?)\s*(?=[.!]?\**\s*$|[.!]\**\s|\n)")
+# "The answer is E because ..."; "A" and "I" may be words.
+REASONED_CHOICE = re.compile(r"\(?([B-HJ-Z])\)?\s.*|\(?([AI])\)?,?\s(?:because|since|as|for)\b.*", re.DOTALL)
+LONE_CHOICE = re.compile(r"\(([A-Z])\)")
+SYMBOLS = {"pi": r"\pi", "infinity": r"\infty", "inf": r"\infty"}  # words that are mathematics
 
 
 @REWARDS.register("math")
@@ -54,17 +61,23 @@ class MathReward(Reward):
         self._verifier = Verifier(self.config.seconds)
         self._lock = threading.Lock()
 
+    def check_answer(self, answer: Any) -> None:
+        required_truth(self.name, answer)
+
     def score_one(self, sample: Sample) -> float | NoReward:
-        truth = answer_of(self.name, sample)
-        marked = final_answer(sample.response_text)
-        expected, given = plain_number(truth), plain_number(marked) if marked else None
-        if expected is not None and given is not None:
-            return float(expected == given)
-        if WORDS.fullmatch(truth):  # "yes", "no solution": to math-verify these are products of letters
-            return float((marked or sample.response_text.strip()).casefold() == truth.casefold())
-        response = f"\\boxed{{{marked}}}" if marked else sample.response_text[-self.config.tail_chars :]
+        truth, response = answer_of(self.name, sample), sample.response_text
+        marked = final_answer(response)
+        if marks_answer(response) and not plain_text(marked or ""):
+            return 0.0  # an empty or unfinished mark: what stands before it was not meant as the answer
+        decided = by_rule(truth, marked, response)
+        if decided is not None:
+            return float(decided)
+        given = f"\\boxed{{{marked}}}" if marked else response[-self.config.tail_chars :]
+        return self._verified(as_latex(truth), spell_out(given), sample)
+
+    def _verified(self, truth: str, response: str, sample: Sample) -> float | NoReward:
         with self._lock:
-            equal = self._verifier.equal(as_latex(truth), response)
+            equal = self._verifier.equal(truth, response)
         if equal is None:
             self.num_timeouts += 1
             sample.metadata["math_timeout"] = True
@@ -83,6 +96,61 @@ class MathReward(Reward):
         self._verifier.close()
 
 
-def as_latex(text: str) -> str:
-    """``text`` in the form in which math-verify reads all of it: in dollars or in a box."""
-    return text if "$" in text or "\\boxed" in text else f"${text}$"
+def by_rule(truth: str, marked: str | None, response: str) -> bool | None:
+    """The verdict where none of it is mathematics: numbers, quantities, choices and words; else None."""
+    expected = plain_text(truth)
+    if marked and plain_text(marked) == expected:
+        return True
+    if is_choice(expected):  # A to E, but also the variable x
+        return choice(marked, response) == choice_letter(expected)
+    if WORDS.fullmatch(expected) and expected.casefold() not in SYMBOLS:
+        # "yes", "no solution": to math-verify these are products of letters
+        given = plain_text(marked or stated_answer(response) or response)
+        return given.casefold() == expected.casefold()
+    wanted, given_quantity = quantity(truth), quantity(marked) if marked else None
+    if wanted is None or given_quantity is None:
+        return None
+    if wanted[1] and given_quantity[1] and wanted[1] != given_quantity[1]:
+        return None
+    return wanted[0] == given_quantity[0]
+
+
+def is_choice(text: str) -> bool:
+    """Whether ``text`` is the letter of a choice: "E", "(E)" or "E)"."""
+    return CHOICE.fullmatch(text) is not None
+
+
+def choice_letter(text: str) -> str | None:
+    """The letter at the head of "E", "(E)", "E) 42", "(E) 42" and "Option E"; None when there is none."""
+    found = CHOICE.fullmatch(text) or LABELLED_CHOICE.fullmatch(text)
+    return found[found.lastindex or 1].upper() if found else None
+
+
+def choice(marked: str | None, response: str) -> str | None:
+    """The letter that a response chooses: marked as final, or the whole response, or what it says the answer is."""
+    if marked:
+        return choice_letter(plain_text(marked))
+    stated = plain_text(stated_answer(response) or "")
+    found = choice_letter(plain_text(response)) or choice_letter(stated)
+    if found is not None:
+        return found
+    reasoned = REASONED_CHOICE.fullmatch(stated)
+    if reasoned is not None:
+        return reasoned.group(reasoned.lastindex or 1)
+    lone = set(LONE_CHOICE.findall(response)) if not stated else set()
+    return lone.pop() if len(lone) == 1 else None
+
+
+def stated_answer(response: str) -> str | None:
+    """What follows the last "answer is", "answer:" or "option" of a response, to the end of its sentence."""
+    found = list(STATED.finditer(response))
+    return found[-1][1] if found else None
+
+
+def as_latex(truth: str) -> str:
+    """``truth`` in the form in which math-verify reads all of it: in dollars or in a box."""
+    symbol = SYMBOLS.get(plain_text(truth).casefold())
+    if symbol is not None:
+        return f"${symbol}$"
+    truth = spell_out(truth).replace("\\$", "")
+    return truth if "$" in truth or "\\boxed" in truth else f"${truth}$"

@@ -59,6 +59,13 @@ class Reward:
         """The rewards of ``samples``, in their order."""
         return [self._score_named(sample) for sample in samples]
 
+    def check_answer(self, answer: Any) -> None:
+        """Called for the answer of every prompt before a run begins.
+
+        Raises:
+            ValueError: this reward cannot be computed for it; the message says why.
+        """
+
     def begin(self, samples: Sequence[Sample]) -> None:
         """These samples will be scored soon: what can be asked for in the background is asked for now."""
 

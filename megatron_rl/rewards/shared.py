@@ -7,6 +7,7 @@ over, and a judge that answers them differently would let their weights drift ap
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_rl.batch import Sample
 from megatron_rl.parallel import ParallelContext
@@ -49,6 +50,9 @@ class SharedReward(Reward):
         for sample, own in zip(samples, parts, strict=True):
             sample.reward_parts = own
         return rewards
+
+    def check_answer(self, answer: Any) -> None:
+        self.reward.check_answer(answer)
 
     def begin(self, samples: Sequence[Sample]) -> None:
         if self.is_leader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
@@ -40,6 +41,10 @@ class WeightedReward(Reward):
         weights = [weight for _, weight in self.parts.values()]
         columns = [reward(samples) for reward, _ in self.parts.values()]
         return [_sum(weights, row) for row in zip(*columns, strict=True)]
+
+    def check_answer(self, answer: Any) -> None:
+        for reward, _ in self.parts.values():
+            reward.check_answer(answer)
 
     def begin(self, samples: Sequence[Sample]) -> None:
         for reward, _ in self.parts.values():

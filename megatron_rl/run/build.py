@@ -13,7 +13,7 @@ from megatron_rl.config import ConfigError, load_user_object
 from megatron_rl.data import PromptDataset, PromptLoader
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.rewards import Reward, build_reward
+from megatron_rl.rewards import Reward, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.config import RunConfig
 from megatron_rl.run.connect import connect
@@ -44,6 +44,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     prompts = PromptDataset(None, tokenizer, config.data)
     held_out = PromptDataset(None, tokenizer, config.evaluation.data) if config.evaluation else None
     reward = build_reward(config.rewards)
+    check_answers(reward, [*prompts, *(held_out or ())])
     callbacks = [_callback(name) for name in config.callbacks]
     context = ParallelContext.create(config.parallel, seed=config.seed)
     place = context.coordinates.dp, context.grid.dp

@@ -32,6 +32,7 @@ from megatron_rl.dataflow import Flow
 from megatron_rl.models.lora import LoraSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
+from megatron_rl.rewards import check_answers
 from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.offline_evaluation import OfflineEvaluation
@@ -288,6 +289,7 @@ class GRPOTrainer(OneCallTrainer):
     ) -> None:
         super().__init__(model, tokenizer, dataset, **options)
         self.reward = RewardModel(reward)
+        check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])
         self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:

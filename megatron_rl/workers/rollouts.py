@@ -20,6 +20,7 @@ from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, Samplin
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.sync import SyncReport, WeightSync
 from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.response_text import ResponseDecoder
 from megatron_rl.workers.settings import DTYPES, RolloutSettings
 
 RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait for its ranks
@@ -40,6 +41,7 @@ class Rollouts:
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos
+        self.decode = ResponseDecoder(tokenizer, {*eos, tokenizer.pad_token_id}, settings.special_tokens)
         self.settings = settings
         self.seed = seed
         self.trained_version = 0  # of the weights that training holds
@@ -147,11 +149,13 @@ class Rollouts:
             self._served_version, self._asleep = None, True
 
     def _sample(self, prompt: Prompt, completion: Completion, group: int) -> Sample:
+        text, special_tokens = self.decode(completion.token_ids)
         return Sample(
             prompt=prompt,
             response_ids=completion.token_ids,
             rollout_logprobs=completion.logprobs,
-            response_text=self.tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            response_text=text,
+            special_tokens=special_tokens,
             finish_reason=completion.finish_reason,
             policy_version=completion.policy_version,
             policy_version_spans=completion.policy_version_spans,

@@ -31,6 +31,9 @@ class RolloutSettings(ConfigRecord):
     """Most memory that a weight sync may hold beside both copies of the weights, in bytes a rank."""
     attest: bool = True
     """Compare checksums of the trainer's and the engine's weights before a new version is served."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that stay in the text that every reward reads; others are left out, and put back for a regex that
+    names them. EOS and padding are never shown."""
     sleep_while_training: bool = False
     """Give the engine's weights and cache back after each sampling and take them again for the next: memory against
     the time to take it. For engines that share their devices with training."""

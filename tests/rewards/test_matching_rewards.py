@@ -31,6 +31,8 @@ def score(reward: Reward, response: str, answer: object) -> float:
         ("3/4", [3, 4]),
         ("no digits, only . and - and ,", []),
         ("v2 of 10%", [2, 10]),
+        (r"1\,080 or 1{,}081", [1080, 1081]),
+        ("\u22123", [-3]),
     ],
 )
 def test_numbers_in_text(text: str, numbers: list | None) -> None:
@@ -54,6 +56,9 @@ def test_endless_digits_are_not_a_number() -> None:
         ("", None),
         ("$", None),
         ("12 apples", None),
+        (r"1\,080", 1080),
+        (r"\text{1e+16}.", 10**16),
+        ("1 08", None),
     ],
 )
 def test_plain_number(text: str, number: object) -> None:

@@ -55,6 +55,72 @@ def test_verdict(reward: MathReward, response: str, answer: str, expected: float
     assert reward([sample(response, answer)]) == [expected]
 
 
+@pytest.mark.parametrize(
+    ("response", "answer", "expected"),
+    [
+        # The letter of a choice, in fonts, parentheses, sentences; hedging and other letters are wrong.
+        *(
+            (text, "E", 1.0)
+            for text in (r"\boxed{\text{E}}", r"\boxed{(E)}", r"\boxed{E.}", r"\boxed{\textbf{(E)}\ 42}")
+        ),
+        *((text, "E", 1.0) for text in ("E.", "(E)", "**E**", "The answer is (E).", "Answer: E", "I would take (E).")),
+        ("The answer is E because A is impossible.", "E", 1.0),
+        (r"\boxed{E}", r"\text{(E)}", 1.0),
+        *((text, "E", 0.0) for text in (r"\boxed{(D)}", "A or E", "(D) or (E)", "The answer is D. E is not.")),
+        # A mark that holds nothing, or is cut off, is no answer: what stands before it does not count.
+        *(
+            (f"I get 5, no wait. {mark}", "5", 0.0)
+            for mark in (r"\boxed{}", r"\boxed{ }", r"\boxed", r"\boxed{\text{}}")
+        ),
+        *((f"I get 5, no wait. {mark}", "5", 0.0) for mark in ("####", r"\boxed{5", r"\boxed{$$}")),
+        (r"\boxed{4}, no wait. \boxed{}", "4", 0.0),
+        (r"\boxed 5", "5", 1.0),
+        # The later mark counts; boxes in a row are one list; braces nest.
+        (r"\boxed{5}, so" + "\n#### 6", "6", 1.0),
+        (r"#### the answer is \boxed{6}", "6", 1.0),
+        (r"$\boxed{2}$ and $\boxed{3}$", "2,3", 1.0),
+        (r"\boxed{2}, \boxed{3}", "3", 0.0),
+        (r"\boxed{2}, then \boxed{3}", "3", 1.0),
+        (r"\boxed{\boxed{5}}", "5", 1.0),
+        (r"\boxed{\left\{1, \frac{1}{\sqrt{2}}\right\}}", r"\{1, \frac{\sqrt{2}}{2}\}", 1.0),
+        # Digits, however they are grouped and written.
+        *(
+            (rf"\boxed{{{text}}}", "1080", 1.0)
+            for text in (r"1\,080", "1{,}080", "1 080", r"1,\!080", r"\$1,080.00", "1080.")
+        ),
+        (r"\boxed{1\,080\,000}", 1_080_000, 1.0),
+        (r"\boxed{1\,081}", "1080", 0.0),
+        (r"The answer is $1\,080$.", "1080", 1.0),
+        ("\\boxed{\u22125}", "-5", 1.0),
+        *(
+            (text, 1e16, 1.0)
+            for text in (r"\boxed{10000000000000000}", r"\boxed{10^{16}}", r"\boxed{1e16}", "It is 1e16.")
+        ),
+        *((text, 1e16, 0.0) for text in (r"\boxed{10^{15}}", "It is 9999999999999999.", r"\boxed{16}")),
+        (r"\boxed{10^{-7}}", 1e-7, 1.0),
+        # Units, degrees, per cent, words.
+        *(
+            (rf"\boxed{{{text}}}", "18", 1.0)
+            for text in ("18 dollars", r"18 \text{ cm}^2", "18 cm^2", r"18^\circ", "18°", "x=18")
+        ),
+        *((rf"\boxed{{{text}}}", "18", 0.0) for text in ("18 x", "18 or 19", "18 thousand", "-18", "18 and 19")),
+        ("#### **18**", "18", 1.0),
+        ("#### $18 dollars", r"\$18", 1.0),
+        ("It is 90°.", r"90^{\circ}", 1.0),
+        (r"\boxed{\dfrac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{\text{No solution.}}", "no solution", 1.0),
+        ("The answer is yes.", "yes", 1.0),
+        ("yes and no", "yes", 0.0),
+        (r"\boxed{\pi}", "pi", 1.0),
+        (r"\boxed{3.14}", "pi", 0.0),
+    ],
+)
+def test_typography_neither_hides_a_right_answer_nor_makes_one(
+    reward: MathReward, response: str, answer: object, expected: float
+) -> None:
+    assert reward([sample(response, answer)]) == [expected]
+
+
 def test_gsm8k_solutions_are_right_and_their_neighbours_wrong(shared_dir: Path, reward: MathReward) -> None:
     with gzip.open(shared_dir / "data" / "gsm8k_test.jsonl.gz", "rt") as file:
         answers = [json.loads(line)["answer"] for line in file]

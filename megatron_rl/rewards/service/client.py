@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import ssl
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from megatron_rl.rewards.service.proxies import reached_directly
 from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class ServiceClient:
             verify=trust,
             timeout=httpx.Timeout(config.timeout),
             limits=httpx.Limits(max_connections=config.concurrency),
+            trust_env=not reached_directly(config.url, os.environ),
             follow_redirects=False,  # a redirect would carry the token elsewhere
         )
         self._slots = asyncio.Semaphore(config.concurrency)

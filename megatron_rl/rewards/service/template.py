@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.batch import Sample
+from megatron_rl.rewards.truth import answer_text
 
 FIELD = re.compile(r"\{(prompt|response|answer|text)\}")
 LIST_FIELD = re.compile(r"\{(prompts|responses|answers|texts)\}")
@@ -18,11 +19,10 @@ def fill(template: Any, sample: Sample, text: str = "") -> Any:
 
     What is filled in is not looked at again: a response that holds "{answer}" stays as it is.
     """
-    answer = sample.prompt.answer
     values = {
         "prompt": sample.prompt.text,
         "response": sample.response_text,
-        "answer": "" if answer is None else str(answer),
+        "answer": answer_text(sample.prompt.answer),
         "text": text,
     }
     return _map_strings(template, lambda found: FIELD.sub(lambda match: values[match[1]], found))
