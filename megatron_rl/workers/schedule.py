@@ -43,23 +43,27 @@ def plan_micro_batches(
     batch: Batch, model: MegatronModel, how: MicroBatching, units: Sequence[int] | None = None
 ) -> list[MicroBatch]:
     """Micro-batches of this rank, all of one shape, and as many on every data-parallel rank (collectives inside the
-    model and its gradient reduction are entered equally often); ranks with less work get empty ones."""
+    model and its gradient reduction are entered equally often). A rank that needs fewer spreads its sequences over all
+    of them; only one with fewer units than micro-batches has empty ones."""
     context = model.context
     sizes = context.sizes
     tp = sizes.tp if model.config.sequence_parallel else 1
     align = Alignment(sizes.cp, context.coordinates.cp, tp)
     lengths = [align.padded(length) for length in batch.lengths.tolist()]
     if how.packing:
-        shares = split_micro_batches(lengths, how.token_budget, units)
-        width = _maximum(max((sum(lengths[i] for i in share) for share in shares), default=1), model)
+        work, most = lengths, how.token_budget
+        shares = split_micro_batches(work, most, units)
     else:
         width = _maximum(max(lengths, default=1), model)
-        rows = how.rows or max(1, how.token_budget // width)
-        shares = fill_rows(range(batch.num_sequences) if units is None else units, rows)
+        work, most = [1] * len(lengths), how.rows or max(1, how.token_budget // width)
+        shares = fill_rows(range(batch.num_sequences) if units is None else units, most)
     count = _maximum(len(shares), model)
     if sizes.vpp > 1:  # the interleaved schedule wants a multiple of the pipeline stages
         count = -(-count // sizes.pp) * sizes.pp
-    shares += [[]] * (count - len(shares))
+    if count > len(shares):
+        shares = split_micro_batches(work, most, units, at_least=count)
+    if how.packing:
+        width = _maximum(max((sum(lengths[i] for i in share) for share in shares), default=1), model)
     width = -(-width // align.row_multiple) * align.row_multiple
     if how.packing:
         return [pack(batch, share, align, width) for share in shares]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
+from megatron_rl.workers.balance import balance
 from megatron_rl.workers.heads import LossFunction, loss_head
 from megatron_rl.workers.loss import Mean, Totals
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
@@ -83,7 +84,7 @@ class TrainableModel(ScoringModel):
     ) -> dict[str, float]:
         """The loss and its metrics over all ranks on the whole batch, without a step."""
         model = self.model
-        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        batch, groups = self._balanced(batch, how)
         totals = self._totals(batch, groups)
         micro_batches = plan_micro_batches(batch, model, self.micro_batching, groups)
         for chunk in model.chunks:
@@ -107,11 +108,17 @@ class TrainableModel(ScoringModel):
         counts = _gather_counts(max(units, default=-1) + 1, context.dp_group, self.model.device)
         return split_mini_batches(units, counts, context.coordinates.dp, how.num_mini_batches, how.seed + epoch)
 
+    def _balanced(self, batch: Batch, how: Optimization) -> tuple[Batch, list[int] | None]:
+        """The batch with even work on all data-parallel ranks, and the unit of each of its sequences."""
+        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        balanced = balance(batch, self.model.context.dp_group, groups, by_tokens=self.micro_batching.packing)
+        return balanced.batch, balanced.units
+
     def _step(
         self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
     ) -> tuple[list[dict[str, Mean]], float]:
         model = self.model
-        groups = batch.sequences[how.group_field].tolist() if how.group_field else None
+        batch, groups = self._balanced(batch, how)
         totals = self._totals(batch, groups)
         micro_batches = plan_micro_batches(batch, model, self.micro_batching, groups)
         for chunk in model.chunks:

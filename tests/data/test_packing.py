@@ -82,12 +82,63 @@ def test_padded_rows_hold_one_sequence_each_and_empty_rows_fill_up():
     assert micro.sequence_fields(batch, ["rewards"])["rewards"].tolist() == [1.0, 0.0]
 
 
-@given(LENGTHS, st.integers(8, 64))
-@settings(max_examples=100, deadline=None)
-def test_micro_batches_hold_every_sequence_once_within_the_budget(lengths, budget):
-    shares = split_micro_batches(lengths, budget)
+def fewest_bins(sizes: list[int], budget: int) -> int:
+    """By trying everything: each size into every bin with room, or a new one."""
+    best = len(sizes)
+
+    def place(rest: list[int], loads: list[int]) -> None:
+        nonlocal best
+        if len(loads) >= best:
+            return
+        if not rest:
+            best = len(loads)
+            return
+        for i in range(len(loads)):
+            if loads[i] + rest[0] <= budget and loads[i] not in loads[:i]:
+                place(rest[1:], [*loads[:i], loads[i] + rest[0], *loads[i + 1 :]])
+        place(rest[1:], [*loads, rest[0]])
+
+    place(sorted(sizes, reverse=True), [])
+    return best
+
+
+@given(st.lists(st.integers(1, 40), max_size=9), st.integers(8, 40), st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_micro_batches_are_few_within_the_budget_and_an_oversized_sequence_is_alone(lengths, budget, at_least):
+    shares = split_micro_batches(lengths, budget, at_least=at_least)
     assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in share) <= max(budget, max(lengths)) for share in shares)
+    for share in shares:
+        assert len(share) == 1 or sum(lengths[i] for i in share) <= budget
+    small = [length for length in lengths if length <= budget]
+    fewest = fewest_bins(small, budget)
+    bound = (11 * fewest + 6) // 9 + len(lengths) - len(small)
+    assert len(shares) <= max(bound, at_least)
+    assert len(shares) >= at_least
+    assert all(shares) or len(lengths) < at_least
+
+
+@pytest.mark.parametrize(
+    ("lengths", "budget", "count"),
+    [
+        ([2000, 300, 200], 512, 2),  # the long one is alone, the others fill one
+        ([2000] + [300] * 10, 512, 11),
+        ([600] * 3 + [100] * 5, 500, 4),
+        ([600], 500, 1),
+        ([5, 5, 4, 4, 3, 3], 12, 2),
+        ([5, 5, 4, 3, 3], 10, 2),  # LPT alone would take three
+        ([], 10, 0),
+    ],
+)
+def test_the_number_of_micro_batches_is_the_least(lengths, budget, count):
+    shares = split_micro_batches(lengths, budget)
+    assert len(shares) == count
+    assert all(len(share) == 1 or sum(lengths[i] for i in share) <= budget for share in shares)
+
+
+def test_more_micro_batches_than_needed_are_none_of_them_empty():
+    assert sorted(map(len, split_micro_batches([4, 4, 4, 4, 4], 100, at_least=3))) == [1, 2, 2]
+    assert sorted(map(len, split_micro_batches([900, 4, 4, 4], 100, at_least=3))) == [1, 1, 2]
+    assert split_micro_batches([9, 9], 100, at_least=3).count([]) == 1
 
 
 def test_micro_batches_keep_units_together():
