@@ -1,4 +1,4 @@
-"""Jobs whose chunks Megatron-LM has put into `Float16Module`, on one rank: the upcast of the last stage changes nothing."""
+"""Jobs whose chunks Megatron-LM has put into `Float16Module`, on one rank: its upcast of the output changes nothing."""
 
 from __future__ import annotations
 
