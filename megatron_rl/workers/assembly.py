@@ -14,11 +14,11 @@ from megatron.core import parallel_state as megatron_state
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.workers.adopted_optimizer import as_megatron, ddp_config_of, require_fitting, require_scheduler
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.optimizer import (
     build_optimizer,
     build_scheduler,
-    connect,
     experts_reduced_as_dense,
     wrap_data_parallel,
 )
@@ -64,22 +64,25 @@ def assemble(
     """A trainable model from either way in.
 
     Raises:
-        ConfigError: an optimizer came with a Hugging Face model, or without DDP-wrapped chunks; LoRA with such chunks.
+        ConfigError: the optimizer does not train these chunks or does not fit how they are wrapped (see
+            `adopted_optimizer`), or came with a Hugging Face model or LoRA; LoRA with wrapped chunks.
     """
     if is_hf_model(model) and optimizer is not None:
         raise ConfigError(
             "an optimizer was given with a Hugging Face model, but it cannot know the weights that are made here: "
             "leave it out, or give Megatron model chunks"
         )
+    if settings.lora is not None and optimizer is not None:
+        raise ConfigError(
+            "LoRA was asked for with an optimizer, which cannot know the adapters that are made here: leave one out"
+        )
+    require_scheduler(scheduler)
     held = hold(model, context, settings, vocab, value_head)
     if settings.lora is not None:
         held.add_lora(settings.lora, settings.seed)
-    wrapped = all(hasattr(chunk, "ddp_config") for chunk in held.chunks)
-    if optimizer is not None and not wrapped:
-        raise ConfigError(
-            "an optimizer was given with model chunks that are not wrapped in Megatron's "
-            "DistributedDataParallel: wrap them, or leave the optimizer out"
-        )
+    wrapped = ddp_config_of(held.chunks) is not None
+    if optimizer is not None:
+        require_fitting(optimizer, held.chunks, context)
     if wrapped and experts_reduced_as_dense(held.chunks):
         raise ConfigError(
             f"experts with tp={context.sizes.tp}, etp={context.sizes.etp} and ep=1: Megatron-Core does not sum their "
@@ -87,12 +90,15 @@ def assemble(
             "allreduce=False on the experts' parameters before DistributedDataParallel wraps them"
         )
     if not wrapped:
-        held.chunks = list(wrap_data_parallel(held.chunks, settings.optimizer))
+        whole = (
+            settings.optimizer if optimizer is None else settings.optimizer.model_copy(update={"distributed": False})
+        )
+        held.chunks = list(wrap_data_parallel(held.chunks, whole))
     if optimizer is None:
         optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
         scheduler = scheduler or build_scheduler(optimizer, settings.optimizer)
     else:
-        connect(held.chunks, optimizer)
+        optimizer = as_megatron(optimizer, held.chunks, context, settings.optimizer)
     return TrainableModel(held, _micro_batching(held, settings), optimizer, scheduler, name)
 
 

@@ -6,12 +6,14 @@ do the work. A job that already has them passes its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError, ConfigRecord
@@ -92,11 +94,39 @@ def experts_reduced_as_dense(chunks: Sequence[torch.nn.Module]) -> list[torch.nn
     return [p for name, p in named if ".experts." in name and getattr(p, "allreduce", True)]
 
 
+def precision_of(chunks: Sequence[torch.nn.Module]) -> torch.dtype:
+    """What the weights are in, norms and routers that are kept in fp32 aside."""
+    found = {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
+
+
+def precision_fields(dtype: torch.dtype) -> dict[str, Any]:
+    """Fields of `OptimizerConfig` for weights in ``dtype``.
+
+    Megatron-Core's first loss scale of 2^32 overflows fp16 about twenty times before a step succeeds, each time with a
+    batch of samples.
+    """
+    return {
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "initial_loss_scale": 2.0**16,
+    }
+
+
 def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:
-    """Megatron's optimizer over DDP-wrapped chunks, connected to the schedule's hooks."""
-    model_config = chunks[0].config
-    bf16 = model_config.params_dtype == torch.bfloat16
-    optimizer = get_megatron_optimizer(
+    """Megatron's optimizer over DDP-wrapped chunks: sharded, and its parameters gathered, as their wrapper expects.
+
+    Raises:
+        ConfigError: the wrapper shards the optimizer, and ``settings`` name one that cannot be.
+    """
+    ddp = chunks[0].ddp_config
+    if ddp.use_distributed_optimizer and settings.optimizer != "adam":
+        raise ConfigError(
+            f"optimizer={settings.optimizer}, but the model chunks are wrapped for Megatron's distributed optimizer, "
+            "which is Adam: wrap them with use_distributed_optimizer=False, or choose adam"
+        )
+    return get_megatron_optimizer(
         OptimizerConfig(
             optimizer=settings.optimizer,
             lr=settings.learning_rate,
@@ -107,29 +137,59 @@ def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSe
             adam_eps=settings.epsilon,
             sgd_momentum=0.0,
             clip_grad=settings.clip_gradient,
-            use_distributed_optimizer=settings.is_sharded,
-            bf16=bf16,
-            params_dtype=model_config.params_dtype,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
+            **precision_fields(precision_of(chunks)),
         ),
         chunks,
     )
-    connect(chunks, optimizer)
-    return optimizer
 
 
-def connect(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-    """Fill the hooks through which Megatron's schedules reach gradients, where the job has not set its own."""
+def loss_scalers(optimizer: MegatronOptimizer) -> list[MegatronGradScaler]:
+    """Of the optimizers that are chained, or of the one that there is; empty without a loss scale."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
+
+
+def can_fall(scaler: MegatronGradScaler) -> bool:
+    """Whether an overflow can still lower the loss scale."""
+    return isinstance(scaler, DynamicGradScaler) and bool(scaler.scale > scaler.min_scale)
+
+
+@contextlib.contextmanager
+def gradient_hooks(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> Iterator[None]:
+    """While open, Megatron's schedules reach the gradients of these chunks and the loss scale of this optimizer.
+
+    Only then: the configuration may belong to several models, and Megatron-LM's own loop refuses one that has a
+    ``no_sync_func`` already. What the job has set itself for this model stays.
+    """
     config: Any = chunks[0].config
-    if config.finalize_model_grads_func is None:
-        config.finalize_model_grads_func = finalize_model_grads
-    if config.grad_scale_func is None:
-        config.grad_scale_func = optimizer.scale_loss
-    if config.no_sync_func is None:
-        syncs = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = syncs[0] if len(syncs) == 1 else syncs
-    if chunks[0].ddp_config.overlap_grad_reduce and config.grad_sync_func is None:  # type: ignore[union-attr]
-        starts = [chunk.start_grad_sync for chunk in chunks]
-        config.grad_sync_func = starts[0] if len(starts) == 1 else starts
+    syncs = [chunk.no_sync for chunk in chunks]
+    starts = [chunk.start_grad_sync for chunk in chunks]
+    hooks = {
+        "finalize_model_grads_func": finalize_model_grads,
+        "grad_scale_func": optimizer.scale_loss,
+        "no_sync_func": syncs[0] if len(syncs) == 1 else syncs,
+    }
+    if chunks[0].ddp_config.overlap_grad_reduce:  # type: ignore[union-attr]
+        hooks["grad_sync_func"] = starts[0] if len(starts) == 1 else starts
+    own = [*chunks, optimizer]
+    before = {name: getattr(config, name) for name in hooks}
+    for name, hook in hooks.items():
+        if before[name] is None or _of_another(before[name], own):
+            setattr(config, name, hook)
+    try:
+        yield
+    finally:
+        for name, hook in before.items():
+            setattr(config, name, hook)
+
+
+def _of_another(hook: Any, own: Sequence[Any]) -> bool:
+    """Whether a hook is a method of another model's wrapper or optimizer: it was left in a shared configuration."""
+    owners = [getattr(one, "__self__", None) for one in (hook if isinstance(hook, list) else [hook])]
+    models = [owner for owner in owners if isinstance(owner, (DistributedDataParallel, MegatronOptimizer))]
+    return any(all(owner is not one for one in own) for owner in models)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:

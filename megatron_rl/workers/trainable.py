@@ -5,6 +5,7 @@ Actor and Critic are both one; they differ in what their head computes and in no
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,11 @@ from megatron_rl.workers.balance import balance
 from megatron_rl.workers.heads import LossFunction, loss_head
 from megatron_rl.workers.loss import Mean, Totals
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
+from megatron_rl.workers.optimizer import can_fall, gradient_hooks, loss_scalers
 from megatron_rl.workers.schedule import plan_micro_batches, run_schedule
 from megatron_rl.workers.scoring import ScoringModel
+
+logger = logging.getLogger(__name__)
 
 Scorer = Callable[[MicroBatch, Tensor], dict[str, Tensor | None]]
 
@@ -61,10 +65,11 @@ class TrainableModel(ScoringModel):
             Metrics over all steps and ranks, and ``optimizer/...``.
 
         Raises:
-            FloatingPointError: the loss or the gradient of a step is not finite; that step has changed nothing.
+            FloatingPointError: the loss or the gradient of a step is not finite; that step has changed nothing. Not
+                where a loss scale that can still fall has made it overflow: that step is skipped and counted.
         """
         collected: list[dict[str, Mean]] = []
-        norms = []
+        norms: list[float | None] = []  # None: a skipped step
         for epoch in range(how.num_epochs):
             for members in self._mini_batches(batch, how, epoch):
                 part = batch.select(members) if len(members) < batch.num_sequences else batch
@@ -72,9 +77,14 @@ class TrainableModel(ScoringModel):
                 collected += means
                 norms.append(norm)
         metrics = self._reduce(collected)
-        metrics["optimizer/gradient_norm"] = sum(norms) / len(norms)
+        taken = [norm for norm in norms if norm is not None]
+        if taken:
+            metrics["optimizer/gradient_norm"] = sum(taken) / len(taken)
         metrics["optimizer/learning_rate"] = float(self.optimizer.param_groups[0]["lr"])
-        metrics["optimizer/steps"] = float(len(norms))
+        metrics["optimizer/steps"] = float(len(taken))
+        if loss_scalers(self.optimizer):
+            metrics["optimizer/skipped_steps"] = float(len(norms) - len(taken))
+            metrics["optimizer/loss_scale"] = float(self.optimizer.get_loss_scale())
         self.num_updates += 1
         return metrics
 
@@ -116,7 +126,7 @@ class TrainableModel(ScoringModel):
 
     def _step(
         self, batch: Batch, loss: LossFunction, how: Optimization, scorer: Callable[[Batch], Scorer]
-    ) -> tuple[list[dict[str, Mean]], float]:
+    ) -> tuple[list[dict[str, Mean]], float | None]:
         model = self.model
         batch, groups = self._balanced(batch, how)
         totals = self._totals(batch, groups)
@@ -126,14 +136,32 @@ class TrainableModel(ScoringModel):
             chunk.train()
         self.optimizer.zero_grad()
         head = loss_head(model, batch, loss, totals, how.reads, how.sequence_reads, scorer(batch))
-        results = run_schedule(model, batch, micro_batches, head, backward=True)
+        with gradient_hooks(model.chunks, self.optimizer):
+            results = run_schedule(model, batch, micro_batches, head, backward=True)
         value = sum(result[0].double() for result in results) if results else torch.zeros((), dtype=torch.float64)
         self._require_finite({"loss": float(value), "gradient": self._largest_gradient()})
+        return self._with_total(results), self._optimizer_step()
+
+    def _optimizer_step(self) -> float | None:
+        """The gradient's norm, or None where an overflow under a loss scale made Megatron skip the step: then neither
+        weights nor schedule have moved, as in Megatron-LM's own loop."""
+        at_limit = all(not can_fall(scaler) for scaler in loss_scalers(self.optimizer))
         if self.scheduler is not None:
             self.scheduler.step(increment=1)
-        _, norm, _ = self.optimizer.step()
-        self.num_steps += 1
-        return self._with_total(results), float(norm or 0.0)
+        updated, norm, _ = self.optimizer.step()
+        if updated:
+            self.num_steps += 1
+            return float(norm or 0.0)
+        if self.scheduler is not None:
+            self.scheduler.step(increment=-1)
+        if at_limit:
+            raise FloatingPointError(
+                f"{self.name}: the gradient of optimizer step {self.num_steps} is not finite, and the loss scale "
+                f"({float(self.optimizer.get_loss_scale()):g}) cannot fall: lower the learning rate, train in bf16, or "
+                "look for NaN rewards or log-probabilities in this step's metrics"
+            )
+        logger.info("%s: an overflow at this loss scale, step skipped", self.name)
+        return None
 
     def _totals(self, batch: Batch, groups: Sequence[int] | None) -> Totals:
         """Global counts of what is trained on; an empty sequence or group counts not at all. A mask position is trained
