@@ -35,7 +35,7 @@ from megatron_rl.reshard import (
 )
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.attestation import Attestor
-from megatron_rl.weights.diagnosis import AttestationError, faults
+from megatron_rl.weights.diagnosis import AttestationError, Fault, faults
 from megatron_rl.weights.target import WeightTarget
 
 logger = logging.getLogger(__name__)
@@ -142,6 +142,13 @@ class WeightSync:
         report = SyncReport(version, plan_s, attest_s, stage_s, time.perf_counter() - start, transfer)
         logger.debug("%s", report)
         return report
+
+    def verify(self) -> list[Fault] | None:
+        """What this rank's engine, one with `targets`, holds otherwise than it was pushed last: a pass over all of its
+        weights. None = nothing is known: pushes are not attested."""
+        if self._attestor is None or self._previous is None:
+            return None
+        return faults(self._attestor, self.target.targets(), self._previous)
 
     def _plan(self, own: Mapping[str, Tensor]) -> None:
         if self._resharder is not None:

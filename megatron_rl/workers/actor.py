@@ -82,7 +82,8 @@ class Actor(TrainedWorker):
 
     @property
     def policy_version(self) -> int:
-        """Number of calls of `optimize` so far: the version of the weights that training holds."""
+        """Version of the weights that training holds: the number of calls of `optimize` so far, and of other changes
+        that were noticed (see `weights_changed`)."""
         return self.rollouts.trained_version
 
     # Stages
@@ -156,12 +157,21 @@ class Actor(TrainedWorker):
         return found
 
     def weights_changed(self) -> None:
+        """As `TrainedWorker.weights_changed`; the next `sample` pushes the weights as a new version.
+
+        `sample` also finds out by itself, by checksums: one pass over the weights where it knows of no change.
+        """
+        super().weights_changed()
+        self._weights_stepped()
+
+    def _weights_stepped(self) -> None:
         self.rollouts.trained_version += 1
 
     def publish(self, metrics: dict[str, float] | None = None) -> None:
-        """Push the weights to the rollout engine if it does not have the newest version yet."""
-        if self.rollouts.is_current:
+        """Push the weights to the rollout engine if it does not have the newest ones yet. Collective."""
+        if not self.rollouts.find_newest():
             return
+        self._follow_weights()
         started = time.perf_counter()
         self.model.sync_parameters()
         report = self.rollouts.push()
@@ -176,7 +186,8 @@ class Actor(TrainedWorker):
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
 
     def verify_weights(self) -> WeightCheck:
-        """Whether the rollout engines still hold what was pushed; collective over all ranks."""
+        """Whether the rollout engines still hold what was pushed, and the training weights are still those, unless they
+        are known to be newer; collective over all ranks."""
         return self.rollouts.verify_weights()
 
     def close(self) -> None:

@@ -7,10 +7,12 @@ call and the prompt alone, so the layout of training and rollout changes no samp
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.devices import current_platform
@@ -18,10 +20,13 @@ from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.groups import own_group
 from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
 from megatron_rl.rollout.placement import RolloutPlacement
+from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.sync import SyncReport, WeightSync
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.response_text import ResponseDecoder
 from megatron_rl.workers.settings import DTYPES, RolloutSettings
+
+logger = logging.getLogger(__name__)
 
 RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait for its ranks
 
@@ -47,6 +52,8 @@ class Rollouts:
         self.trained_version = 0  # of the weights that training holds
         self.calls = 0  # of generate, evaluation aside: part of every seed
         self._served_version: int | None = None  # of the weights that the engine holds
+        self._fingerprint = Fingerprint()
+        self._pushed: dict[str, int] = {}  # checksums of this rank's weights when they were pushed
         self._engine = engine
         self._sync: WeightSync | None = None
         self._asleep = False
@@ -60,8 +67,33 @@ class Rollouts:
 
     @property
     def is_current(self) -> bool:
-        """Whether the engine serves the newest weights."""
-        return self._served_version == self.trained_version
+        """Whether the engine serves the newest weights, as far as this rank can see: no other is asked. False also
+        where something else than `Actor.optimize` has changed this rank's part of them."""
+        return self._served_version == self.trained_version and not self._changed()
+
+    def _changed(self) -> list[str]:
+        """This rank's weights that are not those of the last push."""
+        found = self._fingerprint(self.model.tensors())
+        return [name for name in found.keys() | self._pushed.keys() if found.get(name) != self._pushed.get(name)]
+
+    def find_newest(self) -> bool:
+        """Whether the engine lacks the newest weights; what has changed outside of `Actor.optimize` counts as a version
+        of its own. Collective, and the same on every rank, whichever of them the change is on."""
+        outdated, changed = self._served_version != self.trained_version, []
+        if not outdated:
+            changed = self._changed()
+        facts = torch.tensor([int(outdated or bool(changed)), self.trained_version])
+        dist.all_reduce(facts, op=dist.ReduceOp.MAX, group=self.model.context.host_group)
+        somewhere, version = facts.tolist()
+        self.trained_version = version + (bool(somewhere) and version == self._served_version)
+        if changed:
+            logger.info(
+                "%d weights of this rank were changed outside of Actor, for example %s: they become version %d",
+                len(changed),
+                min(changed),
+                self.trained_version,
+            )
+        return bool(somewhere)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -112,6 +144,7 @@ class Rollouts:
             )
         report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
+        self._pushed = self._fingerprint(self.model.tensors())
         return report
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams, evaluation: bool = False) -> list[Sample]:
@@ -137,10 +170,29 @@ class Rollouts:
         ]
 
     def verify_weights(self) -> WeightCheck:
-        """Whether all engines still hold what was pushed; collective over all ranks."""
-        checks = self.model.context.gather_objects(self.engine.verify_weights())
-        faults = tuple(fault for check in checks for fault in check.faults)
-        return WeightCheck(sum(check.compared for check in checks), faults)
+        """Whether all engines still hold what was pushed, and, where nothing is known to have changed it since, whether
+        training does; collective over all ranks."""
+        if self._served_version is None:
+            return WeightCheck()
+        rank = self.model.context.rank
+        own = self._verify_here() if self.engine.targets() else self.engine.verify_weights()
+        faults = list(own.faults)
+        if self._served_version == self.trained_version and (changed := self._changed()):
+            faults.append(
+                f"training rank {rank} holds other weights than version {self._served_version} that was pushed, for "
+                f"example {min(changed)}: they were changed outside of Actor, and the next sample pushes them"
+            )
+        checks = self.model.context.gather_objects((own.compared, faults))
+        return WeightCheck(sum(compared for compared, _ in checks), tuple(fault for _, f in checks for fault in f))
+
+    def _verify_here(self) -> WeightCheck:
+        """An engine whose weights lie in this process; each replica is counted once."""
+        found = self._sync.verify() if self._sync is not None else None
+        if found is None:
+            return WeightCheck()
+        rank = self.model.context.rank
+        named = tuple(f"the engine on rank {rank} no longer holds what was pushed: {fault}" for fault in found)
+        return WeightCheck(int(self.placement.tp_rank(rank) == 0), named)
 
     def rest(self) -> None:
         """Sampling is over for this step: let the engine sleep if the settings say so. Its weights are lost."""

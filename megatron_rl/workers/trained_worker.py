@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
 from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
 from megatron_rl.workers.heads import LossFunction
+from megatron_rl.workers.main_parameters import follow_weights
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.settings import WorkerSettings
 from megatron_rl.workers.trainable import Optimization, Scorer, TrainableModel
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedWorker:
@@ -61,7 +65,7 @@ class TrainedWorker:
         mixed = (self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.trainable.num_updates
         how = Optimization(num_epochs, num_mini_batches, reads, sequence_reads, group_field, mixed % 2**62)
         metrics = self.trainable.optimize(batch, loss, how, lambda part: self.scorer(part, with_entropy))
-        self.weights_changed()
+        self._weights_stepped()
         return metrics
 
     def measure(
@@ -144,4 +148,14 @@ class TrainedWorker:
         description.write_into(checkpoint, model.config.params_dtype)
 
     def weights_changed(self) -> None:
+        """Say, on every rank, that something else than `optimize` has changed the weights: a checkpoint was loaded into
+        the model, or other steps were taken. The optimizer's fp32 copies of bf16 and fp16 weights then follow those
+        that were not written by itself."""
+        self._follow_weights()
+
+    def _follow_weights(self) -> None:
+        if followed := follow_weights(self.trainable.optimizer):
+            logger.info("the optimizer's fp32 copies of %d weights on this rank follow the new values", followed)
+
+    def _weights_stepped(self) -> None:
         """Called after each `optimize`."""
