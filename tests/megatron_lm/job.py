@@ -45,11 +45,13 @@ class JobArguments:
     pipeline_model_parallel_size: int = 1
     virtual_pipeline_model_parallel_size: int | None = None
     expert_model_parallel_size: int = 1
+    sequence_parallel: bool = False
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     optimizer: str = "adam"
     lr: float = 1e-2
+    adam_eps: float = 1e-8
     clip_grad: float = 1.0
     seed: int = 1234
 
@@ -96,7 +98,6 @@ def transformer_config(args: JobArguments) -> TransformerConfig:
             "moe_router_load_balancing_type": "none",
             "expert_model_parallel_size": args.expert_model_parallel_size,
             "expert_tensor_parallel_size": 1,
-            "sequence_parallel": args.tensor_model_parallel_size > 1,
         }
     return TransformerConfig(
         num_layers=args.num_layers,
@@ -119,6 +120,7 @@ def transformer_config(args: JobArguments) -> TransformerConfig:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
+        sequence_parallel=args.sequence_parallel,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         moe_token_dispatcher_type="alltoall",
@@ -206,6 +208,7 @@ def optimizer_of(args: JobArguments, model: list[torch.nn.Module]) -> MegatronOp
             lr=args.lr,
             min_lr=0.0,
             weight_decay=0.01,
+            adam_eps=args.adam_eps,
             sgd_momentum=0.0,
             clip_grad=args.clip_grad,
             bf16=args.bf16,
@@ -220,14 +223,19 @@ def optimizer_of(args: JobArguments, model: list[torch.nn.Module]) -> MegatronOp
     )
 
 
-def build(args: JobArguments, fill: Callable[[list[GPTModel]], None] | None = None) -> Job:
+def build(
+    args: JobArguments,
+    fill: Callable[[list[GPTModel]], None] | None = None,
+    provider: Callable[..., Callable[..., GPTModel]] = local_provider,
+) -> Job:
     """The whole setup.
 
     Args:
         fill: writes a checkpoint's weights into the bare chunks, before anything wraps them.
+        provider: makes the model provider from arguments and configuration.
     """
     config = transformer_config(args)
-    chunks = get_model(args, config, local_provider(args, config))
+    chunks = get_model(args, config, provider(args, config))
     if fill is not None:
         fill(chunks)
     model = wrap(args, config, float16(args, config, chunks))
