@@ -7,6 +7,7 @@ from megatron_rl.data.completions import (
     LabelledDataset,
     pack_completions,
 )
+from megatron_rl.data.dataset import Limits
 from megatron_rl.data.loader import GlobalBatchLoader, PromptLoader
 from megatron_rl.data.preferences import PairDataset, PairLoader, PreferencePair, pack_pairs
 from megatron_rl.data.prompts import PromptDataset
@@ -19,6 +20,7 @@ __all__ = [
     "DataError",
     "GlobalBatchLoader",
     "LabelledDataset",
+    "Limits",
     "PairDataset",
     "PairLoader",
     "PreferencePair",

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from megatron_rl.batch import Batch
-from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
+from megatron_rl.data.dataset import Limits, SkipRowError, TokenisedDataset
 from megatron_rl.data.length import LengthConfig, fit
 from megatron_rl.data.loader import GlobalBatchLoader
+from megatron_rl.data.messages import read_tools
 from megatron_rl.data.preferences import check_tokens, read_pair
 from megatron_rl.data.records import DataError, Records
 from megatron_rl.data.text import Text, Tokenizer, check_text, encode_completions
@@ -32,7 +33,9 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
     """Completions in the order of their rows: columns prompt and completion, or messages that end with the assistant's.
 
     Args:
-        source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``.
+        source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``. The chat
+            template gets the row's ``tools``.
+        limits: of the model: no row may be longer than its context.
     """
 
     class Config(LengthConfig):
@@ -45,10 +48,18 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
         messages: str = "messages"
         """Column with a whole conversation, where there is no completion column; its last message is trained on."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, config: Config | None = None) -> None:
+    def __init__(
+        self, source: Any, tokenizer: Tokenizer, config: Config | None = None, limits: Limits | None = None
+    ) -> None:
         config = config or self.Config()
         self.columns = {config.prompt, config.completion, config.messages}  # all others become metadata
-        super().__init__(source, tokenizer, config)
+        super().__init__(source, tokenizer, config, limits)
+
+    def token_rows(self, item: Completion) -> list[list[int]]:
+        return [item.prompt_ids, item.completion_ids]
+
+    def truth(self, item: Completion) -> object:
+        return item.label
 
     def prepare(self, records: Records) -> None:
         self.conversations = self.config.completion not in records.columns and self.config.messages in records.columns
@@ -69,9 +80,12 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
     ) -> Completion:
         """One record from texts."""
         place = records.places[index]
-        prompt_ids, (completion_ids,) = encode_completions(prompt, [completion], self.tokenizer)
+        tools = (
+            read_tools(records.rows[index], place) if isinstance(prompt, list) or isinstance(completion, list) else None
+        )
+        prompt_ids, (completion_ids,) = encode_completions(prompt, [completion], self.tokenizer, tools)
         check_tokens(place, prompt_ids, completion_ids)
-        prompt_ids, (completion_ids,) = fit(prompt_ids, [completion_ids], self.config, place)
+        prompt_ids, (completion_ids,) = fit(prompt_ids, [completion_ids], self.config, place, self.limits.context)
         metadata = {name: value for name, value in records.rows[index].items() if name not in self.columns}
         return Completion(prompt_ids, completion_ids, label, metadata, index)
 
@@ -95,8 +109,10 @@ class LabelledDataset(CompletionDataset):
         allow_one_class: bool = False
         """Accept data whose labels are all the same; KTO then has nothing to contrast."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, config: Config | None = None) -> None:
-        super().__init__(source, tokenizer, config or self.Config())
+    def __init__(
+        self, source: Any, tokenizer: Tokenizer, config: Config | None = None, limits: Limits | None = None
+    ) -> None:
+        super().__init__(source, tokenizer, config or self.Config(), limits)
         labels = {item.label for item in self.items}
         if len(labels) == 1 and not self.config.allow_one_class:
             raise DataError(

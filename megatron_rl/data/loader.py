@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
+from megatron_rl.data.dataset import TokenisedDataset
 from megatron_rl.data.records import DataError
 
 T_co = TypeVar("T_co", covariant=True)
@@ -96,7 +97,14 @@ class GlobalBatchLoader(Generic[T]):
             "num_items": len(self.dataset),
             "seed": self.seed,
             "shuffle": self.shuffle,
+            **self._data,
         }
+
+    @property
+    def _data(self) -> dict[str, str]:
+        """What the records are: their digest, and where they came from. Empty for records of the caller's own kind."""
+        dataset = self.dataset
+        return {"data": dataset.name, "digest": dataset.digest} if isinstance(dataset, TokenisedDataset) else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken, on any number of ranks and with any batch size.
@@ -111,6 +119,13 @@ class GlobalBatchLoader(Generic[T]):
                     f"the checkpoint's data cursor was taken with {key}={state[key]}, this run has {key}={mine[key]}: "
                     "resume with the same data and seed, or start anew"
                 )
+        if state.get("digest", mine.get("digest")) != mine.get("digest"):  # checkpoints of older versions have none
+            raise ConfigError(
+                f"the checkpoint was taken on {state['data']} (digest {state['digest']}), this run has "
+                f"{mine.get('data', 'other records')} (digest {mine.get('digest', 'unknown')}): as many records, but "
+                "others, so going on in their middle makes no sense. Resume with the same data, template and "
+                "tokenizer; to train the checkpoint's weights on other data start a new run with model=CHECKPOINT"
+            )
         self.num_consumed = int(state["num_consumed"])
 
     def _index(self, position: int) -> int:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from megatron_rl.batch import Batch
-from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
+from megatron_rl.data.dataset import Limits, SkipRowError, TokenisedDataset
 from megatron_rl.data.length import LengthConfig, fit
 from megatron_rl.data.loader import GlobalBatchLoader
+from megatron_rl.data.messages import read_tools
 from megatron_rl.data.records import DataError, Records
 from megatron_rl.data.text import Text, Tokenizer, check_text, common_prefix, encode_completions
 
@@ -36,7 +37,9 @@ class PairDataset(TokenisedDataset[PreferencePair, "PairDataset.Config"]):
     """Pairs in the order of their rows. Skipped and counted: chosen equal to rejected, empty completions, too long.
 
     Args:
-        source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``.
+        source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``. The chat
+            template gets the row's ``tools``.
+        limits: of the model: no row may be longer than its context.
     """
 
     class Config(LengthConfig):
@@ -51,8 +54,16 @@ class PairDataset(TokenisedDataset[PreferencePair, "PairDataset.Config"]):
         margin: str = ""
         """Column with a number that says how much better; empty means none."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, config: Config | None = None) -> None:
-        super().__init__(source, tokenizer, config or self.Config())
+    def __init__(
+        self, source: Any, tokenizer: Tokenizer, config: Config | None = None, limits: Limits | None = None
+    ) -> None:
+        super().__init__(source, tokenizer, config or self.Config(), limits)
+
+    def token_rows(self, item: PreferencePair) -> list[list[int]]:
+        return [item.prompt_ids, item.chosen_ids, item.rejected_ids]
+
+    def truth(self, item: PreferencePair) -> object:
+        return item.margin
 
     def prepare(self, records: Records) -> None:
         config = self.config
@@ -65,9 +76,10 @@ class PairDataset(TokenisedDataset[PreferencePair, "PairDataset.Config"]):
         prompt, chosen, rejected = read_pair(records, index, config.prompt, config.chosen, config.rejected)
         if chosen == rejected:
             raise SkipRowError("chosen equal to rejected")
-        prompt_ids, (chosen_ids, rejected_ids) = encode_completions(prompt, [chosen, rejected], self.tokenizer)
-        check_tokens(place, prompt_ids, chosen_ids, rejected_ids)
-        prompt_ids, (chosen_ids, rejected_ids) = fit(prompt_ids, [chosen_ids, rejected_ids], config, place)
+        tools = None if all(isinstance(text, str) for text in (prompt, chosen, rejected)) else read_tools(row, place)
+        prompt_ids, completions = encode_completions(prompt, [chosen, rejected], self.tokenizer, tools)
+        check_tokens(place, prompt_ids, *completions)
+        prompt_ids, (chosen_ids, rejected_ids) = fit(prompt_ids, completions, config, place, self.limits.context)
         if chosen_ids == rejected_ids:
             raise SkipRowError("chosen equal to rejected after truncation")
         margin = _number(records.value(index, config.margin), place, config.margin) if config.margin else 0.0

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from megatron_rl.batch import Prompt
-from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
+from megatron_rl.data.dataset import Limits, SkipRowError, TokenisedDataset
+from megatron_rl.data.messages import read_tools
 from megatron_rl.data.records import DataError, Records
-from megatron_rl.data.text import Text, Tokenizer, as_messages, check_text, prompt_text
+from megatron_rl.data.text import Text, Tokenizer, as_messages, check_text, encode, prompt_text
 
 SLOT = "{prompt}"
 
@@ -21,7 +22,9 @@ class PromptDataset(TokenisedDataset[Prompt, "PromptDataset.Config"]):
 
     Args:
         source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``.
-        tokenizer: anything with `encode` and, for messages, `apply_chat_template`.
+        tokenizer: anything with `encode` and, for messages, `apply_chat_template`, which gets the row's ``tools``.
+        limits: of the model that will answer: a prompt is too long, too, when its context does not hold it together
+            with the longest answer.
     """
 
     class Config(TokenisedDataset.Config):
@@ -40,10 +43,19 @@ class PromptDataset(TokenisedDataset[Prompt, "PromptDataset.Config"]):
         max_prompt_tokens: int = 1024
         """Longest prompt, in tokens."""
         overlong: Literal["skip", "error"] = "skip"
-        """What to do with longer prompts: leave them out, counted, or stop."""
+        """What to do with longer prompts, and with those that the model's context does not hold together with
+        `max_tokens`: leave them out, counted, or stop."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, config: Config | None = None) -> None:
-        super().__init__(source, tokenizer, config or self.Config())
+    def __init__(
+        self, source: Any, tokenizer: Tokenizer, config: Config | None = None, limits: Limits | None = None
+    ) -> None:
+        super().__init__(source, tokenizer, config or self.Config(), limits)
+
+    def token_rows(self, item: Prompt) -> list[list[int]]:
+        return [item.token_ids]
+
+    def truth(self, item: Prompt) -> object:
+        return item.answer
 
     def prepare(self, records: Records) -> None:
         records.require(self.config.prompt)
@@ -56,20 +68,33 @@ class PromptDataset(TokenisedDataset[Prompt, "PromptDataset.Config"]):
         config, place = self.config, records.places[index]
         given = check_text(records.value(index, config.prompt), f"{place}: column {config.prompt!r}")
         prompt = self._shape(given)
-        text = prompt_text(prompt, self.tokenizer)
-        token_ids = list(self.tokenizer.encode(text, add_special_tokens=isinstance(prompt, str)))
+        row = records.rows[index]
+        tools = None if isinstance(prompt, str) else read_tools(row, place)
+        text = prompt_text(prompt, self.tokenizer, tools)
+        token_ids = encode(text, self.tokenizer, special=isinstance(prompt, str))
         if not token_ids:
             raise DataError(f"{place}: the prompt has no tokens, so there is nothing to continue")
-        if len(token_ids) > config.max_prompt_tokens:
-            if config.overlong == "error":
-                raise DataError(
-                    f"{place}: the prompt has {len(token_ids)} tokens, more than max_prompt_tokens="
-                    f"{config.max_prompt_tokens}: raise it, or set overlong: skip"
-                )
-            raise SkipRowError(f"longer than {config.max_prompt_tokens} tokens")
-        row = records.rows[index]
+        self._check_length(len(token_ids), place)
         metadata = {name: value for name, value in row.items() if name not in (config.prompt, config.answer)}
         return [Prompt(token_ids, text=text, answer=row.get(config.answer), metadata=metadata, index=index)]
+
+    def _check_length(self, length: int, place: str) -> None:
+        config, limits, room = self.config, self.limits, self.limits.room
+        if length > config.max_prompt_tokens:
+            known, what = (
+                f"max_prompt_tokens={config.max_prompt_tokens}",
+                f"longer than {config.max_prompt_tokens} tokens",
+            )
+        elif room is not None and length > room:
+            known = f"the {room} that max_tokens={limits.response} leaves of the model's context of {limits.context}"
+            what = f"longer than {known}"
+        else:
+            return
+        if config.overlong == "error":
+            raise DataError(
+                f"{place}: the prompt has {length} tokens, more than {known}: raise the limit, or set overlong: skip"
+            )
+        raise SkipRowError(what)
 
     def _shape(self, prompt: Text) -> Text:
         if isinstance(prompt, str):

@@ -131,7 +131,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         ConfigError: messages were given, but the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt)["input_ids"])
+        return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
     if tokenizer.chat_template is None:
         raise ConfigError(
             "the prompt is a list of messages, but the tokenizer has no chat template: give plain text, or set "

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from megatron_rl.config import ConfigError
 from megatron_rl.rollout.base import SamplingParams
 
 TAGS = ("weights", "kv_cache")
@@ -19,25 +20,25 @@ def check_prompts(
     max_context: int,
     has_tokenizer: bool,
 ) -> None:
-    """Raises ValueError naming the prompt that is empty, too long, or has a token outside the vocabulary; or when
+    """Raises ConfigError naming the prompt that is empty, too long, or has a token outside the vocabulary; or when
     seeds or the tokenizer for stop texts are missing."""
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt")
+        raise ConfigError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one per prompt")
     if params.stop and not has_tokenizer:
-        raise ValueError(
+        raise ConfigError(
             f"stop texts {list(params.stop)} need a tokenizer: give one to the engine, or use stop_token_ids"
         )
     for index, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {index} is empty: give at least one token, for example the BOS token")
+            raise ConfigError(f"prompt {index} is empty: give at least one token, for example the BOS token")
         if len(prompt) + params.max_tokens > max_context:
-            raise ValueError(
+            raise ConfigError(
                 f"prompt {index} has {len(prompt)} tokens, which with max_tokens={params.max_tokens} exceeds the "
                 f"context of {max_context} tokens: shorten it, drop it, or lower max_tokens"
             )
         if min(prompt) < 0 or max(prompt) >= vocab:
             token = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ValueError(
+            raise ConfigError(
                 f"prompt {index} has token {token}, outside the vocabulary of {vocab}: "
                 f"was it made with another model's tokenizer?"
             )

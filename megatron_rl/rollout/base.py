@@ -84,6 +84,11 @@ class RolloutEngine(ABC):
             ConfigError: they cannot work.
         """
 
+    @classmethod
+    def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
+        """Most tokens of prompt and completion together, for the user's options and a model of ``max_positions``."""
+        return max_positions
+
     @property
     @abstractmethod
     def layout(self) -> Layout:

@@ -23,6 +23,7 @@ from megatron_rl.trainer.checkpoint import find_checkpoint
 from megatron_rl.trainer.loop import Trainer
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
+from megatron_rl.workers.limits import model_limits
 from megatron_rl.workers.starting_weights import MegatronCheckpoint
 
 USER_CODE = "python:"
@@ -41,8 +42,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     model = starting_model(config)
     described = model.hf_folder if isinstance(model, MegatronCheckpoint) else model
     tokenizer = load_tokenizer(config.tokenizer or described, config.pad_token)
-    prompts = PromptDataset(None, tokenizer, config.data)
-    held_out = PromptDataset(None, tokenizer, config.evaluation.data) if config.evaluation else None
+    limits = model_limits(model, tokenizer, config.actor, config.actor.sampling.max_tokens)
+    prompts = PromptDataset(None, tokenizer, config.data, limits)
+    held_out = PromptDataset(None, tokenizer, config.evaluation.data, limits) if config.evaluation else None
     reward = build_reward(config.rewards)
     check_answers(reward, [*prompts, *(held_out or ())])
     callbacks = [_callback(name) for name in config.callbacks]

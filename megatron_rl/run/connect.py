@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 from megatron_rl.algorithms import BaseAlgorithm
+from megatron_rl.data import GlobalBatchLoader, Limits
+from megatron_rl.data.dataset import TokenisedDataset
 from megatron_rl.dataflow import Flow
 from megatron_rl.devices import current_platform
 from megatron_rl.run.report import RewardCurve
@@ -52,7 +54,9 @@ def connect(
 
     Raises:
         ConfigError: a tracker is unknown or not installed.
+        DataError: the model cannot take a record of the source: token ids, or length.
     """
+    _check_data(source, actor)
     output_dir = Path(settings.output_dir)
     trainer = Trainer(
         flow,
@@ -74,6 +78,13 @@ def connect(
     trainer.callbacks.append(RewardCurve(output_dir, tracker))
     logger.info("%s, %s; outputs in %s", current_platform().name, actor.context, output_dir)
     return trainer
+
+
+def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
+    dataset = source.dataset if isinstance(source, GlobalBatchLoader) else None
+    if isinstance(dataset, TokenisedDataset):
+        architecture = actor.model.architecture
+        dataset.check(Limits(architecture.vocab or None, architecture.max_positions))
 
 
 def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> None:

@@ -43,6 +43,7 @@ from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
+from megatron_rl.workers.limits import model_limits
 from megatron_rl.workers.reference import Reference
 from megatron_rl.workers.reference_cache import CachedReference
 from megatron_rl.workers.reward_model import RewardModel
@@ -74,6 +75,7 @@ class OneCallTrainer:
     dataset_type: ClassVar[type[Any]]
     loader_type: ClassVar[type[GlobalBatchLoader[Any]]]
     pack: Callable[[Sequence[Any]], Batch]  # rows to batch, where rows hold responses
+    max_tokens: int | None = None  # of an answer, where rows are prompts
 
     def __init__(
         self,
@@ -98,12 +100,13 @@ class OneCallTrainer:
         self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
         _refuse_precomputed(type(self).__name__, self.options)
         columns = self.dataset_type.Config.parse(own, where="dataset")
-        self.dataset = self.dataset_type(dataset, tokenizer, columns)
-        self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns)
+        self.settings = settings or WorkerSettings()
+        limits = model_limits(model, tokenizer, self.settings, self.max_tokens)
+        self.dataset = self.dataset_type(dataset, tokenizer, columns, limits)
+        self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns, limits)
         self.reference_cache = reference_cache
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
         self.parallel_state, self.parallel = parallel_state, parallel
-        self.settings = settings or WorkerSettings()
         if lora is not None:
             lora = lora if isinstance(lora, LoraSettings) else LoraSettings.parse(lora, where="lora")
             self.settings = self.settings.model_copy(update={"lora": lora})
@@ -287,6 +290,7 @@ class GRPOTrainer(OneCallTrainer):
         temperature: float = 1.0,
         **options: Any,
     ) -> None:
+        self.max_tokens = max_tokens
         super().__init__(model, tokenizer, dataset, **options)
         self.reward = RewardModel(reward)
         check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])

@@ -112,8 +112,10 @@ class Actor(TrainedWorker):
             self.publish(batch.metrics)
             batch.samples = []
             size = max(1, -(-len(batch.prompts) // parts))
+            seeds = self.rollouts.training_seeds(batch.prompts)
             for start in range(0, max(1, len(batch.prompts)), size):
-                made = self.rollouts.generate(batch.prompts[start : start + size], params)
+                part = slice(start, start + size)
+                made = self.rollouts.generate(batch.prompts[part], params, seeds[part])
                 for sample in made:
                     sample.group += start
                 batch.samples += made
@@ -183,7 +185,8 @@ class Actor(TrainedWorker):
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""
         values = self.settings.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
-        return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), evaluation=True)
+        seeds = self.rollouts.evaluation_seeds(prompts)
+        return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds)
 
     def verify_weights(self) -> WeightCheck:
         """Whether the rollout engines still hold what was pushed, and the training weights are still those, unless they

@@ -2,12 +2,13 @@
 
 The prompts of a data-parallel rank are known to all ranks of its model replica. Together these ranks form one or more
 rollout replicas, share the prompts out and exchange the finished samples. The seed of a prompt depends on the run, the
-call and the prompt alone, so the layout of training and rollout changes no sample.
+call, the prompt and how often the global batch had it before, so the layout of training and rollout changes no sample.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import Prompt, Sample
+from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.groups import own_group
@@ -50,7 +52,7 @@ class Rollouts:
         self.settings = settings
         self.seed = seed
         self.trained_version = 0  # of the weights that training holds
-        self.calls = 0  # of generate, evaluation aside: part of every seed
+        self.calls = 0  # of training_seeds: part of every seed
         self._served_version: int | None = None  # of the weights that the engine holds
         self._fingerprint = Fingerprint()
         self._pushed: dict[str, int] = {}  # checksums of this rank's weights when they were pushed
@@ -125,6 +127,12 @@ class Rollouts:
             **self.settings.options,
         )
 
+    def limits(self, max_tokens: int) -> Limits:
+        """What a prompt may be that is answered with up to ``max_tokens``."""
+        architecture, settings = self.model.architecture, self.settings
+        context = ENGINES[settings.engine].context(settings.options, architecture.max_positions)
+        return Limits(architecture.vocab, context, max_tokens)
+
     def push(self) -> SyncReport:
         """Carry the training weights into the engine as `trained_version`; collective over all ranks."""
         engine = self.engine
@@ -147,19 +155,44 @@ class Rollouts:
         self._pushed = self._fingerprint(self.model.tensors())
         return report
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, evaluation: bool = False) -> list[Sample]:
+    def training_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The seed of each prompt of this step; collective over all ranks. No two prompts of the global batch have the
+        same, even where it holds a row several times.
+
+        Args:
+            prompts: this data-parallel rank's part of the global batch; the parts end to end, in the order of the
+                ranks, are the batch.
+        """
+        call, own = self.calls, [prompt.index for prompt in prompts]
+        self.calls += 1
+        context = self.model.context
+        parts = dict(context.gather_objects((context.coordinates.dp, own))) if context.dp_size > 1 else {}
+        before = [index for dp in range(context.coordinates.dp) for index in parts[dp]]
+        seen: Counter[int] = Counter(before)
+        return [self._seed(call, index, seen) for index in own]
+
+    def evaluation_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Seeds of evaluation's own, the same in every evaluation; the training seeds stay as they were."""
+        seen: Counter[int] = Counter()
+        return [self._seed(-1, prompt.index, seen) for prompt in prompts]
+
+    def _seed(self, call: int, index: int, seen: Counter[int]) -> int:
+        """The next of prompt ``index``, of which ``seen`` says how often it came before."""
+        seed, earlier = sample_seed(self.seed, call, index), seen[index]
+        seen[index] += 1
+        return sample_seed(seed, earlier, index) if earlier else seed
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]) -> list[Sample]:
         """``params.n`` samples of each prompt, in prompt order, on every rank of the model replica.
 
         Args:
             prompts: the same on every rank of the replica.
-            evaluation: draws from seeds of its own and leaves the training seeds as they were.
+            seeds: one a prompt.
         """
         context, placement = self.model.context, self.placement
         mine = placement.share(len(prompts), placement.replica(context.rank))
-        call = -1 if evaluation else self.calls
-        seeds = [sample_seed(self.seed, call, prompts[i].index) for i in mine]
-        answers = self.engine.generate([prompts[i].token_ids for i in mine], params, seeds) if mine else []
-        self.calls += not evaluation
+        own = [seeds[i] for i in mine]
+        answers = self.engine.generate([prompts[i].token_ids for i in mine], params, own) if mine else []
         share = answers if placement.tp_rank(context.rank) == 0 else None
         shares = context.gather_objects(share, "model")
         merged = placement.merge([part for part in shares if part is not None])

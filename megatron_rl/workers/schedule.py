@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import Alignment, MicroBatch, pack, pad, split_micro_batches
 from megatron_rl.models.attention import packed_params
 from megatron_rl.models.hidden_states import hidden_states
@@ -44,8 +45,14 @@ def plan_micro_batches(
 ) -> list[MicroBatch]:
     """Micro-batches of this rank, all of one shape, and as many on every data-parallel rank (collectives inside the
     model and its gradient reduction are entered equally often). A rank that needs fewer spreads its sequences over all
-    of them; only one with fewer units than micro-batches has empty ones."""
+    of them; only one with fewer units than micro-batches has empty ones.
+
+    Raises:
+        ConfigError: a token lies outside of the vocabulary, on any data-parallel rank; with tensor parallelism the
+            embedding would take it for a row of zeros.
+    """
     context = model.context
+    check_vocab(batch, model)
     sizes = context.sizes
     tp = sizes.tp if model.config.sequence_parallel else 1
     align = Alignment(sizes.cp, context.coordinates.cp, tp)
@@ -69,6 +76,19 @@ def plan_micro_batches(
         return [pack(batch, share, align, width) for share in shares]
     tallest = _maximum(max((len(share) for share in shares), default=1), model)
     return [pad(batch, share, align, width, tallest) for share in shares]
+
+
+def check_vocab(batch: Batch, model: MegatronModel) -> None:
+    """Raises ConfigError, on all data-parallel ranks together, for token ids that the model has no row for."""
+    ids, vocab = batch["input_ids"], model.architecture.vocab
+    least, most = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+    found = _maximum(most if least >= 0 else 2**62 - least, model)
+    if vocab and found >= vocab:  # 0: Megatron chunks of a value model without a tokenizer
+        token = found if found < 2**62 else 2**62 - found
+        raise ConfigError(
+            f"a batch has token id {token}, outside of the model's vocabulary of {vocab}: it was made with another "
+            "model's tokenizer, or the tokenizer's new tokens have no rows in the embedding"
+        )
 
 
 def fill_rows(units: Sequence[int], rows: int) -> list[list[int]]:

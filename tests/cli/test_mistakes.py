@@ -27,6 +27,27 @@ MISTAKES = {
     "a model that is not there": (["model=/nowhere/model"], ["/nowhere/model"]),
     "data that are not there": (["data.path=/nowhere/rows.jsonl"], ["/nowhere/rows.jsonl"]),
     "a column that is not there": (["data.prompt=question"], ["question", "prompt, answer"]),
+    "answers as long as the context": (
+        ["actor.sampling.max_tokens=64"],
+        ["max_tokens=64 leaves no room", "context of 64"],
+    ),
+    "prompts that leave no room for answers": (
+        ["actor.sampling.max_tokens=62"],
+        ["none of 40 rows is left: 40 longer"],
+    ),
+    "a prompt too long for the context": (
+        ["actor.sampling.max_tokens=60", "data.overlong=error"],
+        ["train.jsonl:1: the prompt has 6 tokens, more than the 4 that max_tokens=60 leaves"],
+    ),
+    "a long prompt of the evaluation": (
+        [
+            "evaluation.data.path=${data.path}",
+            "evaluation.data.template=1+1+1+1+{prompt}",
+            "evaluation.data.overlong=error",
+            "actor.sampling.max_tokens=51",
+        ],
+        ["the prompt has 14 tokens, more than the 13"],
+    ),
     "an unknown algorithm": (["algorithm.name=gppo"], ["grpo"]),
     "a misspelt key of the algorithm": (["algorithm.kl_coeficient=0.1"], ["did you mean 'kl_coefficient'"]),
     "an unknown engine": (["actor.rollout.engine=locl"], ["actor.rollout.engine", "'local'"]),

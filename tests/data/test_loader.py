@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_tokenizer import ToyTokenizer
 
 from megatron_rl.batch import Prompt
 from megatron_rl.config import ConfigError
-from megatron_rl.data import DataError, GlobalBatchLoader, PromptLoader
+from megatron_rl.data import DataError, GlobalBatchLoader, PromptDataset, PromptLoader
 from megatron_rl.data.loader import epoch_order
 
 
@@ -100,3 +101,17 @@ def test_prompt_loader_gives_batches_of_prompts() -> None:
     assert [p.index for p in batch.prompts] == [2, 3]
     assert "prompts" in batch
     assert batch.num_sequences == 0
+
+
+def test_resuming_on_other_records_of_the_same_number_is_refused_and_both_are_named() -> None:
+    def loader(name: str, *prompts: str) -> PromptLoader:
+        dataset = PromptDataset([{"prompt": text} for text in prompts], ToyTokenizer())
+        dataset.name = name
+        return PromptLoader(dataset, 2)
+
+    state = json.loads(json.dumps(loader("a.jsonl", "1+1=", "2+2=").state_dict()))
+    loader("moved.jsonl", "1+1=", "2+2=").load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"taken on a\.jsonl .* this run has b\.jsonl"):
+        loader("b.jsonl", "1+1=", "3+3=").load_state_dict(state)
+    older = {key: value for key, value in state.items() if key not in ("data", "digest")}
+    loader("b.jsonl", "1+1=", "3+3=").load_state_dict(older)  # nothing is known of it

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,10 @@ class LocalEngine(RolloutEngine):
             self.device,
         )
         self._decoder = Decoder(architecture, self._targets, self._tp, cache)
+
+    @classmethod
+    def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
+        return options.get("max_context") or max_positions
 
     @property
     def layout(self) -> Layout:

@@ -113,6 +113,10 @@ class SGLangEngine(RolloutEngine):
         if not parsed.urls:
             server_python(parsed.server)
 
+    @classmethod
+    def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
+        return SGLangOptions.parse(options, where=WHERE).server.context_length or max_positions
+
     @property
     def layout(self) -> Layout:
         return self._layout
