@@ -25,7 +25,7 @@ from megatron_rl.models.checkpoint import own_results_process
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import Trainer
-from megatron_rl.trainer.optimizer_state import finish_loading, prepare_for_checkpoint
+from megatron_rl.trainer.optimizer_state import load_optimizer, prepare_for_checkpoint
 from megatron_rl.workers.trainable import TrainableModel
 
 logger = logging.getLogger(__name__)
@@ -164,12 +164,9 @@ class DistributedCheckpoints:
         chunks = part.model.chunks
         for index, chunk in enumerate(chunks):
             unwrap(chunk).load_state_dict(state[_chunk_key(name, index, len(chunks))])
-        part.optimizer.load_state_dict(state[f"{name}_optimizer"])
-        finish_loading(part.optimizer)
         counters = state[f"{name}_counters"]
+        load_optimizer(name, part.optimizer, part.scheduler, state[f"{name}_optimizer"], counters["scheduler"])
         part.num_steps, part.num_updates = counters["num_steps"], counters["num_updates"]
-        if part.scheduler is not None:
-            part.scheduler.load_state_dict(counters["scheduler"])
 
     # The state itself
 

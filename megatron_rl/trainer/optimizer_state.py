@@ -8,13 +8,28 @@ stores once for all but looks up for each.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = {  # keys of schedules and of parameter groups -> fields of `OptimizerSettings`
+    "max_lr": "learning_rate",
+    "min_lr": "min_learning_rate",
+    "lr_warmup_steps": "warmup_steps",
+    "lr_decay_steps": "decay_steps",
+    "lr_decay_style": "decay",
+    "start_wd": "weight_decay",
+    "betas": "beta1, beta2",
+    "eps": "epsilon",
+}
 
 
 def prepare_for_checkpoint(optimizer: MegatronOptimizer) -> None:
@@ -33,6 +48,48 @@ def prepare_for_checkpoint(optimizer: MegatronOptimizer) -> None:
                     }
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = _setter(part)
+
+
+def load_optimizer(
+    name: str,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler | None,
+    state: Any,
+    schedule: Mapping[str, Any],
+) -> None:
+    """Restore what a checkpoint holds of an optimizer and of its schedule.
+
+    Moments and counts are the checkpoint's. Learning rates, decay, betas and so on are those of this run where its
+    schedule is made to go before the checkpoint (Megatron-Core's ``override_opt_param_scheduler``, as ours are); what
+    that changes is logged.
+    """
+    own = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    finish_loading(optimizer)
+    if scheduler is None:
+        return
+    changed: dict[str, str] = {}
+    if scheduler.override_opt_param_scheduler:
+        for group, settings in zip(optimizer.param_groups, own, strict=True):
+            changed |= _differences({key: group.get(key) for key in settings}, settings)
+            group.update(settings)
+        changed |= _differences(schedule, scheduler.state_dict())
+    scheduler.load_state_dict(dict(schedule))
+    if changed:
+        logger.warning(
+            "%s: %s, as this run's configuration says; weights, moments and step are the checkpoint's",
+            name,
+            ", ".join(changed.values()),
+        )
+
+
+def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+    constant = given.get("lr_decay_style") == "constant"
+    return {
+        key: f"{field} {stored[key]} -> {given[key]}"
+        for key, field in SETTINGS.items()
+        if key in stored and key in given and stored[key] != given[key] and not (constant and key == "lr_decay_steps")
+    }
 
 
 def finish_loading(optimizer: MegatronOptimizer) -> None:

@@ -193,7 +193,8 @@ def _of_another(hook: Any, own: Sequence[Any]) -> bool:
 
 
 def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:
-    """Learning-rate schedule counted in optimizer steps.
+    """Learning-rate schedule counted in optimizer steps. A resumed run goes on with these settings at the checkpoint's
+    step: a longer run decays over its new length, a changed learning rate counts.
 
     Raises:
         ConfigError: a decay without its length.
@@ -213,4 +214,6 @@ def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -
         end_wd=settings.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
