@@ -13,7 +13,7 @@ from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.algorithms.ppo import PPO
 from megatron_rl.algorithms.reference_free import CPO, ORPO, SimPO
 from megatron_rl.algorithms.reward_modelling import RewardModelling
-from megatron_rl.algorithms.rloo import RLOO, ReinforcePP, ReinforcePPBaseline
+from megatron_rl.algorithms.rloo import OPO, RLOO, ReinforcePP, ReinforcePPBaseline
 from megatron_rl.algorithms.sft import SFT
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "GRPO",
     "GSPO",
     "KTO",
+    "OPO",
     "ORPO",
     "PAIR_LOSSES",
     "PPO",

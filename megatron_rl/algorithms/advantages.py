@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.batch import Batch
 
 STD_EPSILON = 1e-6  # added to a group's standard deviation, as in verl's compute_grpo_outcome_advantage
@@ -48,6 +50,32 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_std: bool, ep
     centred = rewards.double() - group.mean
     scaled = centred / (group.std + epsilon) if normalize_std else centred
     return torch.where(group.uniform, 0.0, scaled).to(rewards.dtype)
+
+
+def batch_scaled_advantages(
+    rewards: Tensor, groups: Tensor, group: dist.ProcessGroup | None = None, *, epsilon: float = STD_EPSILON
+) -> Tensor:
+    """(r - mean of the group) / (std of the whole batch + epsilon): as TRL's ``scale_rewards="batch"`` (arXiv
+    2508.08221, section 4.2); easy and hard prompts keep their weights.
+
+    Args:
+        group: the data-parallel ranks that hold the other sequences; all of them call together.
+    """
+    centred = group_advantages(rewards.double(), groups, normalize_std=False)
+    deviation = masked_moments(rewards, torch.ones_like(rewards, dtype=torch.bool), group).std
+    return (centred / (deviation + epsilon)).to(rewards.dtype)
+
+
+def length_weighted_advantages(rewards: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:
+    """r - sum(l r) / sum(l) over the group, l the responses' tokens: the baseline of least variance where a response's
+    squared gradient grows with its length, OPO (arXiv 2505.23585, eq. 12)."""
+    _, index = torch.unique(groups, return_inverse=True)
+    zeros = rewards.new_zeros(int(index.max()) + 1 if index.numel() else 0, dtype=torch.float64)
+    weights = lengths.double()
+    total = zeros.index_add(0, index, weights)[index]
+    baseline = zeros.index_add(0, index, weights * rewards.double())[index] / total.clamp_min(1.0)
+    centred = torch.where(total > 0, rewards.double() - baseline, 0.0)
+    return torch.where(group_statistics(rewards, groups).uniform, 0.0, centred).to(rewards.dtype)
 
 
 def leave_one_out_advantages(rewards: Tensor, groups: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.workers.loss import LossInputs, Mean
 
-LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-length"]
+LossAggregation = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-length"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ def token_average(inputs: LossInputs, mode: LossAggregation, norm_length: int | 
     """The weights of each mode; T = all response tokens of the mini-batch, S = its sequences that have any.
 
     - ``token-mean``: 1/T. DAPO (arXiv 2503.14476, eq. 8).
+    - ``token-sum``: 1. A plain sum, for a divisor of your own in the learning rate; as verl's mode of this name.
     - ``seq-mean-token-sum``: 1/S. Plain policy gradient of whole responses.
     - ``seq-mean-token-mean``: 1/(S * |o_i|). GRPO (arXiv 2402.03300, eq. 3).
     - ``fixed-length``: 1/(S * norm_length). Dr. GRPO (arXiv 2503.20783, section 3).
@@ -52,6 +53,8 @@ def token_average(inputs: LossInputs, mode: LossAggregation, norm_length: int | 
     if mode == "token-mean":
         scale = mask / max(inputs.totals.tokens, 1.0)
         return TokenAverage(scale, scale)
+    if mode == "token-sum":
+        return TokenAverage(mask, mask / max(inputs.totals.tokens, 1.0))
     per_sequence = mask / max(inputs.totals.sequences, 1.0)
     share = per_sequence / inputs.expand(inputs.sequence_sum(mask).clamp_min(1.0))
     if mode == "seq-mean-token-mean":

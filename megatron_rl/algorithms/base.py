@@ -7,7 +7,7 @@ and/or `loss` (a pure function of a record), and name the fields that they read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from megatron_rl.algorithms.aggregation import token_average
 from megatron_rl.algorithms.importance import masked_log_ratio
 from megatron_rl.algorithms.moments import describe
 from megatron_rl.algorithms.packing import pack_samples, require_finite
-from megatron_rl.algorithms.roles import LogprobSource, Policy, ValueSource
+from megatron_rl.algorithms.roles import LogprobSource, NoWorker, Policy, ValueSource
 from megatron_rl.algorithms.surrogate import clipped_surrogate
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.config import ConfigError, ConfigRecord
@@ -96,6 +96,35 @@ class BaseAlgorithm:
         self.reference = reference
         self.critic = critic
         self.step = 0  # updates done so far
+
+    @classmethod
+    def without_workers(cls, config: Config | Mapping[str, Any] | None = None, **overrides: Any) -> Self:
+        """The algorithm for its formulas alone: `loss` (and PPO's `critic_loss`) are functions of the configuration and
+        of `LossInputs`; what needs a model says that there is none."""
+        return cls(cast(Policy, NoWorker()), config=config, **overrides)
+
+    @classmethod
+    def loss_fn(cls, config: Config | Mapping[str, Any] | None, inputs: LossInputs) -> LossOutput:
+        """`loss` as a function of a configuration and of tensors, differentiable in the tensors of ``inputs``.
+
+        What ``inputs`` hold is used: with ``ref_logprobs`` there is a reference, and where the configuration leaves
+        open whose log-probabilities are the old ones, ``old_logprobs`` are.
+
+        Raises:
+            ConfigError: as from the constructor.
+            KeyError: a field that this configuration reads is missing.
+        """
+        algorithm = cls.without_workers(config)
+        if "ref_logprobs" in inputs.fields:
+            algorithm.reference = NoWorker()
+        given = algorithm.config
+        if (
+            "old_logprobs" in inputs.fields
+            and "old_logprobs" in type(given).model_fields
+            and given.old_logprobs == "auto"
+        ):
+            algorithm.config = given.model_copy(update={"old_logprobs": "recompute"})
+        return algorithm.loss(inputs)
 
     # --- what an algorithm overrides -------------------------------------------------------------------------------
 
@@ -225,6 +254,8 @@ class BaseAlgorithm:
 
     def require(self, part: str, why: str) -> None:
         """Raises ConfigError when the constructor did not get ``part`` ("reference" or "critic")."""
+        if isinstance(self.actor, NoWorker):
+            return
         if {"reference": self.reference, "critic": self.critic}[part] is None:
             raise ConfigError(f"{type(self).__name__}: {why} needs {part}=..., which was not given")
 

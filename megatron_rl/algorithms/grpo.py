@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-from megatron_rl.algorithms.advantages import group_advantages, spread_over_tokens, sum_over_tokens
+from megatron_rl.algorithms.advantages import (
+    batch_scaled_advantages,
+    group_advantages,
+    spread_over_tokens,
+    sum_over_tokens,
+)
 from megatron_rl.algorithms.aggregation import LossAggregation
 from megatron_rl.algorithms.base import ALGORITHMS
+from megatron_rl.algorithms.moments import whiten
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.batch import Batch
 
@@ -24,18 +33,25 @@ class GRPO(PolicyGradient):
 
         loss_aggregation: LossAggregation = "seq-mean-token-mean"
         """The paper's: mean over a response's tokens, then over responses."""
-        normalize_std: bool = True
-        """Divide a group's centred rewards by their standard deviation."""
+        normalize_std: bool | Literal["batch"] = True
+        """Divide a group's centred rewards by their standard deviation; batch: by that of all rewards of the step."""
+        normalize_advantages: bool = False
+        """Then shift and scale advantages to mean 0 and variance 1 over all responses of the step."""
 
     name = "grpo"
     config: Config
     usual_kl_coefficient = 0.04  # the paper's
 
     def prepare(self, batch: Batch) -> None:
-        batch.tokens["advantages"] = spread_over_tokens(batch, self.advantages(self.shaped_rewards(batch), batch))
+        values = self.advantages(self.shaped_rewards(batch), batch)
+        if self.config.normalize_advantages:
+            values = whiten(values, torch.ones_like(values, dtype=torch.bool), self.dp_group)
+        batch.tokens["advantages"] = spread_over_tokens(batch, values)
 
     def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
         """``[num_sequences]`` -> ``[num_sequences]``; the hook of other group baselines."""
+        if self.config.normalize_std == "batch":
+            return batch_scaled_advantages(rewards, batch["groups"], self.dp_group)
         return group_advantages(rewards, batch["groups"], normalize_std=self.config.normalize_std)
 
     def shaped_rewards(self, batch: Batch) -> Tensor:
@@ -56,7 +72,7 @@ class DrGRPO(GRPO):
 
         loss_aggregation: LossAggregation = "fixed-length"
         """The sum over a response's tokens divided by norm_length."""
-        normalize_std: bool = False
+        normalize_std: bool | Literal["batch"] = False
         """Off: only centred."""
 
     name = "dr-grpo"

@@ -55,7 +55,7 @@ def exchange_responses(batch: Batch, group: dist.ProcessGroup | None = None) -> 
         ConfigError: on every rank, when the whole batch has one prompt only.
     """
     rows = [split_row(batch, start, stop) for start, stop in itertools.pairwise(batch.cu_seqlens.tolist())]
-    shares = _gather([digest(prompt) for prompt, *_ in rows], group)
+    shares = gather_values([digest(prompt) for prompt, *_ in rows], group)
     prompts = [prompt for share in shares for prompt in share]
     if len(set(prompts)) == 1:
         raise ConfigError(
@@ -67,7 +67,7 @@ def exchange_responses(batch: Batch, group: dist.ProcessGroup | None = None) -> 
     mine = range(first, first + len(rows))
     lent = {j: rows[j - first][1:] for i, j in enumerate(whom) if j in mine and i not in mine}
     responses = {j: row[1:] for j, row in zip(mine, rows, strict=True)}
-    responses |= {j: response for part in _gather(lent, group) for j, response in part.items()}
+    responses |= {j: response for part in gather_values(lent, group) for j, response in part.items()}
     taken = [(prompt, *responses[whom[i]]) for i, (prompt, *_) in zip(mine, rows, strict=True)]
     exchanged = Batch.from_sequences(
         [prompt + response for prompt, response, _ in taken], [[0] * len(prompt) + mask for prompt, _, mask in taken]
@@ -89,7 +89,7 @@ def digest(token_ids: list[int]) -> bytes:
     return hashlib.blake2b(torch.tensor(token_ids).numpy().tobytes(), digest_size=16).digest()
 
 
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+def gather_values(value: T, group: dist.ProcessGroup | None) -> list[T]:
     """``value`` of every rank of the group, in rank order."""
     if group is None or group.size() == 1:
         return [value]

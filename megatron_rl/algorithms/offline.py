@@ -100,12 +100,16 @@ class PairwiseAlgorithm(OfflineAlgorithm):
     def pairs_of(self, inputs: LossInputs) -> Pairs:
         """Sums over the responses of this micro-batch's pairs."""
         assert inputs.num_sequences % 2 == 0, "a pair was split over micro-batches"
-        logprobs = inputs.sequence_sum(on_mask(inputs, inputs.logprobs))
+        logprobs = inputs.sequence_sum(self.weighed(inputs, inputs.logprobs))
         num_tokens = inputs.sequence_sum(inputs.mask)
         reference = torch.zeros_like(logprobs)
         if "ref_logprobs" in inputs.fields:
-            reference = inputs.sequence_sum(on_mask(inputs, inputs.fields["ref_logprobs"]))
+            reference = inputs.sequence_sum(self.weighed(inputs, inputs.fields["ref_logprobs"]))
         return Pairs.of_sequences(logprobs, reference, num_tokens)
+
+    def weighed(self, inputs: LossInputs, per_token: Tensor) -> Tensor:
+        """Log-probabilities as they enter a response's sum, 0 off the mask; ``[num_tokens]``."""
+        return on_mask(inputs, per_token)
 
     def pair_metrics(self, inputs: LossInputs, pairs: Pairs) -> dict[str, Mean]:
         chosen, rejected = (reward.detach() for reward in self.pair_rewards(pairs))

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_rl.algorithms.bounds import FlipProbability, Positive
+from megatron_rl.algorithms.divergence import FDivergence, f_slope
 from megatron_rl.algorithms.logistic import logistic_loss, smoothed_logistic
+from megatron_rl.algorithms.pair_fields import matched
 from megatron_rl.config import ConfigRecord
 from megatron_rl.registry import Registry
 
@@ -32,6 +34,11 @@ class Pairs:
     chosen_tokens: Tensor  # response tokens, as floating point
     rejected_tokens: Tensor
     shift: float = 0.0  # running mean of the rewards; bco_pair
+    divergence: FDivergence = "reverse_kl"
+    alpha: float = 0.5  # of the alpha divergence
+    matched_reference: Tensor | None = None  # aot: reference margin matched to each policy margin; None: match here
+    matched_rejected: Tensor | None = None  # aot_unpaired: l_l matched to each l_w, over all pairs of the step
+    matched_chosen: Tensor | None = None  # aot_unpaired: l_w matched to each l_l
 
     @classmethod
     def of_sequences(cls, logprobs: Tensor, reference: Tensor, num_tokens: Tensor) -> Pairs:
@@ -62,15 +69,20 @@ class Pairs:
 
     @property
     def margin(self) -> Tensor:
-        """m = l_w - l_l"""
-        return self.chosen_ratio - self.rejected_ratio
+        """m = l_w - l_l; with another divergence the difference of its slopes at both."""
+        chosen, rejected = self._slopes()
+        return chosen - rejected
 
     @property
     def mean_margin(self) -> Tensor:
         """m with each log-ratio divided by its response's tokens."""
-        return self.chosen_ratio / self.chosen_tokens.clamp_min(
-            1
-        ) - self.rejected_ratio / self.rejected_tokens.clamp_min(1)
+        chosen, rejected = self._slopes()
+        return chosen / self.chosen_tokens.clamp_min(1) - rejected / self.rejected_tokens.clamp_min(1)
+
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        ratios = (self.chosen_ratio, self.rejected_ratio)
+        chosen, rejected = (f_slope(ratio, self.divergence, self.alpha) for ratio in ratios)
+        return chosen, rejected
 
 
 class PairSettings(ConfigRecord):
@@ -79,7 +91,7 @@ class PairSettings(ConfigRecord):
     beta: Positive = 0.1
     """Strength of the tie to the reference."""
     label_smoothing: FlipProbability = 0.0
-    """Probability that a label is flipped; for sigmoid, robust, exo_pair and sigmoid_norm."""
+    """Probability that a label is flipped; for sigmoid, robust, exo_pair, sigmoid_norm, aot and aot_unpaired."""
     ipo_length_norm: bool = False
     """Divide log-ratios by the response's tokens in ipo: the paper's formula does not, TRL always does."""
     discopop_tau: Positive = 0.05
@@ -88,7 +100,8 @@ class PairSettings(ConfigRecord):
 
 PairLoss = Callable[[Pairs, PairSettings], Tensor]
 PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss")
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm")  # losses that obey label_smoothing
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm", "aot", "aot_unpaired")  # losses that obey label_smoothing
+OF_MARGINS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")  # functions of m alone
 
 
 @PAIR_LOSSES.register("sigmoid")
@@ -176,6 +189,35 @@ def discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
     # g * exp(-x) as one exponential: for very negative x the product is 0 times infinity in floating point
     gated = torch.exp(functional.logsigmoid(x / settings.discopop_tau) - x)
     return torch.sigmoid(-x / settings.discopop_tau) * logistic_loss(x) + gated
+
+
+@PAIR_LOSSES.register("aot")
+def aot(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """-log sigmoid(beta (u_(k) - v_(k))), u_(k) the k-th smallest policy margin of all pairs, v_(k) that of the
+    reference: AOT on pairs (arXiv 2406.05882, algorithm 1), smoothed as sigmoid is."""
+    policy = pairs.chosen - pairs.rejected
+    reference = pairs.matched_reference
+    if reference is None:
+        reference = matched(policy.detach(), pairs.ref_chosen - pairs.ref_rejected, pairs.present)
+    return smoothed_logistic(settings.beta * (policy - reference), settings.label_smoothing)
+
+
+@PAIR_LOSSES.register("aot_unpaired")
+def aot_unpaired(pairs: Pairs, settings: PairSettings) -> Tensor:
+    """-log sigmoid(beta (a_(k) - b_(k))), a_(k) the k-th smallest l_w of all pairs, b_(k) the k-th smallest l_l: AOT on
+    unpaired responses (arXiv 2406.05882, algorithm 2).
+
+    A pair's l_w and l_l each stand in one such term with a partner from anywhere in the step, whose value is given. So
+    the pair has half of both terms' values, and their whole gradients by its own two.
+    """
+    chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
+    below, above = pairs.matched_rejected, pairs.matched_chosen
+    if below is None or above is None:
+        below = matched(chosen.detach(), rejected.detach(), pairs.present)
+        above = matched(rejected.detach(), chosen.detach(), pairs.present)
+    terms = smoothed_logistic(settings.beta * (chosen - below), settings.label_smoothing)
+    terms = terms + smoothed_logistic(settings.beta * (above - rejected), settings.label_smoothing)
+    return terms - 0.5 * terms.detach()
 
 
 @PAIR_LOSSES.register("sft")

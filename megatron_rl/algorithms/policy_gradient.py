@@ -149,7 +149,7 @@ class PolicyGradient(BaseAlgorithm):
         config = self.config
         total = torch.zeros_like(inputs.logprobs)
         metrics = {}
-        if "ref_logprobs" in inputs.fields:
+        if "ref_logprobs" in inputs.fields and not self.kl_in_reward:
             difference = masked_log_ratio(inputs, inputs.logprobs, inputs.fields["ref_logprobs"])
             penalty = kl_penalty(difference, torch.zeros_like(difference), config.kl_estimator)
             metrics["loss/kl"] = average.metric(penalty)

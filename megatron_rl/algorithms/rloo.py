@@ -1,4 +1,4 @@
-"""RLOO, REINFORCE++ and its baseline form: plain policy gradients with a good baseline and no critic."""
+"""RLOO, OPO, REINFORCE++ and its baseline form: plain policy gradients with a good baseline and no critic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages, spread_over_tokens
+from megatron_rl.algorithms.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    length_weighted_advantages,
+    spread_over_tokens,
+    sum_over_tokens,
+)
 from megatron_rl.algorithms.aggregation import LossAggregation, TokenAverage
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import Fraction, refuse_unused
@@ -40,7 +46,7 @@ class RLOO(GRPO):
         """As in the paper."""
         kl_estimator: KLEstimator = "k1"
         """Unbiased in rewards."""
-        normalize_std: bool = False
+        normalize_std: bool | Literal["batch"] = False
         """Fixed: only centred."""
 
         @model_validator(mode="after")
@@ -49,7 +55,7 @@ class RLOO(GRPO):
                 self,
                 "RLOO",
                 loss_aggregation="a response is one action, and the loss a mean over responses",
-                normalize_std="its baseline is the siblings' mean alone; GRPO divides by their deviation",
+                normalize_std="its baseline is the siblings' mean alone; normalize_advantages scales over the batch",
             )
             if self.correction.level == "token":
                 raise ValueError("RLOO has one ratio per response: correction.level must be 'sequence' or 'geometric'")
@@ -67,6 +73,37 @@ class RLOO(GRPO):
         self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor, average: TokenAverage
     ) -> tuple[Tensor, dict[str, Mean]]:
         return self.response_policy_loss(inputs, inputs.sequence_sum(log_ratio), weights)
+
+
+@ALGORITHMS.register("opo")
+class OPO(GRPO):
+    """On-Policy RL with Optimal reward baseline (arXiv 2505.23585, section 3): a group's rewards are centred on their
+    mean weighted by the responses' tokens.
+
+    Meant for exactly one optimizer step a batch, which is the default: the ratio is 1 and nothing is clipped. There is
+    neither KL nor entropy term. With ``mask_truncated``, truncated responses are no part of the baseline.
+    """
+
+    class Config(GRPO.Config):
+        """Settings of OPO."""
+
+        loss_aggregation: LossAggregation = "token-mean"
+        """Every token weighs the same, as the baseline supposes."""
+        normalize_std: bool | Literal["batch"] = False
+        """Fixed: only centred."""
+
+        @model_validator(mode="after")
+        def _only_centred(self) -> Self:
+            refuse_unused(self, "OPO", normalize_std="its baseline only centres; normalize_advantages scales")
+            return self
+
+    name = "opo"
+    config: Config
+    usual_kl_coefficient = 0.0
+
+    def advantages(self, rewards: Tensor, batch: Batch) -> Tensor:
+        lengths = sum_over_tokens(batch, torch.ones(batch.num_tokens))
+        return length_weighted_advantages(rewards, batch["groups"], lengths)
 
 
 @ALGORITHMS.register("reinforce++")
@@ -88,12 +125,13 @@ class ReinforcePP(GRPO):
         """Unbiased in rewards."""
         gamma: Fraction = 1.0
         """Discount per response token."""
-        normalize_std: bool = False
+        normalize_std: bool | Literal["batch"] = False
         """Fixed: rewards are whitened over all tokens instead."""
 
         @model_validator(mode="after")
         def _no_group_deviation(self) -> Self:
-            refuse_unused(self, "REINFORCE++", normalize_std="it has no groups and whitens over all tokens")
+            whitens = "it has no groups and whitens over all tokens"
+            refuse_unused(self, "REINFORCE++", normalize_std=whitens, normalize_advantages=whitens)
             return self
 
     name = "reinforce++"
@@ -121,12 +159,13 @@ class ReinforcePPBaseline(GRPO):
         """Mean over all tokens of the mini-batch."""
         kl_estimator: KLEstimator = "k2"
         """Its gradient is that of the KL."""
-        normalize_std: bool = False
+        normalize_std: bool | Literal["batch"] = False
         """Fixed: centred rewards are whitened over all tokens instead."""
 
         @model_validator(mode="after")
         def _no_group_deviation(self) -> Self:
-            refuse_unused(self, "REINFORCE++-baseline", normalize_std="it whitens over all tokens instead")
+            whitens = "it whitens over all tokens instead"
+            refuse_unused(self, "REINFORCE++-baseline", normalize_std=whitens, normalize_advantages=whitens)
             return self
 
     name = "reinforce++-baseline"

@@ -5,7 +5,7 @@ these methods. Algorithms know nothing else about models, so their formulas are 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -15,6 +15,13 @@ from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, LossOutput
 
 LossFunction = Callable[[LossInputs], LossOutput]
+
+
+class NoWorker:
+    """Stands for a worker where an algorithm is used for its formulas alone."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"this algorithm was made without workers, so there is no {name!r}: give it an actor")
 
 
 class Replicas(Protocol):

@@ -38,18 +38,21 @@ SEVERAL = {"num_epochs": 2, "num_mini_batches": 2}  # so that ratios leave 1 and
 ONLINE: dict[str, dict] = {
     "grpo": {"correction": {"level": "geometric"}},
     "dr-grpo": {"norm_length": 16},
-    "dapo": {"overlong_tokens": 12, "overlong_cache": 6},
+    "dapo": {"normalize_std": "batch", "normalize_advantages": True, "overlong_tokens": 12, "overlong_cache": 6},
     "gspo": {"kl_coefficient": 0.05, "entropy_coefficient": 0.01, "clip_low": 0.01, "clip_high": 0.01, **SEVERAL},
     "gmpo": SEVERAL,
     "cispo": SEVERAL,
     "sapo": SEVERAL,
     "rloo": {"clip_low": 0.01, "clip_high": 0.01, **SEVERAL},
+    "opo": {"loss_aggregation": "token-sum"},
     "reinforce++": {},
     "reinforce++-baseline": {},
     "ppo": {"kl_target": 1.0, **SEVERAL},
 }
 PAIRED: dict[str, dict] = {
     "dpo": {"loss": {"sigmoid": 1.0, "sft": 0.3, "ipo": 0.01}, **SEVERAL},
+    "dpo aot": {"loss": {"aot": 0.7, "aot_unpaired": 0.3}, "ld_alpha": 0.5},
+    "dpo js": {"f_divergence": "js"},
     "orpo": {},
     "simpo": {},
     "cpo": {},
@@ -105,7 +108,7 @@ def run_layout(model: str, layout: str) -> dict[str, dict[str, float]]:
     critic = Critic(model, context=actor.context, settings=settings)
     found = {}
     for name, config in (ONLINE | PAIRED | LABELLED | {"sft": {}}).items():
-        kind = ALGORITHMS[name]
+        kind = ALGORITHMS[name.split()[0]]
         algorithm = kind(critic, **config) if name == "reward-model" else kind(actor, reference, critic, config)
         batches = [sampled_batch(actor.context) if name in ONLINE else fixed_batch(actor.context) for _ in range(2)]
         for batch in batches:

@@ -7,11 +7,15 @@ import statistics
 
 import pytest
 import torch
+from algorithms.stand_ins import StandInWorker
 
+from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.algorithms.advantages import (
+    batch_scaled_advantages,
     group_advantages,
     informative_groups,
     leave_one_out_advantages,
+    length_weighted_advantages,
     overlong_penalty,
     spread_over_tokens,
     sum_over_tokens,
@@ -88,3 +92,42 @@ def test_spreading_and_summing_respect_the_mask():
     assert spread_over_tokens(batch, torch.tensor([2.0, 3.0, 5.0])).tolist() == [0, 2, 2, 0, 5, 0]
     sums = sum_over_tokens(batch, torch.tensor([float("nan"), 1.0, 2.0, float("inf"), 4.0, 8.0]))
     assert sums.tolist() == [3.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_batch_scaled_and_length_weighted_advantages_equal_plain_statistics(seed):
+    rewards, groups = ragged_groups(seed)
+    draw = random.Random(seed)
+    lengths = [draw.randint(0, 9) for _ in rewards]
+    given, ids = torch.tensor(rewards, dtype=torch.float64), torch.tensor(groups)
+    scaled = batch_scaled_advantages(given, ids).tolist()
+    weighted = length_weighted_advantages(given, ids, torch.tensor(lengths)).tolist()
+    deviation = statistics.stdev(rewards)
+    for i, reward in enumerate(rewards):
+        places = [j for j, group in enumerate(groups) if group == groups[i]]
+        if len({rewards[j] for j in places}) == 1:
+            assert scaled[i] == weighted[i] == 0.0
+            continue
+        mean = statistics.fmean(rewards[j] for j in places)
+        assert scaled[i] == pytest.approx((reward - mean) / (deviation + 1e-6), rel=1e-9)
+        tokens = sum(lengths[j] for j in places)
+        baseline = sum(lengths[j] * rewards[j] for j in places) / tokens if tokens else reward
+        assert weighted[i] == pytest.approx(reward - baseline, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize(("name", "config"), [("rloo", {}), ("grpo", {"normalize_std": "batch"}), ("opo", {})])
+def test_normalised_advantages_have_mean_zero_and_variance_one_over_responses(name, config):
+    batch = Batch.from_sequences([[1, 2, 3]] * 6, [[0, 1, 1]] * 3 + [[0, 0, 1]] * 3)
+    batch.sequences |= {
+        "rewards": torch.tensor([1.0, 0.0, 0.5, 2.0, 3.0, 1.0]),
+        "groups": torch.tensor([0, 0, 0, 1, 1, 1]),
+    }
+    plain, normal = (
+        ALGORITHMS[name](StandInWorker(), config={**config, "normalize_advantages": on}) for on in (False, True)
+    )
+    found = []
+    for algorithm in (plain, normal):
+        algorithm.prepare(batch)
+        found.append(batch["advantages"].view(6, 3)[:, 2].tolist())
+    mean, deviation = statistics.fmean(found[0]), statistics.stdev(found[0])
+    assert found[1] == pytest.approx([(value - mean) / deviation for value in found[0]], rel=1e-5)

@@ -18,6 +18,8 @@ from algorithms.rectangular import BATCH, TIME, assert_same, make_matrices, ours
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import ALGORITHMS, DPO, KTO, RewardModelling
+from megatron_rl.algorithms.pair_fields import length_weights
+from megatron_rl.batch import Batch
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="TRL is not installed")
 ORDER = [0, 2, 4, 1, 3, 5]  # TRL stacks all chosen, then all rejected; we alternate
@@ -50,7 +52,10 @@ def trainer_of(**settings) -> MagicMock:
     return trainer
 
 
-def trl_dpo(matrices, loss_types, weights, beta, smoothing):
+DIVERGENCES = {"js": "js_divergence", "alpha": "alpha_divergence"}
+
+
+def trl_dpo(matrices, loss_types, weights, beta, smoothing, f_divergence="reverse_kl", f_alpha=0.5, ld_alpha=None):
     from trl.trainer.dpo_trainer import DPOTrainer
 
     mask, order = matrices["mask"][ORDER], ORDER
@@ -58,9 +63,10 @@ def trl_dpo(matrices, loss_types, weights, beta, smoothing):
     reference = output_of(matrices["ref_logprobs"][order], mask)
     trainer = trainer_of(
         aux_loss_enabled=False,
-        ld_alpha=None,
+        ld_alpha=ld_alpha,
         precompute_ref_logps=False,
-        f_divergence_type="reverse_kl",
+        f_divergence_type=DIVERGENCES.get(f_divergence, f_divergence),
+        f_alpha_divergence_coef=1.0 - f_alpha,
         loss_types=loss_types,
         loss_weights=weights,
         beta=beta,
@@ -95,6 +101,12 @@ DPO_CASES = [
     (["apo_down"], [1.0], 0.1, 0.0, {}),
     (["discopop"], [1.0], 0.1, 0.0, {}),
     (["sigmoid", "bco_pair", "hinge"], [0.8, 0.2, 0.5], 0.1, 0.0, {}),
+    (["aot"], [1.0], 0.3, 0.1, {}),
+    (["aot_unpaired"], [1.0], 0.3, 0.1, {}),
+    (["sigmoid"], [1.0], 0.3, 0.0, {"f_divergence": "forward_kl"}),
+    (["sigmoid_norm"], [1.0], 2.0, 0.0, {"f_divergence": "js"}),
+    (["ipo"], [1.0], 0.3, 0.0, {"f_divergence": "js", "ipo_length_norm": True}),
+    (["hinge"], [1.0], 0.3, 0.0, {"f_divergence": "alpha", "f_alpha": 0.3}),
 ]
 
 
@@ -106,8 +118,21 @@ def test_dpo_losses(case):
     algorithm = DPO(
         actor=StandInWorker(), precomputed_reference=True, loss=loss, beta=beta, label_smoothing=smoothing, **extra
     )
-    expected = trl_dpo(matrices, names, weights, beta, smoothing)
-    assert_same(ours(algorithm.loss, matrices, "ref_logprobs"), *expected)
+    theirs = {key: value for key, value in extra.items() if key.startswith("f_")}
+    single = {key: value.float() for key, value in matrices.items()}  # TRL's alpha divergence is not for float64
+    expected = trl_dpo(single if "f_alpha" in extra else matrices, names, weights, beta, smoothing, **theirs)
+    tolerance = 1e-5 if "f_alpha" in extra else 1e-6
+    assert_same(ours(algorithm.loss, matrices, "ref_logprobs"), *expected, tolerance)
+
+
+def test_ld_dpo_loss():
+    matrices = make_matrices(1, spread=1.0)
+    batch = Batch.from_sequences([[1] * (TIME + 1)] * BATCH, with_first_token(matrices["mask"]).tolist())
+    matrices["length_weights"] = length_weights(batch, 0.4).view(BATCH, TIME + 1)[:, 1:].double()
+    assert {0.4, 1.0} == {round(value, 6) for value in matrices["length_weights"].flatten().tolist()}
+    algorithm = DPO(actor=StandInWorker(), precomputed_reference=True, ld_alpha=0.4)
+    expected = trl_dpo(matrices, ["sigmoid"], [1.0], 0.1, 0.0, ld_alpha=0.4)
+    assert_same(ours(algorithm.loss, matrices, "ref_logprobs", "length_weights"), *expected)
 
 
 def test_sft_term_agrees_where_chosen_responses_are_equally_long():

@@ -19,7 +19,12 @@ from algorithms.rectangular import BATCH, TIME, as_rows, assert_same, make_matri
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import ALGORITHMS, PPO
-from megatron_rl.algorithms.advantages import group_advantages, leave_one_out_advantages, overlong_penalty
+from megatron_rl.algorithms.advantages import (
+    group_advantages,
+    leave_one_out_advantages,
+    length_weighted_advantages,
+    overlong_penalty,
+)
 from megatron_rl.algorithms.importance import MismatchCorrection, mismatch_weights
 from megatron_rl.algorithms.kl import AdaptiveKL, kl_penalty
 from megatron_rl.algorithms.moments import whiten
@@ -80,7 +85,9 @@ def theirs(function, matrices, mode, config):
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-length"])
+@pytest.mark.parametrize(
+    "mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-length"]
+)
 def test_clipped_loss_and_every_aggregation(verl, mode, seed):
     matrices = make_matrices(seed, spread=1.0)
     config = config_of(verl, clip_ratio_high=0.28, clip_ratio_c=3.0)
@@ -162,6 +169,12 @@ def test_group_baselines(verl):
         )
         found = group_advantages(rewards, groups, normalize_std=normalize)
         torch.testing.assert_close(found, expected.squeeze(1).double(), rtol=1e-6, atol=1e-6)
+    lengths = torch.tensor([1, 4, 2, 3, 3, 5])
+    padded = (torch.arange(5) < lengths[:, None]).double()
+    placed = torch.zeros(BATCH, 5, dtype=torch.float64)
+    placed[:, 0] = rewards
+    expected, _ = verl.compute_opo_outcome_advantage(placed, padded, groups.numpy())
+    torch.testing.assert_close(length_weighted_advantages(rewards, groups, lengths), expected[:, 0])
     expected, _ = verl.compute_rloo_outcome_advantage(rewards.unsqueeze(1).clone(), mask, groups.numpy())
     found = leave_one_out_advantages(rewards, groups)
     torch.testing.assert_close(found, expected.squeeze(1).double(), rtol=1e-6, atol=1e-6)

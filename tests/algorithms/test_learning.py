@@ -23,6 +23,7 @@ ONLINE = [
     "cispo",
     "sapo",
     "rloo",
+    "opo",
     "reinforce++",
     "reinforce++-baseline",
     "ppo",
