@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.tracking.delivery import Delivery
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker, flatten
 
 
@@ -76,7 +77,10 @@ def build_tracker(
     if rank != 0:
         return TrackerGroup(run)
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    return TrackerGroup(run, [kind(run, options) for kind, options in chosen])
+    names = dict.fromkeys(config.trackers)
+    return TrackerGroup(
+        run, [Delivery(kind(run, options), name) for name, (kind, options) in zip(names, chosen, strict=True)]
+    )
 
 
 def _choose(name: str, options: Mapping[str, Any]) -> tuple[type[Tracker], ConfigRecord]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
 
 logger = logging.getLogger(__name__)
@@ -25,12 +26,16 @@ ARTIFACTS = "mlflow_artifacts"
 RUN_ID_FILE = "mlflow_run_id"
 MAX_PARAM_CHARS = 500  # the shortest limit among MLflow's stores
 PARAMS_PER_CALL = 100  # MLflow refuses more in one log_batch
+METRICS_PER_CALL = 1000
+MAX_NAME_CHARS = 250
+# mlflow.utils.validation: letters, digits and /_-. :, and no path that would be written otherwise (a//b, ../a, a/)
+ILLEGAL = r"[^/\w.\- :]|^\.\.|^/+|/+$|(?<=/)/+|(?<![^/])\.{1,2}(?![^/])"
 STATUSES = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 
 
 @TRACKERS.register("mlflow")
 class MlflowTracker(Tracker):
-    """One MLflow run. The import and a new store take seconds, which is why both happen in the constructor."""
+    """One MLflow run. Names that MLflow refuses are made legal."""
 
     class Config(ConfigRecord):
         """Where the run is kept."""
@@ -40,11 +45,15 @@ class MlflowTracker(Tracker):
 
     config: Config
     package: ClassVar[str] = "mlflow"
+    remote: ClassVar[bool] = True
 
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:
         super().__init__(run, config)
         # Read by MLflow on import; training jobs should not report anywhere unless their owner says so.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        # `Delivery` waits outages out; MLflow's own tries would go on for minutes, also when the run has ended.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         # Creating the store logs a line per schema migration.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -52,9 +61,19 @@ class MlflowTracker(Tracker):
 
         self.uri = self.config.uri or f"sqlite:///{run.output_dir / DATABASE}"
         self._client = MlflowClient(self.uri)
-        self.experiment_id = self._find_experiment()
         self.run_id = ""  # start() sets it
+        self._names, self._param_names = LegalNames(ILLEGAL, MAX_NAME_CHARS), LegalNames(ILLEGAL, MAX_NAME_CHARS)
+        self._times: dict[int, int] = {}  # of each step, in ms, so that a second try repeats the first
         logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, self.uri)
+
+    def is_outage(self, error: Exception) -> bool:
+        """What a server answers for a while, and what MLflow makes of a connection that fails (INTERNAL_ERROR)."""
+        from mlflow.exceptions import MlflowException
+
+        if isinstance(error, MlflowException):
+            code = error.get_http_status_code()
+            return code >= 500 or code in (408, 429)
+        return super().is_outage(error)
 
     def start(self, resume_step: int | None = None) -> None:
         kept = self.run.output_dir / RUN_ID_FILE
@@ -62,21 +81,23 @@ class MlflowTracker(Tracker):
             self.run_id = kept.read_text().strip()
             self._client.update_run(self.run_id, status="RUNNING")
         else:
-            self.run_id = str(self._client.create_run(self.experiment_id, run_name=self.run.name).info.run_id)
+            self.run_id = str(self._client.create_run(self._find_experiment(), run_name=self.run.name).info.run_id)
             kept.write_text(self.run_id + "\n")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
-        now = time.time_ns() // 1_000_000
-        self._client.log_batch(self.run_id, metrics=[Metric(name, float(v), now, step) for name, v in metrics.items()])
+        now = self._times.setdefault(step, time.time_ns() // 1_000_000)
+        found = [Metric(self._names(name), float(value), now, step) for name, value in metrics.items()]
+        for start in range(0, len(found), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=found[start : start + METRICS_PER_CALL])
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters are written once; a resumed run keeps those of its start, and a changed one is warned about."""
         from mlflow.entities import Param
 
         known = self._client.get_run(self.run_id).data.params
-        texts = {name: str(value)[:MAX_PARAM_CHARS] for name, value in params.items()}
+        texts = {self._param_names(name): str(value)[:MAX_PARAM_CHARS] for name, value in params.items()}
         for name in sorted(name for name in texts if known.get(name, texts[name]) != texts[name]):
             logger.warning("parameter %s is %s now; MLflow keeps %s", name, texts[name], known[name])
         new = [Param(name, text) for name, text in texts.items() if name not in known]

@@ -10,9 +10,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
 
 FOLDER = "tensorboard"
+ILLEGAL = r"[^-/\w.]|^/+"  # torch.utils.tensorboard replaces these itself, and then two names may be one
 
 
 @TRACKERS.register("tensorboard")
@@ -27,13 +29,14 @@ class TensorboardTracker(Tracker):
 
         self._open = partial(SummaryWriter, str(run.output_dir / FOLDER))
         self._writer: Any = None
+        self._names = LegalNames(ILLEGAL)
 
     def start(self, resume_step: int | None = None) -> None:
         self._writer = self._open(purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, float(value), step)
+            self._writer.add_scalar(self._names(name), float(value), step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         rows = "\n".join(f"| {name} | {value} |" for name, value in params.items())

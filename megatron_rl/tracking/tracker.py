@@ -37,6 +37,7 @@ class Tracker:
     class Config(ConfigRecord):
         """Options of this tracker, ``tracking.options.<name>`` in YAML."""
 
+    remote: ClassVar[bool] = False  # behind a network: called by a thread, which waits outages out; see `Delivery`
     package: ClassVar[str] = ""  # the third-party module it needs, and the name of our extra that installs it
 
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:
@@ -55,6 +56,10 @@ class Tracker:
                 f"tracker {name!r} needs the package {cls.package}, which is not installed: run "
                 f"pip install 'megatron-rl[{cls.package}]', or leave {name!r} out of tracking.trackers"
             )
+
+    def is_outage(self, error: Exception) -> bool:
+        """Whether what a method of a ``remote`` tracker raised may be over when it is called again."""
+        return isinstance(error, OSError)
 
     def start(self, resume_step: int | None = None) -> None:
         """Begin the run, or continue it after ``resume_step``, the last step that the loaded checkpoint holds; what an

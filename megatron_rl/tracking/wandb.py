@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
 
 RUN_ID_FILE = "wandb_run_id"
+ILLEGAL = r"[^/\w.\- :@()]|^_+"  # names that begin with _ are W&B's own
+MAX_CHARS = 128  # of the names of projects and runs
 EXIT_CODES = {"finished": 0, "failed": 1, "killed": 1}
 
 
@@ -34,13 +37,14 @@ class WandbTracker(Tracker):
 
         self._init = wandb.init
         self._run: Any = None
+        self._names = LegalNames(ILLEGAL)
 
     def start(self, resume_step: int | None = None) -> None:
         kept = self.run.output_dir / RUN_ID_FILE
         known = kept.read_text().strip() if resume_step is not None and kept.exists() else None
         self._run = self._init(
-            project=self.run.experiment,
-            name=self.run.name,
+            project=LegalNames(r"[/\\#?%:]", MAX_CHARS)(self.run.experiment),
+            name=self.run.name[:MAX_CHARS],
             dir=str(self.run.output_dir),
             entity=self.config.entity or None,
             mode=self.config.mode,
@@ -51,7 +55,7 @@ class WandbTracker(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         # W&B's own step counter refuses to go back, as it must after a resume; our step is a metric beside it.
-        self._run.log({**metrics, "step": step})
+        self._run.log({**{self._names(name): value for name, value in metrics.items()}, "step": step})
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._run.config.update(dict(params), allow_val_change=True)
