@@ -196,7 +196,7 @@ class DistributedCheckpoints:
             _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=metadata)
             for index, chunk in enumerate(chunks)
         }
-        prepare_for_checkpoint(part.optimizer)
+        prepare_for_checkpoint(part.optimizer, loading)
         optimizer = part.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
         scheduler = part.scheduler.state_dict() if part.scheduler is not None else {}
         counters = {"num_steps": part.num_steps, "num_updates": part.num_updates, "scheduler": scheduler}

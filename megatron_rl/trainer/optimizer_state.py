@@ -8,6 +8,8 @@ stores once for all but looks up for each.
 
 from __future__ import annotations
 
+import collections
+import copy
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +19,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
+
+from megatron_rl.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -32,22 +36,63 @@ SETTINGS = {  # keys of schedules and of parameter groups -> fields of `Optimize
 }
 
 
-def prepare_for_checkpoint(optimizer: MegatronOptimizer) -> None:
-    """Allocate the state of every torch AdamW inside, and let its loading pass over the stored-once ``step``."""
+def prepare_for_checkpoint(optimizer: MegatronOptimizer, loading: bool = False) -> None:
+    """Allocate the state of every torch AdamW inside, and let its loading pass over the stored-once ``step``. To load
+    into, every other torch optimizer gets the state that its first step would make.
+
+    Raises:
+        ConfigError: an optimizer keeps state that no checkpoint of Megatron-Core can hold.
+    """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
-        if not isinstance(inner, torch.optim.Adam):  # AdamW is a subclass
-            continue
-        for group in inner.param_groups:
-            for parameter in group["params"]:
-                if not inner.state[parameter]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        if isinstance(part, DistributedOptimizer):
-            part._set_main_param_and_optimizer_states = _setter(part)
+        if isinstance(inner, torch.optim.Adam):  # AdamW is a subclass
+            _allocate(inner)
+            if isinstance(part, DistributedOptimizer):
+                part._set_main_param_and_optimizer_states = _setter(part)
+        elif isinstance(inner, torch.optim.Optimizer):
+            if loading:
+                _make_first_state(inner)
+            _require_storable(inner)
+            if part.init_state_fn is None:  # Megatron-Core's for SGD, which it calls all the same
+                part.init_state_fn = lambda *_: None
+
+
+def _allocate(inner: torch.optim.Adam) -> None:
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+                if group.get("amsgrad"):
+                    inner.state[parameter]["max_exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def _make_first_state(inner: torch.optim.Optimizer) -> None:
+    """By a step of a copy of the optimizer on copies of its parameters; what it computes is overwritten by loading."""
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            if inner.state.get(parameter):
+                continue
+            trial, stand_in = copy.copy(inner), parameter.detach().clone()
+            stand_in.grad = torch.zeros_like(stand_in)
+            trial.param_groups, trial.state = [{**group, "params": [stand_in]}], collections.defaultdict(dict)
+            trial.step()
+            if trial.state.get(stand_in):
+                inner.state[parameter] = trial.state[stand_in]
+
+
+def _require_storable(inner: torch.optim.Optimizer) -> None:
+    for parameter, state in inner.state.items():
+        for key, value in state.items():
+            if key != "step" and not (isinstance(value, Tensor) and value.shape == parameter.shape):
+                raise ConfigError(
+                    f"the optimizer {type(inner).__name__} keeps {key!r}, which has not the shape of its parameter "
+                    f"({list(parameter.shape)}): Megatron-Core's checkpoints cannot hold it; set trainer.save_every=0 "
+                    "and save_at_end=false, or pass another optimizer"
+                )
 
 
 def load_optimizer(
@@ -64,7 +109,7 @@ def load_optimizer(
     that changes is logged.
     """
     own = [{key: group[key] for key in SETTINGS if key in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    optimizer.load_state_dict(with_state(state))
     finish_loading(optimizer)
     if scheduler is None:
         return
@@ -96,9 +141,16 @@ def finish_loading(optimizer: MegatronOptimizer) -> None:
     """Give every parameter a ``step`` of its own: `DistributedOptimizer.load_state_dict` lets all of them share one
     tensor, which AdamW would then count up once for each parameter."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for state in part.optimizer.state.values():
+        for state in () if part.optimizer is None else part.optimizer.state.values():
             if isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].clone()
+
+
+def with_state(loaded: Any) -> Any:
+    """A loaded optimizer state with the entry that a checkpoint leaves out where it is empty (plain SGD)."""
+    if "param_groups" in loaded:
+        return {"state": {}, **loaded}
+    return {key: with_state(part) if isinstance(part, dict) else part for key, part in loaded.items()}
 
 
 def _setter(optimizer: DistributedOptimizer) -> Callable[[Tensor, Mapping[str, Any]], None]:

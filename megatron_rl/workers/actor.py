@@ -40,10 +40,15 @@ class Actor(TrainedWorker):
     """The policy model in this job's layout, with its optimizer and its rollout engine.
 
     Args:
-        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks (with ``optimizer`` they must
-            be wrapped in Megatron's DistributedDataParallel).
+        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks, bare or in ``Float16Module``
+            and DistributedDataParallel.
         tokenizer: of the model; its pad and eos are aligned with the model.
-        optimizer: the job's own Megatron optimizer; None builds one from ``settings.optimizer``.
+        optimizer: the job's own, over the parameters of ``model``: Megatron-Core's, for chunks that are wrapped in
+            DistributedDataParallel, or one of torch.optim, which Megatron-Core's wrapper for the precision then steps
+            and clips (``settings.optimizer.clip_gradient``). None builds one from ``settings.optimizer``, sharded and
+            gathered as the chunks' ``ddp_config`` says.
+        scheduler: Megatron-Core's ``OptimizerParamScheduler``, advanced by 1 with each optimizer step; None: the job's
+            own optimizer keeps its learning rate.
         parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
             ``parallel``.
         parallel: sizes of the parallel axes when there is no ``parallel_state`` yet.

@@ -28,7 +28,7 @@ from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.run.doctor.random_data import NumberTokenizer, sampled_batch
+from megatron_rl.run.doctor.random_data import PLAIN, NumberTokenizer, sampled_batch, write_random_model
 from megatron_rl.workers import Actor
 
 from megatron.core import parallel_state  # isort: skip
@@ -303,6 +303,16 @@ def test_a_gradient_that_no_scale_makes_finite_stops_the_run():
     assert steps(actor, 1).metrics["optimizer/loss_scale"] == 1.0
     with pytest.raises(FloatingPointError, match=r"not finite, and the loss scale \(1\) cannot fall"):
         steps(actor, 1)
+
+
+def test_a_model_that_is_built_here_in_fp16_has_a_loss_scale_too(tmp_path):
+    folder = write_random_model(tmp_path / "model", PLAIN, 1)
+    settings = Actor.Config(dtype="float16", optimizer={"learning_rate": 1e-3})
+    actor = Actor(str(folder), NumberTokenizer(), None, parallel_state, settings=settings)
+    batch = steps(actor)
+    assert batch.metrics["optimizer/loss_scale"] == 2.0**16
+    assert batch.metrics["optimizer/skipped_steps"] == 0.0
+    assert batch.metrics["optimizer/gradient_norm"] > 0.1
 
 
 # --- hooks -----------------------------------------------------------------------------------------------------------
