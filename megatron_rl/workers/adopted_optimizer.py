@@ -58,12 +58,25 @@ def _difference(configs: Sequence[Any]) -> str:
     return ", ".join(f"{name}={first[name]} and {other[name]}" for name in first if first[name] != other.get(name))
 
 
-def require_scheduler(scheduler: Any) -> None:
-    """Raise ConfigError unless ``scheduler`` is Megatron-Core's, or None."""
-    if scheduler is not None and not isinstance(scheduler, OptimizerParamScheduler):
+def require_scheduler(scheduler: Any, optimizer: Any) -> None:
+    """Raise ConfigError unless ``scheduler`` is Megatron-Core's and drives ``optimizer``, or None."""
+    if scheduler is None:
+        return
+    if not isinstance(scheduler, OptimizerParamScheduler):
         raise ConfigError(
             f"scheduler is a {_kind(scheduler)}, expected Megatron-Core's OptimizerParamScheduler or None: leave it "
             "out, and step a schedule of another kind yourself after each update"
+        )
+    if optimizer is None:
+        raise ConfigError(
+            "a scheduler was given without the optimizer that it drives: give both, or leave both out and set "
+            "settings.optimizer (decay, warmup_steps)"
+        )
+    driven, given = ({id(group) for group in one.param_groups} for one in (scheduler.optimizer, optimizer))
+    if driven and given and not driven & given:
+        raise ConfigError(
+            f"the scheduler drives another {_kind(scheduler.optimizer)} than the one that was given: make it with "
+            "OptimizerParamScheduler(optimizer, ...)"
         )
 
 

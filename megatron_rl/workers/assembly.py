@@ -76,13 +76,13 @@ def assemble(
         raise ConfigError(
             "LoRA was asked for with an optimizer, which cannot know the adapters that are made here: leave one out"
         )
-    require_scheduler(scheduler)
     held = hold(model, context, settings, vocab, value_head)
     if settings.lora is not None:
         held.add_lora(settings.lora, settings.seed)
     wrapped = ddp_config_of(held.chunks) is not None
     if optimizer is not None:
         require_fitting(optimizer, held.chunks, context)
+    require_scheduler(scheduler, optimizer)
     if wrapped and experts_reduced_as_dense(held.chunks):
         raise ConfigError(
             f"experts with tp={context.sizes.tp}, etp={context.sizes.etp} and ep=1: Megatron-Core does not sum their "
@@ -96,7 +96,7 @@ def assemble(
         held.chunks = list(wrap_data_parallel(held.chunks, whole))
     if optimizer is None:
         optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
-        scheduler = scheduler or build_scheduler(optimizer, settings.optimizer)
+        scheduler = build_scheduler(optimizer, settings.optimizer)
     else:
         optimizer = as_megatron(optimizer, held.chunks, context, settings.optimizer)
     return TrainableModel(held, _micro_batching(held, settings), optimizer, scheduler, name)

@@ -141,6 +141,15 @@ def torch_scheduler_as_scheduler() -> tuple:
     return chunks, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 1)
 
 
+def scheduler_of_another() -> tuple:
+    job = build(SMALL)
+    return job.model, job.optimizer, build(SMALL).opt_param_scheduler
+
+
+def scheduler_alone() -> tuple:
+    return wrapped_chunks(), None, build(SMALL).opt_param_scheduler
+
+
 def of_another_copy() -> tuple:
     return wrapped_chunks(), optimizer_of(SMALL, wrapped_chunks())
 
@@ -199,6 +208,8 @@ def experts_apart() -> tuple:
 WRONG = {
     scheduler_as_optimizer: "optimizer is a OptimizerParamScheduler, expected Megatron-Core's .* scheduler=",
     torch_scheduler_as_scheduler: "scheduler is a StepLR, expected Megatron-Core's OptimizerParamScheduler or None",
+    scheduler_of_another: "the scheduler drives another ChainedOptimizer than the one that was given",
+    scheduler_alone: "a scheduler was given without the optimizer that it drives",
     of_another_copy: r"the optimizer \(ChainedOptimizer\) trains 9 of its 9 parameters outside the model chunks",
     sharded_of_another_copy: "trains 9 of its 9 parameters outside the model chunks",
     torch_of_another_copy: r"the optimizer \(Adam\) trains 9 of its 9 parameters outside the model chunks",
@@ -333,5 +344,5 @@ def test_a_configuration_shared_by_two_models_keeps_nothing_of_either():
     assert config.grad_scale_func is None
     # What the job has left there itself for the first model does not serve the second.
     config.grad_scale_func = actors[0].trainable.optimizer.scale_loss
-    assert steps(actors[1], 1).metrics["optimizer/gradient_norm"] < 10 * norms[1]
+    assert norms[1] / 4 < steps(actors[1], 1).metrics["optimizer/gradient_norm"] < 4 * norms[1]
     assert config.grad_scale_func == actors[0].trainable.optimizer.scale_loss
