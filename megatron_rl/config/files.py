@@ -56,7 +56,7 @@ def save_config(config: ConfigRecord, path: str | os.PathLike[str]) -> None:
 
 def _read_yaml(path: Path) -> DictConfig:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a BOM is passed over
     except FileNotFoundError:
         raise ConfigError(f"config file {str(path)!r} does not exist{_siblings(path)}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+ENCODING = "utf-8-sig"  # UTF-8, and what some programs put before it (BOM)
 
 
 class DataError(ValueError):
@@ -109,11 +110,11 @@ def _read_file(path: Path) -> list[tuple[str, Row]]:
         return _numbered(path, _read_parquet(path))
     try:
         if path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = json.loads(path.read_text(encoding=ENCODING))
             if not isinstance(rows, list):
                 raise DataError(f"{path} holds a {type(rows).__name__}, expected a list of objects")
             return _numbered(path, rows)
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding=ENCODING) if path.suffix == ".gz" else path.open(encoding=ENCODING) as file:
             return [(f"{path}:{n}", _parse(path, n, line)) for n, line in enumerate(file, start=1) if line.strip()]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None

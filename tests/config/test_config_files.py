@@ -108,3 +108,9 @@ def test_missing_file_names_the_files_that_are_there(tmp_path: Path) -> None:
         load_config(Run, tmp_path / "runn.yaml")
     with pytest.raises(ConfigError, match="nor does its folder"):
         load_config(Run, tmp_path / "none" / "run.yaml")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xef\xbb\xbfmodel: m\r\nparallel: {tp: 4}\r\n")
+    assert load_config(Run, path) == Run(model="m", parallel=Parallel(tp=4))

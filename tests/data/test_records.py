@@ -93,3 +93,14 @@ def test_missing_columns_and_cells_name_what_there_is(tmp_path: Path) -> None:
         records.require("a", "prompt")
     with pytest.raises(DataError, match=r"x.jsonl:2 has no 'b', unlike the first row; it has a"):
         records.value(1, "b")
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    line = '{"prompt": "é"}'.encode()
+    (tmp_path / "a.jsonl").write_bytes(mark + line + b"\r\n" + line)
+    (tmp_path / "a.json").write_bytes(mark + b"[" + line + b"," + line + b"]")
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        file.write(mark + line + b"\n" + line)
+    for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
+        assert list(read_records(tmp_path / name).rows) == [{"prompt": "é"}] * 2, name
