@@ -16,6 +16,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.adopted_optimizer import as_megatron, ddp_config_of, require_fitting, require_scheduler
 from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.model_proof import prove
 from megatron_rl.workers.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -118,7 +119,10 @@ def hold(
     """Either way in, without an optimizer."""
     if not is_hf_model(model):
         chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
-        return MegatronModel.from_chunks(chunks, context, vocab, value_head)
+        taken = MegatronModel.from_chunks(chunks, context, vocab, value_head)
+        if settings.compare_with_export:
+            prove(taken, packing=taken.packs and settings.packing is not False)
+        return taken
     dtype = DTYPES[settings.dtype]
     return MegatronModel.from_hf(
         model,

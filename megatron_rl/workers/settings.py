@@ -52,6 +52,9 @@ class WorkerSettings(ConfigRecord):
     """An Actor's value head beside its output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
     lora: LoraSettings | None = None
     """Train low-rank adapters on frozen weights; None = train all weights. What is published and saved is merged."""
+    compare_with_export: bool = True
+    """Compare a Megatron job's own chunks, when they are taken over, with the Hugging Face model that they are exported
+    as: one forward pass of a short sequence, layer by layer. Of large models only some layers."""
     token_budget: int = 4096
     """Tokens of one micro-batch, over all context-parallel ranks."""
     packing: bool | None = None
