@@ -78,9 +78,9 @@ def prove(model: MegatronModel, packing: bool) -> list[Finding]:
         first = min(wrong, key=lambda finding: finding.order)
         raise ConfigError(
             f"{first.part} of this Megatron model computes something else than the {model.architecture.family} model "
-            f"it would be exported as: relative difference {first.error:.2g}, at most {limit:.0e} is rounding. Rollouts "
-            "and exports would run another model than the one that trains. Look for modules or settings of your own in "
-            "that part (docs/megatron_lm.md lists what is supported)"
+            f"it would be exported as: relative difference {first.error:.2g}, of which {limit:.0e} could be rounding. "
+            "Rollouts and exports would run another model than the one that trains. Look for modules or settings of "
+            "your own in that part (docs/megatron_lm.md lists what is supported)"
         )
     return findings
 
