@@ -16,6 +16,7 @@ from megatron_rl.algorithms.aggregation import (
 )
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.bounds import NonNegative, refuse_unused
+from megatron_rl.algorithms.correction import MismatchCorrection
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.importance import bounded_exp
 from megatron_rl.algorithms.surrogate import pessimistic_log_ratio, sequence_token_log_ratio
@@ -44,7 +45,7 @@ class GSPO(GRPO):
         @model_validator(mode="after")
         def _sequence_level(self) -> Self:
             if not self.token_form:
-                check_sequence_level(self.loss_aggregation, self.correction.level, "GSPO")
+                check_sequence_level(self.loss_aggregation, self.correction, "GSPO")
             return self
 
     name = "gspo"
@@ -83,7 +84,7 @@ class GMPO(GRPO):
 
         @model_validator(mode="after")
         def _sequence_level(self) -> Self:
-            check_sequence_level(self.loss_aggregation, self.correction.level, "GMPO")
+            check_sequence_level(self.loss_aggregation, self.correction, "GMPO")
             refuse_unused(self, "GMPO", dual_clip="its token ratios are clipped on one side already; leave it unset")
             return self
 
@@ -105,9 +106,11 @@ class GMPO(GRPO):
         return sequence_average(inputs, per_sequence), metrics
 
 
-def check_sequence_level(aggregation: LossAggregation, correction_level: str, name: str) -> None:
+def check_sequence_level(aggregation: LossAggregation, correction: MismatchCorrection, name: str) -> None:
     """Raises ValueError for settings that mean nothing for one ratio per response."""
     if aggregation != "seq-mean-token-mean":
         raise ValueError(f"{name} averages over responses: loss_aggregation={aggregation!r} does not apply")
-    if correction_level == "token":
-        raise ValueError(f"{name} has one ratio per response: correction.level must be 'sequence' or 'geometric'")
+    if "token" in (correction.level, correction.reject):
+        raise ValueError(
+            f"{name} has one ratio per response: correction.level and reject must be 'sequence' or 'geometric'"
+        )

@@ -25,12 +25,8 @@ from megatron_rl.algorithms.aggregation import (
 )
 from megatron_rl.algorithms.base import BaseAlgorithm
 from megatron_rl.algorithms.bounds import Finite, NonNegative
-from megatron_rl.algorithms.importance import (
-    MismatchCorrection,
-    bounded_exp,
-    masked_log_ratio,
-    mismatch_weights,
-)
+from megatron_rl.algorithms.correction import MismatchCorrection, correct, correction_metrics, ratio_at
+from megatron_rl.algorithms.importance import bounded_exp, masked_log_ratio
 from megatron_rl.algorithms.kl import KLEstimator, k3, kl_penalty
 from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.rollout_gap import (
@@ -40,6 +36,7 @@ from megatron_rl.algorithms.rollout_gap import (
     response_starts,
     staleness,
 )
+from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
@@ -83,6 +80,11 @@ class PolicyGradient(BaseAlgorithm):
                 raise ValueError("loss_aggregation='fixed-length' needs norm_length, the generation budget in tokens")
             if self.dual_clip is not None and self.dual_clip <= 1.0:
                 raise ValueError(f"dual_clip={self.dual_clip} must be above 1 (3 is usual)")
+            if self.correction.of_step and self.old_logprobs not in ("auto", "recompute"):
+                raise ValueError(
+                    f"old_logprobs={self.old_logprobs!r}, but correction.normalize and denominators='kept' compare the "
+                    "trainer before the step with the engine: leave it at auto"
+                )
             return self
 
     config: Config
@@ -164,14 +166,21 @@ class PolicyGradient(BaseAlgorithm):
         """Weight 1 without correction. How far apart the two policies are is measured either way, except where the
         engine's own log-probabilities serve as the old ones and the trainer's are not known."""
         correction, measured = self.config.correction, "staleness" in inputs.fields
-        if correction.level == "off" and not measured:
+        if not correction.is_on and not measured:
             return inputs.mask, {}
         log_ratio = masked_log_ratio(inputs, old, inputs.fields["rollout_logprobs"])
         metrics = gap_metrics(inputs, log_ratio) if measured else {}
-        if correction.level == "off":
+        if not correction.is_on:
             return inputs.mask, metrics
-        weights = mismatch_weights(inputs, log_ratio, correction)
-        return weights, metrics | {"mismatch/weight_mean": inputs.token_metric(weights)}
+        found = correct(inputs, log_ratio, correction)
+        if correction.of_step:
+            found = replace(found, weights=inputs.fields["correction_weights"])
+        ratios = {level: ratio_at(inputs, log_ratio.detach(), level) for level in ("token", "sequence", "geometric")}
+        metrics |= {f"mismatch/ratio_{level}": inputs.token_metric(ratio) for level, ratio in ratios.items()}
+        more = correction_metrics(inputs, found, correction)
+        if correction.of_step:  # these are of the step before anything was left out
+            del more["mismatch/dropped_fraction"], more["mismatch/vetoed_fraction"]
+        return found.weights, metrics | more
 
     # --- data flow -------------------------------------------------------------------------------------------------
 
@@ -185,13 +194,30 @@ class PolicyGradient(BaseAlgorithm):
 
         return replace(stage, run=pack, writes=(*stage.writes, "staleness", "response_starts"))
 
+    def prepare_stage(self) -> Stage:
+        stage, correction = super().prepare_stage(), self.config.correction
+        if not correction.of_step:
+            return stage
+        old = self.old_logprobs_field
+        assert old is not None, "checked by the Config"
+
+        def run(batch: Batch) -> None:
+            stage.run(batch)
+            correct_step(batch, old, correction, self.dp_group)
+
+        reads = tuple(dict.fromkeys((*stage.reads, old, "rollout_logprobs")))
+        return replace(stage, run=run, reads=reads, writes=(*stage.writes, "correction_weights", "response_mask"))
+
     def finish_step(self, batch: Batch) -> None:
         super().finish_step(batch)
+        square = batch.metrics.pop("mismatch/weight_square", 0.0)
+        if square > 0:  # Kish's effective sample size as a share of the tokens
+            batch.metrics["mismatch/effective_sample_share"] = batch.metrics["mismatch/weight_mean"] ** 2 / square
         if "mismatch/kl" not in batch.metrics:
             return
         batch.metrics["mismatch/perplexity_ratio"] = perplexity_ratio(batch.metrics)
         kl, correction = batch.metrics["mismatch/kl"], self.config.correction
-        if correction.level == "off" and kl > max(correction.warn_above, self._warned_kl):
+        if not correction.is_on and kl > max(correction.warn_above, self._warned_kl):
             self._warned_kl = 2 * kl  # again when it has doubled
             logger.warning(
                 "trainer and rollout engine are %.4f nats a token apart: %s. algorithm.correction.level: "
@@ -225,7 +251,7 @@ class PolicyGradient(BaseAlgorithm):
 
     @property
     def needs_old_logprobs(self) -> bool:
-        return self.kl_in_reward
+        return self.kl_in_reward or self.config.correction.of_step
 
     @property
     def with_entropy(self) -> bool:
@@ -236,7 +262,8 @@ class PolicyGradient(BaseAlgorithm):
         reads = ["advantages"]
         reads += ["ref_logprobs"] if self.with_kl and not self.kl_in_reward else []
         measured = self.old_logprobs_field != "rollout_logprobs"
-        reads += ["rollout_logprobs"] if measured or self.config.correction.level != "off" else []
+        reads += ["rollout_logprobs"] if measured or self.config.correction.is_on else []
+        reads += ["correction_weights"] if self.config.correction.of_step else []
         reads += ["staleness", "response_starts"] if measured else []
         return tuple(reads)
 

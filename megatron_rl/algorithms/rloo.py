@@ -57,8 +57,10 @@ class RLOO(GRPO):
                 loss_aggregation="a response is one action, and the loss a mean over responses",
                 normalize_std="its baseline is the siblings' mean alone; normalize_advantages scales over the batch",
             )
-            if self.correction.level == "token":
-                raise ValueError("RLOO has one ratio per response: correction.level must be 'sequence' or 'geometric'")
+            if "token" in (self.correction.level, self.correction.reject):
+                raise ValueError(
+                    "RLOO has one ratio per response: correction.level and reject must be 'sequence' or 'geometric'"
+                )
             return self
 
     name = "rloo"

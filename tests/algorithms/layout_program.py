@@ -36,7 +36,17 @@ LAYOUTS: dict[str, tuple[dict, dict]] = {  # of `ParallelSizes`, of the workers'
 }
 SEVERAL = {"num_epochs": 2, "num_mini_batches": 2}  # so that ratios leave 1 and clips bite
 ONLINE: dict[str, dict] = {
-    "grpo": {"correction": {"level": "geometric"}},
+    "grpo": {"correction": {"level": "geometric", "lower": 0.5, "veto": 1e-9}},
+    "grpo kept": {
+        "correction": {
+            "level": "token",
+            "normalize": True,
+            "reject": "token",
+            "reject_lower": 0.0,
+            "reject_upper": 1e6,
+            "denominators": "kept",
+        }
+    },
     "dr-grpo": {"norm_length": 16},
     "dapo": {"normalize_std": "batch", "normalize_advantages": True, "overlong_tokens": 12, "overlong_cache": 6},
     "gspo": {"kl_coefficient": 0.05, "entropy_coefficient": 0.01, "clip_low": 0.01, "clip_high": 0.01, **SEVERAL},

@@ -25,9 +25,10 @@ from megatron_rl.algorithms.advantages import (
     length_weighted_advantages,
     overlong_penalty,
 )
-from megatron_rl.algorithms.importance import MismatchCorrection, mismatch_weights
+from megatron_rl.algorithms.correction import MismatchCorrection, mismatch_weights
 from megatron_rl.algorithms.kl import AdaptiveKL, kl_penalty
 from megatron_rl.algorithms.moments import whiten
+from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.batch import Batch
 from megatron_rl.ops.gae import gae
 
@@ -215,6 +216,45 @@ def test_weights_against_the_mismatch_of_trainer_and_engine(verl, level, mode, s
     found = mismatch_weights(make_inputs(as_rows(matrices)), log_ratio.flatten(), correction)
     assert len(expected.unique()) > 2 or spread > 1
     torch.testing.assert_close(found.view(BATCH, TIME) * mask, expected)
+
+
+def flat_batch(matrices) -> Batch:
+    """One prompt token before each row, whose numbers are 0."""
+    mask = torch.cat([torch.zeros(BATCH, 1), matrices["mask"]], dim=1)
+    batch = Batch.from_sequences([[1] * (TIME + 1)] * BATCH, mask.int().tolist())
+    for target, name in (("old_logprobs", "logprobs"), ("rollout_logprobs", "old_logprobs")):
+        batch.tokens[target] = torch.cat([torch.zeros(BATCH, 1), matrices[name]], dim=1).flatten()
+    return batch
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_weights_normalised_over_the_batch(verl, level):
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+    matrices = make_matrices(10)
+    mask, batch = matrices["mask"], flat_batch(matrices)
+    log_ratio = (matrices["logprobs"] - matrices["old_logprobs"]) * mask
+    expected, _ = compute_rollout_correction_weights(log_ratio, mask, level, 1.5, rollout_is_batch_normalize=True)
+    correct_step(batch, "old_logprobs", MismatchCorrection(level=level, upper=1.5, normalize=True), None)
+    found = batch["correction_weights"].view(BATCH, TIME + 1)[:, 1:]
+    torch.testing.assert_close(found * mask, expected * mask)
+
+
+@pytest.mark.parametrize(
+    ("level", "mode"), [("token", "token_k1"), ("sequence", "seq_sum_k1"), ("geometric", "seq_mean_k1")]
+)
+def test_rejection_narrows_the_mask(verl, level, mode):
+    """Its bounds are on rollout over trainer."""
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_rejection_mask
+
+    matrices = make_matrices(11)
+    mask, batch = matrices["mask"], flat_batch(matrices)
+    log_ratio = (matrices["logprobs"] - matrices["old_logprobs"]) * mask
+    expected, _ = compute_rollout_rejection_mask(log_ratio, mask, mode, "0.8_1.3")
+    config = {"reject": level, "reject_lower": 1 / 1.3, "reject_upper": 1 / 0.8, "denominators": "kept"}
+    correct_step(batch, "old_logprobs", MismatchCorrection(**config), None)
+    assert 0 < expected.sum() < mask.sum()
+    assert torch.equal(batch["response_mask"].view(BATCH, TIME + 1)[:, 1:].double(), expected.double())
 
 
 def test_soft_overlong_penalty(verl):

@@ -19,7 +19,7 @@ from megatron_rl.workers.loss import LossInputs, LossOutput
 MASKS = [[0, 1, 1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 0], [1, 1, 0, 0], [0, 0, 0], [0, 1, 0]]
 RATIO = {"old_logprobs": "recompute", "kl_in": "loss", "kl_coefficient": 0.1, "entropy_coefficient": 0.01}
 WEIGHED = {**RATIO, "correction": {"level": "token", "mode": "mask", "lower": 0.7, "upper": 1.4}}
-WHOLE = {**RATIO, "correction": {"level": "sequence"}}
+WHOLE = {**RATIO, "correction": {"level": "sequence", "veto": 0.3, "reject": "geometric"}}
 CASES: dict[str, list[dict]] = {
     "grpo": [WEIGHED, {**RATIO, "dual_clip": 2.0, "kl_estimator": "k2"}],
     "dr-grpo": [{**WEIGHED, "norm_length": 9}],

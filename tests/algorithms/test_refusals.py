@@ -55,6 +55,9 @@ OUT_OF_RANGE = [
     ("grpo", {"correction": {"level": "token", "upper": -1.0}}),
     ("grpo", {"correction": {"level": "token", "mode": "mask", "lower": -1.0}}),
     ("grpo", {"correction": {"warn_above": NAN}}),
+    ("grpo", {"correction": {"veto": -1e-4}}),
+    ("grpo", {"correction": {"reject": "token", "reject_lower": 3.0}}),
+    ("grpo", {"correction": {"reject": "token", "reject_upper": INF}}),
     ("dapo", {"overlong_tokens": 0}),
     ("dapo", {"overlong_tokens": 256, "overlong_cache": 0}),
     ("dapo", {"overlong_tokens": 256}),  # the default cache is longer than that
@@ -90,7 +93,13 @@ MEANINGLESS = [
     ("sapo", {"dual_clip": 3.0}, "SAPO does not use dual_clip=3.0"),
     ("sapo", {"clip_high": 0.3}, "SAPO does not use clip_high=0.3"),
     ("grpo", {"dual_clip": 0.5}, "must be above 1"),
-    ("grpo", {"correction": {"level": "token", "lower": 0.5}}, "mode='truncate' does not use lower=0.5"),
+    ("grpo", {"correction": {"lower": 0.5}}, "level='off' does not use lower=0.5"),
+    ("grpo", {"correction": {"normalize": True}}, "level='off' does not use normalize=True"),
+    ("grpo", {"correction": {"level": "token", "reject_upper": 3.0}}, "reject='off' does not use reject_upper=3.0"),
+    ("grpo", {"correction": {"level": "token", "denominators": "kept"}}, "all tokens are kept"),
+    ("grpo", {"old_logprobs": "current", "correction": {"level": "token", "normalize": True}}, "leave it at auto"),
+    ("gspo", {"correction": {"reject": "token"}}, "one ratio per response"),
+    ("rloo", {"correction": {"reject": "token"}}, "one ratio per response"),
     ("dapo", {"overlong_tokens": 256}, "overlong_cache=4096 is above overlong_tokens=256"),
 ]
 
