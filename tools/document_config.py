@@ -121,6 +121,8 @@ def type_name(kind: Any) -> str:
         return " \\| ".join(map(str, arguments))
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return " \\| ".join("null" if part is type(None) else type_name(part) for part in arguments)
+    if typing.get_origin(kind) is typing.Annotated:
+        return type_name(arguments[0])
     if typing.get_origin(kind) is tuple:
         return f"list of {type_name(arguments[0])}"
     if typing.get_origin(kind) is dict:

@@ -23,6 +23,7 @@ from megatron_rl.algorithms.roles import LogprobSource, NoWorker, Policy, ValueS
 from megatron_rl.algorithms.surrogate import clipped_surrogate
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.config.bounds import Seed
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.registry import Registry
 from megatron_rl.workers.loss import LossInputs, LossOutput
@@ -59,7 +60,7 @@ class BaseAlgorithm:
         step and nothing else needs them, otherwise recompute."""
         mask_truncated: bool = False
         """Leave responses that hit the token limit out of the loss (they still count in their group's statistics)."""
-        seed: int = 0
+        seed: Seed = 0
         """Seed of the shuffling into mini-batches."""
 
     config: Any  # this class's own `Config`; subclasses narrow the type

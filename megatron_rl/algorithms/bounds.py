@@ -1,22 +1,11 @@
-"""Ranges of settings as types, and the refusal of settings that an algorithm would ignore.
-
-A range belongs to the type, so that a subclass which gives a field another default keeps it by naming the type again.
-"""
+"""The refusal of settings that an algorithm would ignore; ranges of settings are in `config.bounds`."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Finite, FlipProbability, Fraction, NonNegative, OpenFraction, Positive
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0, allow_inf_nan=False)]
-FlipProbability = Annotated[float, Field(ge=0.0, lt=0.5, allow_inf_nan=False)]  # of a label; at 0.5 it says nothing
+__all__ = ["Finite", "FlipProbability", "Fraction", "NonNegative", "OpenFraction", "Positive", "refuse_unused"]
 
 
 def refuse_unused(record: ConfigRecord, owner: str, **reasons: str) -> None:

@@ -16,6 +16,7 @@ from megatron_rl.algorithms.packing import require_finite
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Seed
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 
@@ -30,7 +31,7 @@ class OfflineAlgorithm(BaseAlgorithm):
         """Passes over one batch."""
         num_mini_batches: int = Field(default=1, ge=1)
         """Optimizer steps per pass over one batch."""
-        seed: int = 0
+        seed: Seed = 0
         """Seed of the shuffling into mini-batches."""
 
     token_reads: tuple[str, ...] = ()

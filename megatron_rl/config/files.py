@@ -18,7 +18,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_rl.config.record import ConfigError, ConfigRecord
+from megatron_rl.config.record import ConfigError, ConfigRecord, shown
 
 Record = TypeVar("Record", bound=ConfigRecord)
 
@@ -36,7 +36,7 @@ def load_config(record_type: type[Record], path: str | os.PathLike[str], overrid
     where = f"{path} with {' '.join(overrides)}" if overrides else str(path)
     try:
         values = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"{where}: {_one_line(error)}") from None
     assert isinstance(values, dict)  # _read_yaml lets only mappings through
     return record_type.parse({str(key): value for key, value in values.items()}, where=where)
@@ -67,6 +67,10 @@ def _read_yaml(path: Path) -> DictConfig:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except AssertionError:  # a single number, date or the like
+        raise ConfigError(f"{path}: the file holds one value, expected a mapping of 'section: ...' at the top") from None
+    except (ValueError, RecursionError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a configuration: {_one_line(error)}") from None
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{path}: the file holds a {_kind(config)}, expected a mapping of 'section: ...' at the top")
     return config
@@ -82,8 +86,8 @@ def _apply(config: DictConfig, override: str) -> None:
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {problem}") from None
-    except (OmegaConfBaseException, AssertionError, IndexError, TypeError) as error:
-        raise ConfigError(f"override {override!r} does not fit the file: {_one_line(error)}") from None
+    except (OmegaConfBaseException, AssertionError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"override {shown(override)} does not fit the file: {_one_line(error)}") from None
 
 
 def _siblings(path: Path) -> str:
@@ -99,4 +103,4 @@ def _kind(value: Any) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,31 +1,54 @@
 """`ConfigRecord`: the base of every configuration class, owned by the class it configures (`GRPO.Config`).
 
 Frozen, typed, and strict: an unknown key or a bad value is an error that names the key, the value and what was
-expected. One docstring line per field says its meaning and unit.
+expected, however the record is made. One docstring line per field says its meaning and unit; every number has a range
+(`config.bounds`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+import re
+import typing
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
+from pydantic._internal._model_construction import ModelMetaclass  # no public name
+
+MAX_SHOWN = 120  # characters of a value in a message
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message says what was given, what was expected and what to do."""
 
 
-class ConfigRecord(BaseModel):
+class _RecordType(ModelMetaclass):
+    """Makes ``Record(field=value)`` raise what `ConfigRecord.parse` raises. An ``__init__`` of our own would be called
+    for nested records too, and lose where in the whole a mistake is."""
+
+    def __call__(self, *arguments: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **values)
+        except ValidationError as error:
+            raise ConfigError(_explain(self, error, self.__qualname__)) from None  # type: ignore[arg-type]
+
+
+class ConfigRecord(BaseModel, metaclass=_RecordType):
     """Frozen, strict configuration record. Nested records are fields of this type.
 
     Raises:
-        ConfigError: from `parse`, on unknown keys, missing keys or values of the wrong type.
+        ConfigError: on unknown keys, missing keys, and values of the wrong type or out of range.
     """
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True, arbitrary_types_allowed=True
+        frozen=True,
+        extra="forbid",
+        validate_default=True,
+        use_attribute_docstrings=True,
+        arbitrary_types_allowed=True,
+        allow_inf_nan=False,
     )
 
     @classmethod
@@ -36,10 +59,69 @@ class ConfigRecord(BaseModel):
         except ValidationError as error:
             raise ConfigError(_explain(cls, error, where)) from None
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some fields changed; unlike pydantic's, it is checked as any new record is."""
+        made = type(self).parse(dict(self) | dict(update or {}), type(self).__qualname__)
+        object.__setattr__(made, "__pydantic_fields_set__", self.model_fields_set | set(update or {}))
+        return made.__deepcopy__() if deep else made
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what no field of any record can mean."""
+        assert info.field_name is not None  # this is no whole-record validator
+        field = cls.model_fields[info.field_name]
+        _refuse_unusable(value)
+        if isinstance(value, str) and not value.strip() and field.default != "":
+            raise ValueError("an empty text says nothing: give a value, or leave the key out")
+        if isinstance(value, (list, tuple)) and "" in [item for item in value if isinstance(item, str)]:
+            raise ValueError("one of its texts is empty: leave it out")
+        if isinstance(value, bool):
+            kinds = set(_types(field.annotation))
+            if kinds & {int, float} and not kinds & {bool, object, Any}:
+                raise ValueError("expected a number, not true or false")
+        return value
+
+
+def _refuse_unusable(value: Any) -> None:
+    """Raise ValueError for numbers and texts that nothing can be done with, at any depth of plain data."""
+    if isinstance(value, str):
+        if "\0" in value or not _encodes(value):
+            raise ValueError("expected plain text: this has a character that cannot be written as UTF-8, or a NUL")
+    elif isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"a whole number of {value.bit_length()} bits: expected one that fits into 64")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"expected a finite number, got {value}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_unusable(item)
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _refuse_unusable(name)
+            _refuse_unusable(item)
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The annotation and everything that a union in it allows."""
+    yield annotation
+    if typing.get_origin(annotation) not in (dict, list, tuple):
+        for part in typing.get_args(annotation):
+            yield from _types(part)
+
 
 def _explain(record: type[BaseModel], error: ValidationError, where: str) -> str:
     lines = []
-    for problem in error.errors():
+    for problem in error.errors(include_url=False):
         path = [str(part) for part in problem["loc"]]
         key = ".".join(path) or "(whole record)"
         if problem["type"] == "extra_forbidden":
@@ -51,8 +133,26 @@ def _explain(record: type[BaseModel], error: ValidationError, where: str) -> str
         elif problem["type"] == "missing":
             lines.append(f"{key!r} is required but not given")
         else:
-            lines.append(f"{key} = {problem.get('input')!r}: {problem['msg']}")
+            lines.append(f"{key} = {shown(problem.get('input'))}: {_plainly(problem['msg'])}")
     return f"{where}: " + "; ".join(lines)
+
+
+def _plainly(message: str) -> str:
+    """Pydantic's message in this project's words, on one line."""
+    message = " ".join(message.removeprefix("Value error, ").split())
+    message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
+    message = message.replace("greater than", "more than")
+    return re.sub(r"^Input should be (?=at |more |less )", "expected ", message)
+
+
+def shown(value: Any) -> str:
+    """``value`` on one line of bounded length, for error messages."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
+        text = f"<{type(value).__name__}>"
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}... ({len(text)} characters)"
 
 
 def known_keys(record: type[BaseModel], prefix: str = "") -> list[str]:

@@ -17,6 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from pydantic import Field
+
 from megatron_rl.config import ConfigRecord
 from megatron_rl.data.records import DataError, Records, read_records
 from megatron_rl.data.text import Tokenizer
@@ -106,7 +108,7 @@ class TokenisedDataset(Generic[T, Settings]):
 
         path: str = ""
         """File or glob pattern: .jsonl, .jsonl.gz, .json or .parquet. Empty when a data set is given in Python."""
-        max_records: int | None = None
+        max_records: int | None = Field(default=None, ge=1)
         """Read only so many rows."""
 
     def __init__(self, source: Any, tokenizer: Tokenizer, config: Settings, limits: Limits | None = None) -> None:

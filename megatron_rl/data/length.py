@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from megatron_rl.data.dataset import SkipRowError, TokenisedDataset
 from megatron_rl.data.records import DataError
 
@@ -11,9 +13,9 @@ from megatron_rl.data.records import DataError
 class LengthConfig(TokenisedDataset.Config):
     """Length limits of data with completions."""
 
-    max_length: int = 1024
+    max_length: int = Field(default=1024, ge=1)
     """Longest prompt and completion together, in tokens."""
-    max_prompt_tokens: int | None = None
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
     """Longest prompt, in tokens; longer ones count as too long whatever their completions are."""
     overlong: Literal["skip", "truncate_prompt", "truncate_completion", "error"] = "skip"
     """Rows that are too long, for `max_length` or the model's context: leave them out (counted), drop the beginning of

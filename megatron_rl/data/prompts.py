@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
+
 from megatron_rl.batch import Prompt
 from megatron_rl.data.dataset import Limits, SkipRowError, TokenisedDataset
 from megatron_rl.data.messages import read_tools
@@ -40,7 +42,7 @@ class PromptDataset(TokenisedDataset[Prompt, "PromptDataset.Config"]):
         """Give plain-text prompts to the chat template as a user message."""
         system: str = ""
         """System message put before a chat that has none."""
-        max_prompt_tokens: int = 1024
+        max_prompt_tokens: int = Field(default=1024, ge=1)
         """Longest prompt, in tokens."""
         overlong: Literal["skip", "error"] = "skip"
         """What to do with longer prompts, and with those that the model's context does not hold together with

@@ -35,13 +35,15 @@ ROW_PARALLEL = ("linear_proj", "linear_fc2")
 class LoraSettings(ConfigRecord):
     """Low-rank adapters in place of training all weights (Hu et al. 2021, arXiv:2106.09685)."""
 
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of the update of each weight matrix."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The update is scaled by alpha / rank."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of an adapter's inputs that are zeroed while training."""
-    target_modules: tuple[Target, ...] = Field(default=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"))
+    target_modules: tuple[Target, ...] = Field(
+        default=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1
+    )
     """Megatron's linear layers that get an adapter, in every layer. Experts can have none: choose linear_qkv and
     linear_proj for a mixture of experts."""
 

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pydantic import Field
+
 from megatron_rl.config import ConfigError, ConfigRecord
 
 
 class ParallelSizes(ConfigRecord):
     """Sizes of the parallel axes of one model; data parallelism takes the ranks that remain."""
 
-    tp: int = 1
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks."""
-    pp: int = 1
+    pp: int = Field(default=1, ge=1)
     """Pipeline stages."""
-    vpp: int = 1
+    vpp: int = Field(default=1, ge=1)
     """Model chunks per pipeline stage (virtual pipeline); 1 switches interleaving off."""
-    cp: int = 1
+    cp: int = Field(default=1, ge=1)
     """Context-parallel ranks: each sequence is split over them."""
-    ep: int = 1
+    ep: int = Field(default=1, ge=1)
     """Expert-parallel ranks (MoE only)."""
-    etp: int = 1
+    etp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks inside each expert (MoE only)."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
@@ -35,9 +37,6 @@ class ParallelSizes(ConfigRecord):
         Raises:
             ConfigError: the sizes do not divide the world.
         """
-        for name in ("tp", "pp", "vpp", "cp", "ep", "etp"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"parallel.{name}={getattr(self, name)}: expected a whole number of at least 1")
         model = self.tp * self.pp * self.cp
         if world_size % model:
             raise ConfigError(

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rl.config import ConfigError, ConfigRecord, load_user_object
+from megatron_rl.config.bounds import Finite
 from megatron_rl.rewards.reward import REWARDS, FunctionReward, Reward
 from megatron_rl.rewards.service import SERVICES
 from megatron_rl.rewards.weighted import WeightedReward
@@ -26,7 +27,7 @@ class RewardConfig(ConfigRecord):
     name: str
     """exact, number, regex, math, model; a service: vllm, sglang, tei, tgi, http, judge; or
     python:package.module:function or python:path/to/file.py:function."""
-    weight: float = 1.0
+    weight: Finite = 1.0
     """Factor in the sum over rewards."""
     label: str = ""
     """Name in logs; empty means the reward's own."""

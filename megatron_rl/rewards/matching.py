@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.config.bounds import NonNegative
 from megatron_rl.rewards.answers import all_numbers, last_number
 from megatron_rl.rewards.reward import REWARDS, Reward, RewardError, describe
 from megatron_rl.rewards.special import TokenNames
@@ -52,7 +53,7 @@ class NumberReward(ComparedReward):
 
         which: Literal["last", "first"] = "last"
         """The number of the response that counts."""
-        tolerance: float = 0.0
+        tolerance: NonNegative = 0.0
         """Greatest absolute difference that still counts as equal."""
 
     def __init__(self, config: Config | None = None, name: str = "number") -> None:

@@ -48,7 +48,7 @@ class MathReward(Reward):
         """CPU time limit of one comparison."""
         on_timeout: Literal["wrong", "drop"] = "wrong"
         """An answer that takes longer: wrong (reward 0), or a sample without a reward, which is dropped."""
-        tail_chars: int = 2000
+        tail_chars: int = Field(default=2000, ge=1)
         """Where a response marks no final answer, its last so many characters are searched."""
 
     package: ClassVar[str] = "math_verify"

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Seed, TokenId
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 
@@ -34,7 +35,7 @@ class SamplingParams(ConfigRecord):
     """Completions of each prompt."""
     max_tokens: int = Field(default=128, ge=1)
     """Longest completion, in tokens, the stop token included."""
-    temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=0)
     """Logits are divided by it; 0 = greedy, whose log-probabilities are those of temperature 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the smallest set of likeliest tokens whose probability reaches this; 1 = off."""
@@ -42,11 +43,11 @@ class SamplingParams(ConfigRecord):
     """Draw from this many likeliest tokens; 0 = off."""
     stop: tuple[str, ...] = ()
     """A completion ends with the token that completes one of these texts; that token is kept."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[TokenId, ...] = ()
     """A completion ends with one of these tokens, beside the model's own end-of-sequence tokens."""
     ignore_eos: bool = False
     """The model's own end-of-sequence tokens do not end a completion; `stop` and `stop_token_ids` still do."""
-    seed: int = 0
+    seed: Seed = 0
     """Mixed into the seed of every prompt."""
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Seed
 from megatron_rl.data import PromptDataset
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.rewards import RewardConfig
@@ -85,7 +86,7 @@ class RunConfig(ConfigRecord):
     """Length of the run, checkpoints, outputs."""
     tracking: TrackerGroup.Config = TrackerGroup.Config()
     """Where metrics go."""
-    seed: int = 0
+    seed: Seed = 0
     """Of data order, sampling and initialisation."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """Of the console log on rank 0."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.models import Architecture, megatron_layout, rollout_layout
@@ -37,9 +38,9 @@ MIB = 1 << 20
 class RolloutSizes(ConfigRecord):
     """Sizes of one rollout engine."""
 
-    tp: int = 1
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks."""
-    ep: int = 1
+    ep: int = Field(default=1, ge=1)
     """Expert-parallel ranks among them (MoE only)."""
 
 

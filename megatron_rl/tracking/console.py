@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TextIO
 
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -34,9 +35,9 @@ class ConsoleTracker(Tracker):
             "time/step_s",
         )
         """Metrics to show, in this order; * matches anything. Where none matches, the first ones are shown."""
-        max_columns: int = 8
+        max_columns: int = Field(default=8, ge=1)
         """Metrics in a line at most."""
-        every: int = 1
+        every: int = Field(default=1, ge=1)
         """Show every n-th step; lines without a step's training metrics (evaluation) are always shown."""
 
     config: Config

@@ -14,7 +14,7 @@ class TrainerSettings(ConfigRecord):
     """Folder for checkpoints, logs, plots and the exported model."""
     num_steps: int | None = Field(default=None, ge=0)
     """Steps (calls of the flow) of the whole run; None = `num_epochs` over the data."""
-    num_epochs: float = Field(default=1.0, gt=0)
+    num_epochs: float = Field(default=1.0, gt=0, le=1e9)
     """Passes over the data when `num_steps` is not given."""
     evaluate_every: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 = none during training."""

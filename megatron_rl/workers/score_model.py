@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.batch.scores import ask_for_scores
@@ -66,7 +67,7 @@ class ScoreModel(Reward):
         """Re-encode the text with the reward model's own tokenizer; False: it shares the policy's vocabulary."""
         dtype: DtypeName = "float32"
         """Of the weights and of the forward pass."""
-        token_budget: int = 4096
+        token_budget: int = Field(default=4096, ge=1)
         """Tokens of one micro-batch, over all context-parallel ranks."""
 
     def __init__(

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Seed
 from megatron_rl.models.lora import LoraSettings
 from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.workers.optimizer import OptimizerSettings
@@ -21,13 +22,13 @@ class RolloutSettings(ConfigRecord):
 
     engine: str = "local"
     """Name of a registered rollout engine."""
-    tp: int = 1
+    tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks of one rollout replica."""
     dtype: DtypeName | None = None
     """Of the rollout weights; None = the training dtype."""
-    max_running: int = 256
+    max_running: int = Field(default=256, ge=1)
     """Sequences that one replica decodes at once."""
-    max_staging_bytes: int = 64 * 2**20
+    max_staging_bytes: int = Field(default=64 * 2**20, ge=1)
     """Most memory that a weight sync may hold beside both copies of the weights, in bytes a rank."""
     attest: bool = True
     """Compare checksums of the trainer's and the engine's weights before a new version is served."""
@@ -55,15 +56,15 @@ class WorkerSettings(ConfigRecord):
     compare_with_export: bool = True
     """Compare a Megatron job's own chunks, when they are taken over, with the Hugging Face model that they are exported
     as: one forward pass of a short sequence, layer by layer. Of large models only some layers."""
-    token_budget: int = 4096
+    token_budget: int = Field(default=4096, ge=1)
     """Tokens of one micro-batch, over all context-parallel ranks."""
     packing: bool | None = None
     """Pack sequences end to end; False = padded rows; None = pack where the model's attention can."""
-    micro_batch_size: int | None = None
+    micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences of one padded micro-batch; None = as many as `token_budget` holds."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer and schedule, for models that do not bring their own."""
-    seed: int = 0
+    seed: Seed = 0
     """Of sampling and mini-batch order."""
     sampling: SamplingParams = SamplingParams()
     """Defaults of `actor.sample`."""

@@ -47,7 +47,7 @@ def test_ranks_of_a_coordinate_are_ascending() -> None:
     [
         ({"tp": 3, "pp": 2}, r"tp=3 \* pp=2 \* cp=1 = 6 ranks for one replica of the model, but torchrun started 4"),
         ({"ep": 3}, r"etp=1 \* ep=3 \* pp=1 = 3 ranks for one replica of the experts, but torchrun started 4"),
-        ({"cp": 0}, r"parallel\.cp=0: expected a whole number of at least 1"),
+        ({"cp": 0}, r"ParallelSizes: cp = 0: expected at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_the_world_say_what_to_change(sizes: dict[str, int], message: str) -> None:

@@ -154,7 +154,7 @@ def test_user_code_may_be_batched_or_a_reward_class(tmp_path: Path) -> None:
         ([{"name": "regex", "options": {"pattern": "("}}], "is not a regular expression"),
         ([{"name": "regex", "options": {"pattern": "x", "compare": True}}], "compare needs a group"),
         ([{"name": "exact"}, {"name": "exact"}], "two rewards are called 'exact'"),
-        ([{"name": "exact", "weight": math.nan}], "weight of reward 'exact' is nan"),
+        ([{"name": "exact", "weight": math.nan}], "weight = nan: expected a finite number"),
         ([{"name": "python:no_such_module_here:f"}], "no module 'no_such_module_here'"),
         ([{"name": "python:math:gcd", "options": {"scale": 2}}], "only the option batched, not 'scale'"),
         ([{"name": "python:math:pi"}], "3.14159"),

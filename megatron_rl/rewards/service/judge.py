@@ -24,6 +24,7 @@ from pydantic import Field
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
+from megatron_rl.config.bounds import Finite, NonNegative
 from megatron_rl.rewards.reward import REWARDS, RewardError, describe
 from megatron_rl.rewards.service.client import PassingError
 from megatron_rl.rewards.service.reward import Scored, ServiceReward
@@ -56,13 +57,13 @@ class JudgeReward(ServiceReward):
         """What a good response is; {prompt}, {response} and {answer} are filled in."""
         criteria: dict[str, str] = Field(default_factory=dict)
         """Several criteria by name; each is graded and logged as LABEL/NAME."""
-        weights: dict[str, float] = Field(default_factory=dict)
+        weights: dict[str, NonNegative] = Field(default_factory=dict)
         """Weight of each criterion in the reward; those left out have 1. The reward is the weighted mean."""
         question: str = QUESTION
         """The message with the response to grade."""
-        lowest: float = 0.0
+        lowest: Finite = 0.0
         """Grade that becomes reward 0."""
-        highest: float = 10.0
+        highest: Finite = 10.0
         """Grade that becomes reward 1."""
         temperature: float = Field(default=0.0, ge=0)
         """Of the judge's sampling; above 0 an unreadable verdict is asked for again."""

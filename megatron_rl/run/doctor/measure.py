@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor
 
 from megatron_rl.algorithms import BaseAlgorithm, OfflineAlgorithm, RewardModelling
@@ -41,11 +42,11 @@ class Plan(ConfigRecord):
     """The configuration under test."""
     folder: Path
     """Holds the random models, and takes what is measured."""
-    max_ranks: int
+    max_ranks: int = Field(ge=1)
     """Largest world size."""
     has_experts: bool
     """Whether the small model has them."""
-    timeout: float
+    timeout: float = Field(gt=0)
     """Seconds that a collective may wait."""
 
     @property
