@@ -68,7 +68,9 @@ def _read_yaml(path: Path) -> DictConfig:
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except AssertionError:  # a single number, date or the like
-        raise ConfigError(f"{path}: the file holds one value, expected a mapping of 'section: ...' at the top") from None
+        raise ConfigError(
+            f"{path}: the file holds one value, expected a mapping of 'section: ...' at the top"
+        ) from None
     except (ValueError, RecursionError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not a configuration: {_one_line(error)}") from None
     if not isinstance(config, DictConfig):

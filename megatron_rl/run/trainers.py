@@ -33,6 +33,7 @@ from megatron_rl.models.lora import LoraSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.rewards import check_answers
+from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.offline_evaluation import OfflineEvaluation
@@ -151,6 +152,10 @@ class OneCallTrainer:
             save_every=save_every,
             resume=resume,
         )
+        if per_device_train_batch_size < 1:
+            raise ConfigError(
+                f"{type(self).__name__}: per_device_train_batch_size={per_device_train_batch_size}, expected at least 1"
+            )
         at = job_context(self.parallel_state, self.parallel, self.settings.seed)
         self.check_batches(per_device_train_batch_size, at.dp_size)
         loader = self.loader_type(
@@ -295,6 +300,7 @@ class GRPOTrainer(OneCallTrainer):
         self.reward = RewardModel(reward)
         check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])
         self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
+        SamplingParams.parse(self.sampling, where=type(self).__name__)
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:
         return Reference(actor) if self.options.get("kl_coefficient") else None
