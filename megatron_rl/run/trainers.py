@@ -152,10 +152,6 @@ class OneCallTrainer:
             save_every=save_every,
             resume=resume,
         )
-        if per_device_train_batch_size < 1:
-            raise ConfigError(
-                f"{type(self).__name__}: per_device_train_batch_size={per_device_train_batch_size}, expected at least 1"
-            )
         at = job_context(self.parallel_state, self.parallel, self.settings.seed)
         self.check_batches(per_device_train_batch_size, at.dp_size)
         loader = self.loader_type(
