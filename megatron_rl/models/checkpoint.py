@@ -7,24 +7,21 @@ layer stacked too (SequentialMLP.sharded_state_dict).
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_rl.config import ConfigError
-from megatron_rl.devices.process_lifetime import die_with_parent
 from megatron_rl.models.adapter import SUFFIX, merged
 from megatron_rl.models.megatron_chunk import unwrap
+from megatron_rl.models.write_results import use_own_results
 from megatron_rl.reshard.layout import Shard
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
@@ -185,17 +182,5 @@ def save_checkpoint(chunks: Sequence[nn.Module], folder: Path) -> None:
     """
     names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
     state = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-    own_results_process()
+    use_own_results()
     dist_checkpointing.save(state, str(folder))
-
-
-def own_results_process() -> None:
-    """Start the process through which Megatron-Core's checkpoint writers report, so that it ends with this one.
-
-    Megatron-Core starts it itself on the first save (filesystem_async._get_write_results_queue), and a rank that
-    torchrun kills then leaves it behind for ever, holding the job's output pipes open.
-    """
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(die_with_parent)
-        filesystem_async._results_queue = manager.Queue()

@@ -21,11 +21,12 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.models.checkpoint import own_results_process
 from megatron_rl.models.megatron_chunk import unwrap
+from megatron_rl.models.write_results import use_own_results
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import Trainer
 from megatron_rl.trainer.optimizer_state import load_optimizer, prepare_for_checkpoint
+from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
 from megatron_rl.workers.trainable import TrainableModel
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,6 @@ class DistributedCheckpoints:
         self.resume = resume
         self.keep_last = keep_last
         self._queue = AsyncCallsQueue() if asynchronous else None
-        own_results_process()
 
     # Saving
 
@@ -93,6 +93,7 @@ class DistributedCheckpoints:
             partial.mkdir(parents=True)
         self._barrier()
         state = self._sharded_state(trainer, loading=False)
+        use_own_results()
         request = dist_checkpointing.save(state, str(partial), async_sharded_save=self._queue is not None)
         if self._queue is None:
             self._complete(partial, final)
@@ -117,8 +118,13 @@ class DistributedCheckpoints:
         if self.context.rank == 0:
             if self._describe is not None:
                 self._describe(partial)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = final.with_name(f".{final.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            if final.exists():
+                final.rename(replaced)
             partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            record_newest(self.folder, final.name)
             for old in complete_checkpoints(self.folder)[: -self.keep_last]:
                 shutil.rmtree(old)
         self._barrier()
@@ -157,6 +163,8 @@ class DistributedCheckpoints:
                 common["world_size"],
                 self.context.world_size,
             )
+        if self.context.rank == 0:
+            record_restored(self.folder, found)
         logger.info("restored %s", found)
         return True
 
@@ -210,12 +218,6 @@ def _chunk_key(name: str, index: int, count: int) -> str:
     return f"{name}_model{index}" if count > 1 else f"{name}_model"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder``, oldest first."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
-
-
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """The checkpoint to start from.
 
@@ -233,9 +235,11 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     if resume == "auto":
         return existing[-1] if existing else None
     path = Path(resume)
+    if not path.is_dir() and path.name == resume:
+        path = folder / resume
     if not path.is_dir():
         raise ConfigError(
-            f"trainer.resume={resume}: no such folder; expected auto, never or a checkpoint folder "
+            f"trainer.resume={resume}: no such folder; expected auto, never, a checkpoint folder or its name "
             f"(known: {', '.join(str(p) for p in existing) or 'none'})"
         )
     return path

@@ -1,0 +1,48 @@
+"""Which checkpoint of a run is the newest: the one completed last, whatever its step number.
+
+A run that is resumed from step 4 of ten writes steps 5, 6 and so on after step 10. The file ``order.txt`` beside the
+checkpoints names them in the order in which they count; a folder without it (written by an older version, or copied in
+part) is ordered by step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+ORDER_FILE = "order.txt"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints in ``folder``, oldest first; those that ``order.txt`` does not name come before the rest."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
+    order = _order(folder)
+    place = {name: number for number, name in enumerate(order)}
+    return sorted(found, key=lambda path: (place.get(path.name, -1), int(path.name.removeprefix("step_"))))
+
+
+def record_newest(folder: Path, name: str) -> None:
+    """``name`` was completed now."""
+    _write(folder, [path.name for path in complete_checkpoints(folder) if path.name != name] + [name])
+
+
+def record_restored(folder: Path, restored: Path) -> None:
+    """The run goes on from ``restored``: what was written after it belongs to a course that was given up, and counts as
+    older than everything that this one has written."""
+    names = [path.name for path in complete_checkpoints(folder)]
+    inside = restored.parent.resolve() == folder.resolve() and restored.name in names
+    kept = names[: names.index(restored.name) + 1] if inside else []
+    if len(kept) < len(names) and names:
+        _write(folder, [name for name in names if name not in kept] + kept)
+
+
+def _order(folder: Path) -> list[str]:
+    path = folder / ORDER_FILE
+    return path.read_text().split() if path.is_file() else []
+
+
+def _write(folder: Path, names: Sequence[str]) -> None:
+    partial = folder / f".{ORDER_FILE}.{os.getpid()}"
+    partial.write_text("".join(f"{name}\n" for name in names))
+    os.replace(partial, folder / ORDER_FILE)
