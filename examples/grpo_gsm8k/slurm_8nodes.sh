@@ -13,7 +13,6 @@ model=$1 train=$2 test=$3
 shift 3
 cd "${SLURM_SUBMIT_DIR:?start this with sbatch from the project folder}"
 
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # docs/multi_node.md says why
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \

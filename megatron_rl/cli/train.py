@@ -20,7 +20,7 @@ Another model and a smaller step than the file says: `megatron-rl train CONFIG m
 Four processes: `torchrun --nproc-per-node 4 -m megatron_rl train CONFIG parallel.tp=2 parallel.pp=2`
 
 Two nodes of 8, the same command on each; restarted runs continue from the newest complete checkpoint:
-`TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d
+`torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d
 --rdzv-endpoint HOST:29500 -m megatron_rl train CONFIG` (more in docs/multi_node.md)
 
 Every key is described in docs/configuration.md.

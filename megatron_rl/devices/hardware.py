@@ -20,6 +20,8 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from megatron_rl.devices.rendezvous import store_of_this_start
+
 logger = logging.getLogger(__name__)
 
 
@@ -55,8 +57,10 @@ class Platform:
         self.set_device()
         limit = timedelta(seconds=timeout)
         if "RANK" in os.environ:
-            _warn_of_shared_store()
-            dist.init_process_group(self.backend, timeout=limit)
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+            store.set_timeout(limit)
+            own = store_of_this_start(store, rank, world_size, timeout)
+            dist.init_process_group(self.backend, store=own, rank=rank, world_size=world_size, timeout=limit)
         else:
             # A store in memory: no port is opened, so any number of single-process runs can share a machine.
             dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
@@ -123,15 +127,15 @@ class Platform:
             torch.cuda.empty_cache()
 
 
-def _warn_of_shared_store() -> None:
-    """Agents of a restarted job may count restarts differently: a node whose own ranks did not fail restarts them
-    without counting (torch.distributed.elastic, membership change). With the agents' shared store, whose keys are
-    prefixed by that count, its ranks then read the addresses of dead ones (seen with torch 2.13)."""
-    several_agents = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+def warn_of_shared_store() -> None:
+    """For a job that has made its process group itself: torchrun's agents lend it a store that keeps the addresses of
+    dead ranks over restarts (see `devices.rendezvous`), and its own start then fails."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-    if several_agents and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         logger.warning(
-            "restarts over several nodes can fail to reconnect: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun"
+            "this job called torch.distributed.init_process_group itself: after a restart by torchrun it can fail to "
+            "reconnect. Set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun, or call "
+            "megatron_rl.devices.current_platform().init_process_group() instead"
         )
 
 

@@ -13,6 +13,7 @@ from megatron.core import parallel_state as megatron_state
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
+from megatron_rl.devices.hardware import warn_of_shared_store
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.adopted_optimizer import as_megatron, ddp_config_of, require_fitting, require_scheduler
 from megatron_rl.workers.megatron_model import MegatronModel
@@ -45,6 +46,7 @@ def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) 
     if parallel_state is not None:
         if parallel is not None:
             raise ConfigError("give parallel_state (sizes come from it) or parallel (it is initialised here), not both")
+        warn_of_shared_store()
         return ParallelContext.from_parallel_state(parallel_state)
     if not dist.is_initialized():
         current_platform().init_process_group()

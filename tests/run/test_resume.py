@@ -23,6 +23,12 @@ def environment(**extra: str) -> dict[str, str]:
     )
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[int, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("whole")
@@ -35,16 +41,14 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
     """Two torchrun agents on one machine, one rank each; rank 1 is killed in step 4, after the checkpoint of step 2."""
     _, expected = uninterrupted
     config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:KillOnce"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     mark = tmp_path / "killed"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "resume", "--local-addr",
         "127.0.0.1", str(PROGRAM), str(config), "parallel.tp=2",
     ]  # fmt: skip
-    kill = environment(KILL_MARK=str(mark), KILL_RANK="1", KILL_STEP="3", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    kill = environment(KILL_MARK=str(mark), KILL_RANK="1", KILL_STEP="3")
     agents = [
         subprocess.Popen(command, env=kill, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                          start_new_session=True)
@@ -58,6 +62,24 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
                 os.killpg(agent.pid, 9)
     assert mark.exists()
     assert [agent.returncode for agent in agents] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert metrics_of(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("how", ["--standalone", "--master-port"])
+def test_restarts_on_one_node_need_no_environment_variable(how, tmp_path, uninterrupted):
+    """Rank 0, whose addresses all others look for, is killed in step 4."""
+    _, expected = uninterrupted
+    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:KillOnce"])
+    where = [how] if how == "--standalone" else [how, str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "2", "--max-restarts", "1"]
+    kill = environment(KILL_MARK=str(tmp_path / "killed"), KILL_RANK="0", KILL_STEP="3")
+    kill.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+    done = subprocess.run(
+        [*command, str(PROGRAM), str(config), "parallel.tp=2"], env=kill, capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert (tmp_path / "killed").exists()
     assert metrics_of(tmp_path / "out") == expected
 
 
