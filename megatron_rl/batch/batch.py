@@ -33,6 +33,7 @@ class Batch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    share: tuple[int, int] | None = None  # the loader: (data-parallel rank, ranks) that the prompts are meant for
     temperature: float = 1.0  # actor.sample: logits are divided by it wherever log-probabilities are computed
 
     @classmethod

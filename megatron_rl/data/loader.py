@@ -140,4 +140,4 @@ class PromptLoader(GlobalBatchLoader[Prompt]):
 
     def next_batch(self) -> Batch:
         """A batch with this rank's next prompts and nothing else."""
-        return Batch(prompts=next(self))
+        return Batch(prompts=next(self), share=(self.dp_rank, self.dp_size))

@@ -25,8 +25,10 @@ from megatron_rl.tracking import TrackerGroup, build_tracker
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful
 from megatron_rl.trainer.loop import BatchSource, Trainer
+from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers import Actor, Critic
+from megatron_rl.workers.assembly import check_share
 
 logger = logging.getLogger(__name__)
 
@@ -53,11 +55,13 @@ def connect(
         params: the configuration, for trackers and for ``config.yaml`` in the output folder.
 
     Raises:
-        ConfigError: a tracker is unknown or not installed.
+        ConfigError: a tracker is unknown or not installed; another run uses the output folder; ``source`` gives this
+            rank another share of the data than its data-parallel place.
         DataError: the model cannot take a record of the source: token ids, or length.
     """
     _check_data(source, actor)
     output_dir = Path(settings.output_dir)
+    lock = OutputLock(output_dir, actor.context)
     trainer = Trainer(
         flow,
         source,
@@ -68,10 +72,13 @@ def connect(
         export=lambda folder: _export(actor, algorithm, folder),
         callbacks=callbacks,
     )
-    rank = actor.context.rank
-    tracker = build_tracker(tracking or TrackerGroup.Config(), output_dir, rank, trainer.total_steps)
-    if rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
+    trainer.lock = lock
+    try:
+        tracker = build_tracker(tracking or TrackerGroup.Config(), output_dir, actor.context.rank, trainer.total_steps)
+    except BaseException:
+        lock.discard()
+        raise
+    if actor.context.rank == 0:
         (output_dir / "config.yaml").write_text(yaml.safe_dump(dict(params or {}), sort_keys=False))
     trainer.trackers.append(tracker)
     trainer.params = params or {}
@@ -81,6 +88,8 @@ def connect(
 
 
 def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
+    if isinstance(source, GlobalBatchLoader):
+        check_share((source.dp_rank, source.dp_size), actor.context)
     dataset = source.dataset if isinstance(source, GlobalBatchLoader) else None
     if isinstance(dataset, TokenisedDataset):
         architecture = actor.model.architecture

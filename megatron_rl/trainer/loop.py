@@ -19,6 +19,7 @@ from megatron_rl.tracking import Tracker
 from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.metrics import reduce_metrics
+from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.settings import TrainerSettings
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Trainer:
         self.params: Mapping[str, Any] = {}  # the configuration, for trackers
         self.step = 0  # steps completed
         self.history: dict[str, float] = {}  # the newest metrics
+        self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
         self._agree = agree_over(context)
 
@@ -123,6 +125,10 @@ class Trainer:
         finally:
             for tracker in self.trackers:
                 tracker.close(status)
+            if self.lock is not None and status == "failed" and self.step == 0:
+                self.lock.discard()
+            elif self.lock is not None:
+                self.lock.release()
 
     def _train(self) -> dict[str, float]:
         resumed = self.checkpoints is not None and self.checkpoints.restore(self)

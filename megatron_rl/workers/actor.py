@@ -22,7 +22,7 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.models.tokenizer import align_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
-from megatron_rl.workers.assembly import assemble, job_context
+from megatron_rl.workers.assembly import assemble, check_share, job_context
 from megatron_rl.workers.heads import logprob_head, score_tokens, second_head, shared_value_head
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.rollouts import Rollouts
@@ -114,6 +114,8 @@ class Actor(TrainedWorker):
         params = SamplingParams.parse(values, "actor.sample")
 
         def run(batch: Batch) -> None:
+            if batch.share is not None:
+                check_share(batch.share, self.context)
             self.publish(batch.metrics)
             batch.samples = []
             size = max(1, -(-len(batch.prompts) // parts))

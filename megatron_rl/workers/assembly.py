@@ -53,6 +53,21 @@ def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) 
     return ParallelContext.create(parallel or ParallelSizes(), seed=seed)
 
 
+def check_share(share: tuple[int, int], context: ParallelContext) -> None:
+    """``share``: (data-parallel rank, number of such ranks) that a loader cuts its batches for.
+
+    Raises:
+        ConfigError: this rank is another one: replicas would train on the same records.
+    """
+    place = (context.coordinates.dp, context.dp_size)
+    if share != place:
+        raise ConfigError(
+            f"the loader was made with dp_rank={share[0]}, dp_size={share[1]}, but this is data-parallel rank "
+            f"{place[0]} of {place[1]}: make it with dp_rank=actor.context.coordinates.dp and "
+            "dp_size=actor.context.dp_size"
+        )
+
+
 def assemble(
     model: Any,
     context: ParallelContext,
