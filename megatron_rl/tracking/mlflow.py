@@ -81,8 +81,23 @@ class MlflowTracker(Tracker):
             self.run_id = kept.read_text().strip()
             self._client.update_run(self.run_id, status="RUNNING")
         else:
+            if kept.exists():
+                self._discard_unfinished(kept.read_text().strip())
             self.run_id = str(self._client.create_run(self._find_experiment(), run_name=self.run.name).info.run_id)
             kept.write_text(self.run_id + "\n")
+
+    def _discard_unfinished(self, run_id: str) -> None:
+        """The run of this folder that ended before its first checkpoint: this one writes its steps again."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            info = self._client.get_run(run_id).info
+            if info.lifecycle_stage == "active" and info.status != STATUSES["finished"]:
+                self._client.delete_run(run_id)  # MLflow keeps it among deleted runs
+        except MlflowException as error:
+            if self.is_outage(error):
+                raise
+            logger.warning("MLflow does not know run %s any more: %s", run_id, error)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric

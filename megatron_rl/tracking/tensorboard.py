@@ -27,12 +27,15 @@ class TensorboardTracker(Tracker):
         super().__init__(run, config)
         from torch.utils.tensorboard import SummaryWriter
 
-        self._open = partial(SummaryWriter, str(run.output_dir / FOLDER))
+        self._folder = run.output_dir / FOLDER
+        self._open = partial(SummaryWriter, str(self._folder))
         self._writer: Any = None
         self._names = LegalNames(ILLEGAL)
 
     def start(self, resume_step: int | None = None) -> None:
-        self._writer = self._open(purge_step=None if resume_step is None else resume_step + 1)
+        # A run that starts anew hides all steps of one that was killed before its first checkpoint.
+        left = any(self._folder.glob("events.*"))
+        self._writer = self._open(purge_step=None if not left else 0 if resume_step is None else resume_step + 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():

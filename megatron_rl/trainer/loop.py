@@ -18,6 +18,7 @@ from megatron_rl.parallel import ParallelContext
 from megatron_rl.tracking import Tracker
 from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.settings import TrainerSettings
@@ -92,6 +93,10 @@ class Trainer:
         self.history: dict[str, float] = {}  # the newest metrics
         self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
+        self._interruption = Interruption(settings.grace_seconds, lambda: self._close_trackers("killed"))
+        self._ended_by = 0  # the signal that all ranks stop for
+        self._saved_step: int | None = None  # of the newest checkpoint
+        self._evaluated_step: int | None = None  # of the newest evaluation
         self._agree = agree_over(context)
 
     @property
@@ -112,23 +117,30 @@ class Trainer:
 
         Raises:
             Exception: what a stage raised; callbacks and trackers have been told.
+            KeyboardInterrupt, SystemExit: a signal asked the run to stop; its last step was saved.
         """
         status = "failed"
         try:
-            metrics = self._train()
+            with self._interruption.listening():
+                metrics = self._train()
             status = "finished"
             return metrics
         except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                status = "killed"
             for callback in self.callbacks:
                 callback.on_error(self, error)
             raise
         finally:
-            for tracker in self.trackers:
-                tracker.close(status)
-            if self.lock is not None and status == "failed" and self.step == 0:
+            self._close_trackers(status)
+            if self.lock is not None and status != "finished" and self.step == 0:
                 self.lock.discard()
             elif self.lock is not None:
                 self.lock.release()
+
+    def _close_trackers(self, status: str) -> None:
+        for tracker in self.trackers:
+            tracker.close(status)
 
     def _train(self) -> dict[str, float]:
         resumed = self.checkpoints is not None and self.checkpoints.restore(self)
@@ -141,8 +153,10 @@ class Trainer:
         )
         if self.settings.evaluate_at_start and not resumed:
             self._evaluate()
-        while self.step < self.total_steps and self._stop_reason is None:
+        while self.step < self.total_steps and self._stop_reason is None and not self._ended_by:
             self._one_step()
+        if self._ended_by:
+            self._finish_early()
         if self._stop_reason is not None:
             logger.info("stopped after step %d: %s", self.step, self._stop_reason)
         self._finish()
@@ -155,7 +169,9 @@ class Trainer:
         self.flow(batch, self._agree)
         self.step += 1
         batch.metrics["time/step_s"] = time.perf_counter() - started
-        metrics = reduce_metrics(self.context.gather_objects(batch.metrics))
+        reports = self.context.gather_objects((batch.metrics, self._interruption.signal))
+        metrics = reduce_metrics([found for found, _ in reports])
+        self._ended_by = max(number for _, number in reports)
         if self.checkpoints is not None:
             self.checkpoints.poll()
         self._each("on_step_end", batch, metrics)
@@ -175,15 +191,30 @@ class Trainer:
         metrics["time/evaluation_s"] = time.perf_counter() - started
         self._each("on_evaluate", metrics)
         self.history |= metrics
+        self._evaluated_step = self.step
         self._track(metrics)
 
     def _save(self) -> None:
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self._saved_step != self.step:
             self._each("on_checkpoint", self.checkpoints.save(self))
+            self._saved_step = self.step
+
+    def _finish_early(self) -> None:
+        """Save and end: a signal said so.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: see `ended_by`.
+        """
+        self._save()
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
+        saved = "the same command continues from there" if self.checkpoints is not None else "nothing was saved"
+        what = f"stopped by signal {self._ended_by} after step {self.step}; {saved}"
+        logger.warning("%s", what)
+        raise ended_by(self._ended_by, what)
 
     def _finish(self) -> None:
-        evaluated = self.settings.evaluate_every and self.step % self.settings.evaluate_every == 0 and self.step > 0
-        if not evaluated:
+        if self._evaluated_step != self.step:
             self._evaluate()
         if self.settings.save_at_end:
             self._save()
@@ -207,12 +238,15 @@ class Trainer:
         """The loop's own state: step, data cursor, callbacks."""
         return {
             "step": self.step,
+            "evaluated_step": self._evaluated_step,
+            "history": dict(self.history),
             "source": dict(self.source.state_dict()),
             "callbacks": {type(c).__name__: dict(c.state_dict()) for c in self.callbacks},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step = int(state["step"])
+        self.step = self._saved_step = int(state["step"])
+        self._evaluated_step, self.history = state.get("evaluated_step"), dict(state.get("history", {}))
         self.source.load_state_dict(state["source"])
         for callback in self.callbacks:
             if type(callback).__name__ in state["callbacks"]:

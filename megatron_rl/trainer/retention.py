@@ -1,8 +1,8 @@
 """Which checkpoint of a run is the newest: the one completed last, whatever its step number.
 
-A run that is resumed from step 4 of ten writes steps 5, 6 and so on after step 10. The file ``order.txt`` beside the
-checkpoints names them in the order in which they count; a folder without it (written by an older version, or copied in
-part) is ordered by step.
+A run that is resumed from step 4 of ten writes steps 5, 6 and so on after step 10. The file
+``.checkpoints.order`` beside the folder names them in the order in which they count; a folder without it (written by an
+older version, or copied alone) is ordered by step.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-ORDER_FILE = "order.txt"
-
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in ``folder``, oldest first; those that ``order.txt`` does not name come before the rest."""
+    """Complete checkpoints in ``folder``, oldest first; those that the order does not name come before the rest."""
     found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
     order = _order(folder)
     place = {name: number for number, name in enumerate(order)}
@@ -37,12 +35,17 @@ def record_restored(folder: Path, restored: Path) -> None:
         _write(folder, [name for name in names if name not in kept] + kept)
 
 
+def _order_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.order")
+
+
 def _order(folder: Path) -> list[str]:
-    path = folder / ORDER_FILE
+    path = _order_file(folder)
     return path.read_text().split() if path.is_file() else []
 
 
 def _write(folder: Path, names: Sequence[str]) -> None:
-    partial = folder / f".{ORDER_FILE}.{os.getpid()}"
+    path = _order_file(folder)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
     partial.write_text("".join(f"{name}\n" for name in names))
-    os.replace(partial, folder / ORDER_FILE)
+    os.replace(partial, path)

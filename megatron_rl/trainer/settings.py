@@ -33,6 +33,9 @@ class TrainerSettings(ConfigRecord):
     resume: str = "auto"
     """auto = continue from the newest complete checkpoint of `output_dir` if there is one; never = start afresh (an
     output folder with checkpoints is then refused); or the path of a checkpoint."""
+    grace_seconds: float = Field(default=25.0, gt=0)
+    """Seconds that a run may take to end its step and save it after SIGTERM, SIGINT or SIGHUP; then it ends as it is.
+    torchrun kills its ranks after 30."""
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
 
