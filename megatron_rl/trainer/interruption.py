@@ -1,4 +1,4 @@
-"""`Interruption`: SIGTERM (Slurm, Kubernetes, torchrun), SIGINT (Ctrl-C) and SIGHUP ask a run to stop; it stops in order.
+"""`Interruption`: SIGTERM (Slurm, Kubernetes, torchrun), SIGINT (Ctrl-C) and SIGHUP ask a run to stop.
 
 The handler only notes the signal. The loop asks all ranks at the end of each step, so that they stop after the same
 one though the signal reaches them at different moments. A run that has not stopped after ``grace_seconds`` is ended.
