@@ -33,3 +33,8 @@ def configure_logging(rank: int = 0, level: str = "INFO") -> None:
     logger.propagate = False
     # Megatron-Core calls collectives by names that torch 2.13 gave new ones: a line for each name and rank otherwise.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def leave_out(logger: str, beginning: str) -> None:
+    """Drop the messages of another library's ``logger`` that begin so, because here they say nothing."""
+    logging.getLogger(logger).addFilter(lambda record: not record.getMessage().startswith(beginning))

@@ -11,8 +11,12 @@ from typing import Any, Protocol
 
 from megatron_rl.data.messages import Message, Tools, read_messages, rendered
 from megatron_rl.data.records import DataError
+from megatron_rl.log import leave_out
 
 Text = str | list[Message]
+
+# Rows that are too long are counted and skipped, or cut, or refused, by what the data's own settings say.
+leave_out("transformers.tokenization_utils_base", "Token indices sequence length")
 
 
 class Tokenizer(Protocol):

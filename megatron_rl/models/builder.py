@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
+from megatron_rl.log import leave_out
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.layer_spec import layer_spec, use_transformer_engine
 from megatron_rl.models.pipeline import chunk_layout, is_uneven, padded_vocab, stage_layers
@@ -24,6 +25,9 @@ from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelSizes
 
 VOCAB_MULTIPLE = 128  # Megatron-LM's default of make_vocab_size_divisible_by
+
+# Megatron-Core's builder knows only its own classes by name; ours take what it gives "by default".
+leave_out("megatron.core.transformer.transformer_layer", "Unknown MLP type")
 
 
 def transformer_config(

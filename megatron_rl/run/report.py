@@ -8,9 +8,12 @@ from megatron_rl.tracking import Tracker, plot_reward_curve, read_metrics
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.loop import Trainer
 
+WATCHED = ("rewards/mean", "rewards/accuracies", "loss/total")  # the first of these that a run has is drawn
+
 
 class RewardCurve(Callback):
-    """Draws ``reward_curve.png`` from ``metrics.jsonl`` when the run ends."""
+    """Draws ``training_curve.png``, and ``reward_curve.png`` where samples are scored, when the run ends; from
+    ``metrics.jsonl``."""
 
     def __init__(self, output_dir: Path, tracker: Tracker) -> None:
         self.output_dir = output_dir
@@ -20,8 +23,14 @@ class RewardCurve(Callback):
         source = self.output_dir / "metrics.jsonl"
         if trainer.context.rank != 0 or not source.exists():
             return
-        picture = self.output_dir / "reward_curve.png"
         metrics = read_metrics(source)
-        if any("rewards/mean" in values for values in metrics.values()):
+        names = {name for values in metrics.values() for name in values}
+        if "rewards/mean" in names:
+            picture = self.output_dir / "reward_curve.png"
             plot_reward_curve(metrics, picture, train="rewards/mean")
+            self.tracker.log_artifact(picture)
+        if watched := next((name for name in WATCHED if name in names), None):
+            picture = self.output_dir / "training_curve.png"
+            held_out = "eval/reward" if watched == "rewards/mean" else f"eval/{watched}"
+            plot_reward_curve(metrics, picture, watched, held_out, title="Training", ylabel=watched)
             self.tracker.log_artifact(picture)

@@ -6,7 +6,9 @@ step  12/200 | reward/mean 0.412 | loss/policy -0.0031 | time/step_s 1.31
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import TextIO
 
@@ -27,6 +29,9 @@ class ConsoleTracker(Tracker):
 
         columns: tuple[str, ...] = (
             "reward*/mean",
+            "rewards/accuracies",
+            "rewards/margins",
+            "rollout/response_tokens_mean",
             "eval/*",
             "loss/*",
             "*kl*",
@@ -46,8 +51,11 @@ class ConsoleTracker(Tracker):
         super().__init__(run, config)
         self.stream = stream or sys.stdout
         self._progress: Progress | None = None
+        self._began: float | None = None  # when `start` was called, and after which step
+        self._first_step = 0
 
     def start(self, resume_step: int | None = None) -> None:
+        self._began, self._first_step = time.monotonic(), resume_step or 0
         if self.stream.isatty():
             self._progress = self._start_bar(resume_step or 0)
 
@@ -80,7 +88,17 @@ class ConsoleTracker(Tracker):
         head = f"step {step:>{len(str(total))}}/{total}" if total else f"step {step}"
         chosen = dict.fromkeys(n for pattern in self.config.columns for n in metrics if fnmatchcase(n, pattern))
         names = list(chosen or metrics)[: self.config.max_columns]
-        return " | ".join([head, *(f"{name} {metrics[name]:.4g}" for name in names)])
+        return " | ".join([head, *(f"{name} {metrics[name]:.4g}" for name in names), *self._times(step)])
+
+    def _times(self, step: int) -> list[str]:
+        """Since the start of this process's part of the run, and what is left at that pace."""
+        if self._began is None:
+            return []
+        elapsed, done = time.monotonic() - self._began, step - self._first_step
+        times = [f"elapsed {timedelta(seconds=round(elapsed))}"]
+        if self.run.total_steps and done > 0:
+            times.append(f"left {timedelta(seconds=round(elapsed / done * (self.run.total_steps - step)))}")
+        return times
 
     def _write(self, line: str) -> None:
         if self._progress is not None:

@@ -15,6 +15,7 @@ def plot_reward_curve(
     train: str = "reward*/mean",
     evaluation: str = "eval/*reward*",
     title: str = "Reward",
+    ylabel: str = "reward",
 ) -> None:
     """Draw one training metric against the step, raw and smoothed, with one evaluation metric as points.
 
@@ -44,7 +45,7 @@ def plot_reward_curve(
         axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label=f"{train} (smoothed)")
     if points:
         axes.plot(list(points), list(points.values()), "o-", color="tab:orange", markersize=5, label=evaluation)
-    axes.set(xlabel="step", ylabel="reward", title=title)
+    axes.set(xlabel="step", ylabel=ylabel, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
