@@ -6,14 +6,17 @@ Where a model came from Hugging Face its own config travels with it; a model bor
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import family_of
+
+GENERATION_FILE = "generation_config.json"
 
 HFConfig = PretrainedConfig  # for rooms that hold these objects without importing transformers
 HFModel = PreTrainedModel
@@ -34,6 +37,65 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         raise ConfigError(f"{path} is not a JSON object ({error}): restore the file") from None
     family_of(str(model_type))  # before transformers, whose message would not name our families
     return AutoConfig.from_pretrained(folder)
+
+
+class GenerationFile(GenerationConfig):
+    """``generation_config.json`` of a model: written as it was read, whatever else this version of `transformers` would
+    make of it."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.fields = dict(fields)
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Its end-of-sequence tokens."""
+        return eos_ids(self.fields.get("eos_token_id"))
+
+    def add_stop(self, token: int | None) -> None:
+        """Name one more, where it names some."""
+        if self.stops and token is not None and token not in self.stops:
+            self.fields["eos_token_id"] = [*self.stops, token]
+
+    def save_pretrained(self, save_directory: Any, *_: Any, **__: Any) -> None:
+        text = json.dumps(self.fields, indent=2) + "\n"
+        (Path(save_directory) / GENERATION_FILE).write_text(text, encoding="utf-8")
+
+
+def read_generation(source: Path | PreTrainedModel) -> GenerationFile | None:
+    """The generation settings of a Hugging Face folder or model; None where it has none of its own.
+
+    Raises:
+        ConfigError: the file is not a JSON object, or its ``eos_token_id`` is neither an integer nor a list of them.
+    """
+    if not isinstance(source, Path):
+        config = getattr(source, "generation_config", None)  # value models have none
+        if config is None or config._from_model_config:
+            return None
+        return GenerationFile(json.loads(config.to_json_string()))
+    path = source / GENERATION_FILE
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"it holds a {type(fields).__name__}, expected a JSON object")
+        eos_ids(fields.get("eos_token_id"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be used ({error}): restore the file") from None
+    return GenerationFile(fields)
+
+
+def eos_ids(value: Any) -> tuple[int, ...]:
+    """``eos_token_id`` as configs hold it (absent, one, or several) -> all of them.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    ids = () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"eos_token_id is {value!r}, expected a token id or a list of them")
+    return ids
 
 
 def architecture_from_hf(config: PretrainedConfig) -> Architecture:

@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.hf_config import GenerationFile, eos_ids
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class SpecialTokens:
     """Token ids that tokenizer and model agree on."""
 
     pad: int
-    eos: tuple[int, ...]  # any of them ends a response; the tokenizer's own comes first
+    eos: tuple[int, ...]  # any of them ends a response: the tokenizer's own, then the config's, then generation's
 
 
 def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrainedTokenizerBase:
@@ -48,32 +49,38 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrain
 
 
 def align_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None = None, pad_token: str | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    config: PretrainedConfig | None = None,
+    pad_token: str | None = None,
+    generation: GenerationFile | None = None,
 ) -> SpecialTokens:
     """Give tokenizer and config the same pad and eos, in place.
 
     Args:
         config: the model's; its pad, bos and eos ids are set to the tokenizer's. Further eos ids it names are kept.
         pad_token: what pads where the tokenizer does not say: "eos", or a token of its vocabulary.
+        generation: the model's ``generation_config.json``; its eos ids end responses, too. The tokenizer's joins them.
 
     Raises:
         ConfigError: no pad or no eos can be found, or a special token lies outside of the model's vocabulary.
     """
-    declared = _declared_eos(config)
+    declared = eos_ids(config.eos_token_id) if config is not None else ()
+    stops = (*declared, *(generation.stops if generation is not None else ()))
     if tokenizer.eos_token_id is None:
-        if not declared:
+        if not stops:
             raise ConfigError(
                 "neither the tokenizer nor the model's config names an eos token, so no response would ever end: "
                 "set tokenizer.eos_token"
             )
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(declared[0])
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(stops[0])
     if tokenizer.pad_token_id is None:
         _find_pad(tokenizer, config, pad_token)
-    eos = (tokenizer.eos_token_id, *(token for token in declared if token != tokenizer.eos_token_id))
-    special = SpecialTokens(tokenizer.pad_token_id, eos)
+    own = tokenizer.eos_token_id
     if config is not None:
-        _align_config(tokenizer, config, special)
-    return special
+        _align_config(tokenizer, config, SpecialTokens(tokenizer.pad_token_id, tuple(dict.fromkeys((own, *declared)))))
+    if generation is not None:
+        generation.add_stop(own)
+    return SpecialTokens(tokenizer.pad_token_id, tuple(dict.fromkeys((own, *stops))))
 
 
 def _find_pad(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig | None, pad_token: str | None) -> None:
@@ -97,13 +104,6 @@ def _set_pad(tokenizer: PreTrainedTokenizerBase, pad_token: str) -> None:
             "token would need a new row in the embedding"
         )
     tokenizer.pad_token = token
-
-
-def _declared_eos(config: PretrainedConfig | None) -> tuple[int, ...]:
-    eos = config.eos_token_id if config is not None else None
-    if eos is None:
-        return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def _align_config(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, special: SpecialTokens) -> None:

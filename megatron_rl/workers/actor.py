@@ -82,7 +82,7 @@ class Actor(TrainedWorker):
             model, context, self.settings, optimizer=optimizer, scheduler=scheduler, vocab=len(tokenizer), name="actor"
         )
         self.tokenizer = tokenizer
-        special = align_tokenizer(tokenizer, self.model.hf_config)
+        special = align_tokenizer(tokenizer, self.model.hf_config, generation=self.model.generation)
         self.rollouts = Rollouts(self.model, tokenizer, special.eos, self.settings.rollout, self.settings.seed, engine)
 
     @property

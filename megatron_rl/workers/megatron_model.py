@@ -22,7 +22,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
 from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.hf_config import architecture_from_hf
+from megatron_rl.models.hf_config import GenerationFile, architecture_from_hf, read_generation
 from megatron_rl.models.lora import LoraSettings, add_adapters
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
@@ -46,6 +46,7 @@ class MegatronModel:
     architecture: Architecture
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
+    generation: GenerationFile | None = None  # of that model
     second_head: bool = False  # the last chunk has a value head beside its output layer
     head_is_new: bool = False  # it has a value head, and where the weights came from there was none
     adapters: dict[str, Adapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
@@ -77,7 +78,8 @@ class MegatronModel:
             architecture, config, pg_collection=groups, device=device, value_head=value_head, second_head=second_head
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
-        model = cls(list(chunks), context, architecture, vocab, hf_config, second_head)
+        generation = read_generation(origin.hf_folder if isinstance(origin, MegatronCheckpoint) else origin)
+        model = cls(list(chunks), context, architecture, vocab, hf_config, generation, second_head)
         model.head_is_new = not fill_model(model, origin)
         return model
 

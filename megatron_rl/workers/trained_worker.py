@@ -102,6 +102,7 @@ class TrainedWorker:
             rank=self.context.rank,
             tokenizer=self.tokenizer,
             hf_config=self.model.hf_config,
+            generation_config=self.model.generation,
             overwrite=overwrite,
             beside=self._write_second_head,
         )
@@ -144,7 +145,7 @@ class TrainedWorker:
     def describe_into(self, checkpoint: Path) -> None:
         """Write into a Megatron checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
         model = self.model
-        description = HFDescription(model.architecture, model.hf_config, self.tokenizer)
+        description = HFDescription(model.architecture, model.hf_config, self.tokenizer, model.generation)
         description.write_into(checkpoint, model.config.params_dtype)
 
     def weights_changed(self) -> None:
