@@ -1,50 +1,27 @@
 """The `Architecture` of a model that a Megatron job built itself, read from its `TransformerConfig`.
 
-Everything the decoder of `models/family.py` does not compute is refused here, so that an exported Hugging Face
-folder or a rollout engine never runs a different model in silence.
+Everything the decoder of `models/family.py` does not compute is refused here (`models/megatron_fields.py` and
+`models/megatron_arguments.py` say what), so that an exported Hugging Face folder or a rollout engine never runs a
+different model in silence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
-import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.family import matching_family
-
-
-class MegatronConfig(Protocol):
-    """What is read of megatron.core's `TransformerConfig`."""
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    kv_channels: int
-    normalization: str
-    layernorm_epsilon: float
-    layernorm_zero_centered_gamma: bool
-    activation_func: Callable[..., Any]
-    gated_linear_unit: bool
-    add_bias_linear: bool
-    add_qkv_bias: bool
-    qk_layernorm: bool
-    num_moe_experts: int | None
-    moe_router_topk: int
-    moe_ffn_hidden_size: int | None
-    moe_layer_freq: int | list[int]
-    moe_router_pre_softmax: bool
-    moe_router_score_function: str
-    moe_router_enable_expert_bias: bool
-    moe_shared_expert_intermediate_size: int | None
+from megatron_rl.models.megatron_arguments import frequencies_of, refused_arguments, scaling_of
+from megatron_rl.models.megatron_fields import Refusal, refused_fields
 
 
 def architecture_from_megatron(
-    config: MegatronConfig,
+    config: TransformerConfig,
     vocab: int,
     tied: bool,
     rope_theta: float = 10000.0,
@@ -63,7 +40,7 @@ def architecture_from_megatron(
     Raises:
         ConfigError: the model is none that a supported Hugging Face family computes.
     """
-    _check(config)
+    _refuse(refused_fields(config))
     experts = _experts(config)
     return Architecture(
         family=matching_family(config.add_qkv_bias, config.qk_layernorm, experts is not None).model_type,
@@ -85,7 +62,7 @@ def architecture_from_megatron(
     )
 
 
-def _experts(config: MegatronConfig) -> Experts | None:
+def _experts(config: TransformerConfig) -> Experts | None:
     if config.num_moe_experts is None:
         return None
     frequency = config.moe_layer_freq
@@ -102,21 +79,35 @@ def _experts(config: MegatronConfig) -> Experts | None:
     )
 
 
-def _check(config: MegatronConfig) -> None:
-    expected = {
-        "normalization": config.normalization == "RMSNorm",
-        "layernorm_zero_centered_gamma": not config.layernorm_zero_centered_gamma,
-        "activation_func": config.activation_func is F.silu,
-        "gated_linear_unit": config.gated_linear_unit,
-        "add_bias_linear": not config.add_bias_linear,
-        "moe_router_score_function": config.num_moe_experts is None or config.moe_router_score_function == "softmax",
-        "moe_router_enable_expert_bias": not config.moe_router_enable_expert_bias,
-        "moe_shared_expert_intermediate_size": not config.moe_shared_expert_intermediate_size,
-    }
-    wrong = [key for key, fits in expected.items() if not fits]
-    if wrong:
-        given = ", ".join(f"{key}={getattr(config, key)!r}" for key in wrong)
+def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
+    """The architecture of a job's bare `GPTModel`, from its configuration and from what its arguments left on it.
+
+    Raises:
+        ConfigError: no supported Hugging Face family computes it; the message names each field and argument.
+    """
+    config = chunk.config
+    _refuse(refused_fields(config) + refused_arguments(chunk))
+    plain = architecture_from_megatron(
+        config,  # type: ignore[arg-type]
+        vocab=vocab,
+        tied=bool(chunk.share_embeddings_and_output_weights),
+        rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
+        max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
+    )
+    frequencies = frequencies_of(chunk)
+    scaling = None if frequencies is None else scaling_of(plain, frequencies)
+    if scaling is None:
+        given = f"frequencies that rotary_base={chunk.rotary_base} does not give"
+        expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both, over all channels of a head"
+        _refuse([Refusal("rotary_pos_emb", given, expected)])
+    return replace(plain, rope_scaling=scaling or ())
+
+
+def _refuse(refusals: Sequence[Refusal]) -> None:
+    if refusals:
+        given = ", ".join(f"{refusal.name}={refusal.given}" for refusal in refusals)
+        supported = "; ".join(f"{refusal.name}: {refusal.expected}" for refusal in refusals)
         raise ConfigError(
-            f"the Megatron model has {given}; supported are decoders with RMSNorm, gated SiLU, no linear biases, and "
-            "softmax routing without a shared expert: change the model, or add its family in megatron_rl/models"
+            f"the Megatron model has {given}; supported is {supported}. It would be sampled from and exported as "
+            "another model: change it, or add its family in megatron_rl/models (see docs/megatron_arguments.md)"
         )

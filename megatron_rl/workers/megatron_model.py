@@ -24,13 +24,19 @@ from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.hf_config import GenerationFile, architecture_from_hf, read_generation
 from megatron_rl.models.lora import LoraSettings, add_adapters
-from megatron_rl.models.megatron_architecture import architecture_from_megatron
+from megatron_rl.models.megatron_architecture import architecture_of_chunk
 from megatron_rl.models.megatron_chunk import layer_indices, supports_packing, unwrap
 from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
-from megatron_rl.models.value_head import ValueHead
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Derived, Layout, Readable
+from megatron_rl.workers.adoption import (
+    agreed,
+    check_parameters,
+    check_place,
+    log_auxiliary_losses,
+    warn_of_dropout,
+)
 from megatron_rl.workers.starting_weights import MegatronCheckpoint, fill_model, hf_config_of, resolved
 
 if TYPE_CHECKING:
@@ -94,29 +100,20 @@ class MegatronModel:
             value_head: the last chunk's output layer is a `models.value_head.ValueHead`.
 
         Raises:
-            ConfigError: the chunks do not hold the layers that their place in the pipeline asks for, or not that head.
+            ConfigError: on every rank: the chunks compute what no supported decoder does, or do not hold the layers
+                that their place in the pipeline asks for, or not that head.
         """
         inner = [unwrap(chunk) for chunk in chunks]
-        if inner[-1].post_process and isinstance(inner[-1].output_layer, ValueHead) != value_head:
-            raise ConfigError(
-                f"the output layer of the last model chunk is a {type(inner[-1].output_layer).__name__}: a critic or "
-                "reward model needs models.value_head.ValueHead, a policy the vocabulary's"
-            )
-        config = inner[0].config
-        sizes = context.sizes
-        if len(inner) != sizes.vpp:
-            raise ConfigError(f"{len(inner)} model chunks were given, but parallel_state has vpp={sizes.vpp} per rank")
-        tied = bool(inner[-1].share_embeddings_and_output_weights)
-        architecture = architecture_from_megatron(
-            config,
-            vocab=vocab,
-            tied=tied,
-            rope_theta=float(inner[0].rotary_base),
-            max_positions=inner[0].max_sequence_length,
-        )
-        architecture = replace(architecture, score_head=value_head)
-        model = cls(list(chunks), context, architecture, int(inner[0].vocab_size))
-        model.check_layers()
+        with agreed(context):
+            check_place(inner, context, value_head)
+            architecture = replace(architecture_of_chunk(inner[0], vocab), score_head=value_head)
+            for other in inner[1:]:
+                architecture_of_chunk(other, vocab)
+            model = cls(list(chunks), context, architecture, int(inner[0].vocab_size))
+            model.check_layers()
+            check_parameters(model.layout, context.rank, model.tensors())
+        warn_of_dropout(model.config)
+        log_auxiliary_losses(model.config)
         return model
 
     @property

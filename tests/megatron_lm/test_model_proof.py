@@ -80,7 +80,7 @@ def epsilon(chunk: nn.Module) -> None:
 
 
 def positions(chunk: nn.Module) -> None:
-    chunk.rotary_pos_emb.inv_freq = chunk.rotary_pos_emb.inv_freq * 0.98
+    chunk.rotary_pos_emb.register_forward_hook(lambda module, args, out: out * 0.98)
 
 
 def embedding(chunk: nn.Module) -> None:
