@@ -19,6 +19,9 @@ class Evaluation:
         prompts: all of them, on every rank.
         n, temperature: as in `EvaluationConfig`.
         sampling: other fields of `SamplingParams`, over those of the actor's settings.
+
+    Raises:
+        DataError: a prompt that the actor cannot answer: token ids, or length.
     """
 
     def __init__(
@@ -31,6 +34,9 @@ class Evaluation:
         **sampling: Any,
     ) -> None:
         context = actor.context
+        limits = actor.rollouts.limits(sampling.get("max_tokens", actor.settings.sampling.max_tokens))
+        for prompt in prompts:
+            limits.check([prompt.token_ids], f"evaluation prompt {prompt.index}")
         self.actor = actor
         self.prompts = list(prompts[context.coordinates.dp :: context.grid.dp])
         self.reward = share(reward, context)

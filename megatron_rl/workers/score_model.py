@@ -20,6 +20,7 @@ from pydantic import Field
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.batch.scores import ask_for_scores
 from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.data.text import encode
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import REWARDS, Reward
@@ -41,7 +42,7 @@ class ScoredText:
         """Prompt and response; re-tokenised, a response that stopped by itself ends with EOS again."""
         if self.tokenizer is None:
             return sample.prompt.token_ids + sample.response_ids
-        ids = list(self.tokenizer.encode(sample.prompt.text + sample.response_text))
+        ids = encode(sample.prompt.text + sample.response_text, self.tokenizer, special=True)
         stopped = sample.finish_reason == "stop" and self.tokenizer.eos_token_id is not None
         return [*ids, self.tokenizer.eos_token_id] if stopped and ids[-1:] != [self.tokenizer.eos_token_id] else ids
 

@@ -11,8 +11,10 @@ import pyarrow.parquet
 import pytest
 from chat_tokenizer import NO_CONTENT, TEXT_CONTENT, chat_tokenizer
 
+from megatron_rl.batch import Prompt, Sample
 from megatron_rl.data import CompletionDataset, DataError, LabelledDataset, PairDataset, PromptDataset
 from megatron_rl.models.tokenizer import render_prompt
+from megatron_rl.workers.score_model import ScoredText
 
 
 def function(name: str, **properties: str) -> dict:
@@ -150,6 +152,9 @@ def test_every_sequence_begins_with_one_bos(ends: bool) -> None:
                 [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in (" yes", " no")
             )
             assert item.completion_ids == pair.chosen_ids
+        sample = Sample(Prompt(prompt.token_ids, prompt.text), [], [], response_text="ok")
+        answer = tokenizer.encode("ok", add_special_tokens=False)
+        assert ScoredText(tokenizer, None).token_ids(sample) == [*prompt.token_ids, *answer, tokenizer.eos_token_id]
     if not ends:
         assert render_prompt(tokenizer, "<s>hi") == render_prompt(tokenizer, "hi")
 
