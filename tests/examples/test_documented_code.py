@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT
 from small_run import digits, write_run
+from torchrun import run_torchrun
 from transformers import AutoTokenizer
 
 from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
@@ -117,3 +118,14 @@ def test_yaml_is_a_configuration(page, number, text):
 def test_no_block_is_in_a_language_that_nothing_runs():
     languages = {name for page in PAGES for name in re.findall(r"^```(\w+)$", page.read_text(), re.MULTILINE)}
     assert languages <= {"python", "yaml"}
+
+
+@pytest.mark.distributed
+def test_the_first_block_of_the_trainers_page_is_a_program_for_torchrun(folder, monkeypatch):
+    """As it is printed: without a guard around it."""
+    (folder / "train.py").write_text(blocks(ROOT / "docs/trainers.md", "python")[0])
+    monkeypatch.chdir(folder)
+    (folder / "out").rename(folder / "before")
+    run_torchrun(folder / "train.py", 2, timeout=200)
+    assert (folder / "out" / "hf" / "model.safetensors").is_file()
+    assert (folder / "out" / "checkpoints" / "step_000001").is_dir()
