@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,6 +26,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import family_of
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class HFFolderWriter:
         """Write one file; ``tensors`` are exactly those it names, on any device."""
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.tensors
         path = self.partial / file.name
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+        write_safetensors(path, tensors)
         with path.open("rb") as written:
             os.fsync(written.fileno())
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.reshard.layout import Shard
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -84,7 +84,7 @@ def write_peft(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS_FILE, {"format": "pt"})
+    write_safetensors(partial / WEIGHTS_FILE, tensors)
     modules = sorted({name.split(".")[-3] for name in tensors})
     config = {
         "peft_type": "LORA",

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.reshard import Span
 from megatron_rl.weights.hf_in import SCORE
 from megatron_rl.weights.source import SINGLE_FILE, SafetensorsFolder
@@ -23,7 +23,7 @@ SECOND_HEAD = "value_head.weight"  # its name in Megatron chunks and checkpoints
 def write_value_head(folder: Path, weight: Tensor) -> None:
     """Put ``weight``, [1, hidden], into the Hugging Face folder ``folder``."""
     (folder / VALUE_HEAD_FOLDER).mkdir()
-    save_file({SCORE: weight.detach().cpu().contiguous()}, folder / VALUE_HEAD_FOLDER / SINGLE_FILE, {"format": "pt"})
+    write_safetensors(folder / VALUE_HEAD_FOLDER / SINGLE_FILE, {SCORE: weight})
 
 
 def read_value_head(folder: Path, hidden: int) -> Tensor | None:

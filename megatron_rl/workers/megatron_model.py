@@ -37,7 +37,7 @@ from megatron_rl.workers.adoption import (
     log_auxiliary_losses,
     warn_of_dropout,
 )
-from megatron_rl.workers.starting_weights import MegatronCheckpoint, fill_model, hf_config_of, resolved
+from megatron_rl.workers.starting_weights import MegatronCheckpoint, dtype_of, fill_model, hf_config_of, resolved
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
@@ -53,6 +53,7 @@ class MegatronModel:
     padded_vocab: int  # rows of the embedding over all tensor-parallel ranks
     hf_config: HFConfig | None = None  # of the Hugging Face model it was loaded from
     generation: GenerationFile | None = None  # of that model
+    source_dtype: torch.dtype | None = None  # of the weights there
     second_head: bool = False  # the last chunk has a value head beside its output layer
     head_is_new: bool = False  # it has a value head, and where the weights came from there was none
     adapters: dict[str, Adapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
@@ -85,7 +86,8 @@ class MegatronModel:
         )
         vocab = padded_vocab(architecture.vocab, sizes.tp)
         generation = read_generation(origin.hf_folder if isinstance(origin, MegatronCheckpoint) else origin)
-        model = cls(list(chunks), context, architecture, vocab, hf_config, generation, second_head)
+        stored = dtype_of(origin)
+        model = cls(list(chunks), context, architecture, vocab, hf_config, generation, stored, second_head)
         model.head_is_new = not fill_model(model, origin)
         return model
 

@@ -21,12 +21,14 @@ from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER
 from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source, resolve_folder
+from megatron_rl.weights.source import SafetensorsFolder
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
     from megatron_rl.workers.megatron_model import MegatronModel
 
+EMBEDDING = "model.embed_tokens.weight"  # of a Hugging Face folder
 OUTPUT_LAYER = "output_layer.weight"  # of chunks and checkpoints: a value head may stand in its place
 
 
@@ -87,6 +89,16 @@ def hf_config_of(source: Path | HFModel | MegatronCheckpoint) -> HFConfig:
     if isinstance(source, MegatronCheckpoint):
         return read_hf_config(source.hf_folder)
     return copy.deepcopy(source.config)
+
+
+def dtype_of(source: Path | HFModel | MegatronCheckpoint) -> torch.dtype:
+    """What the weights of a resolved source are stored in; the embedding stands for all of them."""
+    if isinstance(source, MegatronCheckpoint):
+        return CheckpointReader(source.folder).dtype
+    if isinstance(source, Path):
+        with SafetensorsFolder(source) as stored:
+            return stored.dtype(EMBEDDING)
+    return source.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
 
 
 def fill_model(model: MegatronModel, source: Path | HFModel | MegatronCheckpoint) -> bool:

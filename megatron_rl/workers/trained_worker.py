@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelContext
@@ -86,8 +88,12 @@ class TrainedWorker:
         """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError
 
-    def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> Path:
+    def save_pretrained(self, folder: str | Path, overwrite: bool = False, *, dtype: torch.dtype | None = None) -> Path:
         """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank.
+
+        Args:
+            dtype: of the weights there; None = that of the folder, model or checkpoint which they came from, whatever
+                precision they were trained in. A job's own chunks have no such source: their own dtype.
 
         A value model becomes a sequence classifier with one label: its score is the value after the last token of a
         sequence that is not padding. The value head of a critic on shared weights goes into the sub-folder
@@ -103,6 +109,7 @@ class TrainedWorker:
             tokenizer=self.tokenizer,
             hf_config=self.model.hf_config,
             generation_config=self.model.generation,
+            dtype=dtype or self.model.source_dtype,
             overwrite=overwrite,
             beside=self._write_second_head,
         )

@@ -7,15 +7,13 @@ servers join (`update_group`), for servers that share neither machine nor disk w
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from megatron_rl.models.safetensors_files import write_parts
+from megatron_rl.models.safetensors_files import shared_temporary_folder, write_parts
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
 from megatron_rl.rollout.sglang.full_tensors import FullTensors
@@ -75,10 +73,10 @@ class DiskDelivery(FullDelivery):
         self._parent = folder
 
     def write(self, clients: Sequence[SGLangClient], shards: Mapping[str, Tensor]) -> None:
-        with tempfile.TemporaryDirectory(prefix="weights-", dir=self._parent) as name:
+        with shared_temporary_folder("weights-", self._parent) as folder:
             for number, tensors in enumerate(self.full.collect(shards)):
-                self.lead(lambda t=tensors, n=number: write_parts(Path(name), t, n))  # type: ignore[misc]
-            self.lead(lambda: self.each(clients, lambda c: c.update_weights_from_disk(name, flush_cache=False)))
+                self.lead(lambda t=tensors, n=number: write_parts(folder, t, n))  # type: ignore[misc]
+            self.lead(lambda: self.each(clients, lambda c: c.update_weights_from_disk(str(folder), flush_cache=False)))
 
 
 @DELIVERIES.register("distributed")
