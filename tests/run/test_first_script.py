@@ -24,7 +24,8 @@ from transformers import AutoTokenizer
 from megatron_rl import SFTTrainer
 from megatron_rl.weights.convert import convert
 
-rows = [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(10, 26)]
+rows = [{"prompt": "1" * 200, "completion": "2"}]  # skipped: longer than the model
+rows += [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(10, 26)]
 def train(output_dir):
     trainer = SFTTrainer(model="model", tokenizer=AutoTokenizer.from_pretrained("model"), dataset=rows)
     trainer.train(per_device_train_batch_size=4, max_steps=1, learning_rate=1e-3, output_dir=output_dir)
@@ -62,7 +63,11 @@ def run(command: list[str], folder: Path, text: str | None = None, umask: int = 
 @pytest.fixture
 def after_the_script(workplace: Path) -> Path:
     (workplace / "script.py").write_text(SCRIPT + MORE)
-    run(["script.py"], workplace, umask=0o027)
+    shown = run(["script.py"], workplace, umask=0o027)
+    for noise in ("Unknown MLP type", "Token indices sequence length", "Traceback"):
+        assert noise not in shown
+    assert "elapsed 0:" in shown
+    assert "left 0:00:00" in shown
     return workplace
 
 
@@ -72,6 +77,7 @@ def test_a_script_without_a_guard_trains_in_a_thread_twice_and_converts(after_th
     for name in ("first", "thread", "exec"):
         assert (folder / name / "hf" / "model.safetensors").is_file(), name
         assert (folder / name / "checkpoints" / "step_000001" / ".metadata").is_file(), name
+    assert (folder / "first" / "training_curve.png").is_file()
     assert (folder / "converted" / ".metadata").is_file()
     check_modes(folder, umask=0o027)
     # A folder in bfloat16 stays one, though training was in float32.
