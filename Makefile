@@ -38,8 +38,11 @@ $(READY): requirements/torch.txt requirements/cpu.txt setup.py
 demo: $(READY)  ## pretrain with Megatron-Core, plug in GRPO, export, check: four processes, a few minutes
 	$(BIN)/python examples/arithmetic_grpo/demo.py
 
+# Files are shared out over the workers whole, since tests of a file share fixtures; ranks and servers that tests start
+# come on top. Two workers keep two cores busy and stay below 8 GB.
+TEST_WORKERS ?= 2
 test: $(READY)  ## all tests but those with real servers, fast ones first; PYTEST_ARGS="-k plan" selects
-	$(BIN)/python -m pytest -m "not integration" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not integration" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -53,7 +53,16 @@ EXTRAS = {
     "wandb": WANDB,
     "tracking": MLFLOW + TENSORBOARD + WANDB,
     "sglang": ["sglang>=0.5.21,<0.6"],
-    "dev": [*MLFLOW, *TENSORBOARD, "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9", "mypy>=1.13"],
+    "dev": [
+        *MLFLOW,
+        *TENSORBOARD,
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "ruff>=0.9",
+        "mypy>=1.13",
+    ],
 }
 
 
