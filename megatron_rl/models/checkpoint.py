@@ -7,9 +7,11 @@ layer stacked too (SequentialMLP.sharded_state_dict).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
@@ -20,11 +22,19 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.adapter import SUFFIX, merged
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.inert_load import load_inert
+from megatron_rl.models.layouts import megatron_layout
+from megatron_rl.models.legacy_checkpoint import FILE, LegacyCheckpoint, unknown_tensors
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.write_results import use_own_results
-from megatron_rl.reshard.layout import Shard
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.reshard.layout import Layout, Shard
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
+RELEASE = "release"  # what it says for weights that no training step has changed yet; also the name of their folder
+COMMON = "common.pt"  # what dist_checkpointing stores beside tensors
+MODEL_PARTS = ("embedding.", "decoder.", "encoder.", "output_layer.", "mtp.")  # what a GPTModel's tensors begin with
 
 # The local spec's norms are stored under TransformerEngine's names (gpt_layer_specs sharded_state_dict_keys_map).
 RENAMED = {
@@ -41,13 +51,55 @@ class Stored(NamedTuple):
 
 
 def checkpoint_folder(path: str | Path) -> Path | None:
-    """The folder with the checkpoint's metadata: ``path`` itself, or the newest iteration of a Megatron-LM run."""
+    """The folder of one checkpoint: ``path`` itself, or the newest iteration of a Megatron-LM run; None where there is
+    none.
+
+    Raises:
+        ConfigError: a run's pointer leads nowhere, or there is none among several iterations.
+    """
     folder = Path(path).expanduser()
     pointer = folder / LATEST
     if pointer.is_file():
         iteration = pointer.read_text().strip()
-        folder = folder / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
-    return folder if (folder / ".metadata").is_file() else None
+        found = folder / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+        if not iteration or not _is_checkpoint(found):
+            raise ConfigError(
+                f"{pointer} says {iteration!r}, but {found} holds no checkpoint: restore it, or give the folder of "
+                "another iteration"
+            )
+        return found
+    if _is_checkpoint(folder):
+        return folder
+    iterations = sorted(found.name for found in folder.glob("iter_*") if _is_checkpoint(found))
+    if iterations:
+        raise ConfigError(f"{folder} has {', '.join(iterations)} but no {LATEST}: give the folder of one of them")
+    return None
+
+
+def point_to(folder: Path) -> None:
+    """Make the iteration ``folder`` its run's newest one, unless the run has a pointer already."""
+    pointer = folder.parent / LATEST
+    if not pointer.exists():
+        name = folder.name
+        pointer.write_text(str(int(name.removeprefix("iter_"))) if name.startswith("iter_") else name)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (".metadata", "metadata.json")) or _is_legacy(folder)
+
+
+def _is_legacy(folder: Path) -> bool:
+    return any(folder.glob(f"mp_rank_*/{FILE}"))
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader | LegacyCheckpoint:
+    """Read a checkpoint of either format that Megatron-LM trains with, ``torch_dist`` or ``torch``.
+
+    Raises:
+        ConfigError: there is none, or it is of another format.
+    """
+    folder = checkpoint_folder(path)
+    return LegacyCheckpoint(folder) if folder is not None and _is_legacy(folder) else CheckpointReader(path)
 
 
 class CheckpointReader:
@@ -64,12 +116,45 @@ class CheckpointReader:
                 f"{path} holds no Megatron distributed checkpoint (.metadata): expected a folder that "
                 "megatron.core.dist_checkpointing.save wrote, in format torch_dist"
             )
+        if not ((folder / ".metadata").is_file() and (folder / "metadata.json").is_file()):
+            raise ConfigError(
+                f"{folder} is a checkpoint of another format than torch_dist and torch: load it in Megatron-LM and "
+                "save it with --ckpt-format torch_dist"
+            )
         self.folder = folder
         self._reader = FileSystemReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in stored if isinstance(entry, TensorStorageMetadata)}
+
+    ranks = (0,)  # of `layout`
+
+    @functools.cached_property
+    def arguments(self) -> Namespace | None:
+        """Megatron-LM's, of the job that wrote it; None where another program did."""
+        common = load_inert(self.folder / COMMON) if (self.folder / COMMON).is_file() else {}
+        found = common.get("args") if isinstance(common, dict) else None
+        return found if isinstance(found, Namespace) else None
+
+    def layout(self, architecture: Architecture) -> Layout:
+        """The layout of one rank, as which the checkpoint is read.
+
+        Raises:
+            ConfigError: a stored tensor has no place in the model.
+        """
+        layout = megatron_layout(architecture, RankGrid(ParallelSizes(), 1), self.padded_vocab)
+        known = {stored.key for shard in layout.shards(0) for stored in candidates(shard.name)}
+        extra = [k for k in self.tensors if k.startswith(MODEL_PARTS) and f"{SUFFIX}." not in k and k not in known]
+        # A value head may stand in the place of the output layer.
+        extra = [key for key in extra if key != "output_layer.weight" or self.tensors[key].size[0] > 1]
+        if extra:
+            raise ConfigError(unknown_tensors(self.folder, sorted(extra)))
+        return layout
+
+    def load(self, rank: int, shard: Shard) -> Tensor:
+        """As `read`; there is one rank."""
+        return self.read(shard)
 
     @property
     def padded_vocab(self) -> int:
@@ -175,12 +260,16 @@ class _OneTensor(LoadPlanner):
         pass
 
 
-def save_checkpoint(chunks: Sequence[nn.Module], folder: Path) -> None:
+def save_checkpoint(chunks: Sequence[nn.Module], folder: Path, common: Mapping[str, Any]) -> None:
     """Write the weights of a rank's chunks into the empty ``folder``. Collective over the job's ranks.
 
     The state has Megatron-LM's form: ``model``, or ``model0``, ``model1``, ... for interleaved chunks.
+
+    Args:
+        common: what to store beside tensors, the same on every rank.
     """
     names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
-    state = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    state: dict[str, Any] = dict(common)
+    state |= {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
     use_own_results()
     dist_checkpointing.save(state, str(folder))

@@ -40,7 +40,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
     find_checkpoint(checkpoint_folder, config.trainer.resume)
     model = starting_model(config)
-    described = model.hf_folder if isinstance(model, MegatronCheckpoint) else model
+    described = model.tokenizer_folder if isinstance(model, MegatronCheckpoint) else model
     tokenizer = load_tokenizer(config.tokenizer or described, config.pad_token)
     limits = model_limits(model, tokenizer, config.actor, config.actor.sampling.max_tokens)
     prompts = PromptDataset(None, tokenizer, config.data, limits)
@@ -111,9 +111,13 @@ def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, 
 
 def starting_model(config: RunConfig) -> str | MegatronCheckpoint:
     """What the policy starts from: a Hugging Face folder or id, or a Megatron checkpoint."""
-    if config.model_config_path is not None:
-        return MegatronCheckpoint(Path(config.model), Path(config.model_config_path))
-    return MegatronCheckpoint.find(config.model) or config.model
+    found = MegatronCheckpoint.find(config.model, config.model_config_path)
+    if found is None and config.model_config_path is not None:
+        raise ConfigError(
+            f"model_config_path={config.model_config_path} describes a Megatron checkpoint, but model={config.model} "
+            "is none: leave it out, or correct model"
+        )
+    return found or config.model
 
 
 def _reference(config: RunConfig, actor: Actor) -> Reference | None:

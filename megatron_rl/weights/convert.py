@@ -1,40 +1,47 @@
-"""`convert`: a Hugging Face folder or a Megatron distributed checkpoint into either of the two.
+"""`convert`: a Hugging Face folder or a Megatron checkpoint into either of the two.
 
 To Hugging Face it streams: one parameter and one output file are in memory at a time, and under torchrun the ranks
 share the files. To Megatron each rank holds its part of the model in the asked-for layout, read straight from the
-source; the checkpoint itself fits any layout. A converted checkpoint carries the model's config and tokenizer in its
-sub-folder ``hf``, so that it converts back without being told what it is.
+source; the checkpoint itself fits any layout. It is a run's folder as Megatron-LM's ``--load`` takes it, and carries
+the model's config and tokenizer in the sub-folder ``hf`` of the iteration.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder, save_checkpoint
+from megatron_rl.models.checkpoint import LATEST, RELEASE, CheckpointReader, point_to, save_checkpoint
 from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_hf_config
+from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
 from megatron_rl.models.layouts import hf_layout, megatron_layout
 from megatron_rl.models.local_tensors import chunk_tensors, naming_of
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import padded_vocab
-from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.reshard import LocalTransport, P2PTransport
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
-from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, MAX_SHARD_BYTES, HFDescription, HFFolderWriter
+from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFolderWriter
 from megatron_rl.weights.hf_in import SCORE, resolve_folder
-from megatron_rl.weights.source import LayoutSource, SafetensorsFolder, TensorSource
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint, differences
+from megatron_rl.weights.source import SafetensorsFolder, TensorSource
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head, write_value_head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,27 +64,23 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
     Raises:
         ConfigError: it is neither, or nothing says what model the checkpoint holds.
     """
-    checkpoint = checkpoint_folder(path)
+    checkpoint = MegatronCheckpoint.find(path, config, flag="--config")
     if checkpoint is None:
         folder = resolve_folder(path)
+        if config is not None:
+            raise ConfigError(
+                f"--config {config} describes a Megatron checkpoint, but {path} is a Hugging Face folder, which "
+                "describes itself: leave --config out"
+            )
         description = _describe(folder)
         with SafetensorsFolder(folder) as source:
             head = read_value_head(folder, description.architecture.hidden)
             yield Opened(description, source, source.dtype("model.embed_tokens.weight"), head)
         return
-    described = Path(config) if config is not None else checkpoint / DESCRIPTION_FOLDER
-    if not described.exists():
-        raise ConfigError(
-            f"{checkpoint} does not say what model it holds: pass config=<a Hugging Face folder or config.json> of the "
-            "same architecture"
-        )
-    description = _describe(described.parent if described.is_file() else described)
-    reader = CheckpointReader(checkpoint)
-    layout = megatron_layout(description.architecture, RankGrid(ParallelSizes(), 1), reader.padded_vocab)
-    head = None
-    if SECOND_HEAD in reader.tensors:
+    reader, description, head = checkpoint.reader, checkpoint.description, None
+    if isinstance(reader, CheckpointReader) and SECOND_HEAD in reader.tensors:
         head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
-    yield Opened(description, LayoutSource(layout, 0, reader.read), reader.dtype, head)
+    yield Opened(description, checkpoint.source, reader.dtype, head)
 
 
 def convert(
@@ -136,25 +139,60 @@ def _to_hf(opened: Opened, writer: HFFolderWriter) -> None:
 def _to_megatron(opened: Opened, writer: HFFolderWriter, sizes: ParallelSizes) -> None:
     a = opened.description.architecture
     context = ParallelContext.create(sizes)
-    config = transformer_config(a, sizes, dtype=writer.dtype)
+    config = transformer_config(a, sizes, dtype=writer.dtype, **_stacked_layers(a))
     head = opened.value_head
     chunks = build_model(
         a, config, pg_collection=context.collection, value_head=a.score_head, second_head=head is not None
     )
-    layout = megatron_layout(a, context.grid, padded_vocab(a.vocab, sizes.tp), naming_of(chunks))
+    vocab = padded_vocab(a.vocab, sizes.tp)
+    layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
     together = _agreement(context)
+    # One iteration of a run where the target is named as one; else a run with nothing but a release.
+    alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
+    folder = writer.partial if alone else writer.partial / RELEASE
     with _hidden(writer, together, context.rank):
         with together.attempt():
+            if context.rank == 0:
+                folder.mkdir(exist_ok=True)
             own = chunk_tensors(chunks)
             fill(layout, context.rank, own, opened.tensors)
             for name in own:
                 if head is not None and name.endswith(SECOND_HEAD):
                     own[name].copy_(head)
-        save_checkpoint(chunks, writer.partial)
+        save_checkpoint(chunks, folder, _job_state(a, sizes, vocab, writer.dtype, folder.name))
         with together.attempt():
             if context.rank == 0:
-                opened.description.write_into(writer.partial, writer.dtype)
+                opened.description.write_into(folder, writer.dtype)
+                if not alone:
+                    (writer.partial / LATEST).write_text(RELEASE)
                 writer.publish()
+                if alone:
+                    point_to(writer.folder)
+
+
+def _stacked_layers(a: Architecture) -> dict[str, Any]:
+    """Megatron-Core stores the layers of a model as one tensor where ``moe_layer_freq`` says that all are alike, which
+    a list never does (TransformerBlock.sharded_state_dict); Megatron-LM's default is 1."""
+    return {"moe_layer_freq": 1} if a.experts is not None and not a.experts.dense_layers else {}
+
+
+def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.dtype, name: str) -> dict[str, Any]:
+    """What Megatron-LM keeps in a checkpoint beside tensors (checkpointing.py generate_state_dict)."""
+    arguments = arguments_from_architecture(a, sizes, vocab, dtype)
+    other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, architecture_from_arguments(arguments, vocab))]
+    if other or a.score_head:
+        logger.warning(
+            "Megatron-LM has no arguments for this model (%s): its own scripts would compute another one from this "
+            "checkpoint; megatron_rl reads it as it is",
+            ", ".join(other) or "a value head",
+        )
+    iteration = int(name.removeprefix("iter_")) if name.startswith("iter_") else 0
+    return {
+        "args": arguments,
+        "checkpoint_version": 3.0,
+        "iteration": iteration,
+        "num_floating_point_operations_so_far": 0,
+    }
 
 
 def _agreement(context: ParallelContext) -> Agreement:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,42 +45,59 @@ class TensorSource(Protocol):
         ...
 
 
+class Place(NamedTuple):
+    """Where a rectangle of a logical tensor lies."""
+
+    rank: int
+    shard: Shard
+    span: Span
+
+
 class LayoutSource:
-    """Logical tensors that sit in the shards of one rank of a layout, loaded one shard at a time.
+    """Logical tensors that sit in the shards of some ranks of a layout, loaded one shard at a time.
 
     Args:
-        layout: how the logical tensors sit in the shards of ``rank``.
-        load: fetches a shard's tensor, in its shape.
+        layout: how the logical tensors sit in the shards of ``ranks``.
+        ranks: which together hold all; of rectangles that several hold the first one's is read.
+        load: fetches a rank's shard, in its shape.
         keep: shards to keep loaded: neighbouring tensors of a layer often share one.
     """
 
-    def __init__(self, layout: Layout, rank: int, load: Callable[[Shard], Tensor], keep: int = 2) -> None:
+    def __init__(
+        self, layout: Layout, ranks: Iterable[int], load: Callable[[int, Shard], Tensor], keep: int = 2
+    ) -> None:
         self._load = functools.lru_cache(keep)(load)
-        self._places: dict[str, list[tuple[Shard, Span]]] = {}
-        for shard in layout.shards(rank):
-            for span in shard.spans:
-                self._places.setdefault(span.tensor, []).append((shard, span))
+        self._places: dict[str, list[Place]] = {}
+        seen = set()
+        for rank in ranks:
+            for shard in layout.shards(rank):
+                for span in shard.spans:
+                    rectangle = (span.tensor, span.row_start, span.row_stop, span.col_start, span.col_stop)
+                    if rectangle not in seen:
+                        seen.add(rectangle)
+                        self._places.setdefault(span.tensor, []).append(Place(rank, shard, span))
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._places
 
     def read(self, span: Span) -> Tensor:
-        pieces = [(_overlap(span, place), shard, place) for shard, place in self._places[span.tensor]]
+        pieces = [(_overlap(span, place.span), place) for place in self._places[span.tensor]]
         pieces = [piece for piece in pieces if piece[0].numel > 0]
-        if sum(common.numel for common, _, _ in pieces) != span.numel:
+        if sum(common.numel for common, _ in pieces) != span.numel:
             raise ConfigError(f"the weights do not hold all of {span}: the config belongs to another model")
-        tensors = [self._part(shard, place, common) for common, shard, place in pieces]
+        tensors = [self._part(place, common) for common, place in pieces]
         if len(tensors) == 1:
             return tensors[0]
         result = tensors[0].new_empty(span.num_rows, span.num_cols)
-        for (common, _, _), tensor in zip(pieces, tensors, strict=True):
+        for (common, _), tensor in zip(pieces, tensors, strict=True):
             row, col = common.row_start - span.row_start, common.col_start - span.col_start
             result[row : row + common.num_rows, col : col + common.num_cols] = tensor
         return result
 
-    def _part(self, shard: Shard, place: Span, wanted: Span) -> Tensor:
-        row, col = place.row + wanted.row_start - place.row_start, place.col + wanted.col_start - place.col_start
-        matrix = self._load(shard).detach().reshape(shard.matrix_shape)
+    def _part(self, place: Place, wanted: Span) -> Tensor:
+        held = place.span
+        row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
+        matrix = self._load(place.rank, place.shard).detach().reshape(place.shard.matrix_shape)
         return matrix[row : row + wanted.num_rows, col : col + wanted.num_cols]
 
 
@@ -100,7 +117,7 @@ def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> L
     for shard in present:
         check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
     held = Layout(layout.name, {0: 0}, lambda cell: present)
-    return LayoutSource(held, 0, lambda shard: tensors[shard.name], keep=0)
+    return LayoutSource(held, (0,), lambda rank, shard: tensors[shard.name], keep=0)
 
 
 class SafetensorsFolder:

@@ -154,7 +154,7 @@ def _named(config: ScoreModel.Config) -> str | MegatronCheckpoint:
 
 
 def _tokenizer_folder(source: Any) -> str | Path:
-    return source.hf_folder if isinstance(source, MegatronCheckpoint) else source
+    return source.tokenizer_folder if isinstance(source, MegatronCheckpoint) else source
 
 
 def is_model(source: Any) -> bool:

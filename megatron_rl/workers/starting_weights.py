@@ -6,21 +6,24 @@ A value head is looked for under each name that it may have there; a source with
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder
+from megatron_rl.models.checkpoint import CheckpointReader
 from megatron_rl.models.hf_config import read_hf_config
+from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
 from megatron_rl.models.megatron_chunk import unwrap
+from megatron_rl.models.parameters import whole
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER
-from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source, resolve_folder
+from megatron_rl.weights.hf_in import SCORE, holds_scores, load_folder, model_source, resolve_folder
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.source import SafetensorsFolder
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 
@@ -30,40 +33,6 @@ if TYPE_CHECKING:
 
 EMBEDDING = "model.embed_tokens.weight"  # of a Hugging Face folder
 OUTPUT_LAYER = "output_layer.weight"  # of chunks and checkpoints: a value head may stand in its place
-
-
-@dataclass(frozen=True, slots=True)
-class MegatronCheckpoint:
-    """Weights in a Megatron distributed checkpoint, and the Hugging Face config.json that describes their model."""
-
-    folder: Path
-    config: Path
-
-    @classmethod
-    def find(cls, path: str | Path, config: str | Path | None = None) -> MegatronCheckpoint | None:
-        """The checkpoint at ``path``, or the newest one of a Megatron-LM run there; None where there is none.
-
-        Args:
-            config: a Hugging Face folder or config.json, where the checkpoint does not carry its description itself.
-
-        Raises:
-            ConfigError: nothing says what model it holds.
-        """
-        folder = checkpoint_folder(path)
-        if folder is None:
-            return None
-        described = Path(config) if config is not None else folder / DESCRIPTION_FOLDER
-        if not described.exists():
-            raise ConfigError(
-                f"the Megatron checkpoint {folder} does not say what model it holds: set model_config_path to a "
-                "Hugging Face folder or config.json of the same architecture"
-            )
-        return cls(folder, described)
-
-    @property
-    def hf_folder(self) -> Path:
-        """The folder with config.json and, in checkpoints that carry their description, the tokenizer."""
-        return self.config.parent if self.config.name == "config.json" else self.config
 
 
 def is_hf_model(model: Any) -> bool:
@@ -87,14 +56,14 @@ def hf_config_of(source: Path | HFModel | MegatronCheckpoint) -> HFConfig:
     if isinstance(source, Path):
         return read_hf_config(source)
     if isinstance(source, MegatronCheckpoint):
-        return read_hf_config(source.hf_folder)
+        return copy.deepcopy(source.hf_config)
     return copy.deepcopy(source.config)
 
 
 def dtype_of(source: Path | HFModel | MegatronCheckpoint) -> torch.dtype:
     """What the weights of a resolved source are stored in; the embedding stands for all of them."""
     if isinstance(source, MegatronCheckpoint):
-        return CheckpointReader(source.folder).dtype
+        return source.reader.dtype
     if isinstance(source, Path):
         with SafetensorsFolder(source) as stored:
             return stored.dtype(EMBEDDING)
@@ -108,7 +77,7 @@ def fill_model(model: MegatronModel, source: Path | HFModel | MegatronCheckpoint
         Whether the source has all of it; False = it has no value head, and the model's stays zero.
     """
     if isinstance(source, MegatronCheckpoint):
-        return load_megatron_checkpoint(model, source.folder)
+        return load_megatron_checkpoint(model, source)
     rank, tensors, has_head = model.context.rank, model.tensors(), not model.value_head
     if isinstance(source, Path):
         has_head = has_head or holds_scores(source)
@@ -132,27 +101,23 @@ def _set_head(model: MegatronModel, weight: torch.Tensor | None) -> bool:
     return weight is not None
 
 
-def load_megatron_checkpoint(model: MegatronModel, folder: Path) -> bool:
-    """Fill bare chunks from a Megatron distributed checkpoint, whatever layout wrote it. Collective.
+def load_megatron_checkpoint(model: MegatronModel, checkpoint: MegatronCheckpoint) -> bool:
+    """Fill bare chunks from a Megatron checkpoint, whatever layout wrote it. Collective.
 
     Returns:
         As `fill_model`.
 
     Raises:
-        ConfigError: there is no checkpoint in ``folder``, or it is that of a run with adapters.
+        ConfigError: it holds another model than it is described as, or is that of a run with adapters.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(folder)):
-        raise ConfigError(
-            f"{folder} holds no Megatron distributed checkpoint: expected a folder that "
-            "megatron.core.dist_checkpointing.save wrote"
-        )
-    if CheckpointReader(folder).has_adapters:
+    folder, reader = checkpoint.folder, checkpoint.reader
+    if reader.has_adapters:
         raise ConfigError(
             f"{folder} is the checkpoint of a run that trained adapters (LoRA): `megatron-rl convert {folder} FOLDER "
             "--to hf` merges them into the weights; start from that folder"
         )
     own = OUTPUT_LAYER if model.value_head else SECOND_HEAD if model.second_head else None
-    stored = None if own is None else _stored_head(CheckpointReader(folder).tensors)
+    stored = None if own is None or isinstance(reader, LegacyCheckpoint) else _stored_head(reader.tensors)
     names = [f"model{index}" if len(model.chunks) > 1 else "model" for index in range(len(model.chunks))]
     template = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, model.chunks, strict=True)}
     zero = {}
@@ -161,10 +126,31 @@ def load_megatron_checkpoint(model: MegatronModel, folder: Path) -> bool:
             zero[name] = {own: entries.pop(own).data}
         elif own in entries:
             entries[own].key = stored
+    reader.layout(checkpoint.architecture)  # refuses what has no place in the model
+    here = not isinstance(reader, LegacyCheckpoint) and _has_all(reader, template.values())
+    if not all(model.context.gather_objects(here)):
+        _fill_from_parts(model, checkpoint, stored)
+        return own is None or stored is not None
     state = dist_checkpointing.load(template, str(folder))
     for name, chunk in zip(names, model.chunks, strict=True):
         unwrap(chunk).load_state_dict(state[name] | zero.get(name, {}))
     return own is None or stored is not None
+
+
+def _has_all(reader: CheckpointReader, parts: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every tensor is stored under the name that Megatron-Core gives it in this model. Layers of experts are
+    not where one side stacks them into one tensor and the other does not."""
+    entries = (entry for part in parts for entry in part.values())
+    return all(
+        entry.key in reader.tensors for entry in entries if isinstance(entry, ShardedTensor | ShardedTensorFactory)
+    )
+
+
+def _fill_from_parts(model: MegatronModel, checkpoint: MegatronCheckpoint, head: str | None) -> None:
+    """Fill a model tensor by tensor, as from a Hugging Face folder; ``head`` is the stored value head's name."""
+    fill(model.layout_of(not model.value_head), model.context.rank, model.tensors(), checkpoint.source)
+    if head is not None and isinstance(checkpoint.reader, CheckpointReader):
+        _set_head(model, checkpoint.reader.read(whole(head, SCORE, (1, model.architecture.hidden))))
 
 
 def _stored_head(tensors: Mapping[str, Any]) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from small_run import write_run
+from stored_arguments import forget_arguments
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,8 @@ def test_convert_exports_the_checkpoint_of_a_training_run(command, model, tmp_pa
 def test_convert_is_told_what_a_checkpoint_of_another_program_holds(command, model, tmp_path):
     checkpoint = tmp_path / "megatron"
     assert command("convert", model, checkpoint, "--to", "megatron").code == 0
-    shutil.rmtree(checkpoint / "hf")
+    shutil.rmtree(checkpoint / "release" / "hf")
+    forget_arguments(checkpoint / "release")
     unexplained = command("convert", checkpoint, tmp_path / "hf", "--to", "hf")
     assert unexplained.code == 2
     assert "does not say what model it holds" in unexplained.error
@@ -70,7 +72,7 @@ def test_convert_starts_torchrun_for_the_sizes_that_it_is_given(command, model, 
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (target / "__1_0.distcp").is_file()  # the second rank's file
+    assert (target / "release" / "__1_0.distcp").is_file()  # the second rank's file
     assert command("convert", target, tmp_path / "back", "--to", "hf").code == 0
     assert_same_weights(tmp_path / "back", model)
 

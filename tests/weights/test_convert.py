@@ -10,6 +10,7 @@ import pytest
 import torch
 from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical
 from safetensors.torch import load_file, save_file
+from stored_arguments import forget_arguments
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import megatron_rl
@@ -38,7 +39,7 @@ def read_files(folder: Path) -> dict[str, torch.Tensor]:
 def test_to_megatron_and_back_is_bitwise(architecture: Architecture, tmp_path) -> None:
     full = hf_folder(architecture, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
-    assert (tmp_path / "megatron" / "metadata.json").is_file()
+    assert (tmp_path / "megatron" / "release" / "metadata.json").is_file()
     convert(tmp_path / "megatron", tmp_path / "back", "hf", max_shard_bytes=20_000)
     found = read_files(tmp_path / "back")
     assert sorted(found) == sorted(full)
@@ -78,7 +79,8 @@ def test_hugging_face_to_hugging_face_changes_dtype_and_file_size(tmp_path) -> N
 def test_a_checkpoint_that_does_not_say_what_it_holds_needs_a_config(tmp_path) -> None:
     full = hf_folder(LLAMA, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
-    shutil.rmtree(tmp_path / "megatron" / "hf")
+    shutil.rmtree(tmp_path / "megatron" / "release" / "hf")
+    forget_arguments(tmp_path / "megatron" / "release")
     with pytest.raises(ConfigError, match="does not say what model it holds"):
         convert(tmp_path / "megatron", tmp_path / "back", "hf")
     convert(tmp_path / "megatron", tmp_path / "back", "hf", config=tmp_path / "hf" / "config.json")

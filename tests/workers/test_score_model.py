@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 from small_run import write_run
+from stored_arguments import forget_arguments
 
 from megatron_rl import RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
@@ -41,7 +42,8 @@ def test_neither_is_its_megatron_checkpoint(folder):
 
 def test_a_checkpoint_that_describes_nothing_says_what_to_set(folder):
     checkpoint = convert(folder / "model", folder / "bare", "megatron")
-    (checkpoint / "hf").rename(folder / "elsewhere")
+    (checkpoint / "release" / "hf").rename(folder / "elsewhere")
+    forget_arguments(checkpoint / "release")
     with pytest.raises(RewardError, match="set model_config_path"):
         RewardModel(checkpoint).score().run(batch())
 
