@@ -20,11 +20,14 @@ EPILOG = """
 A checkpoint of a training run as a Hugging Face folder:
 `megatron-rl convert outputs/run/checkpoints/step_000040 trained --to hf`
 
-A checkpoint of another program, which does not say what model it holds:
+The newest checkpoint of a Megatron-LM job (`--ckpt-format torch_dist` or `torch`), which says what model it holds:
+`megatron-rl convert megatron-lm-run trained --to hf`
+
+A checkpoint of another program, which does not:
 `megatron-rl convert pretrained trained --to hf --config folder-with-config.json`
 
-A Hugging Face folder as a Megatron checkpoint, written by four processes that hold a quarter of the model each:
-`megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
+A Hugging Face folder as a checkpoint that `pretrain_gpt.py --load ckpt` takes, written by four processes that hold a
+quarter of the model each: `megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
 
 And back: `megatron-rl convert ckpt my-model-again --to hf`
 
@@ -49,7 +52,7 @@ class Dtype(enum.StrEnum):
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="Hugging Face folder or model id, or Megatron distributed checkpoint.")],
+    source: Annotated[str, typer.Argument(help="Hugging Face folder or model id, or Megatron checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")],
     to: Annotated[Target, typer.Option(help="Format of the result.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that hold the model while it is written.")] = 1,
@@ -88,6 +91,10 @@ def convert(
         )
         if rank == 0:
             typer.echo(f"wrote {written}")
+            if to is Target.MEGATRON:
+                from megatron_rl.weights.megatron_checkpoint import load_options
+
+                typer.echo(f"for Megatron-LM: {load_options(written)}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

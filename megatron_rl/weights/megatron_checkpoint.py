@@ -19,7 +19,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder, open_checkpoint
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, is_classifier, read_hf_config
-from megatron_rl.models.job_arguments import architecture_from_arguments
+from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_to_add
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, HFDescription
 from megatron_rl.weights.source import LayoutSource
@@ -183,6 +183,14 @@ class MegatronCheckpoint:
                 f"{self.flag} {self.config} belongs to another model than {where}: {'; '.join(said)}: leave "
                 f"{self.flag} out, or give the config of this model"
             )
+
+
+def load_options(folder: Path) -> str:
+    """What a command of Megatron-LM says to start from ``folder``, which `convert` wrote."""
+    found = MegatronCheckpoint.find(folder)
+    assert found is not None, "it was written a moment ago"
+    run = folder.parent if found.folder == folder else folder
+    return " ".join(["--load", str(run), "--use-checkpoint-args", *arguments_to_add(found._arguments)])
 
 
 def _architecture(folder: Path) -> Architecture:
