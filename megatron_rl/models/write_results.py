@@ -7,6 +7,7 @@ notebook or standard input cannot be imported at all. A file in memory that pare
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import queue
@@ -17,29 +18,38 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 
 class WriteResults:
-    """A queue for the results of one save: its writer, a fork of this process or itself, puts one result."""
+    """A queue of the results of saves: each save's writer, a fork of this process or itself, puts one result.
+
+    Megatron-Core keeps the queue for every later save, of the job's own as well: a result is given out once.
+    """
 
     def __init__(self) -> None:
-        # Where there is no memfd, a file without a name.
+        # Where there is no memfd, a file without a name. Unbuffered: what a fork wrote must not hide behind a buffer.
         memory = getattr(os, "memfd_create", None)
-        self._file = os.fdopen(memory("results"), "w+b") if memory else tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = os.fdopen(memory("results"), "w+b", 0) if memory else tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._taken = 0  # bytes of the results that were given out
 
     def put(self, result: Any) -> None:
-        """Keep ``result``: what was written, or the error that the writer ended with."""
-        pickle.dump(result, self._file)
-        self._file.flush()
+        """Add ``result``: what was written, or the error that the writer ended with."""
+        rest = memoryview(pickle.dumps(result))
+        self._file.seek(0, os.SEEK_END)
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
     def get_nowait(self) -> Any:
-        """What was put.
+        """The oldest result that was not given out yet.
 
         Raises:
-            queue.Empty: nothing; the writer ended without a result.
+            queue.Empty: there is none; the writer ended without a result.
         """
-        self._file.seek(0)
+        self._file.seek(self._taken)
+        data = io.BytesIO(self._file.readall())
         try:
-            return pickle.load(self._file)
+            result = pickle.load(data)
         except (EOFError, pickle.UnpicklingError):
             raise queue.Empty from None
+        self._taken += data.tell()
+        return result
 
 
 def use_own_results() -> None:

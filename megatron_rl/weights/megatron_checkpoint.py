@@ -113,6 +113,11 @@ class MegatronCheckpoint:
         return hf_config_from(self.architecture, self.tokenizer, str(self.reader.dtype).removeprefix("torch."))
 
     @property
+    def hf_folder(self) -> Path:
+        """The Hugging Face folder that describes it; the checkpoint's own where only Megatron-LM's arguments do."""
+        return self._described or self.folder
+
+    @property
     def tokenizer_folder(self) -> Path:
         """Where a tokenizer may lie: beside the description, or where Megatron-LM's arguments say."""
         if self._described is not None:

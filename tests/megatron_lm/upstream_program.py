@@ -9,11 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import megatron_rl
+import megatron_rl  # noqa: F401  (first: the CPU face, before Megatron-LM is imported)
 
-assert megatron_rl  # installs the CPU face before Megatron-LM is imported
-
-import torch
+import torch  # isort: skip
 import torch.distributed as dist
 import upstream
 from transformers import AutoModelForCausalLM
@@ -45,7 +43,7 @@ class Case:
     layout: str = ""
     format: str = "torch_dist"
     loaded: str = ""
-    sizes: ParallelSizes = ParallelSizes()
+    sizes: ParallelSizes = ParallelSizes()  # noqa: RUF009  (frozen)
 
 
 TOKENS = 301  # of NullTokenizer with --vocab-size 300

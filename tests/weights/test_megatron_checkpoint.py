@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from dataclasses import replace
@@ -220,8 +221,6 @@ class Call(Touch):
 @pytest.mark.parametrize("kind", [Touch, Call])
 def test_nothing_in_a_file_is_run(kind, tmp_path):
     torch.save({"args": kind(tmp_path / "ran"), "weight": torch.ones(2)}, tmp_path / "file.pt")
-    try:
+    with contextlib.suppress(ConfigError):  # refused, or read without what it would run
         assert torch.equal(load_inert(tmp_path / "file.pt")["weight"], torch.ones(2))
-    except ConfigError as error:
-        assert "cannot be read" in str(error)
     assert not (tmp_path / "ran").exists()
