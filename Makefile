@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup setup-sglang demo demo-sglang test test-sglang test-kernels test-peers lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo demo-sglang test test-sglang test-kernels test-peers test-gpu gpu-wheels lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -90,6 +90,19 @@ test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled 
 
 test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
+
+# What a machine with a GPU may lack, as files: it needs no network then (`make test-gpu WHEELS=folder`).
+WHEELS ?= wheels
+FOR_GPU := --no-deps --only-binary=:all: --python-version 3.12 --implementation cp --abi cp312 --abi abi3 --abi none \
+  $(foreach tag,_2_28 _2_27 _2_24 _2_17 2014 _2_12 _2_5 1,--platform manylinux$(tag)_x86_64)
+
+gpu-wheels:  ## download what `make test-gpu` needs beside torch, triton and transformers into WHEELS=wheels
+	$(PYTHON) -m pip download --disable-pip-version-check -q $(FOR_GPU) -d $(WHEELS) -r requirements/gpu.txt
+	$(PYTHON) -m pip download --disable-pip-version-check -q $(FOR_GPU) -d $(WHEELS) -r requirements/gpu-newest.txt
+	@du -sm $(WHEELS) | awk '{print $$1 " MiB in " $$2} $$1 >= 60 {print "60 MiB are the limit"; exit 1}'
+
+test-gpu:  ## on a machine with a GPU and WHEELS=folder: kernels, bandwidths, hand-over, memory, a demo; one JSON line
+	$(PYTHON) tools/test_gpu.py --wheels $(WHEELS) $(GPU_ARGS)
 
 bench-rollout: $(SGLANG)/.ready
 bench-rollout: override BENCH_ARGS += --sglang $(SGLANG)/bin/python

@@ -37,6 +37,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)  # Megatron-Core uses 
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
+SIDE = 2 if int(os.environ.get("WORLD_SIZE", "1")) >= 4 else 1  # TP2 x PP2 where there are processes for it
 PAD = VOCABULARY.index("<pad>")
 NUM_MICRO_BATCHES = 2
 LENGTH = len("99+99=198") + 1  # tokens of the longest text, <eos> included
@@ -231,8 +232,8 @@ def greedy_accuracy(model: list[DistributedDataParallel], rows: torch.Tensor) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tensor-parallel", type=int, default=2)
-    parser.add_argument("--pipeline-parallel", type=int, default=2)
+    parser.add_argument("--tensor-parallel", type=int, default=SIDE)
+    parser.add_argument("--pipeline-parallel", type=int, default=SIDE)
     parser.add_argument("--query-groups", type=int, default=2)
     parser.add_argument("--steps", type=int, default=350, help="at most this many")
     parser.add_argument("--stop-at", type=float, default=0.4, help="accuracy that leaves something to learn")

@@ -5,16 +5,18 @@
 What a job needs for this stands between the two lines of dashes.
 """
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from arithmetic import build_tokenizer, score
-from pretrain import build_model, build_optimizer, initialize, load_checkpoint, parallel_state
+from pretrain import SIDE, build_model, build_optimizer, initialize, load_checkpoint, parallel_state
 
 OUTPUTS = Path("outputs/arithmetic_grpo")
+TRACKERS = ("console", "jsonl", "mlflow") if find_spec("mlflow") else ("console", "jsonl")
 
 
 def main() -> None:
-    initialize(tensor_parallel=2, pipeline_parallel=2, seed=1)
+    initialize(tensor_parallel=SIDE, pipeline_parallel=SIDE, seed=1)
     model = build_model()
     load_checkpoint(OUTPUTS / "pretrained", model)
     optimizer = build_optimizer(model, learning_rate=3e-4)
@@ -37,7 +39,7 @@ def main() -> None:
     held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
     evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
     settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=70, evaluate_every=35, save_every=35)
-    tracking = TrackerGroup.Config(trackers=("console", "jsonl", "mlflow"), experiment="arithmetic_grpo")
+    tracking = TrackerGroup.Config(trackers=TRACKERS, experiment="arithmetic_grpo")
     connect(flow, actor, grpo, loader, settings, tracking=tracking, evaluate=evaluation).train()
     # ---------------------------------------------------------------------------------------------------------------
 

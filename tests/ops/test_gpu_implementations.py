@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ops.gpu_device import DEVICE, only_on_a_gpu
 from ops.op_cases import FLOATS, assert_bitwise_equal, random_bits
 
 from megatron_rl.ops.block_quantize import block_quantize
 from megatron_rl.ops.copy_spans import copy_spans
 from megatron_rl.ops.span_checksum import span_checksum
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: only a GPU can tell"),
-]
+pytestmark = only_on_a_gpu
 IMPLEMENTATIONS = ("reference", "triton", "cuda")
 JOBS = [
     [0, 0, 1, 3, 1, 30_001, 0, 0],
@@ -30,10 +28,10 @@ def test_copy_spans_on_a_gpu(implementation, source, target):
     generator = torch.Generator().manual_seed(0)
     sources = [random_bits(120_000, source, generator) for _ in range(2)]
     expected = [torch.zeros(120_000, dtype=target) for _ in range(2)]
-    actual = [tensor.cuda() for tensor in expected]
+    actual = [tensor.clone().to(DEVICE) for tensor in expected]
     jobs = torch.tensor(JOBS)
     copy_spans(sources, expected, jobs, implementation="reference")
-    copy_spans([tensor.cuda() for tensor in sources], actual, jobs, implementation=implementation)
+    copy_spans([tensor.to(DEVICE) for tensor in sources], actual, jobs, implementation=implementation)
     for a, b in zip(actual, expected, strict=True):
         assert_bitwise_equal(a.cpu(), b)
 
@@ -48,7 +46,7 @@ def test_block_quantize_on_a_gpu(implementation, dtype, shape, wild):
     x = random_bits(numel, dtype, generator) if wild else torch.randn(numel, generator=generator).to(dtype)
     x = x.view(shape)
     expected = block_quantize(x, implementation="reference")
-    actual = block_quantize(x.cuda(), implementation=implementation)
+    actual = block_quantize(x.to(DEVICE), implementation=implementation)
     assert_bitwise_equal(actual[1].cpu(), expected[1])
     assert_bitwise_equal(actual[0].cpu(), expected[0])
 
@@ -62,5 +60,5 @@ def test_span_checksum_on_a_gpu(implementation, dtype, as_dtype):
     matrix = random_bits(301 * 1003 + 8, dtype, torch.Generator().manual_seed(2))
     spans = torch.tensor([[0, 1, -9, 5, 7, 0, 300, 1000, 1003], [0, 0, 77, 0, 0, 8, 1003, 301, 301]])
     expected = span_checksum([matrix], spans, 2, as_dtype=as_dtype, implementation="reference")
-    actual = span_checksum([matrix.cuda()], spans, 2, as_dtype=as_dtype, implementation=implementation)
+    actual = span_checksum([matrix.to(DEVICE)], spans, 2, as_dtype=as_dtype, implementation=implementation)
     assert actual.tolist() == expected.tolist()
