@@ -105,7 +105,7 @@ class Report:
         if part.limit < 5:
             part.reason = "no time was left"
         elif part.needs_gpu and not self.machine.get("gpu"):
-            part.reason = "torch sees no CUDA device"
+            part.reason = "torch sees no CUDA device" if self.machine else "there is no environment to run it in"
         else:
             try:
                 getattr(self, part.name)(part)
