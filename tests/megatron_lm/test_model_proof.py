@@ -26,11 +26,12 @@ VOCAB = 120  # 8 rows of the embedding are padding
 
 @pytest.fixture(autouse=True)
 def world() -> Iterator[None]:
-    current_platform().init_process_group()
+    if not dist.is_initialized():  # tests of other files share this process
+        current_platform().init_process_group()
+    parallel_state.destroy_model_parallel()
     initialize(JobArguments())
     yield
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
 def taken(args: JobArguments, change: Callable[[nn.Module], None] = lambda chunk: None) -> MegatronModel:
