@@ -9,14 +9,27 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Callable
 
 
-def configure_logging(rank: int = 0, level: str = "INFO") -> None:
+class MaskingFormatter(logging.Formatter):
+    """Lines as ``rewrite`` leaves them: without credentials, whatever part of the program put them there."""
+
+    def __init__(self, form: str, dates: str, rewrite: Callable[[str], str]) -> None:
+        super().__init__(form, dates)
+        self.rewrite = rewrite
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self.rewrite(super().format(record))
+
+
+def configure_logging(rank: int = 0, level: str = "INFO", rewrite: Callable[[str], str] = str) -> None:
     """Send the ``megatron_rl`` loggers to stderr, once per process; calling it again only changes the level.
 
     Args:
         rank: global rank of this process.
         level: threshold on rank 0; the other ranks use at least WARNING.
+        rewrite: what every line goes through, such as `config.masked`.
     """
     logger = logging.getLogger("megatron_rl")
     threshold = logging.getLevelName(level)
@@ -27,7 +40,7 @@ def configure_logging(rank: int = 0, level: str = "INFO") -> None:
         logger.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(f"%(asctime)s %(levelname).1s [rank {rank}] %(name)s: %(message)s", "%H:%M:%S")
+        MaskingFormatter(f"%(asctime)s %(levelname).1s [rank {rank}] %(name)s: %(message)s", "%H:%M:%S", rewrite)
     )
     logger.addHandler(handler)
     logger.propagate = False

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import typer
 
+from megatron_rl.config.credentials import masked
+
 EXIT_CODE = 2  # of a mistake in configuration, data or user code
 
 
@@ -21,7 +23,7 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
         if not isinstance(error, mistakes()):
             raise
         sys.stdout.flush()
-        typer.echo(f"[rank {rank}] {type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        typer.echo(f"[rank {rank}] {type(error).__name__}: {masked(' '.join(str(error).split()))}", err=True)
         sys.stderr.flush()
         # Not sys.exit: at interpreter shutdown the process group would wait for ranks that may hang in a collective.
         os._exit(EXIT_CODE)

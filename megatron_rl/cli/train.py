@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,13 +38,16 @@ def train(
     """Train as a YAML file says."""
     rank = environment_rank()
     with clear_errors(rank):
-        from megatron_rl.config.files import load_config
+        from megatron_rl.config import load_config, masked, masked_values
         from megatron_rl.run.config import RunConfig
 
         run = load_config(RunConfig, config, overrides or [])
-        configure_logging(rank, run.log_level)
+        configure_logging(rank, run.log_level, masked)
         if check:
-            typer.echo(run.model_dump_json(indent=2))
+            from megatron_rl.run.check import check_run
+
+            check_run(run)
+            typer.echo(json.dumps(masked_values(run.model_dump(mode="json")), indent=2))
             return
         from megatron_rl.run.execute import execute
 

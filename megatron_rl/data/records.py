@@ -69,7 +69,7 @@ def read_records(source: Any, limit: int | None = None) -> Records:
         DataError: nothing there, an unknown format, a broken line (file:line), or no rows.
     """
     if isinstance(source, str | Path):
-        numbered = [row for path in _files(str(source)) for row in _read_file(path)]
+        numbered = [row for path in data_files(str(source)) for row in _read_file(path)]
         places, rows = [place for place, _ in numbered], [row for _, row in numbered]
     else:
         rows = _read_object(source)
@@ -95,7 +95,7 @@ def _read_object(source: Any) -> list[Row]:
     return list(source)
 
 
-def _files(pattern: str) -> list[Path]:
+def data_files(pattern: str) -> list[Path]:
     found = [Path(pattern)] if Path(pattern).is_file() else sorted(Path(p) for p in glob.glob(pattern))
     if not found:
         raise DataError(f"data file {pattern!r} does not exist (working directory: {Path.cwd()})")
@@ -118,7 +118,9 @@ def _read_file(path: Path) -> list[tuple[str, Row]]:
             return [(f"{path}:{n}", _parse(path, n, line)) for n, line in enumerate(file, start=1) if line.strip()]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
@@ -127,6 +129,8 @@ def _parse(path: Path, number: int, line: str) -> Row:
         return json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting as deep
+        raise DataError(f"{path}:{number}: cannot be read: {error!s:.100}") from None
 
 
 def _read_parquet(path: Path) -> list[Row]:

@@ -41,8 +41,10 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrain
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"no tokenizer could be loaded from {source} ({error}): give a folder that has one") from None
+    except Exception as error:  # a damaged tokenizer.json raises whatever its parser meets
+        raise ConfigError(
+            f"no tokenizer could be loaded from {source} ({_brief(error)}): give a folder that has one"
+        ) from None
     if pad_token is not None:
         _set_pad(tokenizer, pad_token)
     return tokenizer
@@ -140,3 +142,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mes
         )
     text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

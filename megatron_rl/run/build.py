@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
+from megatron_rl.algorithms import ALGORITHMS, PPO, BaseAlgorithm
 from megatron_rl.config import ConfigError, load_user_object
 from megatron_rl.data import PromptDataset, PromptLoader
 from megatron_rl.models.tokenizer import load_tokenizer
@@ -47,7 +47,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     held_out = PromptDataset(None, tokenizer, config.evaluation.data, limits) if config.evaluation else None
     reward = build_reward(config.rewards)
     check_answers(reward, [*prompts, *(held_out or ())])
-    callbacks = [_callback(name) for name in config.callbacks]
+    callbacks = [load_callback(name) for name in config.callbacks]
     context = ParallelContext.create(config.parallel, seed=config.seed)
     place = context.coordinates.dp, context.grid.dp
     loader = PromptLoader(prompts, config.prompts_per_step, *place, seed=config.seed, shuffle=config.shuffle)
@@ -91,6 +91,8 @@ def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorith
             found = ALGORITHMS[name]
         except ValueError as error:
             raise ConfigError(f"algorithm.name: {error}") from None
+    if config.critic is not None and name in ALGORITHMS and not issubclass(found, PPO):
+        raise ConfigError(f"the section critic is given, but algorithm {name!r} has no value model: leave critic out")
     return found, found.Config.parse(values, where="algorithm")
 
 
@@ -143,7 +145,7 @@ def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, 
     return Evaluation(actor, list(prompts), reward, config.evaluation.n, config.evaluation.temperature)
 
 
-def _callback(name: str) -> Callback:
+def load_callback(name: str) -> Callback:
     found = load_user_object(name)
     made = found() if isinstance(found, type) else found
     if not isinstance(made, Callback):

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_rl.algorithms import BaseAlgorithm
+from megatron_rl.config import masked_values
 from megatron_rl.data import GlobalBatchLoader, Limits
 from megatron_rl.data.dataset import TokenisedDataset
 from megatron_rl.dataflow import Flow
@@ -79,9 +80,9 @@ def connect(
         lock.discard()
         raise
     if actor.context.rank == 0:
-        (output_dir / "config.yaml").write_text(yaml.safe_dump(dict(params or {}), sort_keys=False))
+        (output_dir / "config.yaml").write_text(yaml.safe_dump(masked_values(dict(params or {})), sort_keys=False))
     trainer.trackers.append(tracker)
-    trainer.params = params or {}
+    trainer.params = masked_values(params or {})
     trainer.callbacks.append(RewardCurve(output_dir, tracker))
     logger.info("%s, %s; outputs in %s", current_platform().name, actor.context, output_dir)
     return trainer

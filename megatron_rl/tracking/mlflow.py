@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_rl.config import ConfigRecord
+from megatron_rl.config import ConfigRecord, masked
 from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
 
@@ -64,7 +64,7 @@ class MlflowTracker(Tracker):
         self.run_id = ""  # start() sets it
         self._names, self._param_names = LegalNames(ILLEGAL, MAX_NAME_CHARS), LegalNames(ILLEGAL, MAX_NAME_CHARS)
         self._times: dict[int, int] = {}  # of each step, in ms, so that a second try repeats the first
-        logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, self.uri)
+        logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, masked(self.uri))
 
     def is_outage(self, error: Exception) -> bool:
         """What a server answers for a while, and what MLflow makes of a connection that fails (INTERNAL_ERROR)."""

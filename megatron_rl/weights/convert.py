@@ -18,25 +18,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.checkpoint import LATEST, RELEASE, CheckpointReader, point_to, save_checkpoint
-from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_hf_config
+from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
-from megatron_rl.models.layouts import hf_layout, megatron_layout
+from megatron_rl.models.layouts import hf_layout, logical_tensors, megatron_layout
 from megatron_rl.models.local_tensors import chunk_tensors, naming_of
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import padded_vocab
+from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.reshard import LocalTransport, P2PTransport
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFolderWriter
-from megatron_rl.weights.hf_in import SCORE, resolve_folder
+from megatron_rl.weights.hf_in import SCORE, check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint, differences
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head, write_value_head
@@ -74,6 +75,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
             )
         description = _describe(folder)
         with SafetensorsFolder(folder) as source:
+            check_folder(source, logical_tensors(description.architecture))
             head = read_value_head(folder, description.architecture.hidden)
             yield Opened(description, source, source.dtype("model.embed_tokens.weight"), head)
         return
@@ -219,9 +221,6 @@ def _describe(folder: Path) -> HFDescription:
     config = read_hf_config(folder)
     tokenizer: PreTrainedTokenizerBase | None = None
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    generation = None
-    if (folder / "generation_config.json").is_file():
-        generation = GenerationConfig.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     architecture = replace(architecture_from_hf(config), score_head=is_classifier(config))
-    return HFDescription(architecture, config, tokenizer, generation)
+    return HFDescription(architecture, config, tokenizer, read_generation(folder))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -19,12 +20,14 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
-from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.layout import Layout, Span
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memory
 
 logger = logging.getLogger(__name__)
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+ROWS = 8192  # of two matrices that are compared, at a time
 SCORE = "score.weight"  # the head of a sequence classifier
 NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -70,7 +73,7 @@ def load_folder(
     """
     with SafetensorsFolder(folder) as source:
         expected = logical_tensors(architecture or read_architecture(folder))
-        _check_folder(source, expected)
+        check_folder(source, expected)
         fill(layout, rank, tensors, source)
 
 
@@ -95,17 +98,51 @@ def require_one_label(config: PretrainedConfig, where: str) -> None:
         )
 
 
-def _check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare a folder with what its config describes, by the headers of its files; what is not used is warned about.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape, or a tied model's file has a head of its own.
+    """
     missing = sorted(expected.keys() - source.files.keys())
     if missing:
         raise ConfigError(
             f"{source.folder} lacks {len(missing)} of {len(expected)} tensors, first {missing[0]!r}: "
             "the download is incomplete, or config.json belongs to another model"
         )
+    for name, shape in expected.items():
+        source.check_shape(name, shape)
+    if HEAD not in expected and SCORE not in expected and HEAD in source and EMBEDDING in expected:
+        _check_tied(source, expected[EMBEDDING])
     # Two harmless kinds of surplus: a tied head that was stored all the same, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != "lm_head.weight" and "rotary_emb" not in n]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])
+
+
+def _check_tied(source: SafetensorsFolder, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError where a stored head is not the embedding that takes its place, compared in parts."""
+    source.check_shape(HEAD, shape)
+    for start in range(0, shape[0], ROWS):
+        stop = min(shape[0], start + ROWS)
+        head, embedding = (source.read(Span(n, start, stop, 0, shape[1], 0, 0)) for n in (HEAD, EMBEDDING))
+        if not torch.equal(head.float(), embedding.float()):
+            raise ConfigError(
+                f"{source.files[HEAD]}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings=true, so "
+                "it would be ignored: set tie_word_embeddings to false to use it, or remove it from the file"
+            )
+
+
+def refuse_own_code(model: PreTrainedModel) -> None:
+    """Raise ConfigError for a model whose computation or parameters are not those of the class in `transformers`."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        definer = next(base for base in kind.__mro__ if "forward" in vars(base))
+        if "forward" in vars(module) or definer.__module__.partition(".")[0] not in ("transformers", "torch"):
+            raise ConfigError(
+                f"{name or 'the model'} is a {kind.__name__} with a forward of its own, which would be trained and "
+                "exported as the stock model: give the stock class, or add its family in megatron_rl/models"
+            )
 
 
 def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
@@ -114,11 +151,27 @@ def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
     Raises:
         ConfigError: its family is not supported, or it is a classifier of several labels.
     """
+    refuse_own_code(model)
     architecture = architecture_from_hf(model.config)
     if SCORE in model.state_dict():
         require_one_label(model.config, type(model).__name__)
         architecture = replace(architecture, score_head=True)
-    return architecture, state_source(architecture, dict(model.state_dict()))
+    state = dict(model.state_dict())
+    known = {
+        s.name for layout in (transformers_layout(architecture), hf_layout(architecture)) for s in layout.shards(0)
+    }
+    extra = sorted(name for name in state if name not in known and name != HEAD and "rotary_emb" not in name)
+    if extra:
+        raise ConfigError(
+            f"{type(model).__name__} has {len(extra)} tensors that a {architecture.family} model does not have, first "
+            f"{extra[0]!r}: they would be neither trained nor exported. Give the stock model"
+        )
+    if HEAD in state and HEAD not in known and SCORE not in known and not torch.equal(state[HEAD], state[EMBEDDING]):
+        raise ConfigError(
+            f"{type(model).__name__}: {HEAD} is not {EMBEDDING}, but its config says tie_word_embeddings=true: tie "
+            "them, or set config.tie_word_embeddings=False"
+        )
+    return architecture, state_source(architecture, state)
 
 
 def state_source(architecture: Architecture, state: Mapping[str, Tensor]) -> TensorSource:

@@ -164,6 +164,20 @@ class SafetensorsFolder:
             chosen = part[span.row_start : span.row_stop, span.col_start : span.col_stop]
         return chosen.reshape(span.num_rows, span.num_cols)
 
+    def check_shape(self, tensor: str, expected: tuple[int, ...]) -> None:
+        """Raise ConfigError unless ``tensor`` has exactly this shape; more rows than the config has are no less wrong
+        than fewer."""
+        path = self.files[tensor]
+        try:
+            shape = tuple(self._handle(path).get_slice(tensor).get_shape())
+        except SafetensorError as error:
+            raise ConfigError(f"{path} holds no readable {tensor!r} ({error}): restore the file") from None
+        if shape != expected:
+            raise ConfigError(
+                f"{path}: {tensor} has shape {list(shape)}, but config.json describes {list(expected)}: config.json "
+                "and the weights do not belong together"
+            )
+
     def dtype(self, tensor: str) -> torch.dtype:
         """The dtype ``tensor`` is stored in.
 
@@ -198,8 +212,11 @@ def _weight_map(folder: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{index} is not a safetensors index ({error!r}): restore the file") from None
+            wrong = [f"{n!r}: {f!r}" for n, f in weight_map.items() if not isinstance(f, str) or Path(f).name != f]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(f"{index} is not a safetensors index ({error!r:.200}): restore the file") from None
+        if wrong:
+            raise ConfigError(f"{index}: {wrong[0]:.200} names no file of the folder: restore the file")
         return {name: folder / file for name, file in weight_map.items()}
     if single.is_file():
         return dict.fromkeys(_open_safetensors(single).keys(), single)

@@ -57,6 +57,14 @@ MISTAKES = {
     "a reward that raises": ([own("raising")], ["'raising' raised KeyError", "no such entry", "prompt "]),
     "a reward that is not a number": ([own("not_a_number")], ["returned nan, expected a finite number", "prompt "]),
     "a checkpoint that is not there": (["trainer.resume=/nowhere/step_000001"], ["expected auto, never or"]),
+    "an empty stop text": (["actor.sampling.stop=['']"], ["actor.sampling.stop", "empty"]),
+    "a negative number of records": (["data.max_records=-1"], ["data.max_records = -1"]),
+    "a negative learning rate": (["actor.optimizer.learning_rate=-1"], ["learning_rate = -1", "at least 0"]),
+    "a rate that is no number": (["actor.optimizer.clip_gradient=.nan"], ["actor.optimizer.clip_gradient = "]),
+    "no output folder": (["trainer.output_dir=''"], ["trainer.output_dir = ''"]),
+    "an output folder below a file": (["trainer.output_dir=/dev/null/out"], ["/dev/null is no folder"]),
+    "a critic that nobody asks": (["critic={}"], ["critic", "grpo", "leave critic out"]),
+    "a key into a list": (["rewards.name=x"], ["rewards.name=x", "does not fit"]),
     "a log level that is none": (["log_level=LOUD"], ["log_level", "'WARNING'"]),
 }
 
@@ -113,6 +121,41 @@ def test_a_check_prints_the_whole_configuration_and_runs_nothing(command, run_fo
     shown = json.loads(ended.out)
     assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (4, 0.9)
     assert not (run_folder / "out").exists()
+
+
+def test_a_check_names_all_mistakes_at_once(command, run_folder):
+    ended = command(
+        "train",
+        run_folder / "config.yaml",
+        "--check",
+        *("algorithm.name=gppo", "actor.rollout.engine=locl", "tracking.trackers=[jsnl]", "callbacks=['nowhere.py:X']"),
+        *("data.path=/nowhere/rows.jsonl", "rewards=[{name: exakt}]", "model=/nowhere/model"),
+    )
+    expected = [
+        "7 mistakes",
+        "'ppo'",
+        "'local'",
+        "'jsonl'",
+        "nowhere.py",
+        "/nowhere/rows",
+        "'exact'",
+        "/nowhere/model",
+    ]
+    assert_refused(ended, run_folder, expected)
+
+
+def test_a_check_masks_credentials_and_a_run_keeps_them_to_itself(command, run_folder):
+    uri = "http://bob:hunter2@127.0.0.1:9/"
+    options = ("tracking.trackers=[mlflow]", f"tracking.options={{mlflow: {{uri: '{uri}'}}}}")
+    ended = command("train", run_folder / "config.yaml", "--check", *options)
+    assert ended.code == 0
+    assert "http://bob:***@127.0.0.1:9/" in ended.out
+    assert "hunter2" not in ended.out + ended.err
+
+
+def test_a_file_of_one_number_is_no_configuration(command, run_folder):
+    (run_folder / "number.yaml").write_text("8")
+    assert_refused(command("train", run_folder / "number.yaml"), run_folder, ["number.yaml", "one value"])
 
 
 def test_a_folder_that_was_there_before_survives_a_failure(command, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -78,6 +79,18 @@ def test_weights_that_nobody_pushed_are_told_from_other_faults() -> None:
     for version in ("default", "5", "8"):
         with pytest.raises(OutdatedWeightsError, match=version):
             read_completions(result([8], spans=[(version, 0, 1)]), request(), [6, 7])
+
+
+@pytest.mark.parametrize("tokens", [[8, 999_999], [-7], [64]])
+def test_a_token_outside_the_vocabulary_is_a_server_error(tokens) -> None:
+    with pytest.raises(ServerError, match="outside the vocabulary of 64"):
+        read_completions(result(tokens), replace(request(), vocab=64), [7])
+
+
+def test_a_log_probability_above_zero_is_a_server_error_beyond_rounding() -> None:
+    read_completions(result([8], output_token_logprobs=[[1e-6, 8, None]]), request(), [7])
+    with pytest.raises(ServerError, match="log-probability 5, which is above 0"):
+        read_completions(result([8], output_token_logprobs=[[5.0, 8, None]]), request(), [7])
 
 
 def test_log_probabilities_that_are_not_finite_end_the_run() -> None:

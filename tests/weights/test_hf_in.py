@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_rl.models import Architecture, logical_tensors, megatron_layout
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Span
+from megatron_rl.weights.convert import open_weights
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_in import load_folder, model_source, read_architecture, resolve_folder
 from megatron_rl.weights.source import SafetensorsFolder
@@ -115,12 +117,104 @@ def test_a_tied_folder_may_also_store_its_head(tmp_path, caplog) -> None:
     model = random_model(QWEN2)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file(tensors | {"lm_head.weight": torch.ones(50, 24)}, tmp_path / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
     layout = megatron_layout(QWEN2, GRID, 64)
     local = empty_tensors(layout, 2, torch.float32)
     load_folder(tmp_path, layout, 2, local)
-    assert torch.equal(local["output_layer.weight"], tensors["model.embed_tokens.weight"][:32])
+    assert torch.equal(local["output_layer.weight"], embedding[:32])
     assert not caplog.records
+
+
+def test_a_tied_folder_with_another_head_is_refused(tmp_path) -> None:
+    random_model(QWEN2).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[49, 23] += 1
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+    layout = megatron_layout(QWEN2, GRID, 64)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: lm_head\.weight is not .*tie_word_embeddings"):
+        load_folder(tmp_path, layout, 2, empty_tensors(layout, 2, torch.float32))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.layers.3.mlp.down_proj.weight",
+    ],
+)
+@pytest.mark.parametrize("dim", [0, -1])
+def test_a_tensor_larger_than_the_config_says_is_refused_on_every_rank_and_by_convert(tmp_path, name, dim) -> None:
+    random_model(LLAMA).save_pretrained(tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    shape = list(tensors[name].shape)
+    tensors[name] = torch.cat([tensors[name], tensors[name].narrow(dim, 0, 1)], dim=dim)
+    save_file(tensors, file)
+    larger = list(tensors[name].shape)
+    expected = re.escape(f"{file}: {name} has shape {larger}, but config.json describes {shape}")
+    layout = megatron_layout(LLAMA, GRID, 64)
+    for rank in range(4):
+        with pytest.raises(ConfigError, match=expected):
+            load_folder(tmp_path / "hf", layout, rank, empty_tensors(layout, rank, torch.float32))
+    with pytest.raises(ConfigError, match=expected), open_weights(tmp_path / "hf"):
+        pass
+
+
+def test_a_model_with_a_forward_or_parameters_of_its_own_is_refused_by_name() -> None:
+    model = random_model(LLAMA)
+
+    class Scaled(type(model)):
+        def forward(self, *arguments, **named):
+            return super().forward(*arguments, **named)
+
+    class Renamed(type(model)):
+        pass
+
+    config = model.config
+    with pytest.raises(ConfigError, match="the model is a Scaled with a forward of its own"):
+        model_source(Scaled(config))
+    model_source(Renamed(config))
+    model.model.layers[1].mlp.forward = lambda hidden: hidden
+    with pytest.raises(ConfigError, match=r"model\.layers\.1\.mlp is a LlamaMLP with a forward"):
+        model_source(model)
+    larger = random_model(LLAMA)
+    larger.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match=r"2 tensors that a llama model does not have, first 'extra\.bias'"):
+        model_source(larger)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 10**12), ("hidden_size", "many"), ("vocab_size", -1), ("num_attention_heads", [4])],
+)
+def test_a_config_with_values_that_cannot_be_right_is_one_line(tmp_path, field, value) -> None:
+    random_model(LLAMA).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ConfigError, match=re.escape(f"{path}: {field} is")) as caught:
+        read_architecture(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}", "[]", "\udcff"])
+def test_damaged_json_files_are_one_line(tmp_path, text) -> None:
+    for name, read in {"config.json": read_architecture, "model.safetensors.index.json": SafetensorsFolder}.items():
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+        with pytest.raises(ConfigError, match=re.escape(name)) as caught:
+            read(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_index_names_files_of_its_folder_only(tmp_path) -> None:
+    for entry in (3, "../other.safetensors", None):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": entry}}))
+        with pytest.raises(ConfigError, match="names no file of the folder"):
+            SafetensorsFolder(tmp_path)
 
 
 def load(folder: Path) -> None:

@@ -10,15 +10,18 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from megatron_rl.rewards.service.proxies import reached_directly
 from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers
@@ -30,6 +33,7 @@ T = TypeVar("T")
 PASSING = frozenset({408, 425, 429})  # and 5xx: worth another attempt
 REJECTED = frozenset({400, 413, 422})  # this request is at fault, others may not be
 LONGEST_WAIT = 20.0
+LONGEST_RETRY_AFTER = 60.0  # seconds; a server that asks for more is asked again after these
 BODY_HEAD = 300  # characters of an error's body in messages
 
 
@@ -38,7 +42,11 @@ class NoAnswerError(RuntimeError):
 
 
 class PassingError(NoAnswerError):
-    """The same, for a reason that may have passed at the next attempt."""
+    """The same, for a reason that may have passed at the next attempt, at least ``retry_after`` seconds from now."""
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class RejectedError(NoAnswerError):
@@ -91,7 +99,7 @@ class ServiceClient:
         """
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self.config.retries + 1),
-            wait=wait_random_exponential(multiplier=2 * self.config.retry_wait, max=LONGEST_WAIT),
+            wait=_wait(self.config.retry_wait),
             retry=retry_if_exception_type(PassingError),
             reraise=True,
         )
@@ -111,12 +119,12 @@ class ServiceClient:
                     content = await self._content(url, response)
         except TimeoutError:
             raise PassingError(f"{url} did not answer within {self.config.timeout:g} s") from None
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             raise PassingError(f"{url}: {type(error).__name__}: {error}") from None
-        _check_status(url, response.status_code, content)
+        _check_status(url, response.status_code, content, response.headers.get("retry-after"))
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise PassingError(f"{url} answered with what is not JSON: {_head(content)}") from None
 
     async def _content(self, url: str, response: httpx.Response) -> bytes:
@@ -129,12 +137,37 @@ class ServiceClient:
         return bytes(received)
 
 
-def _check_status(url: str, status: int, content: bytes) -> None:
+def _wait(first: float) -> Callable[[RetryCallState], float]:
+    """Seconds before the next attempt: exponential with jitter, and no less than the server asks for, up to a cap."""
+    usual = wait_random_exponential(multiplier=2 * first, max=LONGEST_WAIT)
+
+    def seconds(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(usual(state), error.retry_after if isinstance(error, PassingError) else 0.0)
+
+    return seconds
+
+
+def _retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3), at most `LONGEST_RETRY_AFTER`; 0 = nothing."""
+    if not header:
+        return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER) if math.isfinite(seconds) else 0.0
+
+
+def _check_status(url: str, status: int, content: bytes, retry_after: str | None = None) -> None:
     if 200 <= status < 300:
         return
     message = f"{url} answered with status {status}: {_head(content)}"
     if status in PASSING or status >= 500:
-        raise PassingError(message)
+        raise PassingError(message, _retry_after(retry_after))
     if status in REJECTED:
         raise RejectedError(message)
     hint = {401: "; set token_env", 403: "; is the token in token_env right?", 404: "; is the kind of service right?"}

@@ -19,7 +19,13 @@ from typing import Any, ClassVar, TypeVar
 from megatron_rl.batch import Sample
 from megatron_rl.rewards.reward import NoReward, Reward, RewardError, describe
 from megatron_rl.rewards.service.cache import AnswerCache, answer_key
-from megatron_rl.rewards.service.client import NoAnswerError, RejectedError, ServiceClient, WrongServerError
+from megatron_rl.rewards.service.client import (
+    NoAnswerError,
+    PassingError,
+    RejectedError,
+    ServiceClient,
+    WrongServerError,
+)
 from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers, check_ca_file
 from megatron_rl.rewards.service.template import fill
 
@@ -192,7 +198,12 @@ class ServiceReward(Reward):
             return [NoReward(str(error))] * len(samples)
 
     def _read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
-        scored = self.read(answer, samples)
+        try:
+            scored = self.read(answer, samples)
+        except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
+            raise PassingError(
+                f"{self.config.url}: no reward in the answer ({type(error).__name__}: {error!s:.100})"
+            ) from None
         for sample, found in zip(samples, scored, strict=True):
             for number in (found.value, *found.parts.values()):
                 if not math.isfinite(number):

@@ -81,7 +81,7 @@ class SGLangClient:
         text = answer.text[:BODY_EXCERPT]
         if answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
             raise ServerError(f"{self.url}{path} answered {answer.status_code}: {text}")
-        if answer.is_error:
+        if not answer.is_success:  # a redirect too: it would carry prompts and the key elsewhere
             raise RequestError(f"{self.url}{path} answered {answer.status_code}: {text}")
 
     async def post(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Any:
@@ -95,7 +95,7 @@ class SGLangClient:
     def _parse(self, path: str, content: bytes) -> Any:
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             excerpt = content[:BODY_EXCERPT].decode(errors="replace")
             raise ServerError(f"{self.url}{path} answered with what is not JSON: {excerpt!r}") from None
 
@@ -128,7 +128,7 @@ class SGLangClient:
         path, limit = "/generate", httpx.Timeout(self.timeout, connect=10.0)
         try:
             async with self._http.stream("POST", path, json=body, timeout=limit) as answer:
-                if answer.is_error:
+                if not answer.is_success:
                     await answer.aread()
                     self._check(path, answer)
                 async for line in answer.aiter_lines():

@@ -241,6 +241,7 @@ class SGLangEngine(RolloutEngine):
             seeds=[sample_seed(params.seed, seed, sample) for sample in range(params.n)],
             params=params,
             eos_token_ids=self.eos_token_ids,
+            vocab=self.architecture.vocab,
             routed_experts=(self.architecture.num_layers, experts.experts_per_token) if experts else None,
         )
 

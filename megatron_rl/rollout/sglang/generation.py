@@ -18,8 +18,16 @@ import numpy
 from megatron_rl.rollout.base import Completion, FinishReason, SamplingParams
 from megatron_rl.rollout.sglang.client import Json, ServerError
 
+ROUNDING = 1e-3  # how far a log-probability may lie above 0: a softmax in bf16 does not sum to 1
 SEED_BITS = 31  # servers hold seeds in signed integers
-ANSWER_FAULTS = (KeyError, TypeError, ValueError, IndexError)  # what reading something else than an answer raises
+ANSWER_FAULTS = (
+    KeyError,
+    TypeError,
+    ValueError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+)  # what reading something else than an answer raises
 
 T = TypeVar("T")
 
@@ -38,6 +46,7 @@ class Request:
     params: SamplingParams
     eos_token_ids: Collection[int]
     routed_experts: tuple[int, int] | None = None  # (layers, experts a token) where they are to be returned
+    vocab: int | None = None  # tokens that an answer may hold are below it; None = not checked
 
     @property
     def stop_token_ids(self) -> set[int]:
@@ -120,6 +129,9 @@ def read_completion(result: Mapping[str, Any], request: Request, known_versions:
         raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, but log-probabilities of others")
     if len(tokens) > request.params.max_tokens:
         raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, at most {request.params.max_tokens} wanted")
+    if request.vocab is not None and not 0 <= min(tokens) <= max(tokens) < request.vocab:
+        strange = next(token for token in tokens if not 0 <= token < request.vocab)
+        raise ServerError(f"prompt {request.index}: token {strange}, outside the vocabulary of {request.vocab}")
     spans = _spans(meta, len(tokens))
     check_versions(request, (version for version, _ in spans), known_versions)
     length, stopped = _cut(tokens, request)
@@ -129,6 +141,8 @@ def read_completion(result: Mapping[str, Any], request: Request, known_versions:
             f"prompt {request.index}: log-probabilities are not finite, so the weights of version {spans[-1][0]} give "
             f"NaN or infinite logits: look at the last update's loss and gradient norm"
         )
+    if max(logprobs) > ROUNDING:
+        raise ServerError(f"prompt {request.index}: log-probability {max(logprobs):g}, which is above 0")
     kept = shorten([(int(version), count) for version, count in spans], length)
     finish: FinishReason = "stop" if stopped or reason["type"] == "stop" else "length"
     return Completion(tokens[:length], logprobs, finish, kept[-1][0], kept, _metadata(meta, request, length))
