@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import typer
 
 from megatron_rl.config.credentials import masked
+from megatron_rl.devices.launch import join_launcher
 
 EXIT_CODE = 2  # of a mistake in configuration, data or user code
 
@@ -35,15 +36,18 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.config import ConfigError
     from megatron_rl.data import DataError
     from megatron_rl.dataflow.flow import FlowError
+    from megatron_rl.devices.launch import LaunchError
     from megatron_rl.ops.registry import UnavailableError
     from megatron_rl.rewards import RewardError
     from megatron_rl.trainer.agreement import RemoteError
     from megatron_rl.weights.agreement import PeerError
 
-    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError)
+    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError, LaunchError)
     return *told, NotFiniteError, FloatingPointError
 
 
 def environment_rank() -> int:
-    """This process's rank as torchrun gave it; 0 without torchrun."""
+    """This process's rank as torchrun or a scheduler gave it; 0 without either."""
+    with clear_errors():
+        join_launcher()
     return int(os.environ.get("RANK", "0"))

@@ -20,6 +20,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
+from megatron_rl.devices.launch import join_launcher
 from megatron_rl.devices.rendezvous import store_of_this_start
 
 logger = logging.getLogger(__name__)
@@ -140,11 +141,13 @@ def warn_of_shared_store() -> None:
 
 
 def current_platform() -> Platform:
-    """The platform of this process; with several GPUs, torchrun's LOCAL_RANK picks the device.
+    """The platform of this process; with several GPUs, torchrun's LOCAL_RANK (or a scheduler's) picks the device.
 
     Raises:
+        LaunchError: a scheduler started several ranks that cannot meet.
         RuntimeError: torchrun started more processes on this machine than it has visible GPUs.
     """
+    join_launcher()
     if not torch.cuda.is_available():
         return Platform("cpu", "gloo", torch.device("cpu"))
     local_rank, visible = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
