@@ -1,7 +1,7 @@
 """Who started this process: torchrun, or a scheduler whose variables are translated into torchrun's.
 
-`srun` with one task a rank, and `mpirun`, start ranks without RANK and WORLD_SIZE. Each would be a world of its own, all of
-them writing into one folder: their variables are read as torch.distributed expects them, or refused.
+`srun` with one task a rank, and `mpirun`, start ranks without RANK and WORLD_SIZE. Each would be a world of its own,
+all of them writing into one folder: their variables are read as torch.distributed expects them, or refused.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ def folder(tmp_path_factory) -> Path:
     pairs = [{"prompt": f"{a}+10=", "chosen": f"{a + 10}", "rejected": "11"} for a in range(10, 14)]
     for name in ("pairs", "held_out"):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    asked = [{"prompt": f"{a}+10=", "answer": f"{a + 10}"} for a in range(10, 14)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
     (folder / "path/to/classifier").mkdir(parents=True)
     trainer = PPOTrainer(
         str(folder / "my-model"), AutoTokenizer.from_pretrained(folder / "my-model"), str(folder / "pairs.jsonl"),
@@ -76,6 +78,7 @@ def job(folder: Path) -> dict[str, Any]:
         "grpo": GRPO(own),
         "RewardModel": RewardModel,
         "chunks": [torch.nn.Module()],
+        "model": own.model.chunks,
     }
 
 
@@ -87,6 +90,7 @@ def families(folder: Path) -> dict[str, Any]:
 FRAGMENTS: dict[tuple[str, int], Callable[[Path], dict[str, Any]]] = {
     ("README.md", 0): job,
     ("docs/adding_things.md", 2): families,
+    ("docs/megatron_lm.md", 0): job,
     ("docs/rewards.md", 1): job,
 }
 # Blocks that walk through a file of the examples, which tests of their own run.
