@@ -43,7 +43,7 @@ REFUSED: list[Any] = [
     {"ground_truth": {"target": 18, "numbers": [9, 2]}},
     '["17", "18"]',
     float("nan"),
-    object(),
+    pytest.param(object(), id="an object"),
 ]
 REWARDS = [ExactReward(), NumberReward(), MathReward(), RegexReward(RegexReward.Config(pattern=r"(\d+)", compare=True))]
 
