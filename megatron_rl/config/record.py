@@ -71,7 +71,8 @@ class ConfigRecord(BaseModel, metaclass=_RecordType):
         """Refuse what no field of any record can mean."""
         assert info.field_name is not None  # this is no whole-record validator
         field = cls.model_fields[info.field_name]
-        _refuse_unusable(value)
+        if not any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in _types(field.annotation)):
+            _refuse_unusable(value)  # a nested record looks at its own fields, and names them
         if isinstance(value, str) and not value.strip() and field.default != "":
             raise ValueError("an empty text says nothing: give a value, or leave the key out")
         if isinstance(value, (list, tuple)) and "" in [item for item in value if isinstance(item, str)]:
