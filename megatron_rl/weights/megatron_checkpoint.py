@@ -13,12 +13,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder, open_checkpoint
-from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, is_classifier, read_hf_config
+from megatron_rl.models.hf_config import (
+    architecture_from_hf,
+    hf_config_from,
+    is_classifier,
+    read_generation,
+    read_hf_config,
+)
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_to_add
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, HFDescription
@@ -134,9 +140,7 @@ class MegatronCheckpoint:
     @property
     def description(self) -> HFDescription:
         """All of what a Hugging Face folder of this model holds beside tensors."""
-        generation = None
-        if self._described is not None and (self._described / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(self._described)
+        generation = read_generation(self._described) if self._described is not None else None
         config = self.hf_config if self._described is not None else None
         return HFDescription(self.architecture, config, self.tokenizer, generation)
 

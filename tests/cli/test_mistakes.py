@@ -56,7 +56,10 @@ MISTAKES = {
     "a reward function that is not there": ([own("evne")], ["Did you mean 'even'"]),
     "a reward that raises": ([own("raising")], ["'raising' raised KeyError", "no such entry", "prompt "]),
     "a reward that is not a number": ([own("not_a_number")], ["returned nan, expected a finite number", "prompt "]),
-    "a checkpoint that is not there": (["trainer.resume=/nowhere/step_000001"], ["expected auto, never or"]),
+    "a checkpoint that is not there": (
+        ["trainer.resume=/nowhere/step_000001"],
+        ["expected auto, never, a checkpoint folder"],
+    ),
     "an empty stop text": (["actor.sampling.stop=['']"], ["actor.sampling.stop", "empty"]),
     "a negative number of records": (["data.max_records=-1"], ["data.max_records = -1"]),
     "a negative learning rate": (["actor.optimizer.learning_rate=-1"], ["learning_rate = -1", "at least 0"]),
