@@ -67,6 +67,10 @@ struct PackedAttentionGrad {
 };
 void packed_attention_grad(const PackedAttentionGrad& g, int num_threads);
 
+// out = the sum of parts, [n] each, in fp32 and in their order; type, out_type: kFloat32 or kBfloat16.
+void accumulate(const void* const* parts, int64_t num_parts, void* out, int64_t n, int type, int out_type,
+                int num_threads);
+
 // x: [rows, 2 * width], gates then ups; out: [rows, width]; grad: as x.
 void swiglu(const float* x, float* out, int64_t rows, int64_t width, int num_threads);
 void swiglu_grad(const float* x, const float* grad_out, float* grad, int64_t rows, int64_t width, int num_threads);

@@ -39,6 +39,11 @@ void span_checksum(std::vector<Tensor> tensors, Tensor spans, Tensor sums, int64
                      static_cast<uint64_t*>(sums.data_ptr()), static_cast<int>(num_threads));
 }
 
+void accumulate(std::vector<Tensor> parts, Tensor out, int64_t type, int64_t out_type, int64_t num_threads) {
+  mrl::accumulate(addresses(parts).data(), static_cast<int64_t>(parts.size()), out.data_ptr(), out.numel(),
+                  static_cast<int>(type), static_cast<int>(out_type), static_cast<int>(num_threads));
+}
+
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
 void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor positions, Tensor out,
@@ -180,6 +185,7 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
   library.def(
       "span_checksum(Tensor[] tensors, Tensor spans, Tensor(a!) sums, int type, int as_type, int word_bytes, "
       "int num_threads) -> ()");
+  library.def("accumulate(Tensor[] parts, Tensor(a!) out, int type, int out_type, int num_threads) -> ()");
   library.def(
       "decode_attention(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) cache, Tensor positions, Tensor(c!) out, "
       "int num_threads) -> ()");
@@ -215,6 +221,7 @@ STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cpu, CPU, library) {
   library.impl("copy_spans", TORCH_BOX(&copy_spans));
   library.impl("block_quantize", TORCH_BOX(&block_quantize));
   library.impl("span_checksum", TORCH_BOX(&span_checksum));
+  library.impl("accumulate", TORCH_BOX(&accumulate));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   library.impl("swiglu", TORCH_BOX(&swiglu));
