@@ -1,0 +1,71 @@
+"""`Link`: one way from a node to the others (a network interface), as one lane of ranks uses it.
+
+Each link has a process group of its own, so a link that stalls or dies takes no other with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch import Tensor
+
+THREADS = 2  # of gloo, for each link
+
+
+class Link:
+    """One lane over one interface: the ranks at one index of every node.
+
+    Args:
+        store: of this lane and link alone (a prefix).
+        node, num_nodes: this rank's place in the lane.
+        interface: name of the network interface; "" leaves the choice to gloo (GLOO_SOCKET_IFNAME, or the host's name).
+        timeout: seconds that one exchange may take.
+    """
+
+    def __init__(self, store: dist.Store, node: int, num_nodes: int, interface: str, timeout: float) -> None:
+        self.interface, self.num_nodes = interface, num_nodes
+        self._group = _gloo(store, node, num_nodes, interface, timedelta(seconds=timeout))
+
+    @property
+    def name(self) -> str:
+        return self.interface or "default interface"
+
+    def exchange(
+        self, send: Tensor, send_counts: Sequence[int], receive: Tensor, receive_counts: Sequence[int]
+    ) -> dist.Work:
+        """Begin to send part j of ``send`` to node j and to receive part j of ``receive`` from it.
+
+        Args:
+            send, receive: flat and contiguous, the parts in node order; ``*_counts`` elements each.
+        """
+        return self._group.alltoall_base(
+            receive, send, list(receive_counts), list(send_counts), dist.AllToAllOptions()
+        )
+
+    def vote(self, mask: Tensor, timeout: float) -> dist.Work:
+        """Begin a bitwise or of ``mask``, int64, over the nodes, in place."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.BOR
+        options.timeout = timedelta(seconds=timeout)
+        return self._group.allreduce([mask], options)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, interface: str, limit: timedelta) -> dist.ProcessGroupGloo:
+    if not interface:
+        return dist.ProcessGroupGloo(store, rank, size, limit)
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(interface=interface)]
+    options._timeout = limit
+    options._threads = THREADS
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def split(total: int, weights: Sequence[float]) -> list[int]:
+    """``total`` elements in proportion to ``weights``: how many each gets. The same on every rank."""
+    whole, running, sizes = sum(weights), 0.0, []
+    for weight in weights:
+        running += weight
+        sizes.append(round(total * running / whole) - sum(sizes))
+    return sizes

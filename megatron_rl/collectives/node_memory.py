@@ -1,0 +1,137 @@
+"""`NodeMemory`: POSIX shared memory between the ranks of one node, and their barrier.
+
+    slot 0 | slot 1 | ... | result          one slot a rank to write its input to, one area for the node's result
+
+Before them lies a line for each rank: the barrier's count, a word that the rank says to the others (`say`, `heard`), and
+its process.
+The file is unlinked as soon as all ranks have mapped it, so nothing is left behind when a rank is killed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_rl.collectives.errors import CollectiveError
+
+LINE = 64  # bytes of a cache line: a rank's words never share one with another's
+SHARED = Path("/dev/shm")
+SPINS = 200  # yields of the processor before a barrier sleeps between its looks
+NAP = 5e-5  # seconds
+CHECK = 1000  # looks between two questions whether the late ranks still run
+
+
+class NodeMemory:
+    """Shared memory of ``size`` ranks.
+
+    Args:
+        store: of these ranks alone (a prefix).
+        rank: this rank's index in the node.
+        slot_bytes: of each rank's slot.
+        result_bytes: of the common result.
+        timeout: seconds that a barrier waits for the slowest rank.
+
+    Raises:
+        CollectiveError: the ranks see different memory, as containers with a /dev/shm of their own do.
+    """
+
+    def __init__(
+        self, store: dist.Store, rank: int, size: int, slot_bytes: int, result_bytes: int, timeout: float
+    ) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self._epoch = 0
+        slot_bytes, result_bytes = _whole_lines(slot_bytes), _whole_lines(result_bytes)
+        total = LINE * size + slot_bytes * size + result_bytes
+        self._map = _shared_map(store, rank, size, total, timeout)
+        self._words = memoryview(self._map)[: LINE * size].cast("q")
+        everything = torch.frombuffer(self._map, dtype=torch.uint8)
+        at = LINE * size
+        self._words[rank * LINE // 8 + 2] = os.getpid()
+        self._slots = [everything[at + i * slot_bytes : at + (i + 1) * slot_bytes] for i in range(size)]
+        self._result = everything[at + size * slot_bytes :]
+
+    def slot(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The slot of the node's rank ``index``, flat."""
+        return self._slots[index].view(dtype)
+
+    def result(self, dtype: torch.dtype) -> Tensor:
+        """The common result, flat."""
+        return self._result.view(dtype)
+
+    def say(self, word: int) -> None:
+        """Write this rank's word; the others see it after the next barrier."""
+        self._words[self.rank * LINE // 8 + 1] = word
+
+    def heard(self) -> list[int]:
+        """The word of every rank of the node."""
+        return [self._words[index * LINE // 8 + 1] for index in range(self.size)]
+
+    def barrier(self) -> None:
+        """Return once every rank of the node has come here; what they wrote before is then visible.
+
+        Each count is an aligned word that one rank writes. Giving up and taking back the interpreter's lock (`sleep(0)`)
+        is a release and an acquire of a mutex, which order the data before the count, on ARM as well.
+
+        Raises:
+            CollectiveError: a rank did not come in time.
+        """
+        self._epoch += 1
+        time.sleep(0)
+        self._words[self.rank * LINE // 8] = self._epoch
+        deadline, looks = time.monotonic() + self.timeout, 0
+        while late := [i for i in range(self.size) if self._words[i * LINE // 8] < self._epoch]:
+            looks += 1
+            if looks % CHECK == 0:
+                self._require_alive(late)
+                if time.monotonic() > deadline:
+                    raise CollectiveError(
+                        f"rank {late[0]} of this node did not take part in a collective within {self.timeout:g} s"
+                    )
+            time.sleep(0 if looks < SPINS else NAP)
+
+    def _require_alive(self, late: list[int]) -> None:
+        for index in late:
+            pid = self._words[index * LINE // 8 + 2]
+            if pid and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
+                raise CollectiveError(f"rank {index} of this node (process {pid}) has ended during a collective")
+
+
+def _whole_lines(count: int) -> int:
+    return -(-max(count, 1) // LINE) * LINE
+
+
+def _shared_map(store: dist.Store, rank: int, size: int, total: int, timeout: float) -> mmap.mmap:
+    """Rank 0 makes the file and says its name; all map it; then it is unlinked."""
+    if rank == 0:
+        descriptor, name = tempfile.mkstemp(prefix="megatron_rl_", dir=SHARED if SHARED.is_dir() else None)
+        os.posix_fallocate(descriptor, 0, total)  # a full /dev/shm is an error here, not a SIGBUS later
+        store.set("memory", name)
+    else:
+        store.wait(["memory"], timedelta(seconds=timeout))
+        name = store.get("memory").decode()
+        descriptor = os.open(name, os.O_RDWR) if Path(name).exists() else -1
+    try:
+        found = mmap.mmap(descriptor, total) if descriptor >= 0 else None
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+    store.set(f"mapped/{rank}", "yes" if found else "no")
+    try:
+        answers = [store.get(f"mapped/{other}").decode() for other in range(size)]
+    finally:
+        if rank == 0:
+            os.unlink(name)
+    if found is None or "no" in answers:
+        raise CollectiveError(
+            f"the ranks of this node do not see one {SHARED}: start their containers with a common /dev/shm, or set "
+            "collectives.all_reduce=library"
+        )
+    return found
