@@ -43,11 +43,12 @@ class HierarchicalPath:
 
     def __init__(self, store: dist.Store, rank: int, nodes: NodeMap, config: CollectivesConfig) -> None:
         self.nodes, self.config = nodes, config
+        self.rank = rank
         self.node, self.index = nodes.place(rank)
         self.chunk_bytes = max(int(config.chunk_mb * 2**20), 64 * nodes.size)
         names = config.links or ("",)
         self.shares = dict.fromkeys(range(len(names)), 1.0)  # of each link that works: the same on all ranks
-        self._link_names = [name or "the default interface" for name in names]
+        self.link_names = [name or "the default interface" for name in names]
         local = dist.PrefixStore(f"node{self.node}", store)
         # A rank waits for one that waits for a failed link, and then for the vote on it.
         patience = 4 * config.timeout_seconds + 5
@@ -211,7 +212,7 @@ class HierarchicalPath:
         return self._memory.heard()[0]
 
     def _leave_out(self, failed: int) -> None:
-        names = ", ".join(self._link_names[k] for k in self.shares if failed >> k & 1)
+        names = ", ".join(self.link_names[k] for k in self.shares if failed >> k & 1)
         why = "; ".join(self._lane.reasons.values()) if self._lane else "another rank saw it"
         self.shares = {k: share for k, share in self.shares.items() if not failed >> k & 1}
         if not self.shares:
@@ -219,5 +220,5 @@ class HierarchicalPath:
                 f"no link between the {self.nodes.num_nodes} nodes is left: {names} failed or took longer than "
                 f"{self.config.timeout_seconds:g} s ({why})"
             )
-        left = ", ".join(self._link_names[k] for k in self.shares)
+        left = ", ".join(self.link_names[k] for k in self.shares)
         logger.warning("reductions leave out %s, which failed (%s); what is left is %s", names, why, left)

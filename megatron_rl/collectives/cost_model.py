@@ -1,0 +1,63 @@
+"""What a collective costs: ``seconds = latency + bytes * seconds_per_byte``, fitted on two sizes, and the choice by it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+LIBRARY = "library"
+HIERARCHICAL = "hierarchical"
+# Smaller messages are fooled by token buckets and socket buffers (a shaped 200 Mbit/s link: 64 KB at 4 times its rate).
+SIZES = (1 << 20, 4 << 20)  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one path."""
+
+    latency: float  # seconds
+    seconds_per_byte: float
+
+    @classmethod
+    def fitted(cls, samples: Sequence[tuple[int, float]]) -> Cost:
+        """From (bytes, seconds) of two sizes. A slope below zero is noise: the larger sample then gives it alone."""
+        (small, quick), (large, slow) = samples
+        slope = (slow - quick) / (large - small)
+        if slope <= 0:
+            return cls(0.0, slow / large)
+        return cls(max(0.0, quick - slope * small), slope)
+
+    def seconds(self, num_bytes: int) -> float:
+        return self.latency + num_bytes * self.seconds_per_byte
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The path of one message."""
+
+    path: str
+    predicted: float  # seconds
+    library: float  # seconds predicted for the library's path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.predicted * 1e3:.2f} ms predicted, library {self.library * 1e3:.2f} ms"
+
+
+def choose(costs: Mapping[str, Cost], num_bytes: int, minimum_gain: float) -> Choice:
+    """The fastest path; the library's unless another is predicted to save more than ``minimum_gain`` of its time."""
+    library = costs[LIBRARY].seconds(num_bytes)
+    best = min(costs, key=lambda path: costs[path].seconds(num_bytes))
+    predicted = costs[best].seconds(num_bytes)
+    if best != LIBRARY and predicted < (1 - minimum_gain) * library:
+        return Choice(best, predicted, library)
+    return Choice(LIBRARY, library, library)
+
+
+def crossover(costs: Mapping[str, Cost], path: str, minimum_gain: float) -> float:
+    """Bytes from which on ``path`` is taken; infinity where it never is."""
+    library, other, keep = costs[LIBRARY], costs[path], 1 - minimum_gain
+    gained = keep * library.seconds_per_byte - other.seconds_per_byte
+    lost = other.latency - keep * library.latency
+    if gained <= 0:
+        return 0.0 if lost < 0 and gained == 0 else float("inf")
+    return max(0.0, lost / gained)

@@ -1,0 +1,110 @@
+"""`Selector`: measures the paths of one group, chooses one for each message, and measures again when it was wrong.
+
+Calibration takes a few seconds, at the first message of each kind. Every rank measures; rank 0's figures count, so all
+ranks choose alike. Each choice is logged once for each power of two of bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+
+from megatron_rl.collectives.cost_model import HIERARCHICAL, SIZES, Choice, Cost, choose
+
+logger = logging.getLogger(__name__)
+
+ROUNDS = 3  # of each measurement; the fastest counts
+CHECK_EVERY = 64  # messages between two looks at how good the predictions were
+WRONG_BY = 2.0  # measured over predicted (or the reverse) from which on the paths are measured again
+
+Run = Callable[[int], None]  # moves a message of so many bytes
+
+
+class Selector:
+    """One kind of collective (``all_reduce`` ..) of one group.
+
+    Args:
+        name: of the kind, for the log.
+        paths: a probe of each path, by its name in `cost_model`.
+        agree: rank 0's fp64 tensor on all ranks, in place; collective.
+        talks: whether this rank writes to the log.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        paths: Mapping[str, Run],
+        agree: Callable[[torch.Tensor], None],
+        *,
+        minimum_gain: float,
+        deterministic: bool,
+        talks: bool,
+    ) -> None:
+        self.name, self.minimum_gain, self.deterministic = name, minimum_gain, deterministic
+        self.costs: dict[str, Cost] = {}
+        self.num_calibrations = 0
+        self._paths, self._agree, self._talks = paths, agree, talks
+        self._told: set[tuple[str, int]] = set()
+        self._ratios: deque[float] = deque(maxlen=CHECK_EVERY)
+        self._count = 0
+
+    def choose(self, num_bytes: int) -> Choice:
+        """The path of the next message; collective, as it may calibrate."""
+        if self.deterministic:
+            return Choice(HIERARCHICAL, 0.0, 0.0)
+        if not self.costs or self._were_wrong():
+            self.calibrate()
+        return choose(self.costs, num_bytes, self.minimum_gain)
+
+    def measured(self, choice: Choice, num_bytes: int, seconds: float) -> None:
+        """Take note of how long a message took."""
+        self._count += 1
+        if choice.predicted > 0 and num_bytes >= SIZES[0]:
+            self._ratios.append(seconds / choice.predicted)
+        power = num_bytes.bit_length()
+        if self._talks and (choice.path, power) not in self._told:
+            self._told.add((choice.path, power))
+            logger.info("%s of %d bytes by %s; %.2f ms measured", self.name, num_bytes, choice, seconds * 1e3)
+
+    def calibrate(self) -> None:
+        """Measure every path at both sizes; collective."""
+        figures = torch.tensor(
+            [[self._probe(run, size) for size in SIZES] for run in self._paths.values()], dtype=torch.float64
+        )
+        self._agree(figures)
+        rows = zip(self._paths, figures.tolist(), strict=True)
+        self.costs = {path: Cost.fitted(list(zip(SIZES, row, strict=True))) for path, row in rows}
+        self._ratios.clear()
+        self._told.clear()
+        self.num_calibrations += 1
+        if self._talks:
+            for path, cost in self.costs.items():
+                rate = 1e-6 / cost.seconds_per_byte if cost.seconds_per_byte else float("inf")
+                logger.info("%s by %s: %.2f ms + bytes / %.0f MB/s", self.name, path, cost.latency * 1e3, rate)
+
+    def _were_wrong(self) -> bool:
+        """Whether rank 0's last predictions were off; a collective every `CHECK_EVERY` messages."""
+        if self._count < CHECK_EVERY:
+            return False
+        self._count = 0
+        ratio = torch.tensor([median(self._ratios) if self._ratios else 1.0], dtype=torch.float64)
+        self._agree(ratio)
+        wrong = not 1 / WRONG_BY < float(ratio) < WRONG_BY
+        if wrong and self._talks:
+            logger.warning("%s takes %.1f times the predicted time: measuring the paths again", self.name, float(ratio))
+        return wrong
+
+    def _probe(self, run: Run, size: int) -> float:
+        times = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            run(size)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+
