@@ -87,8 +87,8 @@ class HierarchicalPath:
             self._until_delivered(deliver)
             chunk.copy_(result[: chunk.numel()])
 
-    def reduce_scatter(self, out: Tensor, tensor: Tensor, key: object = None) -> None:
-        """``out`` = this rank's part of the sum.
+    def reduce_scatter(self, out: Tensor, tensor: Tensor, columns: Span, key: object = None) -> None:
+        """``out`` = this rank's part of the sum; of each part only the elements of ``columns``.
 
         Args:
             out: ``[part]``; flat and contiguous, as ``tensor``.
@@ -96,7 +96,7 @@ class HierarchicalPath:
             key: names the buffer, for error feedback.
         """
         rows, size = tensor.view(self.nodes.size, -1), self.nodes.size
-        for start, stop in self._columns(rows):
+        for start, stop in self._pieces(columns, tensor.element_size()):
             width = stop - start
             slot = self._memory.slot(self.index, tensor.dtype)[: size * width].view(size, width)
             for at, rank in enumerate(self.nodes.order):
@@ -113,16 +113,16 @@ class HierarchicalPath:
             self._until_delivered(deliver)
             out[start:stop].copy_(result[self.index * width : (self.index + 1) * width])
 
-    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
-        """``out`` = the parts of all ranks, in rank order.
+    def all_gather(self, out: Tensor, tensor: Tensor, columns: Span) -> None:
+        """``out`` = the parts of all ranks, in rank order; of each part only the elements of ``columns``.
 
         Args:
             out: ``[size * part]``; flat and contiguous, as ``tensor``.
             tensor: ``[part]``; any dtype, on CPU; it may be this rank's part of ``out``.
         """
         part, rows, size = tensor.view(torch.uint8), out.view(torch.uint8).view(self.nodes.size, -1), self.nodes.size
-        result = self._memory.result(torch.uint8)
-        for start, stop in self._columns(rows):
+        result, width = self._memory.result(torch.uint8), tensor.element_size()
+        for start, stop in self._pieces((columns[0] * width, columns[1] * width), 1):
             width = stop - start
             mine = (self.nodes.first(self.node) + self.index) * width
             self._memory.barrier()  # until here others may read the last result
@@ -141,11 +141,11 @@ class HierarchicalPath:
 
     # One chunk
 
-    def _columns(self, rows: Tensor) -> Iterator[Span]:
-        """Column ranges of ``rows`` that fill a chunk each."""
-        width = max(1, self.chunk_bytes // (rows.element_size() * self.nodes.size))
-        for start in range(0, rows.shape[1], width):
-            yield start, min(start + width, rows.shape[1])
+    def _pieces(self, columns: Span, element_bytes: int) -> Iterator[Span]:
+        """Ranges of ``columns`` of which all ranks' parts fill a chunk."""
+        width = max(1, self.chunk_bytes // (element_bytes * self.nodes.size))
+        for start in range(*columns, width):
+            yield start, min(start + width, columns[1])
 
     def _lane_spans(self, sizes: Sequence[int]) -> list[Span]:
         """This lane's part of each node's block, the blocks of ``sizes`` elements end to end; [] on other ranks."""

@@ -1,25 +1,26 @@
 """`HybridAllReduce`: reductions of one group, each by the fastest path: the library's, or through node memory.
 
-One thread does all the work, in the order of the calls, which is the same on all ranks: an asynchronous call returns at
-once, and ranks never meet in different operations. CUDA tensors are copied to and from host memory on a stream of the
+One thread begins all the work, in the order of the calls, which is the same on all ranks: an asynchronous call returns
+at once, and ranks never meet in different operations. CUDA tensors are copied to and from host memory on a stream of the
 thread's own; the caller's stream waits for it as it does for NCCL's.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY
-from megatron_rl.collectives.hierarchical import HierarchicalPath
+from megatron_rl.collectives.library_path import LibraryPath
 from megatron_rl.collectives.link_weights import weigh_links
 from megatron_rl.collectives.nodes import NodeMap
+from megatron_rl.collectives.pipelines import Pipelines
 from megatron_rl.collectives.policy import CollectivesConfig
 from megatron_rl.collectives.selector import Selector
 from megatron_rl.collectives.stream_order import StreamOrder
@@ -43,10 +44,11 @@ class HybridAllReduce:
         device: torch.device,
         nodes: NodeMap | None = None,
     ) -> None:
-        self.library, self.config, self.device = library, config, device
+        self.config, self.device = config, device
         self.rank, self.size = library.rank(), library.size()
         self.nodes = nodes or NodeMap.discover(store, self.rank, self.size)
-        self.path = HierarchicalPath(store, self.rank, self.nodes, config)
+        self._library = LibraryPath(library, device, 4 * config.timeout_seconds)
+        self._pipelines = Pipelines(store, self.rank, self.nodes, config, device)
         self._order = StreamOrder(device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collectives")
         self._selectors: dict[str, Selector] = {}
@@ -55,128 +57,74 @@ class HybridAllReduce:
     def all_reduce(self, tensor: Tensor, average: bool = False) -> Future[None]:
         """Begin a sum (or average) over the ranks, in place. ``tensor``: contiguous, fp32 or bf16."""
         flat = tensor.detach().view(-1)
-        key = (flat.data_ptr(), flat.numel())
-
-        def library() -> dist.Work:
-            return self.library.allreduce([flat], dist.AllreduceOptions())
-
-        def hierarchical() -> None:
-            self.path.all_reduce(flat, key)
-
-        return self._submit("all_reduce", flat, library, hierarchical, flat if average else None)
+        return self._submit("all_reduce", (flat,), flat, flat if average else None)
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, average: bool = False) -> Future[None]:
         """Begin ``out`` = this rank's part of the sum (or average). ``tensor``: ``size`` parts of ``out``'s elements."""
         whole, part = tensor.detach().view(-1), out.detach().view(-1)
-
-        def library() -> dist.Work:
-            return self.library._reduce_scatter_base(part, whole, dist.ReduceScatterOptions())
-
-        def hierarchical() -> None:
-            self.path.reduce_scatter(part, whole, (whole.data_ptr(), whole.numel()))
-
-        return self._submit("reduce_scatter", whole, library, hierarchical, part if average else None)
+        return self._submit("reduce_scatter", (part, whole), whole, part if average else None)
 
     def all_gather(self, out: Tensor, tensor: Tensor) -> Future[None]:
-        """Begin ``out`` = all ranks' ``tensor``, in rank order."""
+        """Begin ``out`` = all ranks' ``tensor``, in rank order; contiguous, any dtype."""
         whole, part = out.detach().view(-1), tensor.detach().view(-1)
-
-        def library() -> dist.Work:
-            return self._library_gather(whole, part)
-
-        return self._submit("all_gather", whole, library, lambda: self.path.all_gather(whole, part), None)
+        return self._submit("all_gather", (whole, part), whole, None)
 
     def with_library(self, begin: Callable[[], dist.Work]) -> Future[None]:
         """Begin any other collective of the library, in turn with those above."""
-        return self._thread.submit(self._order.inside(self._order.mark(), lambda: self._finish(begin())))
+        return self._thread.submit(self._order.inside(self._order.mark(), lambda: self._library.finish(begin())))
 
-    def costs(self) -> Mapping[str, Selector]:
+    def selectors(self) -> Mapping[str, Selector]:
         """The calibrated selector of each kind of collective used so far."""
         return self._selectors
 
     def close(self) -> None:
-        """Wait for what was begun, and end the thread."""
+        """Wait for what was begun, and end the threads."""
         self._thread.shutdown(wait=True)
+        self._pipelines.close()
 
     # On the thread
 
     def _submit(
-        self,
-        kind: str,
-        moved: Tensor,
-        library: Callable[[], dist.Work],
-        hierarchical: Callable[[], None],
-        averaged: Tensor | None,
+        self, kind: str, tensors: tuple[Tensor, ...], moved: Tensor, averaged: Tensor | None
     ) -> Future[None]:
         def work() -> None:
             num_bytes = moved.numel() * moved.element_size()
             selector = self._selector(kind)
             choice = selector.choose(num_bytes)
             started = time.perf_counter()
-            if choice.path == HIERARCHICAL:
-                hierarchical()
-            else:
-                self._finish(library())
+            self._run(choice.path, kind, tensors)
             if averaged is not None:
                 averaged.div_(self.size)
             selector.measured(choice, num_bytes, time.perf_counter() - started)
 
         return self._thread.submit(self._order.inside(self._order.mark(), work))
 
+    def _run(self, path: str, kind: str, tensors: tuple[Tensor, ...]) -> None:
+        getattr(self._pipelines if path == HIERARCHICAL else self._library, kind)(*tensors)
+
     def _selector(self, kind: str) -> Selector:
         if not self._weighed:
             self._weighed = True
-            weigh_links(self.path, self._agree)
+            weigh_links(self._pipelines, self._library.agree)
         if kind not in self._selectors:
+            probes = {path: functools.partial(self._probe, kind, path) for path in (LIBRARY, HIERARCHICAL)}
             self._selectors[kind] = Selector(
                 kind,
-                {LIBRARY: self._probe(kind, LIBRARY), HIERARCHICAL: self._probe(kind, HIERARCHICAL)},
-                self._agree,
+                probes,
+                self._library.agree,
                 minimum_gain=self.config.minimum_gain,
                 deterministic=self.config.deterministic,
                 talks=self.rank == 0,
             )
         return self._selectors[kind]
 
-    def _probe(self, kind: str, path: str) -> Callable[[int], None]:
-        """Moves so many bytes of zeros by one path."""
-
-        def run(num_bytes: int) -> None:
-            part = torch.zeros(max(1, num_bytes // 4 // self.size), device=self.device)
-            whole = torch.zeros(part.numel() * self.size, device=self.device)
-            if kind == "all_reduce":
-                if path == HIERARCHICAL:
-                    self.path.all_reduce(whole)
-                else:
-                    self._finish(self.library.allreduce([whole], dist.AllreduceOptions()))
-            elif kind == "reduce_scatter":
-                if path == HIERARCHICAL:
-                    self.path.reduce_scatter(part, whole)
-                else:
-                    self._finish(self.library._reduce_scatter_base(part, whole, dist.ReduceScatterOptions()))
-            elif path == HIERARCHICAL:
-                self.path.all_gather(whole, part)
-            else:
-                self._finish(self._library_gather(whole, part))
-            self._order.finish()
-
-        return run
-
-    def _library_gather(self, whole: Tensor, part: Tensor) -> dist.Work:
-        if self.device.type == "cpu":  # gloo has no gather into one tensor
-            return self.library.allgather([list(whole.view(self.size, -1).unbind())], [part])
-        return self.library._allgather_base(whole, part, dist.AllgatherOptions())
-
-    def _agree(self, figures: Tensor) -> None:
-        on_device = figures.to(self.device)
-        self._finish(self.library.broadcast([on_device], dist.BroadcastOptions()))
-        figures.copy_(on_device)
-
-    def _finish(self, work: dist.Work) -> None:
-        if self.device.type == "cpu":
-            work.wait(timedelta(seconds=4 * self.config.timeout_seconds))
-        else:
-            work.wait()
+    def _probe(self, kind: str, path: str, num_bytes: int) -> None:
+        """Move so many bytes of zeros by one path."""
+        part = torch.zeros(max(1, num_bytes // 4 // self.size), device=self.device)
+        whole = torch.zeros(part.numel() * self.size, device=self.device)
+        tensors = {"all_reduce": (whole,), "reduce_scatter": (part, whole), "all_gather": (whole, part)}[kind]
+        self._run(path, kind, tensors)
+        self._order.finish()
 
 
 def reducible(tensor: Tensor) -> bool:
