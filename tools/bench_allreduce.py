@@ -75,7 +75,9 @@ def main() -> None:
             continue
         for report in measure(case, args.rounds):
             cases.append(report)
-            print(f"{report['topology']:18} {report['size_mb']:>5} MB  {report['ratio']:.2f} x (bound {case.bound:.2f})")
+            print(
+                f"{report['topology']:18} {report['size_mb']:>5} MB  {report['ratio']:.2f} x (bound {case.bound:.2f})"
+            )
     print(json.dumps({"benchmark": "allreduce", "cases": cases}))
 
 

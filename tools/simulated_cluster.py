@@ -111,7 +111,9 @@ class Cluster:
     def _make(self) -> None:
         self._run(f"ip netns add {self._bridge}", f"ip -n {self._bridge} link set lo up")
         for index in range(len(self.links)):
-            self._run(f"ip -n {self._bridge} link add b{index} type bridge", f"ip -n {self._bridge} link set b{index} up")
+            self._run(
+                f"ip -n {self._bridge} link add b{index} type bridge", f"ip -n {self._bridge} link set b{index} up"
+            )
         for node in range(self.nodes):
             name = self.namespace(node)
             self._run(f"ip netns add {name}", f"ip -n {name} link set lo up")

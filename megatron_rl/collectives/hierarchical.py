@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_rl.collectives.error_feedback import ErrorFeedback
 from megatron_rl.collectives.errors import CollectiveError
-from megatron_rl.collectives.lane import Lane
+from megatron_rl.collectives.lane import PATIENCE, VOTE, Lane
 from megatron_rl.collectives.link import Link, split
 from megatron_rl.collectives.node_memory import NodeMemory
 from megatron_rl.collectives.nodes import NodeMap
@@ -51,7 +51,7 @@ class HierarchicalPath:
         self.link_names = [name or "the default interface" for name in names]
         local = dist.PrefixStore(f"node{self.node}", store)
         # A rank waits for one that waits for a failed link, and then for the vote on it.
-        patience = 4 * config.timeout_seconds + 5
+        patience = 2 * VOTE * config.timeout_seconds + 5
         members = len(nodes.nodes[self.node])
         self._memory = NodeMemory(local, self.index, members, self.chunk_bytes, self.chunk_bytes, patience)
         self._feedback = ErrorFeedback(config.error_feedback)
@@ -61,7 +61,7 @@ class HierarchicalPath:
 
     def _links(self, store: dist.Store, names: Sequence[str]) -> list[Link]:
         stores = [dist.PrefixStore(f"lane{self.index}/link{k}", store) for k in range(len(names))]
-        limit = self.config.timeout_seconds
+        limit = self.config.timeout_seconds * (PATIENCE + 1 if len(names) > 1 else 1)
         return [
             Link(own, self.node, self.nodes.num_nodes, name, limit) for own, name in zip(stores, names, strict=True)
         ]

@@ -1,8 +1,8 @@
 """`HybridAllReduce`: reductions of one group, each by the fastest path: the library's, or through node memory.
 
 One thread begins all the work, in the order of the calls, which is the same on all ranks: an asynchronous call returns
-at once, and ranks never meet in different operations. CUDA tensors are copied to and from host memory on a stream of the
-thread's own; the caller's stream waits for it as it does for NCCL's.
+at once, and ranks never meet in different operations. CUDA tensors are copied to and from host memory on a stream of
+the thread's own; the caller's stream waits for it as it does for NCCL's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class HybridAllReduce:
         return self._submit("all_reduce", (flat,), flat, flat if average else None)
 
     def reduce_scatter(self, out: Tensor, tensor: Tensor, average: bool = False) -> Future[None]:
-        """Begin ``out`` = this rank's part of the sum (or average). ``tensor``: ``size`` parts of ``out``'s elements."""
+        """Begin ``out`` = this rank's part of the sum (or average). ``tensor``: ``size`` parts as long as ``out``."""
         whole, part = tensor.detach().view(-1), out.detach().view(-1)
         return self._submit("reduce_scatter", (part, whole), whole, part if average else None)
 
@@ -84,9 +84,7 @@ class HybridAllReduce:
 
     # On the thread
 
-    def _submit(
-        self, kind: str, tensors: tuple[Tensor, ...], moved: Tensor, averaged: Tensor | None
-    ) -> Future[None]:
+    def _submit(self, kind: str, tensors: tuple[Tensor, ...], moved: Tensor, averaged: Tensor | None) -> Future[None]:
         def work() -> None:
             num_bytes = moved.numel() * moved.element_size()
             selector = self._selector(kind)

@@ -16,7 +16,9 @@ from torch import Tensor
 from megatron_rl.collectives.link import Link, split
 from megatron_rl.ops.accumulate import accumulate
 
-POLL = 2e-4  # seconds between looks at votes
+POLL = 2e-4  # seconds between looks
+PATIENCE = 3  # time limits that an exchange may take at all, where there are several links
+VOTE = 8  # time limits that nodes may come to a vote apart: two exchanges, on either side
 
 
 class Lane:
@@ -47,7 +49,9 @@ class Lane:
             size = mine[at][1] - mine[at][0]
             arrived[index] = parts[0].new_empty(len(parts) * size)
             send = torch.cat(pieces)
-            works[index] = self._begin(index, send, [len(piece) for piece in pieces], arrived[index], [size] * len(parts))
+            works[index] = self._begin(
+                index, send, [len(piece) for piece in pieces], arrived[index], [size] * len(parts)
+            )
         self._finish(works)
         total = torch.empty(own)
         for at, index in enumerate(shares):
@@ -79,9 +83,9 @@ class Lane:
     def vote(self, mask: int, usable: Iterable[int]) -> int | None:
         """The bitwise or of all nodes' masks, by whichever link answers first; None where none does.
 
-        Nodes come here up to one time limit apart, when one of them waited for a link that failed.
+        Nodes come here apart, when one of them waited for a link that failed.
         """
-        limit = 2 * self.timeout + 1
+        limit = VOTE * self.timeout + 1
         votes = {}
         for index in usable:
             ballot = torch.tensor([mask], dtype=torch.int64)
@@ -118,12 +122,30 @@ class Lane:
             return None
 
     def _finish(self, works: dict[int, dist.Work | None]) -> None:
-        for index, work in works.items():
-            try:
-                if work is not None:
+        """Wait for an exchange that was begun on several links at once.
+
+        A link has failed when it says so, or when it is still busy a time limit after another one was done: as long as
+        none is done the peer may be late, because it waits for a failed link itself.
+        """
+        pending = {index: work for index, work in works.items() if work is not None}
+        started, first_done = time.monotonic(), None
+        while pending:
+            for index, work in list(pending.items()):
+                if len(self.links) > 1 and not work.is_completed():
+                    continue
+                del pending[index]
+                try:
                     work.wait()
-            except RuntimeError as error:
-                self._fail(index, error)
+                    first_done = first_done or time.monotonic()
+                except RuntimeError as error:
+                    self._fail(index, error)
+            now = time.monotonic()
+            if (first_done is not None and now - first_done > self.timeout) or now - started > PATIENCE * self.timeout:
+                for index in pending:
+                    self._fail(index, RuntimeError(f"not done after {now - started:.1f} s"))
+                return
+            if pending:
+                time.sleep(POLL)
 
     def _fail(self, index: int, error: RuntimeError) -> None:
         self.failed |= 1 << index

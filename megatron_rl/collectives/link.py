@@ -40,9 +40,7 @@ class Link:
         Args:
             send, receive: flat and contiguous, the parts in node order; ``*_counts`` elements each.
         """
-        return self._group.alltoall_base(
-            receive, send, list(receive_counts), list(send_counts), dist.AllToAllOptions()
-        )
+        return self._group.alltoall_base(receive, send, list(receive_counts), list(send_counts), dist.AllToAllOptions())
 
     def vote(self, mask: Tensor, timeout: float) -> dist.Work:
         """Begin a bitwise or of ``mask``, int64, over the nodes, in place."""

@@ -26,5 +26,5 @@ class CollectivesConfig(ConfigRecord):
     """MB of a message that are on their way at once; each rank holds so much shared memory."""
     minimum_gain: float = Field(default=0.1, ge=0, lt=1)
     """Share of the library's time that another path must be predicted to save before it is taken."""
-    timeout_seconds: float = Field(default=60.0, gt=0, le=86400)
-    """Seconds after which an exchange over a link counts as failed."""
+    timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
+    """Seconds after which an exchange of one chunk over a link counts as failed; nodes agree on it within 8 times that."""

@@ -126,7 +126,9 @@ class HybridProcessGroup(dist.ProcessGroup):
     def scatter(self, outs: list[Tensor], tensors: list[list[Tensor]], opts: Any) -> dist.Work:
         return self._other(lambda: self.library.scatter(outs, tensors, opts), outs)
 
-    def alltoall_base(self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int], opts: Any) -> dist.Work:
+    def alltoall_base(
+        self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int], opts: Any
+    ) -> dist.Work:
         return self._other(lambda: self.library.alltoall_base(out, tensor, out_sizes, sizes, opts), [out])
 
     def barrier(self, opts: Any = None) -> dist.Work:

@@ -106,5 +106,3 @@ class Selector:
             run(size)
             times.append(time.perf_counter() - started)
         return min(times)
-
-

@@ -16,6 +16,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.devices.hardware import warn_of_shared_store
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.adopted_optimizer import as_megatron, ddp_config_of, require_fitting, require_scheduler
+from megatron_rl.workers.gradient_groups import use_hybrid_groups
 from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.model_proof import prove
 from megatron_rl.workers.optimizer import (
@@ -112,6 +113,8 @@ def assemble(
             settings.optimizer if optimizer is None else settings.optimizer.model_copy(update={"distributed": False})
         )
         held.chunks = list(wrap_data_parallel(held.chunks, whole))
+    if settings.collectives.all_reduce == "hybrid":
+        use_hybrid_groups(held.chunks, context, settings.collectives)
     if optimizer is None:
         optimizer = build_optimizer(held.chunks, settings.optimizer)  # type: ignore[arg-type]
         scheduler = build_scheduler(optimizer, settings.optimizer)

@@ -7,6 +7,7 @@ from typing import Literal, Self
 import torch
 from pydantic import Field
 
+from megatron_rl.collectives import CollectivesConfig
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.bounds import Seed
 from megatron_rl.models.lora import LoraSettings
@@ -64,6 +65,8 @@ class WorkerSettings(ConfigRecord):
     """Sequences of one padded micro-batch; None = as many as `token_budget` holds."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer and schedule, for models that do not bring their own."""
+    collectives: CollectivesConfig = CollectivesConfig()
+    """How gradients are reduced over data-parallel ranks."""
     seed: Seed = 0
     """Of sampling and mini-batch order."""
     sampling: SamplingParams = SamplingParams()

@@ -1,0 +1,102 @@
+"""The fitted costs and the choice by them, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Cost, choose, crossover
+from megatron_rl.collectives.link import split
+from megatron_rl.collectives.nodes import NodeMap
+from megatron_rl.collectives.selector import CHECK_EVERY, Selector
+
+MB = 1 << 20
+
+
+def test_two_sizes_give_latency_and_slope():
+    cost = Cost.fitted([(MB, 0.011), (4 * MB, 0.041)])
+    assert cost.latency == pytest.approx(0.001)
+    assert cost.seconds(2 * MB) == pytest.approx(0.021)
+
+
+def test_a_slope_that_is_noise_gives_the_larger_sample_alone():
+    assert Cost.fitted([(MB, 0.5), (4 * MB, 0.4)]) == Cost(0.0, 0.4 / (4 * MB))
+
+
+def test_the_library_is_left_only_for_a_gain_above_the_minimum():
+    costs = {LIBRARY: Cost(0.0, 10e-9), HIERARCHICAL: Cost(0.001, 8e-9)}
+    edge = crossover(costs, HIERARCHICAL, 0.1)
+    assert edge == pytest.approx(0.001 / 1e-9)
+    assert choose(costs, int(edge * 0.99), 0.1).path == LIBRARY
+    assert choose(costs, int(edge * 1.01), 0.1).path == HIERARCHICAL
+    assert choose({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, 1 << 30, 0.1).path == LIBRARY
+    assert crossover({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, HIERARCHICAL, 0.1) == float("inf")
+
+
+def selector(**seconds: float) -> Selector:
+    """One rank, whose paths take so many seconds for any size; the clock is not asked."""
+    made = Selector(
+        "all_reduce",
+        {LIBRARY: lambda size: None, HIERARCHICAL: lambda size: None},
+        lambda figures: None,
+        minimum_gain=0.1,
+        deterministic=False,
+        talks=False,
+    )
+    made._probe = lambda run, size: next(values)  # type: ignore[method-assign]
+    values = iter([seconds["library"]] * 2 + [seconds["hierarchical"]] * 2)
+    made.values = values  # type: ignore[attr-defined]
+    return made
+
+
+def test_it_calibrates_once_and_again_when_predictions_are_off(monkeypatch):
+    chosen = selector(library=0.4, hierarchical=0.1)
+    choice = chosen.choose(8 * MB)
+    assert choice.path == HIERARCHICAL
+    for _ in range(CHECK_EVERY):
+        chosen.measured(choice, 8 * MB, choice.predicted * 1.1)
+    assert chosen.choose(8 * MB).path == HIERARCHICAL
+    assert chosen.num_calibrations == 1
+    for _ in range(CHECK_EVERY):
+        chosen.measured(choice, 8 * MB, choice.predicted * 5)
+    monkeypatch.setattr(chosen, "_probe", lambda run, size: 0.1 if run is chosen._paths[LIBRARY] else 0.5)
+    assert chosen.choose(8 * MB).path == LIBRARY
+    assert chosen.num_calibrations == 2
+
+
+def test_deterministic_never_takes_the_library():
+    made = Selector("x", {}, lambda figures: None, minimum_gain=0.1, deterministic=True, talks=False)
+    assert made.choose(SIZES[0]).path == HIERARCHICAL
+
+
+@pytest.mark.parametrize("total", [0, 1, 2, 7, 1000, 12345])
+@pytest.mark.parametrize("weights", [[1], [1, 1], [2.0, 1.0], [0.3, 0.3, 0.4]])
+def test_shares_cover_everything(total, weights):
+    sizes = split(total, weights)
+    assert sum(sizes) == total
+    assert all(abs(size - total * weight / sum(weights)) <= 1 for size, weight in zip(sizes, weights, strict=True))
+
+
+def test_nodes_are_numbered_by_their_first_rank():
+    nodes = NodeMap.of(["b", "a", "b", "a", "b"])
+    assert nodes.nodes == ((0, 2, 4), (1, 3))
+    assert (nodes.size, nodes.num_nodes, nodes.lanes) == (5, 2, 2)
+    assert nodes.order == (0, 2, 4, 1, 3)
+    assert nodes.place(3) == (1, 1)
+    assert nodes.first(1) == 3
+    with pytest.raises(ValueError, match="rank 7"):
+        nodes.place(7)
+
+
+def test_what_rounding_leaves_out_comes_back_once_it_was_delivered():
+    from megatron_rl.collectives.error_feedback import ErrorFeedback
+
+    feedback, exact = ErrorFeedback(True), torch.tensor([1.0 + 2**-10])
+    first = feedback.rounded("x", exact, torch.bfloat16)
+    assert torch.equal(feedback.rounded("x", exact, torch.bfloat16), first)  # sent again: the same numbers
+    feedback.commit()
+    total = first.float()
+    for _ in range(7):
+        total = total + feedback.rounded("x", exact, torch.bfloat16).float()
+        feedback.commit()
+    assert float(abs(total - 8 * exact)) <= 2**-8
