@@ -1,4 +1,4 @@
-"""What a collective costs, ``seconds = latency + bytes * seconds_per_byte`` fitted on two sizes, and the choice by it."""
+"""What a collective costs: ``latency + bytes * seconds_per_byte``, fitted on two sizes, and the choice by it."""
 
 from __future__ import annotations
 

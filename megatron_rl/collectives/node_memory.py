@@ -2,9 +2,8 @@
 
     slot 0 | slot 1 | ... | result          one slot a rank to write its input to, one area for the node's result
 
-Before them lies a line for each rank: the barrier's count, a word that the rank says to the others (`say`, `heard`), and
-its process.
-The file is unlinked as soon as all ranks have mapped it, so nothing is left behind when a rank is killed.
+Before them lies a line for each rank: the barrier's count, a word that the rank says to the others (`say`, `heard`),
+and its process. The file is unlinked as soon as all ranks have mapped it: nothing is left behind when one is killed.
 """
 
 from __future__ import annotations
@@ -77,8 +76,8 @@ class NodeMemory:
     def barrier(self) -> None:
         """Return once every rank of the node has come here; what they wrote before is then visible.
 
-        Each count is an aligned word that one rank writes. Giving up and taking back the interpreter's lock (`sleep(0)`)
-        is a release and an acquire of a mutex, which order the data before the count, on ARM as well.
+        Each count is an aligned word that one rank writes. Giving up and taking back the interpreter's lock
+        (`sleep(0)`) is a release and an acquire of a mutex, which order the data before the count, on ARM as well.
 
         Raises:
             CollectiveError: a rank did not come in time.

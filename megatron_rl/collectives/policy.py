@@ -27,4 +27,4 @@ class CollectivesConfig(ConfigRecord):
     minimum_gain: float = Field(default=0.1, ge=0, lt=1)
     """Share of the library's time that another path must be predicted to save before it is taken."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
-    """Seconds after which an exchange of one chunk over a link counts as failed; nodes agree on it within 8 times that."""
+    """Seconds after which an exchange of a chunk over a link counts as failed; nodes agree within 8 times that."""

@@ -7,6 +7,7 @@ path (`collectives.HybridProcessGroup`).
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_rl.parallel.groups import own_group, ranks_of
 logger = logging.getLogger(__name__)
 
 # Where a bucket group of megatron.core.distributed holds its group: with the distributed optimizer, and without.
+BUCKET_GROUPS = ("bucket_groups", "expert_parallel_bucket_groups")
 HOLDERS = ("intra_distributed_optimizer_instance_group", "data_parallel_group")
 
 
@@ -36,17 +38,14 @@ def use_hybrid_groups(
     """
     backend = register_backend(config)
     partitions = [context.grid.partition("tp", "pp")]
-    if any(True for _ in _bucket_groups(chunks, "expert_parallel_bucket_groups")):
+    if any(True for _ in _bucket_groups(chunks, BUCKET_GROUPS[1])):
         partitions.append(context.grid.partition("etp", "ep", "pp"))
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for partition in partitions:
         if len(partition[0]) > 1:
             group = own_group(partition, backend, timeout)
             made[ranks_of(group)] = group
-    for bucket_group in (
-        *_bucket_groups(chunks, "bucket_groups"),
-        *_bucket_groups(chunks, "expert_parallel_bucket_groups"),
-    ):
+    for bucket_group in itertools.chain.from_iterable(_bucket_groups(chunks, name) for name in BUCKET_GROUPS):
         for holder in HOLDERS:
             held = getattr(bucket_group, holder, None)
             if held is None or held.size() == 1:
