@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup setup-sglang demo demo-sglang test test-sglang test-kernels test-peers test-gpu gpu-wheels lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo demo-sglang test test-network test-sglang test-kernels test-peers test-gpu gpu-wheels lint types $(BENCHES)
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -42,7 +42,10 @@ demo: $(READY)  ## pretrain with Megatron-Core, plug in GRPO, export, check: fou
 # come on top. Two workers keep two cores busy and stay below 8 GB.
 TEST_WORKERS ?= 2
 test: $(READY)  ## all tests but those with real servers, fast ones first; PYTEST_ARGS="-k plan" selects
-	$(BIN)/python -m pytest -m "not integration" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not integration and not network" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-network: $(READY)  ## links that fail, on clusters of network namespaces (root and iproute2); on a quiet machine
+	$(BIN)/python -m pytest -m network $(PYTEST_ARGS)
 
 lint: $(READY)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

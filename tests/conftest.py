@@ -15,7 +15,7 @@ hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
-SLOW = ("distributed", "learning", "integration")  # markers, from minutes to many minutes
+SLOW = ("distributed", "learning", "integration", "network")  # markers, from minutes to many minutes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

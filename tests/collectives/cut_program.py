@@ -25,7 +25,7 @@ if __name__ == "__main__":
         dist.PrefixStore("path", store),
         rank,
         NodeMap.discover(dist.PrefixStore("nodes", store), rank, size),
-        CollectivesConfig(links=links, timeout_seconds=2, chunk_mb=0.5),
+        CollectivesConfig(links=links, timeout_seconds=6, chunk_mb=0.5),
     )
     started, rounds = time.monotonic(), 0
     try:

@@ -15,7 +15,7 @@ from simulated_cluster import Cluster, why_not
 RANKS = ROOT / "tools" / "allreduce_ranks.py"
 CUT = Path(__file__).with_name("cut_program.py")
 
-pytestmark = [pytest.mark.distributed, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+pytestmark = [pytest.mark.network, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
 
 def outputs(ranks: list) -> list[tuple[int, str, str]]:
