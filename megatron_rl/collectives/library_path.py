@@ -1,5 +1,7 @@
 """`LibraryPath`: the collectives of gloo or NCCL as they are."""
 
+# mypy: disable-error-code="attr-defined, assignment"
+# torch's stubs lack these methods and options.
 from __future__ import annotations
 
 from datetime import timedelta

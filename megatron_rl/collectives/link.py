@@ -3,6 +3,8 @@
 Each link has a process group of its own, so a link that stalls or dies takes no other with it.
 """
 
+# mypy: disable-error-code="attr-defined, assignment"
+# torch's stubs lack these methods and options.
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -62,7 +64,8 @@ def _gloo(store: dist.Store, rank: int, size: int, interface: str, limit: timede
 
 def split(total: int, weights: Sequence[float]) -> list[int]:
     """``total`` elements in proportion to ``weights``: how many each gets. The same on every rank."""
-    whole, running, sizes = sum(weights), 0.0, []
+    whole, running = sum(weights), 0.0
+    sizes: list[int] = []
     for weight in weights:
         running += weight
         sizes.append(round(total * running / whole) - sum(sizes))

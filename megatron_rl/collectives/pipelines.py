@@ -5,6 +5,7 @@ Each has its own memory, process groups and thread. What an element is added to 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -60,7 +61,7 @@ class Pipelines:
             return
         half = count // 2
         begun = [
-            self._threads.submit(order.inside(order.mark(), lambda path=path, span=span: work(path, span)))
+            self._threads.submit(order.inside(order.mark(), functools.partial(work, path, span)))
             for path, order, span in zip(self.paths, self._orders, ((0, half), (half, count)), strict=True)
         ]
         failures = [future.exception() for future in begun]

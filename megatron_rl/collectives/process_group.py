@@ -5,6 +5,8 @@ the hybrid paths with no line of theirs changed (`gradient_groups.py` hands it t
 bf16 tensors, all-gathers, coalesced or not, take the hybrid paths; every other collective is the library's.
 """
 
+# mypy: disable-error-code="override, attr-defined, call-arg, assignment"
+# torch's stubs lack what its dispatcher calls, and declare overloads of which it calls the one with options.
 from __future__ import annotations
 
 import functools
