@@ -78,7 +78,7 @@ def test_a_script_without_a_guard_trains_in_a_thread_twice_and_converts(after_th
         assert (folder / name / "hf" / "model.safetensors").is_file(), name
         assert (folder / name / "checkpoints" / "step_000001" / ".metadata").is_file(), name
     assert (folder / "first" / "training_curve.png").is_file()
-    assert (folder / "converted" / ".metadata").is_file()
+    assert (folder / "converted" / "release" / ".metadata").is_file()
     check_modes(folder, umask=0o027)
     # A folder in bfloat16 stays one, though training was in float32.
     with safe_open(folder / "first" / "hf" / "model.safetensors", "pt") as file:
