@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+import math
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,7 @@ from contract_server import ContractServer, Handler, true_reward
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.rewards import NoReward, Reward, RewardError, build_service
+from megatron_rl.rewards.service import client as service_client
 
 TIMEOUT = 0.4
 OPTIONS = {"timeout": TIMEOUT, "retries": 2, "retry_wait": 0.01, "batch_size": 4, "max_response_bytes": 20_000}
@@ -181,4 +186,161 @@ def test_redirects_are_not_followed(server: ContractServer) -> None:
 
     server.fault = redirect
     with pytest.raises(RewardError, match="status 307"):
+        service(server, on_failure="drop")(samples(1))
+    assert len(server.bodies) == 1
+
+
+def of_rows(*rows: object) -> bytes:
+    return json.dumps(rows).encode()
+
+
+# an answer of status 200 to two samples -> part of the reason
+MALFORMED: dict[str, tuple[bytes, str]] = {
+    "deep JSON": (b"[" * 100_000 + b"]" * 100_000, "not JSON"),
+    "JSON as deep as it can be": (b"[" * 900 + b"]" * 900, "expected a list of 2 results"),
+    "a number of 400 digits": (b'[{"embedding": [%s]}, {"embedding": [%s]}]' % ((b"9" * 400,) * 2), "digits"),
+    "a number of 5,000 digits": (b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 5000), "not JSON"),
+    "too few": (of_rows({"embedding": [1.0]}), "expected a list of 2 results"),
+    "too many": (of_rows(*[{"embedding": [1.0]}] * 3), "expected a list of 2 results"),
+    "an object": (b'{"error": "odd"}', "expected a list of 2 results"),
+    "no objects": (of_rows(1.0, 2.0), "expected numbers"),
+    "nothing in them": (of_rows({}, {}), "expected numbers"),
+    "empty lists": (of_rows(*[{"embedding": []}] * 2), "expected numbers"),
+    "texts": (of_rows(*[{"embedding": ["x"]}] * 2), "expected numbers"),
+    "truth values": (of_rows(*[{"embedding": [True]}] * 2), "expected numbers"),
+    "no numbers": (of_rows(*[{"embedding": [math.nan]}] * 2), "it is nan"),
+    "UTF-16": (of_rows({"embedding": [1.0]}).decode().encode("utf-16")[:-1], "not JSON"),
+    "nothing": (b"", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_an_answer_of_another_form_is_no_answer(server: ContractServer, case: str) -> None:
+    content, reason = MALFORMED[case]
+    wrong = [True]
+    server.fault = lambda handler, number: wrong[0] and handler.send_bytes(200, content) is None
+    options = {"retries": 1, "max_response_bytes": 1 << 20}
+    with pytest.raises(RewardError, match=rf"could not be had for 2 of 2 samples: .*{reason}.*; sample: prompt 0 'q'"):
+        service(server, **options)(samples(2))
+    assert len(server.bodies) == 2  # it was tried again
+    dropping = service(server, on_failure="drop", **options)
+    assert all(isinstance(value, NoReward) and reason in value.reason for value in dropping(samples(2)))
+    wrong[0] = False
+    assert dropping(samples(2)) == pytest.approx(expected(samples(2)))
+
+
+def test_only_the_sample_whose_reward_is_no_number_is_lost(server: ContractServer) -> None:
+    rows = [{"embedding": [value]} for value in (1.0, math.inf, None, 10**400, 2.5)]
+    server.plain["/sglang/classify"] = lambda body: rows
+    options = {"batch_size": 5, "retries": 0}
+    with pytest.raises(RewardError, match=r"could not be had for 3 of 5 samples: it is inf.*sample: prompt 1 'q'"):
+        service(server, **options)(samples(5))
+    rewards = service(server, on_failure="drop", **options)(samples(5))
+    assert [rewards[0], rewards[4]] == [1.0, 2.5]
+    assert all(isinstance(value, NoReward) for value in rewards[1:4])
+
+
+CHAT = {"model": "judge", "rubric": "x"}
+LISTS = {"request": {"items": "{texts}"}, "path": "scores[*]"}
+# kind, its options, an answer to two samples (or, where a request holds one sample, to each)
+OF_EACH_KIND: dict[str, tuple[str, dict[str, object], object]] = {
+    "an empty index": ("vllm", {"model": "rm"}, {"data": [{"probs": [1.0]}, {"probs": [2.0]}]}),
+    "an index that is none": ("vllm", {"model": "rm"}, {"data": [{"index": [0], "probs": [1.0]}] * 2}),
+    "one index twice": ("vllm", {"model": "rm"}, {"data": [{"index": 0, "probs": [1.0]}] * 2}),
+    "rows that are no objects": ("vllm", {"model": "rm"}, {"data": [0, 1]}),
+    "no data": ("vllm", {"model": "rm"}, {"data": None}),
+    "a list too short": ("vllm", {"model": "rm"}, {"data": [{"index": 0, "probs": [1.0]}]}),
+    "no list of classes": ("tei", {}, [{"label": "good", "score": 1.0}] * 2),
+    "a label that is none": ("tei", {}, [[{"label": ["good"], "score": 1.0}]] * 2),
+    "a class without a score": ("tei", {"label": "good"}, [[{"label": "good"}]] * 2),
+    "another path": ("http", {}, {"value": 1.0}),
+    "a number in place of an object": ("http", {"path": "a.0.score"}, {"a": [1]}),
+    "lists too short": ("http", LISTS, {"scores": [1.0]}),
+    "no list": ("http", LISTS, {"scores": 1.0}),
+    "no choices": ("judge", CHAT, {"choices": []}),
+    "a message that is none": ("judge", CHAT, {"choices": [{"message": "Score: 5"}]}),
+    "a verdict that is no text": ("judge", CHAT, {"choices": [{"message": {"content": {"a": 1}}}]}),
+}
+
+
+@pytest.mark.parametrize("case", OF_EACH_KIND)
+def test_every_kind_of_service_takes_a_wrong_form_for_no_answer(server: ContractServer, case: str) -> None:
+    kind, options, answer = OF_EACH_KIND[case]
+    server.fault = lambda handler, number: handler.send(200, answer) is None
+    asked = OPTIONS | {"retries": 0} | options
+    with pytest.raises(RewardError, match="could not be had for 2 of 2 samples"):
+        build_service(server.url, kind, **asked)(samples(2))
+    rewards = build_service(server.url, kind, on_failure="drop", **asked)(samples(2))
+    assert all(isinstance(value, NoReward) for value in rewards)
+
+
+def test_what_is_not_the_gzip_it_claims_is_no_answer(server: ContractServer) -> None:
+    good = gzip.compress(of_rows({"embedding": [1.0]}, {"embedding": [2.0]}))
+    contents = [b"not packed at all", good[: len(good) // 2], good]
+
+    def packed(handler: Handler, number: int) -> bool:
+        content = contents[min(number, 3) - 1]
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+        return True
+
+    server.fault = packed
+    assert service(server)(samples(2)) == [1.0, 2.0]
+    assert len(server.bodies) == 3
+
+
+def test_what_is_packed_is_measured_unpacked(server: ContractServer) -> None:
+    content = gzip.compress(b" " * 10_000_000)
+
+    def packed(handler: Handler, number: int) -> bool:
+        handler.send_response(200)
+        handler.send_header("Content-Encoding", "gzip")
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+        return True
+
+    server.fault = packed
+    with pytest.raises(RewardError, match="more than 20000 bytes"):
         service(server)(samples(1))
+
+
+def asked_again_after(server: ContractServer, header: str) -> float:
+    """Seconds between a refusal with this Retry-After and the next attempt."""
+    times: list[float] = []
+
+    def busy(handler: Handler, number: int) -> bool:
+        times.append(time.monotonic())
+        if len(times) > 1:
+            return False
+        handler.send_response(503 if number % 2 else 429)
+        handler.send_header("Retry-After", header)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+        return True
+
+    server.fault = busy
+    assert service(server, timeout=5.0)(samples(1)) == pytest.approx(expected(samples(1)))
+    return times[1] - times[0]
+
+
+def test_a_server_that_says_when_to_ask_again_is_asked_then(server: ContractServer) -> None:
+    assert asked_again_after(server, "1") >= 1.0
+    assert asked_again_after(server, formatdate(time.time() + 3, usegmt=True)) >= 1.0  # dates have whole seconds
+
+
+@pytest.mark.parametrize(
+    "header", ["86400", "1e300", formatdate(time.time() + 86400 * 365, usegmt=True), "Fri, 31 Dec 9999 23:59:59 GMT"],
+    ids=["a day", "for ever", "a year", "the end of time"],
+)  # fmt: skip
+def test_nobody_waits_longer_than_the_cap(server: ContractServer, header: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_client, "LONGEST_RETRY_AFTER", 0.5)
+    assert 0.5 <= asked_again_after(server, header) < LONGEST
+
+
+@pytest.mark.parametrize("header", ["nan", "inf", "-5", "soon", "Thu, 01 Jan 1970 00:00:00 GMT", ", 99 Foo"])
+def test_a_wish_that_makes_no_sense_changes_nothing(server: ContractServer, header: str) -> None:
+    assert asked_again_after(server, header) < LONGEST

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import ssl
 import subprocess
@@ -231,28 +230,6 @@ def test_a_reward_inside_an_event_loop_works(server: ContractServer) -> None:
         return build_service(server.url + "/sglang", "sglang")(samples(2))
 
     assert asyncio.run(notebook()) == pytest.approx(expected(samples(2)))
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"embedding": [math.nan]}, {"embedding": [1.0]}], r"is nan.*prompt 10"),
-        ([{"embedding": [1.0]}, {"embedding": [math.inf]}], r"is inf.*prompt 11"),
-        ([{"embedding": [1.0]}], r"expected a list of 2 results"),
-        ([{"embedding": [1.0, 2.0]}] * 2, r"gives 2 numbers: set class_index.*prompt 10"),
-        ([{"embedding": ["x"]}] * 2, r"expected numbers.*prompt 10"),
-        ([{"embedding": []}] * 2, r"expected numbers.*prompt 10"),
-        ([{}, {}], r"expected numbers.*prompt 10"),
-        ({"error": "odd"}, r"expected a list of 2 results"),
-    ],
-)
-@pytest.mark.parametrize("on_failure", ["stop", "drop"])
-def test_what_is_not_one_finite_number_is_an_error_that_names_the_sample(
-    server: ContractServer, rows: object, message: str, on_failure: str
-) -> None:
-    server.plain["/classify"] = lambda body: rows
-    with pytest.raises(RewardError, match=message):
-        build_service(server.url, "sglang", on_failure=on_failure)(samples(2))
 
 
 def test_several_classes_need_their_index_or_label(server: ContractServer) -> None:

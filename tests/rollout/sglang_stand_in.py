@@ -16,7 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Literal
@@ -26,7 +26,7 @@ import torch
 from megatron_rl.rollout import LocalEngine, SamplingParams
 from megatron_rl.rollout.sglang.verification import server_checksums
 
-Fault = Literal["500", "malformed", "hang", "drop", "die", "wrong tokens"]
+Fault = Literal["500", "malformed", "hang", "drop", "die", "wrong tokens", "drip", "endless"]
 Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], list[float], dict[str, Any]]]
 GENERATE_FIELDS = {"rid", "input_ids", "sampling_params", "return_logprob", "return_routed_experts", "extra_key"}
 SAMPLING_FIELDS = {"max_new_tokens", "temperature", "top_p", "top_k", "ignore_eos", "no_stop_trim", "stop"}
@@ -110,6 +110,12 @@ class StandIn:
         for connection in list(self.connections):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
+
+    def _without_end(self, fault: Fault) -> Iterator[bytes]:
+        """A body that begins well and then goes on, a byte now and then or as fast as it can."""
+        yield b"["
+        while not self.gone.wait(0.1 if fault == "drip" else 0.0):
+            yield b" " if fault == "drip" else b" " * (1 << 20)
 
     # --- endpoints: name -> (status, JSON or bytes) ------------------------------------------------------------------
 
@@ -197,6 +203,8 @@ class StandIn:
             self.gone.wait()
         if fault == "drop":
             return 0, b""
+        if fault in ("drip", "endless"):
+            return 200, self._without_end(fault)
         if fault == "die":
             self.die()
         with self.changed:
@@ -286,6 +294,13 @@ class _Handler(BaseHTTPRequestHandler):
         status, answer = self.server_of.answer(self.path, body)
         if status == 0 or self.server_of.gone.is_set():
             self.close_connection = True
+            return
+        if isinstance(answer, Iterator):
+            self.close_connection = True
+            self.send_response(status)
+            self.end_headers()
+            for part in answer:
+                self.wfile.write(part)
             return
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(status)

@@ -123,6 +123,16 @@ def test_a_request_that_takes_too_long_is_aborted_and_goes_elsewhere(two: list[S
     assert len(two[0].aborted) == len(two[0].started_with)
 
 
+@pytest.mark.parametrize("fault", ["drip", "endless"])
+def test_an_answer_without_an_end_goes_elsewhere(two: list[StandIn], fault: Fault) -> None:
+    began = time.monotonic()
+    with loaded_over(*two, request_timeout=2.0) as engine:
+        two[0].faults.append(fault)
+        assert last_tokens(engine, 10) == list(range(10))
+    assert not two[0].faults
+    assert time.monotonic() - began < 15.0
+
+
 def test_a_server_that_dies_while_it_generates_loses_nothing(two: list[StandIn]) -> None:
     with loaded_over(*two) as engine:
         two[1].faults.append("die")
@@ -171,7 +181,7 @@ def test_when_no_server_is_left_the_error_says_what_was_tried(two: list[StandIn]
 def test_a_request_the_server_calls_wrong_is_not_tried_again(two: list[StandIn]) -> None:
     with loaded_over(*two) as engine:
         for member in engine._membership.members:  # our own requests are never wrong
-            member.client.generate = lambda body, client=member.client: client.post("/generate", {"rid": ["a"]})
+            member.client.generate = lambda body, limit, client=member.client: client.post("/generate", {"rid": ["a"]})
         with pytest.raises(ValueError, match="answered 400"):
             engine.generate([[5, 6]], SHORT)
 

@@ -24,7 +24,7 @@ class Script:
     def __init__(self, *chunks: dict[str, Any], breaks: bool = False) -> None:
         self.chunks, self.breaks, self.asked = chunks, breaks, dict[str, Any]()
 
-    async def stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    async def stream(self, body: dict[str, Any], max_bytes: int) -> AsyncGenerator[dict[str, Any], None]:
         self.asked = body
         for chunk in self.chunks:
             yield chunk

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_rl.batch import Sample
-from megatron_rl.rewards.reward import REWARDS, RewardError, describe
-from megatron_rl.rewards.service.reward import Scored, ServiceReward
+from megatron_rl.rewards.reward import REWARDS, NoReward, RewardError, describe
+from megatron_rl.rewards.service.client import PassingError
+from megatron_rl.rewards.service.reward import Outcome, Scored, ServiceReward
 from megatron_rl.rewards.service.settings import ServiceConfig
 
 
@@ -56,17 +57,14 @@ class VllmReward(ServiceReward):
             body["encoding_format"] = "float"
         return body | {"input": [self.text_of(s) for s in samples]}
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
         rows = answer.get("data") if isinstance(answer, dict) else None
         by_index = {row.get("index"): row for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
         if not isinstance(rows, list) or len(rows) != len(samples) or set(by_index) != set(range(len(samples))):
-            raise RewardError(
-                f"reward {self.name!r}: expected {len(samples)} numbered rows in data, the server sent "
-                f"{_brief(answer)}; first sample: {describe(samples[0])}"
-            )
+            raise PassingError(f"expected {len(samples)} numbered rows in data, the server sent {_brief(answer)}")
         key = {"classify": "probs", "pooling": "data", "score": "score"}[self.config.endpoint]
         return [
-            Scored(pick_number(self.name, by_index[place].get(key), self.config.class_index, sample))
+            pick_number(self.name, by_index[place].get(key), self.config.class_index, sample)
             for place, sample in enumerate(samples)
         ]
 
@@ -94,10 +92,10 @@ class SGLangReward(ServiceReward):
     def request(self, samples: Sequence[Sample]) -> dict[str, Any]:
         return {"text": [self.text_of(sample) for sample in samples]}
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
-        rows = expect_rows(self.name, answer, samples)
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
+        rows = expect_rows(answer, samples)
         return [
-            Scored(pick_number(self.name, _member(row, "embedding"), self.config.class_index, sample))
+            pick_number(self.name, _member(row, "embedding"), self.config.class_index, sample)
             for row, sample in zip(rows, samples, strict=True)
         ]
 
@@ -128,12 +126,15 @@ class TextEmbeddingsReward(ServiceReward):
         inputs = [[self.text_of(sample)] for sample in samples]
         return {"inputs": inputs, "raw_scores": self.config.raw, "truncate": self.config.truncate}
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
-        rows = expect_rows(self.name, answer, samples)
-        return [Scored(self._of_label(row, sample)) for row, sample in zip(rows, samples, strict=True)]
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
+        rows = expect_rows(answer, samples)
+        return [self._of_label(row, sample) for row, sample in zip(rows, samples, strict=True)]
 
-    def _of_label(self, row: Any, sample: Sample) -> float:
-        scores = {_member(p, "label"): _member(p, "score") for p in row} if isinstance(row, list) else {}
+    def _of_label(self, row: Any, sample: Sample) -> Outcome:
+        classes = row if isinstance(row, list) else []
+        scores = {found["label"]: found.get("score") for found in classes if isinstance(_member(found, "label"), str)}
+        if not scores:
+            return NoReward(f"expected a list of classes, the server sent {_brief(row)}")
         label = self.config.label
         if label is None and len(scores) == 1:
             label = next(iter(scores))
@@ -146,32 +147,29 @@ class TextEmbeddingsReward(ServiceReward):
         return pick_number(self.name, scores[label], None, sample)
 
 
-def expect_rows(name: str, answer: Any, samples: Sequence[Sample]) -> list[Any]:
+def expect_rows(answer: Any, samples: Sequence[Sample]) -> list[Any]:
     """The answer as a list with one entry a sample.
 
     Raises:
-        RewardError: it is something else.
+        PassingError: it is something else.
     """
     if not isinstance(answer, list) or len(answer) != len(samples):
-        raise RewardError(
-            f"reward {name!r}: expected a list of {len(samples)} results, the server sent {_brief(answer)}; "
-            f"first sample: {describe(samples[0])}"
-        )
+        raise PassingError(f"expected a list of {len(samples)} results, the server sent {_brief(answer)}")
     return answer
 
 
-def pick_number(name: str, found: Any, index: int | None, sample: Sample) -> float:
+def pick_number(name: str, found: Any, index: int | None, sample: Sample) -> Outcome:
     """The reward in what a server gives for one sample: a number, a list of numbers, or a list of these for each token,
-    of which the last counts.
+    of which the last counts. `NoReward` where there are no numbers.
 
     Raises:
-        RewardError: no number, or several and no ``index``, or none at ``index``.
+        RewardError: several numbers and no ``index``, or none at ``index``: the configuration does not fit the model.
     """
     while isinstance(found, list) and found and isinstance(found[-1], list):
         found = found[-1]
     numbers = found if isinstance(found, list) else [found]
     if not numbers or not all(isinstance(number, Real) and not isinstance(number, bool) for number in numbers):
-        raise RewardError(f"reward {name!r}: expected numbers, the server sent {_brief(found)}; {describe(sample)}")
+        return NoReward(f"expected numbers, the server sent {_brief(found)}")
     if index is None and len(numbers) > 1:
         raise RewardError(
             f"reward {name!r}: the model gives {len(numbers)} numbers: set class_index to the one that is the reward; "
@@ -181,7 +179,10 @@ def pick_number(name: str, found: Any, index: int | None, sample: Sample) -> flo
         raise RewardError(
             f"reward {name!r}: class_index={index}, but the model gives {len(numbers)} numbers; {describe(sample)}"
         )
-    return float(numbers[index or 0])
+    try:
+        return Scored(float(numbers[index or 0]))
+    except OverflowError:
+        return NoReward("expected a number, the server sent one of hundreds of digits")
 
 
 def _member(value: Any, key: str) -> Any:
@@ -189,5 +190,8 @@ def _member(value: Any, key: str) -> Any:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nesting, or a number, that is too long to show
+        return f"a {type(value).__name__}"
     return text if len(text) <= 200 else text[:200] + "…"

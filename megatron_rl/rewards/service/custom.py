@@ -19,9 +19,10 @@ from typing import Any
 from pydantic import Field
 
 from megatron_rl.batch import Sample
-from megatron_rl.rewards.reward import REWARDS, RewardError, describe
+from megatron_rl.rewards.reward import REWARDS
 from megatron_rl.rewards.service.classifiers import expect_rows, pick_number
-from megatron_rl.rewards.service.reward import Scored, ServiceReward
+from megatron_rl.rewards.service.client import PassingError
+from megatron_rl.rewards.service.reward import Outcome, ServiceReward
 from megatron_rl.rewards.service.settings import ServiceConfig
 from megatron_rl.rewards.service.template import fill, fill_lists, look_up, takes_lists
 
@@ -56,13 +57,10 @@ class HttpReward(ServiceReward):
             return fill_lists(self.config.request, samples, texts)
         return fill(self.config.request, samples[0], texts[0])
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
         try:
             found = look_up(answer, self.config.path)
         except LookupError as error:
-            raise RewardError(
-                f"reward {self.name!r}: path {self.config.path!r} leads nowhere: {error}; "
-                f"first sample: {describe(samples[0])}"
-            ) from None
-        rows = expect_rows(self.name, found, samples) if self.takes_lists else [found]
-        return [Scored(pick_number(self.name, row, None, sample)) for row, sample in zip(rows, samples, strict=True)]
+            raise PassingError(f"path {self.config.path!r} leads nowhere: {error}") from None
+        rows = expect_rows(found, samples) if self.takes_lists else [found]
+        return [pick_number(self.name, row, None, sample) for row, sample in zip(rows, samples, strict=True)]

@@ -25,9 +25,9 @@ from pydantic import Field
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.config.bounds import Finite, NonNegative
-from megatron_rl.rewards.reward import REWARDS, RewardError, describe
+from megatron_rl.rewards.reward import REWARDS
 from megatron_rl.rewards.service.client import PassingError
-from megatron_rl.rewards.service.reward import Scored, ServiceReward
+from megatron_rl.rewards.service.reward import Outcome, Scored, ServiceReward
 from megatron_rl.rewards.service.settings import ServiceConfig
 from megatron_rl.rewards.service.template import fill, look_up
 
@@ -113,13 +113,11 @@ class JudgeReward(ServiceReward):
             f"Give grades {grades}. Think if you must, then end with exactly this, and nothing after it:\n{lines}"
         )
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
         try:
             verdict = look_up(answer, "choices.0.message.content")
         except LookupError as error:
-            raise RewardError(
-                f"reward {self.name!r}: not a chat completion: {error}; sample: {describe(samples[0])}"
-            ) from None
+            raise PassingError(f"not a chat completion: {error}") from None
         grades = {grade: self._grade(grade, str(verdict or "")) for grade in self.weights}
         total = sum(self.weights.values())
         value = sum(self.weights[grade] * found for grade, found in grades.items()) / total

@@ -85,12 +85,12 @@ class ServiceReward(Reward):
         """The JSON body that asks for the rewards of ``samples``."""
         raise NotImplementedError
 
-    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
-        """The rewards in an answer, in the order of ``samples``.
+    def read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
+        """The rewards in an answer, in the order of ``samples``; `NoReward` where one of them has none.
 
         Raises:
-            RewardError: the answer does not have the form that this service gives.
-            PassingError: another attempt may be answered better.
+            PassingError: the answer is not of the form that this service gives; another attempt may be answered better.
+            RewardError: the configuration does not fit what this service gives.
         """
         raise NotImplementedError
 
@@ -102,7 +102,7 @@ class ServiceReward(Reward):
         """Rewards in order; `NoReward` where ``on_failure`` is drop and no answer was had.
 
         Raises:
-            RewardError: no answer was had and ``on_failure`` is stop, or an answer is not of the expected form.
+            RewardError: no answer was had and ``on_failure`` is stop, or the configuration does not fit the service.
         """
         started = time.perf_counter()
         begun, self._begun = self._begun, []
@@ -197,20 +197,24 @@ class ServiceReward(Reward):
         except NoAnswerError as error:
             return [NoReward(str(error))] * len(samples)
 
-    def _read(self, answer: Any, samples: Sequence[Sample]) -> list[Scored]:
+    def _read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
+        """What `read` finds, where it is of numbers. An answer with no reward at all is worth another attempt."""
         try:
-            scored = self.read(answer, samples)
+            outcomes = [_finite(outcome) for outcome in self.read(answer, samples)]
         except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
             raise PassingError(
                 f"{self.config.url}: no reward in the answer ({type(error).__name__}: {error!s:.100})"
             ) from None
-        for sample, found in zip(samples, scored, strict=True):
-            for number in (found.value, *found.parts.values()):
-                if not math.isfinite(number):
-                    raise RewardError(
-                        f"reward {self.name!r} is {number}, expected a finite number; sample: {describe(sample)}"
-                    )
-        return scored
+        lost = [outcome.reason for outcome in outcomes if isinstance(outcome, NoReward)]
+        if len(lost) == len(samples):
+            raise PassingError(f"{self.config.url}: no reward in the answer: {lost[0]}")
+        return outcomes
+
+
+def _finite(outcome: Outcome) -> Outcome:
+    numbers = (outcome.value, *outcome.parts.values()) if isinstance(outcome, Scored) else ()
+    strange = [number for number in numbers if not math.isfinite(number)]
+    return NoReward(f"it is {strange[0]}, expected a finite number") if strange else outcome
 
 
 def _run(asked: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,4 @@
-"""`SGLangClient`: one server's HTTP endpoints as methods, each with a time limit and with errors that say what failed.
+"""`SGLangClient`: one server's HTTP endpoints as methods, bounded in time and size, with errors that say what failed.
 
 It sends a request once: who retries, and where, is the engine's business. Endpoints and fields are those of SGLang
 0.5.23 (`sglang/srt/entrypoints/http_server.py`, `sglang/srt/managers/io_struct.py`).
@@ -7,14 +7,16 @@ It sends a request once: who retries, and where, is the engine's business. Endpo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any, Literal
 
 import httpx
 
 from megatron_rl.config import ConfigError
+from megatron_rl.rollout.sglang.bounded import TooLongError, bounded_lines, read_bounded
 
 Json = dict[str, Any]
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -25,7 +27,8 @@ OLDEST_VERSION, NEWEST_VERSION = (0, 5, 21), (0, 6, 0)
 SUPPORTED_VERSIONS = "0.5.21 or later, before 0.6"
 CONTROL_SECONDS = 60.0
 ABORT_SECONDS = 5.0
-EVENT, LAST_EVENT = "data: ", "data: [DONE]"  # of a stream
+MAX_BYTES = 64 << 20  # of an answer; the checksums of a large model's parameters are the longest
+EVENT, LAST_EVENT = b"data: ", b"data: [DONE]"  # of a stream
 BODY_EXCERPT = 300  # characters of an answer that an error quotes
 
 
@@ -62,27 +65,48 @@ class SGLangClient:
         return f"SGLangClient({self.url})"
 
     async def send(
-        self, method: Literal["GET", "POST"], path: str, body: Json | None = None, timeout: float = CONTROL_SECONDS
+        self,
+        method: Literal["GET", "POST"],
+        path: str,
+        body: Json | None = None,
+        timeout: float = CONTROL_SECONDS,
+        max_bytes: int = MAX_BYTES,
     ) -> bytes:
         """The body of the answer to one request.
 
-        Raises:
-            ServerError: no connection, no answer in time, or a 5xx status.
-            RequestError: a 4xx status.
-        """
-        try:
-            answer = await self._http.request(method, path, json=body, timeout=httpx.Timeout(timeout, connect=10.0))
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
-        self._check(path, answer)
-        return answer.content
+        Args:
+            timeout: seconds from the request to the last byte of the answer.
 
-    def _check(self, path: str, answer: httpx.Response) -> None:
-        text = answer.text[:BODY_EXCERPT]
-        if answer.is_server_error or answer.status_code == httpx.codes.TOO_MANY_REQUESTS:
-            raise ServerError(f"{self.url}{path} answered {answer.status_code}: {text}")
-        if not answer.is_success:  # a redirect too: it would carry prompts and the key elsewhere
-            raise RequestError(f"{self.url}{path} answered {answer.status_code}: {text}")
+        Raises:
+            ServerError: no connection, no whole answer in time or in ``max_bytes``, or a 5xx status.
+            RequestError: a status that is no success otherwise; redirects are not followed.
+        """
+        async with self._answer(method, path, body, timeout) as answer:
+            content = await read_bounded(answer, max_bytes)
+        self._check(path, answer.status_code, content)
+        return content
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, method: str, path: str, body: Json | None, timeout: float) -> AsyncIterator[httpx.Response]:
+        """An answer whose body is not read yet. Whatever goes wrong with it, and too long a time, is a ServerError."""
+        each_read = httpx.Timeout(timeout, connect=10.0, pool=None)
+        try:
+            async with asyncio.timeout(timeout):  # of the whole: a server that sends a byte now and then is no answer
+                async with self._http.stream(method, path, json=body, timeout=each_read) as answer:
+                    yield answer
+        except TimeoutError:
+            raise ServerError(f"{self.url}{path} did not end its answer in {timeout:g} s") from None
+        except (httpx.HTTPError, httpx.InvalidURL, TooLongError) as error:
+            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
+
+    def _check(self, path: str, status: int, content: bytes) -> None:
+        text = content[:BODY_EXCERPT].decode(errors="replace")
+        if status >= 500 or status == httpx.codes.TOO_MANY_REQUESTS:
+            raise ServerError(f"{self.url}{path} answered {status}: {text}")
+        if 300 <= status < 400:  # it would carry prompts and the key elsewhere
+            raise RequestError(f"{self.url}{path} answered {status}, a redirect: give the server's own address")
+        if not 200 <= status < 300:
+            raise RequestError(f"{self.url}{path} answered {status}: {text}")
 
     async def post(self, path: str, body: Json, timeout: float = CONTROL_SECONDS) -> Any:
         """The JSON of the answer; ServerError where it is none."""
@@ -115,27 +139,23 @@ class SGLangClient:
 
     # Generation
 
-    async def generate(self, body: Json) -> Any:
+    async def generate(self, body: Json, max_bytes: int = MAX_BYTES) -> Any:
         """/generate, as it is: the caller writes the body and reads the answer."""
-        return await self.post("/generate", body, self.timeout)
+        return self._parse("/generate", await self.send("POST", "/generate", body, self.timeout, max_bytes))
 
-    async def stream(self, body: Json) -> AsyncGenerator[Json, None]:
-        """/generate with ``stream``: each event as it comes.
+    async def stream(self, body: Json, max_bytes: int = MAX_BYTES) -> AsyncGenerator[Json, None]:
+        """/generate with ``stream``: each event, of at most ``max_bytes``, as it comes.
 
         Raises:
             ServerError, RequestError: as `send`; also in the middle, when the connection breaks.
         """
-        path, limit = "/generate", httpx.Timeout(self.timeout, connect=10.0)
-        try:
-            async with self._http.stream("POST", path, json=body, timeout=limit) as answer:
-                if not answer.is_success:
-                    await answer.aread()
-                    self._check(path, answer)
-                async for line in answer.aiter_lines():
-                    if line.startswith(EVENT) and line != LAST_EVENT:
-                        yield _record(self._parse(path, line.removeprefix(EVENT).encode()), self.url)
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
+        path = "/generate"
+        async with self._answer("POST", path, body, self.timeout) as answer:
+            if not answer.is_success:
+                self._check(path, answer.status_code, await read_bounded(answer, max_bytes))
+            async for line in bounded_lines(answer, max_bytes):
+                if line.startswith(EVENT) and line != LAST_EVENT:
+                    yield _record(self._parse(path, line.removeprefix(EVENT)), self.url)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         """Give requests up; unknown ones do no harm."""

@@ -179,5 +179,5 @@ async def _ask(
     client: SGLangClient, request: Request, request_ids: Sequence[str], cache_key: str | None, known: KnownVersions
 ) -> list[Completion]:
     """The answer of one server, in one piece."""
-    answer = await client.generate(request_body(request, request_ids, cache_key))
+    answer = await client.generate(request_body(request, request_ids, cache_key), request.max_bytes)
     return read_completions(answer, request, known())

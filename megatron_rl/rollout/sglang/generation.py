@@ -19,6 +19,8 @@ from megatron_rl.rollout.base import Completion, FinishReason, SamplingParams
 from megatron_rl.rollout.sglang.client import Json, ServerError
 
 ROUNDING = 1e-3  # how far a log-probability may lie above 0: a softmax in bf16 does not sum to 1
+TOKEN_BYTES = 1024  # of JSON that a token of an answer may take: its id, log-probability and text
+SAMPLE_BYTES = 1 << 16  # that each sample may take beside them
 SEED_BITS = 31  # servers hold seeds in signed integers
 ANSWER_FAULTS = (
     KeyError,
@@ -51,6 +53,14 @@ class Request:
     @property
     def stop_token_ids(self) -> set[int]:
         return set(self.params.stop_token_ids) | (set() if self.params.ignore_eos else set(self.eos_token_ids))
+
+    @property
+    def max_bytes(self) -> int:
+        """No answer to it is longer."""
+        layers, experts = self.routed_experts or (0, 0)
+        routed = layers * experts * 6  # base64 of int32, and some
+        tokens = self.params.max_tokens * (TOKEN_BYTES + routed) + len(self.token_ids) * routed
+        return len(self.seeds) * (SAMPLE_BYTES + tokens)
 
 
 def request_body(request: Request, request_ids: Sequence[str], cache_key: str | None = None) -> Json:

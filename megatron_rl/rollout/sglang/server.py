@@ -224,9 +224,11 @@ class SGLangServer:
 
     def is_ready(self) -> bool:
         """Whether the server answers requests now."""
-        with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/model_info", timeout=5.0, trust_env=False).status_code == httpx.codes.OK
-        return False
+        try:
+            with httpx.stream("GET", f"{self.url}/model_info", timeout=5.0, trust_env=False) as answer:
+                return answer.status_code == httpx.codes.OK  # the body is not read: it might never end
+        except httpx.HTTPError:
+            return False
 
     def start(self) -> Self:
         """`launch` and `wait_ready`; another port is tried where somebody took ours in between."""

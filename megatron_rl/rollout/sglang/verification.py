@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
+from megatron_rl.rollout.sglang.generation import ANSWER_FAULTS
 from megatron_rl.rollout.sglang.membership import Membership
 from megatron_rl.rollout.sglang.routing import State
 
@@ -24,8 +25,11 @@ async def server_checksums(client: SGLangClient) -> dict[int, dict[str, str]]:
     Raises:
         ServerError, RequestError: it does not say.
     """
-    ranks = (await client.check_weights())["ranks"]
-    return {rank["parallelism_info"][0]["tp_rank"]: rank["checksums"] for rank in ranks}
+    answer = await client.check_weights()
+    try:
+        return {rank["parallelism_info"][0]["tp_rank"]: dict(rank["checksums"]) for rank in answer["ranks"]}
+    except ANSWER_FAULTS as error:
+        raise ServerError(f"{client.url} gave no checksums ({type(error).__name__}: {error!s:.100})") from None
 
 
 async def check_members(membership: Membership, attested: Callable[[str], RankSums | None]) -> WeightCheck:
