@@ -28,7 +28,8 @@ PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference
 ANY_DEVICE = ("reference",)
 
 _loaded: dict[tuple[str, str, str], Callable[..., Any] | UnavailableError] = {}
-_chosen: dict[tuple[str, str, str | None], Callable[..., Any]] = {}
+# (operation, device type, forced by argument, environment variable) -> what runs: nothing else may cost at each call.
+_chosen: dict[tuple[str, str, str | None, str], Callable[..., Any]] = {}
 
 
 class UnavailableError(RuntimeError):
@@ -114,11 +115,13 @@ def choose(op: str, device_type: str, implementation: str | None = None) -> Call
         ValueError: unknown operation or implementation, or a malformed environment variable.
         UnavailableError: the forced implementation cannot run here, with the reason.
     """
-    forced = implementation or _forced_by_environment().get(op)
-    key = (op, device_type, forced)
-    if key not in _chosen:
-        _chosen[key] = _forced(op, device_type, forced) if forced else _best(op, device_type)
-    return _chosen[key]
+    text = os.environ.get(ENVIRONMENT, "")
+    key = (op, device_type, implementation, text)
+    found = _chosen.get(key)
+    if found is None:
+        forced = implementation or _forced_by_environment(text).get(op)
+        found = _chosen[key] = _forced(op, device_type, forced) if forced else _best(op, device_type)
+    return found
 
 
 def _forced(op: str, device_type: str, implementation: str) -> Callable[..., Any]:
@@ -149,8 +152,7 @@ def _best(op: str, device_type: str) -> Callable[..., Any]:
     raise UnavailableError(f"{op} has no implementation for {device_type}: {'; '.join(skipped) or ', '.join(known)}")
 
 
-def _forced_by_environment() -> dict[str, str]:
-    text = os.environ.get(ENVIRONMENT, "")
+def _forced_by_environment(text: str) -> dict[str, str]:
     pairs = [entry.partition("=") for entry in text.split(",") if entry.strip()]
     forced = {op.strip(): name.strip() for op, _, name in pairs}
     for op, name in forced.items():

@@ -41,6 +41,26 @@ def test_environment_forces_an_implementation(monkeypatch):
     assert choose("copy_spans", "cpu").__module__ == "megatron_rl.ops.copy_spans.reference"
 
 
+@pytest.mark.parametrize("text", ["", "copy_spans=reference,gae=reference"])
+def test_a_choice_is_made_once_and_then_looks_at_no_file(monkeypatch, text):
+    monkeypatch.setenv(registry.ENVIRONMENT, text)
+    first = choose("copy_spans", "cpu"), choose("copy_spans", "cpu", "reference")
+
+    def again(*_):
+        raise AssertionError("looked at the package's folders again")
+
+    for name in ("operations", "implementations", "load", "_forced_by_environment"):
+        monkeypatch.setattr(registry, name, again)
+    assert (choose("copy_spans", "cpu"), choose("copy_spans", "cpu", "reference")) == first
+
+
+def test_a_choice_changes_with_the_environment(monkeypatch):
+    monkeypatch.setattr(registry, "_best", lambda op, device: torch.add)
+    assert choose("copy_spans", "cpu") is torch.add
+    monkeypatch.setenv(registry.ENVIRONMENT, "copy_spans=reference")
+    assert choose("copy_spans", "cpu").__module__ == "megatron_rl.ops.copy_spans.reference"
+
+
 @pytest.mark.parametrize("text", ["copy_span=reference", "copy_spans", "copy_spans="])
 def test_malformed_environment_is_an_error(monkeypatch, text):
     monkeypatch.setenv(registry.ENVIRONMENT, text)
