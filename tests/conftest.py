@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from cpu_time import CpuTime
 
 import megatron_rl  # noqa: F401  first of all: the CPU face must be in place before a test imports megatron.core
 
@@ -16,6 +17,10 @@ hypothesis.settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = ("distributed", "learning", "integration", "network")  # markers, from minutes to many minutes
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(CpuTime(config))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,7 @@
-"""Start a test program under the real torchrun, bounded in time, and show its output when it fails."""
+"""Start a test program under the real torchrun, bounded in time, and show its output when it fails.
+
+For launching, restarts, resume and signals. Other programs start a hundred times faster by `forked.run_ranks`.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def rank_environment() -> dict[str, str]:
+    """This process's environment, for ranks: the project on the path, one thread each."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
 def run_torchrun(program: Path | str, nproc: int, *args: str, timeout: float = 300, **env: str) -> str:
     """Run ``program`` on ``nproc`` local ranks and return its standard output.
 
@@ -18,14 +30,9 @@ def run_torchrun(program: Path | str, nproc: int, *args: str, timeout: float = 3
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
     command += [str(program), *args]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONWARNINGS": "ignore",
-    }
     with subprocess.Popen(
         command,
-        env=environment | env,
+        env=rank_environment() | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 from megatron_rl.algorithms import ALGORITHMS
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.distributed
 def results(model: str) -> dict[str, dict[str, dict[str, float]]]:
     found = {}
     for world, layouts in WORLDS.items():
-        for line in run_torchrun(PROGRAM, world, model, *layouts, timeout=500).splitlines():
+        for line in run_ranks(PROGRAM, world, model, *layouts, timeout=500).splitlines():
             if line.startswith("RESULT "):
                 result = json.loads(line.removeprefix("RESULT "))
                 found[result["layout"]] = result["metrics"]

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 PROGRAM = Path(__file__).with_name("learning_program.py")
 ONLINE = [
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.learning, pytest.mark.distributed]
 
 @functools.cache
 def results(model: str, layout: str) -> dict[str, dict[str, float]]:
-    out = run_torchrun(PROGRAM, 2, model, LAYOUTS[layout], *ONLINE, *OFFLINE, timeout=580)
+    out = run_ranks(PROGRAM, 2, model, LAYOUTS[layout], *ONLINE, *OFFLINE, timeout=580)
     found = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
     return {result["algorithm"]: result for result in found}
 

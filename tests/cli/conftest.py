@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[2]
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -36,29 +33,12 @@ Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
-def command() -> Iterator[Command]:
+def command() -> Command:
     """``command("train", config, "parallel.tp=2")`` in a process of its own."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests/run"), os.environ.get("PYTHONPATH", "")]),
-        "PYTHONWARNINGS": "ignore",
-        "HF_HUB_OFFLINE": "1",
-    }
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("forked_commands.py"))],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdin is not None
-    assert server.stdout is not None
+    path = f"{TESTS.parent}:{TESTS / 'run'}"
 
     def run(*arguments: object) -> Ended:
-        server.stdin.write(json.dumps({"arguments": [str(part) for part in arguments]}) + "\n")
-        server.stdin.flush()
-        return Ended(**json.loads(server.stdout.readline()))
+        ended = forked.run_forked("-m", "megatron_rl", *arguments, timeout=120, PYTHONPATH=path)
+        return Ended(ended.code, ended.out, ended.err)
 
-    yield run
-    server.stdin.close()
-    server.wait(30)
+    return run

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from small_run import write_run
-from torchrun import run_torchrun
 
 REWARDS = Path(__file__).with_name("failing_rewards.py")
 
@@ -173,7 +173,7 @@ def test_a_folder_that_was_there_before_survives_a_failure(command, tmp_path):
 def test_a_reward_that_raises_on_one_rank_ends_all_ranks_with_the_same_message(tmp_path):
     config = write_run(tmp_path)
     with pytest.raises(AssertionError) as failure:
-        run_torchrun("-m", 2, "megatron_rl", "train", str(config), own("raising_on_rank_one"), timeout=200)
+        run_ranks("-m", 2, "megatron_rl", "train", str(config), own("raising_on_rank_one"), timeout=200)
     said = str(failure.value)
     assert "did not end" not in said
     assert "[rank 1] RewardError: reward 'raising_on_rank_one' raised ZeroDivisionError" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from torchrun import run_torchrun
 
 MAPS = ("((0, 1), (2, 3))", "((0, 2), (1, 3))", "((0,), (1, 2, 3))", "((0, 1, 2, 3),)", "((0,), (1,), (2,), (3,))")
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def held() -> set[str]:
-    output = run_torchrun(Path(__file__).with_name("collectives_program.py"), 4, timeout=400)
+    output = run_ranks(Path(__file__).with_name("collectives_program.py"), 4, timeout=400)
     return {line.removeprefix("held: ") for line in output.splitlines() if line.startswith("held: ")}
 
 

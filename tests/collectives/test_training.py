@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[tuple[str, str], list[dict[str, float]]]:
-    output = run_torchrun(Path(__file__).with_name("training_program.py"), 2, timeout=400)
+    output = run_ranks(Path(__file__).with_name("training_program.py"), 2, timeout=400)
     lines = [json.loads(line[7:]) for line in output.splitlines() if line.startswith("RESULT ")]
     return {(job, way): steps for job, way, steps in lines}
 

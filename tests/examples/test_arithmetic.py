@@ -8,7 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torchrun import ROOT, run_torchrun
+from forked import run_ranks
+from torchrun import ROOT
 from transformers import AutoTokenizer
 
 spec = importlib.util.spec_from_file_location("arithmetic", ROOT / "examples" / "arithmetic_grpo" / "arithmetic.py")
@@ -53,4 +54,4 @@ def test_reward_is_one_for_the_exact_number_only(response: str, reward: float) -
 @pytest.mark.distributed
 def test_pretraining_is_saved_in_one_layout_and_loads_in_others(tmp_path: Path) -> None:
     program = Path(__file__).with_name("pretrain_program.py")
-    assert "reloaded in 3 layouts" in run_torchrun(program, 4, str(tmp_path / "checkpoint"), timeout=240)
+    assert "reloaded in 3 layouts" in run_ranks(program, 4, str(tmp_path / "checkpoint"), timeout=240)

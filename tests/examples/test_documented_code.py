@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from forked import run_ranks
 from small_run import digits, write_run
-from torchrun import run_torchrun
 from transformers import AutoTokenizer
 
 from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
@@ -130,6 +130,6 @@ def test_the_first_block_of_the_trainers_page_is_a_program_for_torchrun(folder, 
     (folder / "train.py").write_text(blocks(ROOT / "docs/trainers.md", "python")[0])
     monkeypatch.chdir(folder)
     (folder / "out").rename(folder / "before")
-    run_torchrun(folder / "train.py", 2, timeout=200)
+    run_ranks(folder / "train.py", 2, timeout=200)
     assert (folder / "out" / "hf" / "model.safetensors").is_file()
     assert (folder / "out" / "checkpoints" / "step_000001").is_dir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from torchrun import run_torchrun
+from forked import run_ranks
 
 pytestmark = [pytest.mark.learning, pytest.mark.distributed]
 EXAMPLE = ROOT / "examples" / "stories_grpo"
@@ -34,7 +34,7 @@ def metrics(stories_model, tmp_path_factory) -> list[dict[str, float]]:
         "actor.optimizer.learning_rate": 2e-4,
     }
     pairs = [f"{key}={value}" for key, value in overrides.items()]
-    run_torchrun("-m", 2, "megatron_rl", "train", str(EXAMPLE / "config.yaml"), *pairs, timeout=580)
+    run_ranks("-m", 2, "megatron_rl", "train", str(EXAMPLE / "config.yaml"), *pairs, timeout=580)
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 

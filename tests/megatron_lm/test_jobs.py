@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import run_torchrun
+from forked import run_ranks
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.models import Experts
@@ -53,7 +53,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     )
     steps = {}
     for world, cases in ((1, ALONE), (4, ON_FOUR)):
-        for line in run_torchrun(PROGRAM, world, str(folder), *cases, timeout=280).splitlines():
+        for line in run_ranks(PROGRAM, world, str(folder), *cases, timeout=280).splitlines():
             if line.startswith("RESULT "):
                 case, found = json.loads(line.removeprefix("RESULT "))
                 steps[case] = found

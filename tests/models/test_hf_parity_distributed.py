@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_ranks
 from models.oracle import LLAMA, QWEN2, QWEN3, QWEN3_MOE
-from torchrun import run_torchrun
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.models.hf_config import hf_config_from
@@ -29,6 +29,6 @@ def test_logits_names_and_bits_survive_every_layout(tmp_path, stories_model) -> 
                 parameter.normal_(std=0.3).add_(1.0 if "norm" in name else 0.0)
         model.save_pretrained(tmp_path / architecture.family)
     shutil.copytree(stories_model, tmp_path / "stories")
-    output = run_torchrun(PROGRAM, 4, str(tmp_path), timeout=300)
+    output = run_ranks(PROGRAM, 4, str(tmp_path), timeout=300)
     assert output.count("parity ") == 11, output
     assert output.count("converted ") == 2, output

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 PROGRAM = Path(__file__).with_name("layout_program.py")
 TOLERANCE = 1e-5
@@ -14,7 +14,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def errors() -> dict[str, tuple[float, float]]:
     """Of each case: the largest relative errors of outputs and of gradients."""
-    rows = [line.split("|") for line in run_torchrun(PROGRAM, 4).splitlines() if line.startswith("case|")]
+    rows = [line.split("|") for line in run_ranks(PROGRAM, 4).splitlines() if line.startswith("case|")]
     return {name: (float(outputs), float(gradients)) for _, name, outputs, gradients in rows}
 
 

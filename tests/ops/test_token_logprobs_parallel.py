@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 from megatron_rl.ops.registry import UnavailableError, implementations, load
 
@@ -26,7 +26,7 @@ def available() -> list[str]:
 @pytest.mark.distributed
 def test_a_vocabulary_split_over_ranks_changes_nothing():
     names = available()
-    output = run_torchrun(PROGRAM, 2, *names, timeout=180)
+    output = run_ranks(PROGRAM, 2, *names, timeout=180)
     errors = {line: float(line.rsplit("|", 1)[1]) for line in output.splitlines() if line.startswith("case|")}
     assert len(errors) == 5 * len(names)
     assert all(error < 2e-5 for error in errors.values()), "\n".join(errors)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torchrun import run_torchrun
+from forked import run_ranks
 
 import megatron_rl  # noqa: F401  (before megatron.core)
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -17,7 +17,7 @@ from megatron.core import parallel_state  # isort: skip
 
 @pytest.mark.distributed
 def test_every_group_of_every_layout_holds_the_ranks_the_layout_says() -> None:
-    assert "15 layouts hold" in run_torchrun(Path(__file__).with_name("groups_program.py"), 4, timeout=280)
+    assert "15 layouts hold" in run_ranks(Path(__file__).with_name("groups_program.py"), 4, timeout=280)
 
 
 def test_one_process_without_torchrun_is_a_whole_replica(monkeypatch) -> None:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT, run_torchrun
+from forked import run_ranks
+from torchrun import ROOT
 
 
 @pytest.mark.distributed
@@ -31,7 +32,7 @@ def test_data_parallel_ranks_with_different_numbers_of_samples_train_together(
             }
         )
     )
-    run_torchrun("-m", 2, "megatron_rl", "train", str(tmp_path / "config.yaml"), timeout=240)
+    run_ranks("-m", 2, "megatron_rl", "train", str(tmp_path / "config.yaml"), timeout=240)
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 2
     for step in steps:

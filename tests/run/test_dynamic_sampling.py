@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from forked import run_ranks
 from small_run import ROOT, metrics_of, write_run
 from test_resume import PROGRAM, environment
-from torchrun import run_torchrun
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.trainer.refill import own_share, renumbered, split_groups
@@ -38,7 +38,7 @@ def runs(tmp_path_factory) -> dict[int, dict[int, dict[str, float]]]:
         trainer = {"output_dir": str(folder / "out"), "num_steps": 3, "export": False}
         algorithm = {"name": "dapo", "max_sampling_rounds": 6}
         config = write_run(folder, algorithm=algorithm, rewards=REWARD, trainer=trainer, reference=None)
-        run_torchrun(PROGRAM, ranks, str(config), PYTHONPATH=environment()["PYTHONPATH"])
+        run_ranks(PROGRAM, ranks, str(config), PYTHONPATH=environment()["PYTHONPATH"])
         found[ranks] = metrics_of(folder / "out")
     return found
 

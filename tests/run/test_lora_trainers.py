@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from safetensors.torch import load_file
 from small_run import ROOT, metrics_of, write_run
-from torchrun import run_torchrun
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.weights.convert import convert
@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder, stories_model) -> dict:
-    out = run_torchrun(PROGRAM, 2, str(stories_model), str(folder), timeout=500, PYTHONPATH=PATHS)
+    out = run_ranks(PROGRAM, 2, str(stories_model), str(folder), timeout=500, PYTHONPATH=PATHS)
     (line,) = [line for line in out.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 
@@ -85,12 +85,12 @@ def test_grpo_with_adapters_and_their_base_as_reference_runs_from_a_config_file(
         "actor.lora.alpha=16",
         "actor.optimizer.learning_rate=0.02",
     ]
-    run_torchrun(TRAIN, 2, str(config), *options, PYTHONPATH=PATHS)
+    run_ranks(TRAIN, 2, str(config), *options, PYTHONPATH=PATHS)
     whole = metrics_of(tmp_path / "out")
     assert whole[1]["loss/kl"] == pytest.approx(0.0, abs=1e-6)
     assert whole[6]["loss/kl"] > 1e-4
     assert all(metrics["mismatch/kl"] < 1e-5 for metrics in whole.values() if "mismatch/kl" in metrics)
     other = tmp_path / "again"
     resume = [f"trainer.resume={tmp_path / 'out' / 'checkpoints' / 'step_000004'}", f"trainer.output_dir={other}"]
-    run_torchrun(TRAIN, 2, str(config), *options, *resume, PYTHONPATH=PATHS)
+    run_ranks(TRAIN, 2, str(config), *options, *resume, PYTHONPATH=PATHS)
     assert metrics_of(other) == {step: whole[step] for step in (5, 6)}

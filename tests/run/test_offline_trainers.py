@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from small_run import ROOT, write_run
-from torchrun import run_torchrun
 
 pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).with_name("offline_program.py")
@@ -18,7 +18,7 @@ KINDS = ("DPOTrainer", "KTOTrainer")
 def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("offline")
     write_run(folder)
-    out = run_torchrun(PROGRAM, 2, str(folder), timeout=400, PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'run'}")
+    out = run_ranks(PROGRAM, 2, str(folder), timeout=400, PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'run'}")
     (line,) = [line for line in out.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 

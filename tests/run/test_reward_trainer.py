@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from small_run import ROOT, write_run
-from torchrun import run_torchrun
 
 pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).with_name("reward_program.py")
@@ -21,7 +21,7 @@ CASES = {
 def run(folder: Path, nproc: int, *arguments: str) -> dict:
     write_run(folder)
     own = f"{ROOT}:{ROOT / 'tests' / 'run'}"
-    out = run_torchrun(PROGRAM, nproc, str(folder), *arguments, timeout=300, PYTHONPATH=own)
+    out = run_ranks(PROGRAM, nproc, str(folder), *arguments, timeout=300, PYTHONPATH=own)
     (line,) = [line for line in out.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from small_run import write_run
-from torchrun import run_torchrun
 
 from megatron_rl.rollout.base import sample_seed
 
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("bad_tokens_program.py")
 def found(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("bad_tokens")
     write_run(folder)
-    return json.loads(run_torchrun(PROGRAM, 2, str(folder / "model")).splitlines()[-1])
+    return json.loads(run_ranks(PROGRAM, 2, str(folder / "model")).splitlines()[-1])
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])

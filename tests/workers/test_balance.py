@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchrun import run_torchrun
 from workers.balance_program import LENGTHS
 
 from megatron_rl.workers.balance import SLACK, plan_moves
@@ -51,7 +51,7 @@ def test_even_ranks_move_nothing_and_few_units_move_otherwise():
 
 @pytest.mark.distributed
 def test_sequences_travel_whole_and_what_was_computed_of_them_comes_home():
-    out = run_torchrun(Path(__file__).with_name("balance_program.py"), 3, timeout=120)
+    out = run_ranks(Path(__file__).with_name("balance_program.py"), 3, timeout=120)
     ranks = json.loads(next(line for line in out.splitlines() if line.startswith("RESULT "))[7:])
     everything = [
         (1000 * rank + i, [100 * rank + 10 * i + t for t in range(length)])

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_ranks
 from safetensors.torch import load_file
 from torch import Tensor
-from torchrun import run_torchrun
 
 from megatron_rl.models.architecture import Experts
 from megatron_rl.run.doctor.random_data import PLAIN, write_random_model
@@ -44,7 +44,7 @@ def folder(tmp_path_factory) -> Path:
 def results(folder) -> dict[tuple[str, str], dict[str, float]]:
     found = {}
     for world, cases in WORLDS.items():
-        for line in run_torchrun(PROGRAM, world, str(folder), *cases, timeout=300).splitlines():
+        for line in run_ranks(PROGRAM, world, str(folder), *cases, timeout=300).splitlines():
             if line.startswith("RESULT "):
                 case, algorithm, metrics = json.loads(line.removeprefix("RESULT "))
                 found[case, algorithm] = metrics

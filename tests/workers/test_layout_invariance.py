@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun import run_torchrun
+from forked import run_ranks
 
 PROGRAM = Path(__file__).with_name("layout_cases.py")
 WORLDS = {
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.distributed
 def results(model: str) -> dict[str, dict]:
     found = {}
     for world, cases in WORLDS.items():
-        for line in run_torchrun(PROGRAM, world, model, *cases, timeout=400).splitlines():
+        for line in run_ranks(PROGRAM, world, model, *cases, timeout=400).splitlines():
             if line.startswith("RESULT "):
                 result = json.loads(line.removeprefix("RESULT "))
                 found[result["case"]] = result

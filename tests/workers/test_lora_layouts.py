@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_ranks
 from safetensors.torch import load_file
-from torchrun import run_torchrun
 
 PROGRAM = Path(__file__).with_name("lora_cases.py")
 WORLDS = {
@@ -47,7 +47,7 @@ def results(model: str) -> dict[str, dict[str, Any]]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for world, cases in WORLDS.items():
-            run_torchrun(PROGRAM, world, model, folder, *cases, timeout=400)
+            run_ranks(PROGRAM, world, model, folder, *cases, timeout=400)
             for case in cases:
                 found[case] = torch.load(Path(folder) / f"{case}.pt", weights_only=True)
                 found[case]["exported"] = load_file(Path(folder) / case / "model.safetensors")

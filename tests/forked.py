@@ -1,0 +1,167 @@
+"""Programs of tests, run as ranks or alone in forks of one warm process: `run_ranks` in place of `run_torchrun`.
+
+A rank starts in 0.05 s instead of 5 (see `warm_process.py`). Each worker of pytest-xdist has one warm process, started
+by the first test that needs it and ended with the session.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchrun import ROOT, rank_environment
+
+# Python and its libraries read these when they start, which the warm process has done.
+READ_AT_START = (
+    "PYTHON",
+    "OMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "KMP_",
+    "TORCH",
+    "CUDA_",
+    "HF_",
+    "TRANSFORMERS_",
+    "LD_",
+    "MALLOC",
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program ended: code of the first rank that failed or 0, and what ranks wrote, one after another.
+
+    Of standard error, that of the rank that failed first is the last.
+    """
+
+    code: int
+    out: str
+    err: str
+    late: bool = False
+
+
+class WarmProcess:
+    """The process that forks; one request at a time."""
+
+    def __init__(self) -> None:
+        self.environment = rank_environment() | {"HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "warm_process.py")],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+        self.cpu_seconds = 0.0
+        self.answer(300)
+
+    def run(self, program: str, arguments: list[str], nproc: int | None, timeout: float, env: dict[str, str]) -> Ended:
+        fixed = [key for key in env if key.startswith(READ_AT_START) and key != "PYTHONPATH"]
+        changed = [key for key in fixed if env[key] != self.environment.get(key)]
+        if changed:
+            raise ValueError(f"{changed} are read when a process starts, and forks have started: use run_torchrun")
+        with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+            request = {
+                "program": program,
+                "arguments": arguments,
+                "nproc": nproc,
+                "timeout": timeout,
+                "environment": os.environ | rank_environment() | {"HF_HUB_OFFLINE": "1"} | env,
+                "directory": os.getcwd(),
+                "folder": folder,
+            }
+            assert self.process.stdin is not None
+            self.process.stdin.write(json.dumps(request) + "\n")
+            answer = self.answer(timeout + 60)
+            out, err = (
+                [
+                    path.read_text(errors="replace")
+                    for rank in range(nproc or 1)
+                    if (path := Path(folder, f"{rank}.{name}")).exists()
+                ]
+                for name in ("out", "err")
+            )
+        if err and answer["code"]:  # last, where one looks
+            err.append(err.pop(min(answer["failed"], len(err) - 1)))
+        return Ended(answer["code"], "".join(out), "".join(err), answer["late"])
+
+    def answer(self, timeout: float) -> dict[str, Any]:
+        """The next line of the warm process.
+
+        Raises:
+            RuntimeError: there is none in ``timeout`` seconds.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline() if select.select([self.process.stdout], [], [], timeout)[0] else ""
+        if not line:
+            raise RuntimeError(f"the warm process did not answer in {timeout} s")
+        answer = json.loads(line)
+        self.cpu_seconds = answer["cpu"]
+        return answer
+
+    def close(self) -> None:
+        """End it, and what it runs."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+_warm: WarmProcess | None = None
+
+
+def run_forked(program: Path | str, *args: object, nproc: int | None = None, timeout: float = 300, **env: str) -> Ended:
+    """Run ``python program *args`` (or "-m", module, ...) on ``nproc`` ranks; None: alone, and not as a rank.
+
+    Raises:
+        ValueError: ``env`` changes what is read at the start of a process.
+    """
+    global _warm
+    _warm = _warm or WarmProcess()
+    try:
+        return _warm.run(str(program), [str(part) for part in args], nproc, timeout, env)
+    except ValueError:
+        raise
+    except BaseException:  # also pytest-timeout's: an answer that nobody waits for must not meet the next question
+        close()
+        raise
+
+
+def run_ranks(program: Path | str, nproc: int, *args: object, timeout: float = 300, **env: str) -> str:
+    """As `torchrun.run_torchrun`, in forks: returns what the ranks printed, rank 0's first.
+
+    Raises:
+        AssertionError: a rank failed or did not end in ``timeout`` seconds; the message holds the end of its output.
+    """
+    ended = run_forked(program, *args, nproc=nproc, timeout=timeout, **env)
+    assert not ended.late, f"{program} did not end in {timeout} s\n{ended.out[-3000:]}\n{ended.err[-5000:]}"
+    assert ended.code == 0, f"{program} failed ({ended.code})\n{ended.out[-3000:]}\n{ended.err[-6000:]}"
+    return ended.out
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of the warm process and all its forks up to its last answer; 0 when it has ended."""
+    return _warm.cpu_seconds if _warm else 0.0
+
+
+def close() -> None:
+    """End the warm process; the next run starts another."""
+    global _warm
+    ended, _warm = _warm, None
+    if ended:
+        ended.close()
+
+
+atexit.register(close)

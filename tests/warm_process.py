@@ -1,0 +1,215 @@
+"""A process that has imported everything once and forks the programs of tests, alone or as ranks (see `forked.py`).
+
+Importing torch and megatron.core costs five CPU-seconds a process, and torchrun itself imports torch. Requests and
+answers are JSON lines on standard input and output. For each request an agent is forked: leader of a process group of
+its own, host of the ranks' store, and like torchrun it ends all ranks when one fails.
+
+What a fork cannot carry over is not there before it: no threads (checked), no process group, no autograd engine. What
+forks share and real processes do not: the seed of `hash`, so that sets of strings have one order on all ranks. Tests in
+which this could hide a mistake, and those of launching, restarting and signals, keep the real torchrun.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import runpy
+import select
+import signal
+import struct
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+PORT = struct.Struct("i")
+GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for ranks of which another has failed
+POLL_SECONDS = 0.005
+LIBRARIES = (
+    "megatron_rl",  # first: it gives megatron.core its CPU face
+    "megatron.core.distributed",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "numpy",
+    "pytest",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+
+
+def import_everything() -> None:
+    for name in LIBRARIES:
+        importlib.import_module(name)
+    import megatron_rl
+
+    for module in pkgutil.walk_packages(megatron_rl.__path__, "megatron_rl."):
+        if not module.name.endswith("__main__"):
+            try:
+                importlib.import_module(module.name)
+            except ImportError:  # of an optional package: the program that needs it says so itself
+                continue
+    tasks = Path("/proc/self/task")
+    if tasks.exists() and len(list(tasks.iterdir())) > 1:
+        raise RuntimeError("a library started threads when it was imported: forks would lack them")
+    gc.collect()
+    gc.freeze()  # a collection in a child would write to, and so copy, every page
+
+
+def serve(requests: int) -> None:
+    """Answer each request with {"code": of the first rank that failed or 0, "failed": its rank, "late", "cpu"}."""
+    with os.fdopen(requests) as lines:
+        while line := lines.readline():
+            answer = run(json.loads(line), requests)
+            print(json.dumps(answer | {"cpu": sum(os.times()[:4])}), flush=True)
+
+
+def run(request: dict[str, Any], requests: int) -> dict[str, Any]:
+    answer, told = os.pipe()
+    agent = os.fork()
+    if agent == 0:
+        os.setsid()
+        os.close(answer)
+        be_the_agent(request, told)
+    os.close(told)
+    deadline, late = time.monotonic() + request["timeout"], False
+    while not os.waitpid(agent, os.WNOHANG)[0]:
+        late = time.monotonic() > deadline
+        asked_to_end = bool(select.select([requests], [], [], POLL_SECONDS)[0])  # the one who waits for this has gone
+        if late or asked_to_end:
+            kill_group(agent)
+            os.waitpid(agent, 0)
+            break
+    kill_group(agent)  # what a rank left behind
+    with os.fdopen(answer) as pipe:
+        said = pipe.read()
+    return {"code": -signal.SIGKILL, "failed": 0, "late": late} | (json.loads(said) if said and not late else {})
+
+
+def kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def be_the_agent(request: dict[str, Any], told: int) -> NoReturn:
+    """Fork the ranks, lend them a store, wait for them, tell how they ended."""
+    given, port = os.pipe()
+    num_ranks = request["nproc"] or 1
+    ranks = {}
+    for rank in range(num_ranks):
+        child = os.fork()
+        if child == 0:
+            os.close(told)
+            be_the_program(request, rank, given)
+        ranks[child] = rank
+    store = None
+    if request["nproc"]:  # after the forks, since it is a thread
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    os.write(port, PORT.pack(store.port if store else 0) * num_ranks)
+    ended = wait_for_all(ranks)
+    os.write(told, json.dumps(ended).encode())
+    os._exit(0)
+
+
+def wait_for_all(ranks: dict[int, int]) -> dict[str, int]:
+    first, kill_at = {"code": 0, "failed": 0}, float("inf")
+    while ranks:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child not in ranks:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() > kill_at:
+                end(ranks, signal.SIGKILL)
+            continue
+        rank, code = ranks.pop(child), os.waitstatus_to_exitcode(status)
+        if code and not first["code"]:
+            first, kill_at = {"code": code, "failed": rank}, time.monotonic() + GRACE_SECONDS
+            end(ranks, signal.SIGTERM)
+    return first
+
+
+def end(ranks: dict[int, int], how: signal.Signals) -> None:
+    for child in ranks:
+        os.kill(child, how)
+
+
+def be_the_program(request: dict[str, Any], rank: int, given: int) -> NoReturn:
+    """Become ``python program *args`` (or ``-m module``) as rank ``rank``, up to the exit code."""
+    (port,) = PORT.unpack(os.read(given, PORT.size))
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    if request["nproc"]:
+        os.environ.update(variables(rank, request["nproc"], port))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for name, descriptor in (("out", 1), ("err", 2)):
+        file = Path(request["folder"], f"{rank}.{name}")
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(request["directory"])
+    import numpy
+
+    numpy.random.seed()  # as Python's own generator is by fork
+    os._exit(execute(request["program"], request["arguments"]))
+
+
+def variables(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    ranks = {f"{prefix}RANK": str(rank) for prefix in ("", "LOCAL_", "ROLE_")}
+    sizes = {f"{prefix}WORLD_SIZE": str(size) for prefix in ("", "LOCAL_", "ROLE_")}
+    elastic = {"RESTART_COUNT": "0", "MAX_RESTARTS": "0", "RUN_ID": "forked", "USE_AGENT_STORE": "True"}
+    return {
+        **ranks,
+        **sizes,
+        **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()},
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def execute(program: str, arguments: list[str]) -> int:
+    """Run it as ``__main__``, then what Python does at the end of a process; returns the exit code."""
+    code = 0
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:] = [*paths, *BASE_PATH]
+    importlib.invalidate_caches()
+    try:
+        if program == "-m":
+            sys.path.insert(0, os.getcwd())
+            sys.argv = arguments.copy()
+            runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(Path(program).resolve().parent))
+            sys.argv = [program, *arguments]
+            runpy.run_path(program, run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+if __name__ == "__main__":
+    own = str(Path(__file__).resolve().parent)
+    given_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    BASE_PATH = [path for path in sys.path if path != own and path not in given_path]
+    import_everything()
+    print(json.dumps({"cpu": sum(os.times()[:4])}), flush=True)
+    serve(os.dup(0))
