@@ -8,9 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.models import llama, qwen2, qwen3, qwen3_moe  # noqa: F401  (each registers its family)
+from megatron_rl.models import families  # noqa: F401  (registers them)
 from megatron_rl.models.architecture import Architecture, Experts
-from megatron_rl.models.family import FAMILIES, ModelFamily, family_of
+from megatron_rl.models.family import FAMILIES, ModelFamily, describe, family_of
 from megatron_rl.models.layouts import (
     hf_layout,
     logical_tensors,
@@ -42,6 +42,7 @@ __all__ = [
     "architecture_from_hf",
     "architecture_from_megatron",
     "chunk_tensors",
+    "describe",
     "family_of",
     "hf_config_from",
     "hf_layout",

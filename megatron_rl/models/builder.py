@@ -18,6 +18,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.log import leave_out
 from megatron_rl.models.architecture import Architecture, Experts
+from megatron_rl.models.components.mlp import DenseMLP
+from megatron_rl.models.family import describe
 from megatron_rl.models.layer_spec import layer_spec, use_transformer_engine
 from megatron_rl.models.pipeline import chunk_layout, is_uneven, padded_vocab, stage_layers
 from megatron_rl.models.rope import inverse_frequencies, rotate_in_attention
@@ -90,6 +92,7 @@ def build_model(
         second_head: the last chunk gets a `ValueHead` beside its output layer, as ``chunk.value_head``.
         vocab_multiple: the vocabulary is padded to a multiple of this times tp.
     """
+    model = describe(architecture)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
     pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
     stages = config.virtual_pipeline_model_parallel_size
@@ -114,7 +117,7 @@ def build_model(
         if use_transformer_engine():
             chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
         else:
-            rotate_in_attention(chunk, inverse_frequencies(architecture))
+            rotate_in_attention(chunk, model)
         if value_head and is_last:
             chunk.output_layer = ValueHead(config, groups.tp)
         if second_head and is_last:
@@ -124,16 +127,24 @@ def build_model(
 
 
 def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
+    """Of the description, as far as `TransformerConfig` can say it: one value for all layers of most things.
+
+    Raises:
+        ConfigError: layers differ where Megatron-Core wants one value.
+    """
+    model = describe(architecture)
+    attention = model.shared(lambda layer: layer.attention, "attention")
+    dense = [layer.mlp.ffn for layer in model.layers if isinstance(layer.mlp, DenseMLP)]
     return {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden,
-        "ffn_hidden_size": architecture.ffn,
-        "num_attention_heads": architecture.num_heads,
-        "num_query_groups": architecture.num_kv_heads,
-        "kv_channels": architecture.head_dim,
-        "layernorm_epsilon": architecture.norm_eps,
-        "add_qkv_bias": architecture.qkv_bias,
-        "qk_layernorm": architecture.qk_norm,
+        "num_layers": len(model.layers),
+        "hidden_size": model.embedding.hidden,
+        "ffn_hidden_size": dense[0] if dense else architecture.ffn,
+        "num_attention_heads": attention.num_heads,
+        "num_query_groups": attention.num_kv_heads,
+        "kv_channels": attention.head_dim,
+        "layernorm_epsilon": model.shared(lambda layer: layer.attention_norm.eps, "the epsilon of norms"),
+        "add_qkv_bias": attention.qkv_bias,
+        "qk_layernorm": attention.q_norm is not None,
         "normalization": "RMSNorm",
         "activation_func": F.silu,
         "gated_linear_unit": True,

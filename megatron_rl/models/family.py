@@ -1,33 +1,80 @@
 """`ModelFamily`: the dense Llama decoder, and the places where a Hugging Face model type may differ from it.
 
-A family translates a Hugging Face config to an `Architecture` and back, and lists the parameters of each layer as
-data. All layouts follow from that list. A new family is a subclass in its own file that states its differences, with
-one registry line, imported by `models/__init__.py`.
+A family translates a Hugging Face config to an `Architecture` and back, and composes the description of each layer
+(`models/description.py`) from it. A new family is a subclass in its own file below ``families`` that states its
+differences, with one registry line, imported by ``families/__init__.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
-from megatron_rl.models.parameters import FusedQKV, GateUp, InputColumns, Parameter, Replicated, VocabularyRows
-from megatron_rl.models.routed_experts import RoutedExperts
+from megatron_rl.models.components.attention import GroupedQueryAttention
+from megatron_rl.models.components.embedding import Embedding, OutputLayer, ScoreHead
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.mlp import DenseMLP
+from megatron_rl.models.components.norm import Norm
+from megatron_rl.models.components.position import Rotary
+from megatron_rl.models.description import LayerDescription, ModelDescription
 from megatron_rl.registry import Registry, nearest
 
 FAMILIES: Registry[type[ModelFamily]] = Registry("model family")
 
-ROPE_TYPES = ("default", "linear", "llama3")  # rotary scalings that the Megatron model computes as transformers does
+ROPE_TYPES = ("default", "linear", "llama3")  # rotary scalings that `components.position` computes
+
+# Field of Architecture -> key of config.json.
+KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "vocab": "vocab_size",
+    "tied": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "max_positions": "max_position_embeddings",
+}
+# Field of Experts -> key of config.json, as most mixtures of experts name it.
+EXPERT_KEYS = {
+    "num_experts": "num_experts",
+    "experts_per_token": "num_experts_per_tok",
+    "ffn": "moe_intermediate_size",
+    "normalize_weights": "norm_topk_prob",
+}
+RENAMED = {"num_experts": "num_local_experts"}  # keys that transformers 5 writes under another name
 
 
 class ModelFamily:
-    """The dense decoder: pre-norm, rotary, grouped queries, gated SiLU, no biases, RMSNorm."""
+    """The dense decoder: pre-norm, rotary, grouped queries, gated SiLU, no biases, RMSNorm.
 
-    model_type: ClassVar[str]
-    hf_class: ClassVar[str]  # what config.json names under "architectures"
+    Args:
+        model_type: Hugging Face's name of the family.
+    """
+
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
+    names_head_dim: ClassVar[bool] = True  # the config has ``head_dim`` also where it is hidden / heads
+    expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+
+    @property
+    def hf_class(self) -> str:
+        """What config.json names under "architectures"."""
+        return f"{type(self).__name__}ForCausalLM"
+
+    def hf_name(self, architecture: Architecture) -> str:
+        """The class of `transformers` that a folder is loaded as."""
+        if not architecture.score_head:
+            return self.hf_class
+        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
     # Hugging Face config <-> Architecture. Configs come as plain dicts (`PretrainedConfig.to_dict`).
 
@@ -39,54 +86,40 @@ class ModelFamily:
         """
         self.check(config)
         heads = config["num_attention_heads"]
+        implied = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
+        given = {key: config.get(key) or implied[key] if key in implied else config[key] for key in KEYS.values()}
         rope = dict(config["rope_parameters"])
         theta = rope.pop("rope_theta")
         return Architecture(
             family=self.model_type,
-            num_layers=config["num_hidden_layers"],
-            hidden=config["hidden_size"],
-            ffn=config["intermediate_size"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            vocab=config["vocab_size"],
-            tied=config["tie_word_embeddings"],
+            **{ours: given[key] for ours, key in KEYS.items()},
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
-            norm_eps=config["rms_norm_eps"],
             rope_theta=theta,
             rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
-            max_positions=config["max_position_embeddings"],
             experts=self.experts(config),
         )
 
     def experts(self, config: Mapping[str, Any]) -> Experts | None:
         """The mixture-of-experts part of a Hugging Face config; None in dense families."""
-        return None
+        if not self.expert_keys:
+            return None
+        keys = {ours: RENAMED[key] if RENAMED.get(key) in config else key for ours, key in self.expert_keys.items()}
+        return Experts(**{ours: config[key] for ours, key in keys.items()}, dense_layers=self.dense_layers(config))
+
+    def dense_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Layers of a mixture of experts that have none."""
+        return ()
 
     def config_fields(self, architecture: Architecture) -> dict[str, Any]:
         """The inverse of `architecture`: fields of the Hugging Face config."""
-        rope = dict(architecture.rope_scaling) or {"rope_type": "default"}
-        return {
-            "architectures": [self.hf_name(architecture)],
-            "num_hidden_layers": architecture.num_layers,
-            "hidden_size": architecture.hidden,
-            "intermediate_size": architecture.ffn,
-            "num_attention_heads": architecture.num_heads,
-            "num_key_value_heads": architecture.num_kv_heads,
-            "head_dim": architecture.head_dim,
-            "vocab_size": architecture.vocab,
-            "tie_word_embeddings": architecture.tied,
-            "rms_norm_eps": architecture.norm_eps,
-            "rope_parameters": {"rope_theta": architecture.rope_theta, **rope},
-            "max_position_embeddings": architecture.max_positions,
-        }
-
-    def hf_name(self, architecture: Architecture) -> str:
-        """The class of `transformers` that a folder is loaded as."""
-        if not architecture.score_head:
-            return self.hf_class
-        return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
+        a = architecture
+        fields: dict[str, Any] = {key: getattr(a, ours) for ours, key in KEYS.items()}
+        if not self.names_head_dim and a.head_dim * a.num_heads == a.hidden:
+            del fields["head_dim"]
+        rope = dict(a.rope_scaling) or {"rope_type": "default"}
+        fields |= {"architectures": [self.hf_name(a)], "rope_parameters": {"rope_theta": a.rope_theta, **rope}}
+        return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what would silently be computed differently."""
@@ -101,64 +134,54 @@ class ModelFamily:
             if refused:
                 raise ConfigError(
                     f"{self.model_type} config has {key}={config[key]!r}, which this decoder does not compute: "
-                    f"use a checkpoint without it, or extend megatron_rl/models/{self.model_type}.py"
+                    f"use a checkpoint without it, or extend megatron_rl/models/families/{self.model_type}.py"
                 )
         rope_type = config["rope_parameters"].get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ConfigError(f"rope_type {rope_type!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
 
-    # Parameters
+    # Architecture -> description
 
-    def embedding(self, a: Architecture) -> Parameter:
-        return VocabularyRows(
-            "model.embed_tokens.weight",
-            a.vocab,
-            a.hidden,
-            megatron_name="embedding.word_embeddings.weight",
-            rollout_name="model.embed_tokens.weight",
+    def describe(self, a: Architecture) -> ModelDescription:
+        """The whole decoder, composed."""
+        embedding = Embedding(a.vocab, a.hidden)
+        tied = {"hf": embedding.hf} if a.tied else {}
+        return ModelDescription(
+            family=self.model_type,
+            embedding=embedding,
+            layers=tuple(self.layer(a, index) for index in range(a.num_layers)),
+            final_norm=self.norm(a, "model.norm.weight"),
+            output=ScoreHead(a.hidden) if a.score_head else OutputLayer(a.vocab, a.hidden, **tied),
         )
 
-    def output(self, a: Architecture) -> Parameter:
-        """The output layer. Tied, it is one more copy of the embedding (Megatron's last pipeline stage)."""
-        if a.score_head:
-            return Replicated("score.weight", (1, a.hidden), "output_layer.weight")
-        name = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
-        return VocabularyRows(
-            name, a.vocab, a.hidden, megatron_name="output_layer.weight", rollout_name="lm_head.weight"
+    def layer(self, a: Architecture, index: int) -> LayerDescription:
+        """The ``index``-th layer."""
+        return LayerDescription(
+            attention_norm=self.norm(a, "input_layernorm.weight"),
+            attention=self.attention(a, index),
+            mlp_norm=self.norm(a, "post_attention_layernorm.weight"),
+            mlp=self.mlp(a, index),
         )
 
-    def final_norm(self, a: Architecture) -> Parameter:
-        return Replicated("model.norm.weight", (a.hidden,), "decoder.final_layernorm.weight")
+    def norm(self, a: Architecture, hf: str, size: int | None = None) -> Norm:
+        """The norm of this Hugging Face name, over the hidden size unless another is given."""
+        return Norm(hf, size or a.hidden, a.norm_eps)
 
-    def layer(self, a: Architecture, index: int) -> Iterable[Parameter]:
-        """The parameters of one layer; names lack the layer's prefix."""
-        yield from self.attention(a)
+    def attention(self, a: Architecture, index: int) -> GroupedQueryAttention:
+        """The attention of the ``index``-th layer."""
+        q_norm, k_norm = (
+            self.norm(a, f"self_attn.{letter}_norm.weight", a.head_dim) if a.qk_norm else None for letter in "qk"
+        )
+        rotary = Rotary(a.head_dim, a.rope_theta, a.rope_scaling)
+        return GroupedQueryAttention(
+            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm
+        )
+
+    def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
+        """The feed-forward layer, or the experts, of the ``index``-th layer."""
         if a.experts is None or index in a.experts.dense_layers:
-            yield from self.dense_mlp(a)
-        else:
-            yield from self.expert_mlp(a, a.experts)
-
-    def attention(self, a: Architecture) -> Iterable[Parameter]:
-        fused_norm = "self_attention.linear_qkv.layer_norm_weight"
-        yield Replicated("input_layernorm.weight", (a.hidden,), "input_layernorm.weight", fused_norm)
-        for suffix in ("weight", "bias") if a.qkv_bias else ("weight",):
-            yield FusedQKV(suffix, a.num_heads, a.num_kv_heads, a.head_dim, a.hidden)
-        for letter in "qk" if a.qk_norm else "":
-            name = f"self_attention.{letter}_layernorm.weight"
-            yield Replicated(f"self_attn.{letter}_norm.weight", (a.head_dim,), name)
-        inputs = a.num_heads * a.head_dim
-        yield InputColumns("self_attn.o_proj.weight", a.hidden, inputs, "self_attention.linear_proj.weight")
-
-    def dense_mlp(self, a: Architecture) -> Iterable[Parameter]:
-        norm = "post_attention_layernorm.weight"
-        yield Replicated(norm, (a.hidden,), "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-        yield GateUp(a.ffn, a.hidden)
-        yield InputColumns("mlp.down_proj.weight", a.hidden, a.ffn, "mlp.linear_fc2.weight")
-
-    def expert_mlp(self, a: Architecture, experts: Experts) -> Iterable[Parameter]:
-        yield Replicated("post_attention_layernorm.weight", (a.hidden,), "pre_mlp_layernorm.weight")
-        yield Replicated("mlp.gate.weight", (experts.num_experts, a.hidden), "mlp.router.weight")
-        yield RoutedExperts(experts.num_experts, experts.ffn, a.hidden)
+            return DenseMLP(a.hidden, a.ffn)
+        return ExpertMLP(a.hidden, a.experts)
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -171,23 +194,37 @@ def family_of(model_type: str) -> ModelFamily:
         known = list(FAMILIES)
         raise ConfigError(
             f"model type {model_type!r} is not supported.{nearest(model_type, known)} Supported: {', '.join(known)}. "
-            "To add one, state its differences from the dense decoder in megatron_rl/models/<model_type>.py"
+            "To add one, state its differences from the dense decoder in megatron_rl/models/families/<model_type>.py"
         )
-    return FAMILIES[model_type]()
+    return FAMILIES[model_type](model_type)
 
 
-def matching_family(qkv_bias: bool, qk_norm: bool, has_experts: bool) -> ModelFamily:
-    """The family a Megatron model without a Hugging Face config is exported as.
+@functools.lru_cache(maxsize=64)
+def describe(architecture: Architecture) -> ModelDescription:
+    """The description of ``architecture``, composed by its family."""
+    return family_of(architecture.family).describe(architecture)
+
+
+def in_a_family(architecture: Architecture) -> Architecture:
+    """``architecture``, whatever its ``family`` says, as the first family has it whose config can say all of it: what
+    a Megatron model without a Hugging Face config is exported as.
 
     Raises:
-        ConfigError: no supported family has this combination.
+        ConfigError: no supported family can.
     """
     for name in FAMILIES:
-        family = FAMILIES[name]
-        mixes = family.experts is not ModelFamily.experts
-        if (family.qkv_bias, family.qk_norm, mixes) == (qkv_bias, qk_norm, has_experts):
-            return family()
+        family, renamed = family_of(name), replace(architecture, family=name)
+        if bool(family.expert_keys) == (architecture.experts is not None):
+            found = family.architecture(family.config_fields(renamed))
+            if _without_idle(found) == _without_idle(renamed):
+                return found
+    a = architecture
     raise ConfigError(
-        f"no Hugging Face family has qkv_bias={qkv_bias}, qk_norm={qk_norm}, experts={has_experts}: "
+        f"no Hugging Face family has qkv_bias={a.qkv_bias}, qk_norm={a.qk_norm}, experts={a.experts is not None}: "
         "Llama has none of them, Qwen2 the bias, Qwen3 the norm, Qwen3-MoE norm and experts"
     )
+
+
+def _without_idle(a: Architecture) -> Architecture:
+    """Without the dense feed-forward size, where every layer has experts."""
+    return replace(a, ffn=0) if a.experts is not None and not a.experts.dense_layers else a

@@ -6,16 +6,17 @@ Impossible sizes are refused here, before anything is allocated.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.family import family_of
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.description import ModelDescription
+from megatron_rl.models.family import describe
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
-from megatron_rl.models.parameters import Axis, Parameter, Place, Shape, whole
+from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Alike, Layout, Shard
@@ -23,21 +24,9 @@ from megatron_rl.reshard.layout import Alike, Layout, Shard
 EVERYWHERE = "everywhere"  # the one cell of a layout in which all ranks hold the same
 
 
-def parameters(architecture: Architecture) -> Iterator[tuple[str, Parameter]]:
-    """Every parameter with the prefix of its logical names, in the order of the forward pass."""
-    family = family_of(architecture.family)
-    yield "", family.embedding(architecture)
-    for index in range(architecture.num_layers):
-        for parameter in family.layer(architecture, index):
-            yield f"model.layers.{index}.", parameter
-    yield "", family.final_norm(architecture)
-    if architecture.score_head or not architecture.tied:
-        yield "", family.output(architecture)
-
-
 def logical_tensors(architecture: Architecture) -> dict[str, Shape]:
     """Names and shapes of the model's Hugging Face tensors; a tied model has no ``lm_head.weight``."""
-    items = parameters(architecture)
+    items = describe(architecture).parameters()
     return {prefix + name: shape for prefix, parameter in items for name, shape in parameter.logical()}
 
 
@@ -55,7 +44,7 @@ def transformers_layout(architecture: Architecture, ranks: Iterable[int] = (0,))
     """Each of ``ranks`` holds a whole `transformers` model: as `hf_layout`, but experts are stacked."""
 
     def emit(cell: Hashable) -> Iterator[Shard]:
-        for prefix, parameter in parameters(architecture):
+        for prefix, parameter in describe(architecture).parameters():
             yield from parameter.transformers(Place(hf=prefix, local=prefix))
 
     return Layout("transformers", dict.fromkeys(ranks, EVERYWHERE), emit)
@@ -123,18 +112,17 @@ class _MegatronStage:
             yield from self._chunk(cell.pp, chunk, place)
 
     def _chunk(self, stage: int, chunk: int, place: Place) -> Iterator[Shard]:
-        a, sizes = self.architecture, self.sizes
-        family = family_of(a.family)
+        model, sizes = describe(self.architecture), self.sizes
         if stage == 0 and chunk == 0:
-            yield from family.embedding(a).megatron(place)
-        for local, index in enumerate(stage_layers(a.num_layers, sizes.pp, sizes.vpp, stage, chunk)):
-            at = replace(place, hf=f"model.layers.{index}.", local=f"{place.local}decoder.layers.{local}.")
-            for parameter in family.layer(a, index):
+            yield from model.embedding.parameter().megatron(place)
+        for local, index in enumerate(stage_layers(len(model.layers), sizes.pp, sizes.vpp, stage, chunk)):
+            at = replace(place, hf=model.prefix(index), local=f"{place.local}decoder.layers.{local}.")
+            for parameter in model.layers[index].parameters:
                 yield from parameter.megatron(at)
         if stage == sizes.pp - 1 and chunk == sizes.vpp - 1:
-            yield from family.final_norm(a).megatron(place)
-            if self.output_layer and (a.score_head or not a.tied or sizes.pp > 1):
-                yield from family.output(a).megatron(place)
+            yield from model.final_norm_parameter.megatron(place)
+            if self.output_layer and (not model.tied or sizes.pp > 1):
+                yield from model.output.parameter().megatron(place)
 
 
 def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]], ep: int = 1) -> Layout:
@@ -167,27 +155,36 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
             expert_tp=Axis(cell % expert_tp, expert_tp),
             padded_vocab=rollout_vocab(architecture.vocab, tp),
         )
-        for prefix, parameter in parameters(architecture):
+        for prefix, parameter in describe(architecture).parameters():
             if only is None or any(name.startswith(prefix) for name in only):
                 yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
 
-    alike = Alike(functools.partial(_rollout_kind, architecture, ep), emit)
+    alike = Alike(_RolloutKind(describe(architecture), ep), emit)
     return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike)
 
 
-_NUMBERED = re.compile(r"model\.layers\.\d+\.(?:mlp\.experts\.(\d+)\.(.*))?")
+class _RolloutKind:
+    """Logical tensor -> its kind: layers with equal parameters are placed alike, and so are all experts of one
+    expert-parallel rank."""
 
+    def __init__(self, model: ModelDescription, ep: int) -> None:
+        first: dict[Hashable, int] = {}
+        self.layers = [first.setdefault(layer.parameters, index) for index, layer in enumerate(model.layers)]
+        mixtures = [layer.mlp for layer in model.layers if isinstance(layer.mlp, ExpertMLP)]
+        self.num_experts, self.ep = (mixtures[0].experts.num_experts if mixtures else 1), ep
+        experts = "|".join(sorted({re.escape(mixture.names.experts) for mixture in mixtures}))
+        expert = rf"(?:(?:{experts})(\d+)\.(.*))?" if mixtures else "()()"
+        self.pattern = re.compile(rf"{re.escape(model.layers_prefix)}(\d+)\.{expert}")
 
-def _rollout_kind(architecture: Architecture, ep: int, tensor: str) -> Hashable:
-    """Every layer is placed alike, and so are all experts of one expert-parallel rank."""
-    match = _NUMBERED.match(tensor)
-    if match is None:
-        return tensor
-    expert, name = match.groups()
-    if expert is None:
-        return tensor[match.end() :]
-    assert architecture.experts is not None
-    return int(expert) * ep // architecture.experts.num_experts, name
+    def __call__(self, tensor: str) -> Hashable:
+        match = self.pattern.match(tensor)
+        if match is None:
+            return tensor
+        layer, expert, name = match.groups()
+        alike = self.layers[int(layer)]
+        if not expert:
+            return alike, tensor[match.end() :]
+        return alike, int(expert) * self.ep // self.num_experts, name
 
 
 def rollout_vocab(vocab: int, tp: int) -> int:

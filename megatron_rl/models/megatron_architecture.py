@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
-from megatron_rl.models.family import matching_family
+from megatron_rl.models.family import in_a_family
 from megatron_rl.models.megatron_arguments import frequencies_of, refused_arguments, scaling_of
 from megatron_rl.models.megatron_fields import Refusal, refused_fields
 
@@ -41,9 +41,8 @@ def architecture_from_megatron(
         ConfigError: the model is none that a supported Hugging Face family computes.
     """
     _refuse(refused_fields(config))
-    experts = _experts(config)
-    return Architecture(
-        family=matching_family(config.add_qkv_bias, config.qk_layernorm, experts is not None).model_type,
+    architecture = Architecture(
+        family="",
         num_layers=config.num_layers,
         hidden=config.hidden_size,
         ffn=config.ffn_hidden_size,
@@ -58,8 +57,9 @@ def architecture_from_megatron(
         rope_theta=float(rope_theta),
         rope_scaling=rope_scaling,
         max_positions=max_positions,
-        experts=experts,
+        experts=_experts(config),
     )
+    return in_a_family(architecture)
 
 
 def _experts(config: TransformerConfig) -> Experts | None:

@@ -2,7 +2,8 @@
 
 A kind knows four placements of the same logical (Hugging Face) tensors: the logical tensors themselves, one Megatron
 rank's part, one SGLang rank's part, and the in-memory form of `transformers` where that differs from its files.
-Families (`models/family.py`) list the kinds of each layer; layouts walk the list. Adding a kind is one class here.
+Components (`models/components`) list their kinds, with the names as arguments; layouts walk the list. Adding a kind is
+one class here.
 """
 
 from __future__ import annotations
@@ -67,13 +68,40 @@ def whole(local: str, tensor: str, shape: Shape) -> Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Consecutive rows of a logical tensor: all of q_proj, or the query rows of a fused qkv_proj."""
+
+    tensor: str
+    start: int
+    count: int
+
+    def piece(self, prefix: str, first: int, last: int) -> Piece:
+        """Rows ``[first, last)`` of these."""
+        return prefix + self.tensor, self.start + first, self.start + last
+
+
+def logical_rows(parts: Iterable[Rows], cols: int | None) -> list[tuple[str, Shape]]:
+    """The logical tensors that ``parts`` make up, ``[rows, cols]``, or ``[rows]`` where ``cols`` is None."""
+    counts: dict[str, int] = {}
+    for part in parts:
+        counts[part.tensor] = max(counts.get(part.tensor, 0), part.start + part.count)
+    return [(tensor, row_shape(count, cols)) for tensor, count in counts.items()]
+
+
+def row_shape(rows: int, cols: int | None) -> Shape:
+    """``[rows, cols]``; of a bias, which has no columns, ``[rows]``."""
+    return (rows,) if cols is None else (rows, cols)
+
+
+@dataclass(frozen=True, slots=True)
 class Replicated(Parameter):
     """Every rank holds all of it: norms and the router."""
 
     hf: str
     shape: Shape
     megatron_name: str
-    fused_name: str = ""  # its name where TransformerEngine fuses the norm into the linear layer behind it
+    fused_name: str = ""  # Megatron's name where TransformerEngine fuses the norm into the linear layer behind it
+    transformers_name: str = ""  # in memory, where it differs from the file's
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         return [(self.hf, self.shape)]
@@ -84,6 +112,9 @@ class Replicated(Parameter):
 
     def rollout(self, at: Place) -> Iterable[Shard]:
         return [whole(at.local + self.hf, at.hf + self.hf, self.shape)]
+
+    def transformers(self, at: Place) -> Iterable[Shard]:
+        return [whole(at.hf + (self.transformers_name or self.hf), at.hf + self.hf, self.shape)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,54 +152,45 @@ class FusedQKV(Parameter):
     heads (QKVParallelLinear) and repeats key/value heads when there are more ranks than such heads.
     """
 
-    suffix: str  # "weight" or "bias"
-    num_heads: int
-    num_kv_heads: int
+    q: Rows
+    k: Rows
+    v: Rows
     head_dim: int
-    hidden: int
+    cols: int | None  # of the weight; None = the bias
+    megatron_name: str
+    rollout_name: str
 
-    @property
-    def _cols(self) -> int:
-        return self.hidden if self.suffix == "weight" else 1
-
-    def _shape(self, rows: int) -> Shape:
-        return (rows, self.hidden) if self.suffix == "weight" else (rows,)
-
-    def _name(self, letter: str) -> str:
-        return f"self_attn.{letter}_proj.{self.suffix}"
+    def _shard(self, name: str, pieces: Iterable[Piece]) -> Shard:
+        pieces = list(pieces)
+        rows = sum(stop - start for _, start, stop in pieces)
+        return Shard(name, row_shape(rows, self.cols), stack_rows(pieces, self.cols or 1))
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
-        heads = (("q", self.num_heads), ("k", self.num_kv_heads), ("v", self.num_kv_heads))
-        return [(self._name(letter), self._shape(count * self.head_dim)) for letter, count in heads]
+        return logical_rows((self.q, self.k, self.v), self.cols)
 
     def megatron(self, at: Place) -> Iterable[Shard]:
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        rows = self.q.count + self.k.count + self.v.count
         start, stop = block(rows, at.tp.index, at.tp.count, "fused query, key and value rows")
-        pieces = window(self._groups(at.hf), start, stop)
-        name = f"{at.local}self_attention.linear_qkv.{self.suffix}"
-        return [Shard(name, self._shape(stop - start), stack_rows(pieces, self._cols))]
+        return [self._shard(at.local + self.megatron_name, window(self._groups(at.hf), start, stop))]
 
     def _groups(self, prefix: str) -> Iterator[Piece]:
-        dim, per_group = self.head_dim, self.num_heads // self.num_kv_heads
-        q, k, v = (prefix + self._name(letter) for letter in "qkv")
-        for group in range(self.num_kv_heads):
-            yield q, group * per_group * dim, (group + 1) * per_group * dim
-            yield k, group * dim, (group + 1) * dim
-            yield v, group * dim, (group + 1) * dim
+        dim, num_groups = self.head_dim, self.k.count // self.head_dim
+        per_group = self.q.count // num_groups
+        for group in range(num_groups):
+            yield self.q.piece(prefix, group * per_group, (group + 1) * per_group)
+            yield self.k.piece(prefix, group * dim, (group + 1) * dim)
+            yield self.v.piece(prefix, group * dim, (group + 1) * dim)
 
     def rollout(self, at: Place) -> Iterable[Shard]:
-        dim, tp = self.head_dim, at.tp
-        q_rows = block(self.num_heads * dim, tp.index, tp.count, "query rows")
-        if self.num_kv_heads >= tp.count:
-            kv_rows = block(self.num_kv_heads * dim, tp.index, tp.count, "key and value rows")
+        dim, tp, num_groups = self.head_dim, at.tp, self.k.count // self.head_dim
+        q_rows = block(self.q.count, tp.index, tp.count, "query rows")
+        if num_groups >= tp.count:
+            kv_rows = block(self.k.count, tp.index, tp.count, "key and value rows")
         else:
-            head = tp.index * self.num_kv_heads // tp.count
+            head = tp.index * num_groups // tp.count
             kv_rows = (head * dim, (head + 1) * dim)
-        q, k, v = (at.hf + self._name(letter) for letter in "qkv")
-        pieces = [(q, *q_rows), (k, *kv_rows), (v, *kv_rows)]
-        rows = sum(stop - start for _, start, stop in pieces)
-        name = f"{at.local}self_attn.qkv_proj.{self.suffix}"
-        return [Shard(name, self._shape(rows), stack_rows(pieces, self._cols))]
+        rows = ((self.q, q_rows), (self.k, kv_rows), (self.v, kv_rows))
+        return [self._shard(at.local + self.rollout_name, (part.piece(at.hf, *block) for part, block in rows))]
 
 
 def window(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
@@ -185,21 +207,24 @@ def window(pieces: Iterable[Piece], start: int, stop: int) -> Iterator[Piece]:
 class GateUp(Parameter):
     """gate_proj and up_proj in one tensor: a rank holds ``[its gate rows ; its up rows]`` in both systems."""
 
-    ffn: int
+    gate: Rows
+    up: Rows
     hidden: int
+    megatron_name: str
+    rollout_name: str
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
-        return [(f"mlp.{name}_proj.weight", (self.ffn, self.hidden)) for name in ("gate", "up")]
+        return logical_rows((self.gate, self.up), self.hidden)
 
     def megatron(self, at: Place) -> Iterable[Shard]:
-        return [self._halves(at, "mlp.linear_fc1.weight")]
+        return [self._halves(at, self.megatron_name)]
 
     def rollout(self, at: Place) -> Iterable[Shard]:
-        return [self._halves(at, "mlp.gate_up_proj.weight")]
+        return [self._halves(at, self.rollout_name)]
 
     def _halves(self, at: Place, name: str) -> Shard:
-        start, stop = block(self.ffn, at.tp.index, at.tp.count, "the feed-forward size")
-        pieces = [(f"{at.hf}mlp.{half}_proj.weight", start, stop) for half in ("gate", "up")]
+        start, stop = block(self.gate.count, at.tp.index, at.tp.count, "the feed-forward size")
+        pieces = [half.piece(at.hf, start, stop) for half in (self.gate, self.up)]
         return Shard(at.local + name, (2 * (stop - start), self.hidden), stack_rows(pieces, self.hidden))
 
 

@@ -1,38 +1,28 @@
-"""Rotary embedding: inverse frequencies with the scalings that Hugging Face configs name, and who applies them.
+"""Rotary embedding in Megatron's models: who applies the frequencies that a description gives.
 
-Megatron-Core knows one scaling (Llama 3's, with fixed bounds), so the builder computes the frequencies here and hands
-them over. Formulas follow transformers' ``modeling_rope_utils``. Models with our own core attention turn queries and
-keys there (`rotate_in_attention`); Megatron's way builds the angles of packed sequences anew for each layer.
+Megatron-Core knows one scaling (Llama 3's, with fixed bounds), so the builder takes the frequencies from the
+description. Models with our own core attention turn queries and keys there (`rotate_in_attention`); Megatron's way
+builds the angles of packed sequences anew for each layer.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.position import Rotary
+from megatron_rl.models.description import ModelDescription
+from megatron_rl.models.family import describe
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """``[head_dim / 2]`` fp32: radians per position of each pair of channels.
+    """``[head_dim / 2]`` fp32: radians per position of each pair of channels; see `Rotary.inverse_frequencies`.
 
     Raises:
-        ConfigError: a scaling other than none, "linear" or "llama3".
+        ConfigError: an unknown scaling, or layers differ.
     """
-    channels = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32)
-    frequencies = 1.0 / (architecture.rope_theta ** (channels / architecture.head_dim))
-    scaling = dict(architecture.rope_scaling)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return frequencies
-    if kind == "linear":
-        return frequencies / _number(scaling, "factor")
-    if kind == "llama3":
-        return _llama3(frequencies, scaling)
-    raise ConfigError(f"rope_scaling type {kind!r} is not supported; supported: default, linear, llama3")
+    return describe(architecture).shared(lambda layer: layer.attention.rotary, "rotary positions").inverse_frequencies()
 
 
 class RotaryTable:
@@ -62,28 +52,12 @@ class NoRotary(nn.Module):
         return None
 
 
-def rotate_in_attention(chunk: nn.Module, frequencies: Tensor) -> None:
+def rotate_in_attention(chunk: nn.Module, model: ModelDescription) -> None:
     """Let the core attentions of ``chunk`` (a `GPTModel` of our local layer spec) apply the rotary embedding."""
-    table = RotaryTable(frequencies)
+    tables: dict[Rotary, RotaryTable] = {}
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        layer.self_attention.core_attention.rotary = table  # type: ignore[union-attr]
+        rotary = model.layers[layer.layer_number - 1].attention.rotary  # type: ignore[operator]
+        if rotary not in tables:
+            tables[rotary] = RotaryTable(rotary.inverse_frequencies())
+        layer.self_attention.core_attention.rotary = tables[rotary]  # type: ignore[union-attr]
     chunk.rotary_pos_emb = NoRotary()
-
-
-def _llama3(frequencies: Tensor, scaling: dict[str, object]) -> Tensor:
-    """Long wavelengths are stretched by ``factor``, short ones kept, those between interpolated."""
-    factor, low, high = (_number(scaling, name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = _number(scaling, "original_max_position_embeddings")
-    wavelengths = 2 * math.pi / frequencies
-    stretched = torch.where(wavelengths > original / low, frequencies / factor, frequencies)
-    smooth = (original / wavelengths - low) / (high - low)
-    between = (1 - smooth) * stretched / factor + smooth * stretched
-    is_between = (wavelengths >= original / high) & (wavelengths <= original / low)
-    return torch.where(is_between, between, stretched)
-
-
-def _number(scaling: dict[str, object], name: str) -> float:
-    value = scaling.get(name)
-    if not isinstance(value, int | float):
-        raise ConfigError(f"rope_scaling needs a number {name!r}, got {value!r} among {sorted(scaling)}")
-    return float(value)

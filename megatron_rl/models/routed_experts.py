@@ -14,18 +14,38 @@ from megatron_rl.reshard.layout import Shard, Span, block, stack_rows
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertNames:
+    """What a layer's experts and their router are called; names lack the layer's prefix."""
+
+    experts: str = "mlp.experts."  # in files and in SGLang, before the number of an expert, or the stacked tensors
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    router: str = "mlp.gate.weight"
+    module: str = ""  # in place of ``experts`` in the memory of `transformers`, where it differs
+    module_router: str = ""  # the same of ``router``
+
+
+EXPERT_NAMES = ExpertNames()  # as most mixtures of experts have them
+
+
+@dataclass(frozen=True, slots=True)
 class RoutedExperts(Parameter):
     """``num_experts`` gated feed-forward networks; expert parallelism gives each rank a contiguous block of them."""
 
     num_experts: int
     ffn: int
     hidden: int
+    names: ExpertNames = EXPERT_NAMES
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         for expert in range(self.num_experts):
-            yield f"mlp.experts.{expert}.gate_proj.weight", (self.ffn, self.hidden)
-            yield f"mlp.experts.{expert}.up_proj.weight", (self.ffn, self.hidden)
-            yield f"mlp.experts.{expert}.down_proj.weight", (self.hidden, self.ffn)
+            yield self._name("", expert, self.names.gate), (self.ffn, self.hidden)
+            yield self._name("", expert, self.names.up), (self.ffn, self.hidden)
+            yield self._name("", expert, self.names.down), (self.hidden, self.ffn)
+
+    def _name(self, prefix: str, expert: int, matrix: str) -> str:
+        return f"{prefix}{self.names.experts}{expert}.{matrix}.weight"
 
     def megatron(self, at: Place) -> Iterator[Shard]:
         start, stop = block(self.ffn, at.expert_tp.index, at.expert_tp.count, "the expert feed-forward size")
@@ -36,11 +56,12 @@ class RoutedExperts(Parameter):
 
     def rollout(self, at: Place) -> Iterator[Shard]:
         """FusedMoE: ``w13_weight`` [E_local, 2*I/moe_tp, H] = [gate ; up], ``w2_weight`` [E_local, H, I/moe_tp]."""
-        return self._stacked(at, "mlp.experts.w13_weight", "mlp.experts.w2_weight")
+        return self._stacked(at, f"{self.names.experts}w13_weight", f"{self.names.experts}w2_weight")
 
     def transformers(self, at: Place) -> Iterator[Shard]:
-        """transformers 5 Qwen3MoeExperts: ``gate_up_proj`` [E, 2*I, H], ``down_proj`` [E, H, I]."""
-        return self._stacked(Place(hf=at.hf, local=at.hf), "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+        """transformers 5 (Qwen3MoeExperts, MixtralExperts): ``gate_up_proj`` [E, 2*I, H], ``down_proj`` [E, H, I]."""
+        module = self.names.module or self.names.experts
+        return self._stacked(Place(hf=at.hf, local=at.hf), f"{module}gate_up_proj", f"{module}down_proj")
 
     def _stacked(self, at: Place, up_name: str, down_name: str) -> Iterator[Shard]:
         start, stop = block(self.ffn, at.expert_tp.index, at.expert_tp.count, "the expert feed-forward size")
@@ -57,8 +78,8 @@ class RoutedExperts(Parameter):
         return range(*block(self.num_experts, ep.index, ep.count, "the number of experts"))
 
     def _up(self, prefix: str, expert: int, start: int, stop: int, row: int = 0) -> tuple[Span, ...]:
-        pieces = [(f"{prefix}mlp.experts.{expert}.{half}_proj.weight", start, stop) for half in ("gate", "up")]
+        pieces = [(self._name(prefix, expert, half), start, stop) for half in (self.names.gate, self.names.up)]
         return stack_rows(pieces, self.hidden, row)
 
     def _down(self, prefix: str, expert: int, start: int, stop: int, row: int = 0) -> Span:
-        return Span(f"{prefix}mlp.experts.{expert}.down_proj.weight", 0, self.hidden, start, stop, row, 0)
+        return Span(self._name(prefix, expert, self.names.down), 0, self.hidden, start, stop, row, 0)

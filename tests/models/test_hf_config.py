@@ -12,7 +12,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, Experts
 from megatron_rl.models.builder import transformer_config
-from megatron_rl.models.family import family_of, matching_family
+from megatron_rl.models.family import family_of, in_a_family
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, read_hf_config
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.parallel import ParallelSizes
@@ -101,7 +101,7 @@ def test_megatron_models_that_no_family_computes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"normalization='LayerNorm', add_bias_linear=True"):
         architecture_from_megatron(config, 50, False)
     with pytest.raises(ConfigError, match="no Hugging Face family"):
-        matching_family(qkv_bias=True, qk_norm=True, has_experts=False)
+        in_a_family(replace(LLAMA, qkv_bias=True, qk_norm=True))
 
 
 def test_unnormalised_router_weights_are_megatrons_softmax_before_top_k() -> None:

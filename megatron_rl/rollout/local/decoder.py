@@ -12,7 +12,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from megatron_rl.models import Architecture
+from megatron_rl.models import Architecture, describe
+from megatron_rl.models.components.embedding import OutputLayer
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.norm import Norm
+from megatron_rl.models.components.position import Rotary
+from megatron_rl.models.description import LayerDescription, ModelDescription
 from megatron_rl.ops.registry import choose
 from megatron_rl.rollout.local.experts import ExpertLayer
 from megatron_rl.rollout.local.kv_cache import KVCache
@@ -23,49 +28,65 @@ from megatron_rl.rollout.local.sharding import TensorParallel
 MLP_TOKENS = 1024
 
 # (layer, heads of each token from `Decoder._qkv`) -> context of each token, [tokens, q_heads * head_dim]
-Attend = Callable[[int, torch.Tensor], torch.Tensor]
+Attend = Callable[["Layer", torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class NormWeight:
+    """An RMSNorm."""
+
+    weight: torch.Tensor
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One layer's parameters on this rank."""
 
-    input_norm: torch.Tensor
+    index: int
+    rotary: Rotary
+    attention_norm: NormWeight
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: NormWeight | None
+    k_norm: NormWeight | None
     o: torch.Tensor
-    post_norm: torch.Tensor
-    gate_up: torch.Tensor | None  # None: `experts` instead
-    down: torch.Tensor | None
-    experts: ExpertLayer | None
+    mlp_norm: NormWeight
+    mlp: Callable[[torch.Tensor], torch.Tensor]  # this rank's part of the output
 
 
 class Decoder:
     """One rank's decoder.
 
     Args:
-        architecture: the whole model's sizes.
+        architecture: the whole model's.
         parameters: this rank's tensors by SGLang name; kept, not copied.
         tp: the ranks that share the model.
 
     Raises:
-        ValueError: a parameter that the architecture needs is missing, or it has a part unknown here.
+        ValueError: a parameter that the model needs is missing, or it has a part unknown here.
     """
 
     def __init__(
         self, architecture: Architecture, parameters: Mapping[str, torch.Tensor], tp: TensorParallel, cache: KVCache
     ) -> None:
-        self.architecture, self.tp, self.cache = architecture, tp, cache
-        self.head_dim = architecture.head_dim
-        self.q_heads = architecture.num_heads // tp.size
-        self.kv_heads = cache.kv_heads
-        self.embedding = _named(parameters, "model.embed_tokens.weight")
-        self.head = self.embedding if architecture.tied else _named(parameters, "lm_head.weight")
-        self.final_norm = _named(parameters, "model.norm.weight")
-        self.layers = tuple(_layer(architecture, parameters, i, tp) for i in range(architecture.num_layers))
-        self.rotary = RotaryTable(architecture, self.embedding.dtype, self.embedding.device)
+        model = describe(architecture)
+        if not isinstance(model.output, OutputLayer):
+            raise ValueError(f"a {model.family} model without an output layer generates no tokens")
+        self.vocab, self.tp, self.cache = model.embedding.vocab, tp, cache
+        self.head_dim, self.kv_heads = cache.head_dim, cache.kv_heads
+        self.q_heads = model.shared(lambda layer: layer.attention.num_heads, "attention heads") // tp.size
+        self.embedding = _named(parameters, model.embedding.hf)
+        self.head = self.embedding if model.tied else _named(parameters, model.output.rollout_name)
+        self.final_norm = _norm(model.final_norm, parameters)
+        self.layers = tuple(_layer(model, parameters, index, tp) for index in range(len(model.layers)))
+        self.rotary = {
+            rotary: RotaryTable(rotary, self.embedding.dtype, self.embedding.device)
+            for rotary in dict.fromkeys(layer.rotary for layer in self.layers)
+        }
         device = self.embedding.device.type
         # The C++ ones compute in float32 only.
         implementation = None if self.embedding.dtype == torch.float32 else "reference"
@@ -75,7 +96,8 @@ class Decoder:
     def reserve(self, rows: int, length: int) -> None:
         """Make room for ``rows`` sequences of up to ``length`` tokens, and forget those before."""
         self.cache.reserve(rows, length)
-        self.rotary.reserve(length)
+        for table in self.rotary.values():
+            table.reserve(length)
 
     def prefill(self, tokens: torch.Tensor, lengths: torch.Tensor, sources: torch.Tensor, row: int) -> torch.Tensor:
         """Run prompts and put their keys and values into the cache.
@@ -90,13 +112,13 @@ class Decoder:
             Logits after the last token of each prompt, ``[prompts, vocab]`` fp32.
         """
         count, longest = tokens.shape
-        cos, sin = self.rotary.rows(torch.arange(longest, device=tokens.device).repeat(count))
+        turns = self._turns(torch.arange(longest, device=tokens.device).repeat(count))
 
-        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            rotate_(qkv[:, : self.q_heads + self.kv_heads], cos, sin)
+        def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+            rotate_(qkv[:, : self.q_heads + self.kv_heads], *turns[layer.rotary])
             heads = qkv.view(count, longest, -1, self.head_dim)
             queries, keys, values = heads.split([self.q_heads, self.kv_heads, self.kv_heads], 2)
-            self.cache.write_prompts(layer, keys, values, sources, row)
+            self.cache.write_prompts(layer.index, keys, values, sources, row)
             return attend_prompts(queries, keys, values)
 
         hidden = self._run(tokens.flatten(), attend)
@@ -114,41 +136,45 @@ class Decoder:
         Returns:
             Logits of the next token, ``[running, vocab]`` fp32.
         """
-        cos, sin = self.rotary.rows(positions)
+        turns = self._turns(positions)
 
-        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            return self._attend_cache(qkv, cos, sin, self.cache.layers[layer], positions, length)
+        def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
+            return self._attend_cache(qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
 
         return self._logits(self._run(tokens, attend))
 
+    def _turns(self, positions: torch.Tensor) -> dict[Rotary, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines of ``positions``, of each rotary embedding that some layer has."""
+        return {rotary: table.rows(positions) for rotary, table in self.rotary.items()}
+
     def _run(self, tokens: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states after the final norm, ``[tokens, hidden]``."""
-        eps = self.architecture.norm_eps
         hidden = self._embed(tokens)
-        normed = F.rms_norm(hidden, hidden.shape[-1:], self.layers[0].input_norm, eps)
-        next_norms = [*(layer.input_norm for layer in self.layers[1:]), self.final_norm]
-        for index, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
-            context = attend(index, self._qkv(layer, normed))
-            normed = self._add_rms_norm(hidden, self.tp.reduce(F.linear(context, layer.o)), layer.post_norm, eps)
-            normed = self._add_rms_norm(hidden, self.tp.reduce(self._mlp(layer, normed)), next_norm, eps)
+        normed = self.layers[0].attention_norm(hidden)
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+        for layer, next_norm in zip(self.layers, next_norms, strict=True):
+            context = attend(layer, self._qkv(layer, normed))
+            normed = self._add(hidden, F.linear(context, layer.o), layer.mlp_norm)
+            normed = self._add(hidden, self._mlp(layer, normed), next_norm)
         return normed
+
+    def _add(self, hidden: torch.Tensor, partial: torch.Tensor, norm: NormWeight) -> torch.Tensor:
+        """Add the sum over the ranks to ``hidden``, in place, and return the norm of that."""
+        return self._add_rms_norm(hidden, self.tp.reduce(partial), norm.weight, norm.eps)
 
     def _qkv(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
         """Query, key and value heads of each token, ``[tokens, q_heads + 2 * kv_heads, head_dim]``, not yet turned."""
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
-            eps = self.architecture.norm_eps
             queries, keys = qkv[:, : self.q_heads], qkv[:, self.q_heads : self.q_heads + self.kv_heads]
-            queries.copy_(F.rms_norm(queries, (self.head_dim,), layer.q_norm, eps))
-            keys.copy_(F.rms_norm(keys, (self.head_dim,), layer.k_norm, eps))
+            queries.copy_(layer.q_norm(queries))
+            keys.copy_(layer.k_norm(keys))
         return qkv
 
     def _mlp(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
-        if layer.experts is not None:
-            return layer.experts(normed)
-        if len(normed) <= MLP_TOKENS:
-            return _dense_mlp(layer, normed)
-        return torch.cat([_dense_mlp(layer, some) for some in normed.split(MLP_TOKENS)])
+        if isinstance(layer.mlp, ExpertLayer) or len(normed) <= MLP_TOKENS:
+            return layer.mlp(normed)
+        return torch.cat([layer.mlp(some) for some in normed.split(MLP_TOKENS)])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.tp.size == 1:
@@ -160,49 +186,60 @@ class Decoder:
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.tp.gather_columns(F.linear(hidden, self.head))
-        return logits[:, : self.architecture.vocab].float()
+        return logits[:, : self.vocab].float()
 
 
-def _dense_mlp(layer: Layer, normed: torch.Tensor) -> torch.Tensor:
-    assert layer.gate_up is not None
-    assert layer.down is not None
-    gate, up = F.linear(normed, layer.gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate).mul_(up), layer.down)
+@dataclass(frozen=True, slots=True)
+class DenseLayer:
+    """A gated-SiLU feed-forward layer on this rank."""
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+    def __call__(self, normed: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
+        return F.linear(F.silu(gate).mul_(up), self.down)
 
 
-def _layer(architecture: Architecture, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
-    prefix = f"model.layers.{index}."
+def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
+    described, prefix = model.layers[index], model.prefix(index)
+    attention = described.attention
 
-    def take(name: str, wanted: bool = True) -> torch.Tensor | None:
-        return _named(parameters, prefix + name) if wanted else None
+    def norm(norm: Norm | None) -> NormWeight | None:
+        return None if norm is None else _norm(norm, parameters, prefix)
 
-    experts = architecture.experts
-    routed = experts is not None and index not in experts.dense_layers
     return Layer(
-        input_norm=_named(parameters, prefix + "input_layernorm.weight"),
+        index=index,
+        rotary=attention.rotary,
+        attention_norm=_norm(described.attention_norm, parameters, prefix),
         qkv=_named(parameters, prefix + "self_attn.qkv_proj.weight"),
-        qkv_bias=take("self_attn.qkv_proj.bias", architecture.qkv_bias),
-        q_norm=take("self_attn.q_norm.weight", architecture.qk_norm),
-        k_norm=take("self_attn.k_norm.weight", architecture.qk_norm),
+        qkv_bias=_named(parameters, prefix + "self_attn.qkv_proj.bias") if attention.qkv_bias else None,
+        q_norm=norm(attention.q_norm),
+        k_norm=norm(attention.k_norm),
         o=_named(parameters, prefix + "self_attn.o_proj.weight"),
-        post_norm=_named(parameters, prefix + "post_attention_layernorm.weight"),
-        gate_up=take("mlp.gate_up_proj.weight", not routed),
-        down=take("mlp.down_proj.weight", not routed),
-        experts=_experts(architecture, parameters, prefix + "mlp.", tp) if routed else None,
+        mlp_norm=_norm(described.mlp_norm, parameters, prefix),
+        mlp=_mlp(described, parameters, prefix, tp),
     )
 
 
-def _experts(
-    architecture: Architecture, parameters: Mapping[str, torch.Tensor], prefix: str, tp: TensorParallel
-) -> ExpertLayer:
-    assert architecture.experts is not None
+def _mlp(
+    described: LayerDescription, parameters: Mapping[str, torch.Tensor], prefix: str, tp: TensorParallel
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    if not isinstance(described.mlp, ExpertMLP):
+        gate_up, down = (_named(parameters, f"{prefix}mlp.{name}_proj.weight") for name in ("gate_up", "down"))
+        return DenseLayer(gate_up, down)
+    names = described.mlp.names
     return ExpertLayer(
-        architecture.experts,
-        gate=_named(parameters, prefix + "gate.weight"),
-        w13=_named(parameters, prefix + "experts.w13_weight"),
-        w2=_named(parameters, prefix + "experts.w2_weight"),
+        described.mlp.experts,
+        gate=_named(parameters, prefix + names.router),
+        w13=_named(parameters, f"{prefix}{names.experts}w13_weight"),
+        w2=_named(parameters, f"{prefix}{names.experts}w2_weight"),
         tp=tp,
     )
+
+
+def _norm(norm: Norm, parameters: Mapping[str, torch.Tensor], prefix: str = "") -> NormWeight:
+    return NormWeight(_named(parameters, prefix + norm.hf), norm.eps)
 
 
 def _named(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:

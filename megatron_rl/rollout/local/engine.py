@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_rl.models import Architecture
+from megatron_rl.models import Architecture, describe
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
 from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
@@ -77,10 +77,14 @@ class LocalEngine(RolloutEngine):
         self._layout, self._gate, self._tp = layout, UpdateGate(), TensorParallel.over(tp_group)
         self._targets = _allocate(layout, rank, dtype, self.device)
         self._asleep: set[str] = set()
+        model = describe(architecture)
+        kv_heads, head_dim = model.shared(
+            lambda layer: (layer.attention.num_kv_heads, layer.attention.head_dim), "heads"
+        )
         cache = KVCache(
-            architecture.num_layers,
-            max(architecture.num_kv_heads // self._tp.size, 1),
-            architecture.head_dim,
+            len(model.layers),
+            max(kv_heads // self._tp.size, 1),
+            head_dim,
             kv_cache_bytes,
             dtype,
             self.device,

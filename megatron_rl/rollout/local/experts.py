@@ -22,7 +22,7 @@ class ExpertLayer:
         w2: ``[local experts, hidden, local ffn]``.
 
     Raises:
-        ValueError: the architecture has a shared expert.
+        ValueError: there is a shared expert.
     """
 
     def __init__(

@@ -1,55 +1,22 @@
-"""Rotary position tables, with Hugging Face's "linear" and "llama3" frequency scaling.
+"""Rotary position tables of the local engine.
 
 Heads are in the half-split form of Hugging Face and SGLang: dimension i turns with dimension i + head_dim / 2.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 
-from megatron_rl.models import Architecture
-
-
-def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
-    """Radians per position of each rotated pair, ``[head_dim / 2]`` fp32.
-
-    Source: transformers `modeling_rope_utils` (`_compute_default_rope_parameters`, `_compute_llama3_parameters`).
-
-    Raises:
-        ValueError: the scaling type is unknown here.
-    """
-    dims = torch.arange(0, architecture.head_dim, 2, dtype=torch.float32)
-    inverse = 1.0 / architecture.rope_theta ** (dims / architecture.head_dim)
-    scaling: dict[str, Any] = dict(architecture.rope_scaling)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return inverse
-    if kind == "linear":
-        return inverse / float(scaling["factor"])
-    if kind == "llama3":
-        return _llama3(inverse, scaling)
-    raise ValueError(
-        f"rope_scaling type {kind!r} is not known to the local engine: it knows default, linear and llama3"
-    )
-
-
-def _llama3(inverse: torch.Tensor, scaling: dict[str, Any]) -> torch.Tensor:
-    low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-    turns = float(scaling["original_max_position_embeddings"]) * inverse / (2 * math.pi)
-    smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return inverse * (smooth + (1 - smooth) / float(scaling["factor"]))
+from megatron_rl.models.components.position import Rotary
 
 
 class RotaryTable:
     """Cosines and signed sines by position, grown to the longest position asked for."""
 
-    def __init__(self, architecture: Architecture, dtype: torch.dtype, device: torch.device) -> None:
-        self._inverse = inverse_frequencies(architecture)
+    def __init__(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> None:
+        self._inverse = rotary.inverse_frequencies()
         self._dtype, self._device = dtype, device
-        self._cos = torch.empty(0, 1, architecture.head_dim, dtype=dtype, device=device)
+        self._cos = torch.empty(0, 1, rotary.dim, dtype=dtype, device=device)
         self._sin = self._cos
 
     def reserve(self, length: int) -> None:

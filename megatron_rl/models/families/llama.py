@@ -8,6 +8,3 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 @FAMILIES.register("llama")
 class Llama(ModelFamily):
     """No difference from the dense decoder."""
-
-    model_type = "llama"
-    hf_class = "LlamaForCausalLM"

@@ -1,4 +1,4 @@
-"""Qwen3, dense: the dense decoder with RMSNorm over each query and key head."""
+"""Qwen3, dense."""
 
 from __future__ import annotations
 
@@ -9,6 +9,4 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 class Qwen3(ModelFamily):
     """RMSNorm over each query and key head."""
 
-    model_type = "qwen3"
-    hf_class = "Qwen3ForCausalLM"
     qk_norm = True

@@ -1,0 +1,43 @@
+"""`Embedding` and `OutputLayer`: the two ends of a decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.models.parameters import Parameter, Replicated, VocabularyRows
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Token ids to hidden states."""
+
+    vocab: int  # rows of the Hugging Face tensor, without any padding
+    hidden: int
+    hf: str = "model.embed_tokens.weight"
+
+    def parameter(self) -> Parameter:
+        return VocabularyRows(self.hf, self.vocab, self.hidden, "embedding.word_embeddings.weight", self.hf)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayer:
+    """Hidden states to logits. Tied, its weight is one more copy of the embedding (Megatron's last pipeline stage)."""
+
+    vocab: int
+    hidden: int
+    hf: str = "lm_head.weight"
+    rollout_name: str = "lm_head.weight"
+
+    def parameter(self) -> Parameter:
+        return VocabularyRows(self.hf, self.vocab, self.hidden, "output_layer.weight", self.rollout_name)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreHead:
+    """Hidden states to one number a position, in the place of an `OutputLayer`."""
+
+    hidden: int
+    hf: str = "score.weight"
+
+    def parameter(self) -> Parameter:
+        return Replicated(self.hf, (1, self.hidden), "output_layer.weight")

@@ -1,0 +1,24 @@
+"""`Norm`: RMSNorm, before attention, before the feed-forward layer, over each head, or at the end of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_rl.models.parameters import Parameter, Replicated
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """``x / sqrt(mean(x^2) + eps) * weight``."""
+
+    hf: str
+    size: int
+    eps: float
+
+    def parameter(self, megatron_name: str, fused_name: str = "") -> Parameter:
+        """Its weight.
+
+        Args:
+            fused_name: Megatron's name where TransformerEngine fuses the norm into the linear layer behind it.
+        """
+        return Replicated(self.hf, (self.size,), megatron_name, fused_name)

@@ -1,0 +1,94 @@
+"""`ModelDescription`: a decoder, layer by layer, composed of components; what the interpreters of a model read.
+
+Layouts, the Megatron builder, the Hugging Face folders and the local rollout engine all read it, and nothing else says
+what a model computes. A family composes it (`models/family.py`); `describe` finds the family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.components.attention import GroupedQueryAttention
+from megatron_rl.models.components.embedding import Embedding, OutputLayer, ScoreHead
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.mlp import DenseMLP
+from megatron_rl.models.components.norm import Norm
+from megatron_rl.models.parameters import Parameter
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerDescription:
+    """``x += attention(attention_norm(x))``, then ``x += mlp(mlp_norm(x))``."""
+
+    attention_norm: Norm
+    attention: GroupedQueryAttention
+    mlp_norm: Norm
+    mlp: DenseMLP | ExpertMLP
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In the order of the forward pass; names lack the layer's prefix."""
+        fused = "self_attention.linear_qkv.layer_norm_weight"
+        return (
+            self.attention_norm.parameter("input_layernorm.weight", fused),
+            *self.attention.parameters(),
+            self.mlp_norm.parameter("pre_mlp_layernorm.weight", self.mlp.fused_norm),
+            *self.mlp.parameters(),
+        )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A whole decoder."""
+
+    family: str
+    embedding: Embedding
+    layers: tuple[LayerDescription, ...]
+    final_norm: Norm
+    output: OutputLayer | ScoreHead
+    layers_prefix: str = "model.layers."
+
+    @property
+    def tied(self) -> bool:
+        """The output layer is the embedding."""
+        return self.output.hf == self.embedding.hf
+
+    def prefix(self, index: int) -> str:
+        """What the names of a layer's logical tensors begin with."""
+        return f"{self.layers_prefix}{index}."
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Every parameter with the prefix of its logical names, in the order of the forward pass."""
+        yield "", self.embedding.parameter()
+        for index, layer in enumerate(self.layers):
+            for parameter in layer.parameters:
+                yield self.prefix(index), parameter
+        yield "", self.final_norm_parameter
+        if not self.tied:
+            yield "", self.output.parameter()
+
+    @property
+    def final_norm_parameter(self) -> Parameter:
+        return self.final_norm.parameter("decoder.final_layernorm.weight")
+
+    @property
+    def mixes(self) -> bool:
+        """Some layers have experts."""
+        return any(isinstance(layer.mlp, ExpertMLP) for layer in self.layers)
+
+    def shared(self, read: Callable[[LayerDescription], T], what: str) -> T:
+        """What ``read`` gives for every layer alike.
+
+        Raises:
+            ConfigError: layers differ in it.
+        """
+        values = list(dict.fromkeys(map(read, self.layers)))
+        if len(values) > 1:
+            raise ConfigError(f"the layers of this {self.family} model differ in {what}: {values}; expected one value")
+        return values[0]

@@ -1,0 +1,5 @@
+"""One file for each Hugging Face model type that is supported; importing this registers them all."""
+
+from __future__ import annotations
+
+from megatron_rl.models.families import llama, qwen2, qwen3, qwen3_moe  # noqa: F401

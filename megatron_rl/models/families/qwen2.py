@@ -1,0 +1,13 @@
+"""Qwen2 and Qwen2.5."""
+
+from __future__ import annotations
+
+from megatron_rl.models.family import FAMILIES, ModelFamily
+
+
+@FAMILIES.register("qwen2")
+class Qwen2(ModelFamily):
+    """Biases on query, key and value; a config without ``head_dim`` where it is hidden / heads."""
+
+    qkv_bias = True
+    names_head_dim = False
