@@ -20,16 +20,17 @@ PACKAGE = "megatron_rl"
 LEVELS = {
     **dict.fromkeys(("config", "devices", "registry", "log"), 0),
     **dict.fromkeys(("ops", "batch", "tracking"), 1),
-    **dict.fromkeys(("reshard", "collectives", "parallel", "dataflow"), 2),
-    **dict.fromkeys(("models", "data", "rewards"), 3),
-    **dict.fromkeys(("weights", "rollout"), 4),
-    "workers": 5,
-    "algorithms": 6,
-    "trainer": 7,
-    "run": 8,
-    "cli": 9,
-    "__main__": 10,
-    "__init__": 10,  # the package's face: lazy names for everything public
+    **dict.fromkeys(("collectives", "parallel"), 2),
+    **dict.fromkeys(("reshard", "dataflow"), 3),
+    **dict.fromkeys(("models", "data", "rewards"), 4),
+    **dict.fromkeys(("weights", "rollout"), 5),
+    "workers": 6,
+    "algorithms": 7,
+    "trainer": 8,
+    "run": 9,
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 11,  # the package's face: lazy names for everything public
 }
 
 # Third party (dotted prefix) -> rooms that may import it.

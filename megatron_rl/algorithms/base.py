@@ -6,7 +6,7 @@ and/or `loss` (a pure function of a record), and name the fields that they read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
@@ -166,16 +166,18 @@ class BaseAlgorithm:
             pack_samples(batch, mask_truncated=self.config.mask_truncated)
 
         writes = ("input_ids", "response_mask", "rollout_logprobs", "groups", "rewards")
-        return Stage("batch.pack", pack, reads=("samples", "rewards"), writes=writes, place="host")
+        return Stage("batch.pack", pack, reads=("samples", "rewards"), writes=writes, place="host", collective=False)
 
     def forward_stages(self) -> list[Stage]:
         """Forward passes without gradient that `prepare` or `loss` need."""
         return [self.actor.logprobs(write="old_logprobs")] if self.old_logprobs_field == "old_logprobs" else []
 
     def prepare_stage(self) -> Stage:
-        def run(batch: Batch) -> None:
+        def check(batch: Batch) -> None:
             checked = dict.fromkeys((*self.prepare_reads, *self.loss_fields))
             require_finite(batch, [name for name in checked if name in batch])
+
+        def run(batch: Batch) -> None:
             self.prepare(batch)
             if "advantages" in batch.tokens:
                 mask = batch["response_mask"]
@@ -185,7 +187,7 @@ class BaseAlgorithm:
                 everything = torch.ones_like(rewards, dtype=torch.bool)
                 batch.metrics.update(describe("rewards", rewards, everything, self.dp_group))
 
-        return Stage(f"{self.name}.prepare", run, self.prepare_reads, self.prepare_writes, place="host")
+        return Stage(f"{self.name}.prepare", run, self.prepare_reads, self.prepare_writes, place="host", check=check)
 
     def optimize_stages(self) -> list[Stage]:
         """The gradient steps; the last one counts the step and calls `observe`."""
@@ -196,7 +198,17 @@ class BaseAlgorithm:
 
         units = (self.group_field,) if self.group_field else ()
         reads = ("input_ids", "response_mask", *self.loss_fields, *self.sequence_reads, *units)
-        return [Stage("actor.optimize", run, reads=reads, writes=("metrics",), place="actor")]
+        return [self.training_stage("actor", run, reads)]
+
+    def training_stage(self, worker: str, run: Callable[[Batch], None], reads: tuple[str, ...]) -> Stage:
+        """``run`` takes the gradient steps of ``worker``, once what its loss reads is known to be finite."""
+
+        def check(batch: Batch) -> None:
+            require_finite(batch, [name for name in reads if name in batch.tokens or name in batch.sequences])
+
+        return Stage(
+            f"{worker}.optimize", run, reads, ("metrics",), worker, check=check, agreement=self.actor.context.agreement
+        )
 
     def optimize_actor(self, batch: Batch) -> dict[str, float]:
         """All epochs and mini-batches of one step on the actor."""

@@ -119,7 +119,7 @@ class DPO(PairwiseAlgorithm):
         if self.config.ld_alpha == 1.0:
             return super().check_stages()
         reads = ("input_ids", "response_mask")
-        weigh = Stage("dpo.length_weights", self.weigh_lengths, reads=reads, writes=("length_weights",), place="host")
+        weigh = Stage("dpo.length_weights", self.weigh_lengths, reads, ("length_weights",), "host", collective=False)
         return [*super().check_stages(), weigh]
 
     def weigh_lengths(self, batch: Batch) -> None:

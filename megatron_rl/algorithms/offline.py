@@ -47,13 +47,13 @@ class OfflineAlgorithm(BaseAlgorithm):
         def check(batch: Batch) -> None:
             require_finite(batch, self.loss_fields)
 
-        last = Stage("batch.check", check, reads=("response_mask", *self.loss_fields), place="host")
+        last = Stage("batch.check", check, ("response_mask", *self.loss_fields), place="host", collective=False)
         return [*self.check_stages(), *self.forward_stages(), *([last] if self.loss_fields else [])]
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Loss and metrics on a batch that is not trained on, over all ranks. Collective."""
         for stage in self.preparation():
-            stage.run(batch)
+            stage.execute(batch, self.actor.context.agreement)
         metrics = self.actor.measure(
             batch,
             self.loss,
@@ -132,7 +132,7 @@ class PairwiseAlgorithm(OfflineAlgorithm):
                 )
             batch.sequences["pairs"] = torch.arange(batch.num_sequences) // 2
 
-        return [Stage("batch.pair", run, reads=("input_ids", "response_mask"), writes=("pairs",), place="host")]
+        return [Stage("batch.pair", run, ("input_ids", "response_mask"), ("pairs",), place="host", collective=False)]
 
 
 def pair_metric(inputs: LossInputs, pairs: Pairs, per_pair: Tensor) -> Mean:

@@ -176,8 +176,8 @@ class PPO(PolicyGradient):
 
         sources = ("input_ids", "response_mask")
         return [
-            Stage("critic.optimize", train_critic, (*sources, "values", "returns"), ("metrics",), place="critic"),
-            Stage("actor.optimize", train_actor, (*sources, *self.loss_fields), ("metrics",), place="actor"),
+            self.training_stage("critic", train_critic, (*sources, "values", "returns")),
+            self.training_stage("actor", train_actor, (*sources, *self.loss_fields)),
         ]
 
     @property

@@ -73,7 +73,7 @@ class RewardModelling(PairwiseAlgorithm):
         writes = ("input_ids", "response_mask")
         return [
             *super().check_stages(),
-            Stage("batch.ask_scores", self.ask_for_scores, reads=writes, writes=writes, place="host"),
+            Stage("batch.ask_scores", self.ask_for_scores, writes, writes, place="host", collective=False),
         ]
 
     def ask_for_scores(self, batch: Batch) -> None:

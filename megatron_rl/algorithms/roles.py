@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, LossOutput
 
@@ -30,6 +31,10 @@ class Replicas(Protocol):
     @property
     def dp_group(self) -> dist.ProcessGroup | None:
         """The ranks that hold other sequences of the same step; None in a single process."""
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """Of all ranks of the job; None in a single process."""
 
 
 class Trainable(Protocol):

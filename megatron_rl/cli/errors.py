@@ -38,11 +38,10 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.dataflow.flow import FlowError
     from megatron_rl.devices.launch import LaunchError
     from megatron_rl.ops.registry import UnavailableError
+    from megatron_rl.parallel.agreement import PeerError
     from megatron_rl.rewards import RewardError
-    from megatron_rl.trainer.agreement import RemoteError
-    from megatron_rl.weights.agreement import PeerError
 
-    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, RemoteError, PeerError, LaunchError)
+    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
     return *told, NotFiniteError, FloatingPointError
 
 

@@ -7,15 +7,12 @@ reader. A flow inside a flow is simply more stages, so the short form and the ex
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow.stage import Stage
+from megatron_rl.parallel.agreement import Agreement
 
-Agree = Callable[[str, Exception | None], None]
-
-HOST = "host"  # the place of stages that run no collective
 KEPT = frozenset({"samples", "rewards", "metrics"})  # results that the caller of a flow looks at
 
 
@@ -79,38 +76,30 @@ class Flow:
                 f"(it has: {', '.join(batch) or 'nothing'}); add the stage that writes it before {reader}"
             )
 
-    def __call__(self, batch: Batch, agree: Agree | None = None) -> Batch:
+    @property
+    def agreement(self) -> Agreement | None:
+        """Of the ranks that run the flow, as its stages know them; None: one process."""
+        return next((stage.agreement for stage in self.stages if stage.agreement is not None), None)
+
+    def __call__(self, batch: Batch) -> Batch:
         """Run every stage on this rank's batch; stage wall times are written to ``batch.metrics`` as
         ``time/<stage>_s``.
 
-        Args:
-            agree: called after each stage that runs on the host (and so holds no collective) with its name and its
-                error or None; raises on every rank when any rank has an error.
-
         Raises:
             FlowError: a field is missing from the input, or a stage did not write what it declares.
+            PeerError: a stage failed on another rank.
         """
         self.check(batch)
+        agreement = self.agreement
         for position, stage in enumerate(self.stages):
             started = time.perf_counter()
-            self._run(stage, batch, agree)
+            stage.execute(batch, agreement)
             batch.metrics[f"time/{stage.name}_s"] = time.perf_counter() - started
             if absent := [name for name in stage.writes if name not in batch]:
                 raise FlowError(f"{stage.name} declares that it writes {absent}, but did not")
             for name in self.freed_after(position):
                 batch.free(name)
         return batch
-
-    def _run(self, stage: Stage, batch: Batch, agree: Agree | None) -> None:
-        if agree is None or stage.place != HOST:
-            stage.run(batch)
-            return
-        failure = None
-        try:
-            stage.run(batch)
-        except Exception as error:
-            failure = error
-        agree(stage.name, failure)
 
     def __str__(self) -> str:
         rows = [("stage", "reads", "writes", "where")]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_rl.batch import Batch
+from megatron_rl.parallel.agreement import Agreement
 
 if TYPE_CHECKING:
     from megatron_rl.dataflow.flow import Flow
@@ -23,8 +24,31 @@ class Stage:
     run: Callable[[Batch], None]
     reads: tuple[str, ...] = ()  # fields that must be in the batch
     writes: tuple[str, ...] = ()  # fields that are in the batch afterwards
-    frees: tuple[str, ...] = ()  # fields that ``run`` itself drops
     place: str = ""  # where it runs, for people: "TP2 x PP2", "rollout TP1", "host"
+    collective: bool = True  # whether ranks wait for one another inside ``run``, so that all must come into it
+    check: Callable[[Batch], None] | None = None  # of this rank's part of the batch, before any rank enters ``run``
+    agreement: Agreement | None = None  # of the ranks that run the flow
+
+    def execute(self, batch: Batch, agreement: Agreement | None) -> None:
+        """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error
+        on every rank.
+
+        Args:
+            agreement: None: this rank alone.
+        """
+        if agreement is not None and (self.check is not None or not self.collective):
+            with agreement.attempt(self.name):
+                self._run_alone(batch)
+        else:
+            self._run_alone(batch)
+        if self.collective:
+            self.run(batch)
+
+    def _run_alone(self, batch: Batch) -> None:
+        if self.check is not None:
+            self.check(batch)
+        if not self.collective:
+            self.run(batch)
 
     def __rshift__(self, then: Stage | Flow) -> Flow:
         from megatron_rl.dataflow.flow import Flow  # Flow is built from stages; the import is here to break the cycle

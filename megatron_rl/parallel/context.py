@@ -6,7 +6,9 @@ It is injected from what a Megatron job already has (`from_parallel_state`, `fro
 
 from __future__ import annotations
 
+import functools
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, TypeVar
@@ -19,6 +21,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
+from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
 from megatron_rl.parallel.groups import own_group, ranks_of, world_group
 
@@ -251,6 +254,20 @@ class ParallelContext:
         if self.sizes.pp > 1:
             dist.broadcast(tensor, src=ranks_of(self.pp_group)[-1], group=self.pp_group)
         return tensor
+
+    @functools.cached_property
+    def agreement(self) -> Agreement:
+        """Of all ranks of the job."""
+        return Agreement(GroupPeers(self.host_group))
+
+    @functools.cached_property
+    def model_agreement(self) -> Agreement:
+        """Of the ranks of this replica."""
+        return Agreement(GroupPeers(self.host_model_group))
+
+    def attempt(self, what: str) -> AbstractContextManager[Attempt]:
+        """`Agreement.attempt` of all ranks: what fails on one of them fails on all. Collective."""
+        return self.agreement.attempt(what)
 
     def gather_objects(self, value: T, axis: Literal["world", "model"] = "world") -> list[T]:
         """``value`` of every rank along ``axis``, in rank order, on every rank; through host memory, by pickle."""

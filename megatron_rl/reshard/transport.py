@@ -6,17 +6,17 @@ import queue
 import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.parallel.agreement import Alone, GroupPeers, Peers, TransportError
+from megatron_rl.parallel.groups import world_group
+
 TIMEOUT = 600.0  # seconds
-
-
-class TransportError(RuntimeError):
-    """An exchange with another rank failed or took too long; the message names the rank."""
 
 
 class Pending(ABC):
@@ -39,6 +39,17 @@ class Transport(ABC):
         """Begin to send ``send`` to ``peer`` and to receive ``receive`` from it; either may be None. Both buffers must
         stay alive and untouched until the wait returns."""
 
+    @abstractmethod
+    def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
+        """All ``ranks`` of a plan, seen from ``rank``, for what they agree on; each of them asks for it.
+
+        Args:
+            device: of the tensors that the backend takes.
+
+        Raises:
+            TransportError: the transport joins other ranks.
+        """
+
 
 class LocalTransport(Transport):
     """For plans that move nothing between ranks: one process, or a source that lies where the target does."""
@@ -47,6 +58,11 @@ class LocalTransport(Transport):
         raise TransportError(
             f"this plan exchanges data with rank {peer}, but its transport is local only: pass a P2PTransport"
         )
+
+    def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
+        if list(ranks) != [rank]:
+            raise TransportError(f"ranks {list(ranks)} are to agree, but their transport is local only")
+        return Alone(rank)
 
 
 class P2PTransport(Transport):
@@ -72,6 +88,12 @@ class P2PTransport(Transport):
         except RuntimeError as error:
             raise TransportError(f"could not start an exchange with rank {peer}: {error}") from error
         return _P2PPending(works, peer, self._timeout, blocking=operations[0].tensor.device.type == "cpu")
+
+    def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
+        found = GroupPeers(self._group or world_group(), device, self._timeout)
+        if sorted(ranks) != sorted(found.ranks):
+            raise TransportError(f"ranks {sorted(ranks)} are to agree, but their group has {list(found.ranks)}")
+        return found
 
 
 class _P2PPending(Pending):
@@ -127,15 +149,36 @@ class MemoryTransport(Transport):
     """Ranks as threads of one process: to run a whole job in memory, without process groups."""
 
     def __init__(self, hub: MemoryHub, rank: int) -> None:
-        self._hub, self._rank = hub, rank
+        self._hub, self.rank = hub, rank
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
         letter = None
         if send is not None:
             letter = _Letter(_as_bytes(send))
-            self._hub.link(self._rank, peer).put(letter)
-        inbox = self._hub.link(peer, self._rank)
+            self._hub.link(self.rank, peer).put(letter)
+        inbox = self._hub.link(peer, self.rank)
         return _MemoryPending(letter, receive, inbox, peer, self._hub.timeout)
+
+    def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
+        return _MemoryPeers(self, ranks)
+
+
+class _MemoryPeers(Peers):
+    """Every rank sends to every other."""
+
+    def __init__(self, transport: MemoryTransport, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(sorted(ranks))
+        self._transport = transport
+
+    def gather(self, value: Tensor) -> Tensor:
+        own, me = value.contiguous(), self._transport.rank
+        found = {rank: own if rank == me else torch.empty_like(own) for rank in self.ranks}
+        for pending in [self._transport.exchange(peer, own, found[peer]) for peer in self.ranks if peer != me]:
+            pending.wait()
+        return torch.stack([found[rank] for rank in self.ranks])
+
+    def total(self, value: Tensor) -> Tensor:
+        return self.gather(value).sum(0, dtype=value.dtype)
 
 
 class _MemoryPending(Pending):

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_rl.batch import Sample
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.rewards.reward import NoReward, Reward, RewardError
+from megatron_rl.rewards.reward import NoReward, Reward
 from megatron_rl.rewards.weighted import WeightedReward
 
 
@@ -33,20 +33,11 @@ class SharedReward(Reward):
         return at.tp == at.pp == at.cp == 0
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
-        error: Exception | None = None
-        outcome: tuple[list[float | NoReward], list[dict[str, float]]] | str | None = None
-        if self.is_leader:
-            try:
+        outcome: tuple[list[float | NoReward], list[dict[str, float]]] | None = None
+        with self.context.model_agreement.attempt(f"reward {self.name!r}"):
+            if self.is_leader:
                 outcome = self.reward(samples), [sample.reward_parts for sample in samples]
-            except Exception as failure:
-                error, outcome = failure, f"{type(failure).__name__}: {failure}"
-        outcomes = self.context.gather_objects(outcome, "model")
-        if error is not None:
-            raise error
-        shared = next(found for found in outcomes if found is not None)
-        if isinstance(shared, str):
-            raise RewardError(f"reward {self.name!r} failed on the first rank of this replica: {shared}")
-        rewards, parts = shared
+        rewards, parts = next(found for found in self.context.gather_objects(outcome, "model") if found is not None)
         for sample, own in zip(samples, parts, strict=True):
             sample.reward_parts = own
         return rewards

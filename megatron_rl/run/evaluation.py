@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_rl.batch import Prompt
 from megatron_rl.rewards import NoReward, Reward, RewardError, share
-from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor
 
@@ -53,13 +52,8 @@ class Evaluation:
         """
         context = self.actor.context
         samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
-        error: Exception | None = None
-        rewards: list[float | NoReward] = []
-        try:
+        with context.attempt("evaluation"):
             rewards = self.reward(samples)
-        except Exception as failure:
-            error = failure
-        agree_over(context)("evaluation", error)
         counted = self.reward.take_metrics()  # evaluation's own: the next training step starts at 0 again
         scored = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
         sums: dict[str, float] = {"reward": sum(reward for _, reward in scored), "response_tokens_mean": 0.0}

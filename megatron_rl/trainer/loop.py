@@ -16,7 +16,6 @@ from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Flow
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.tracking import Tracker
-from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
@@ -97,7 +96,6 @@ class Trainer:
         self._ended_by = 0  # the signal that all ranks stop for
         self._saved_step: int | None = None  # of the newest checkpoint
         self._evaluated_step: int | None = None  # of the newest evaluation
-        self._agree = agree_over(context)
 
     @property
     def total_steps(self) -> int:
@@ -166,7 +164,7 @@ class Trainer:
         started = time.perf_counter()
         batch = self.source.next_batch()
         self._each("on_step_begin", batch)
-        self.flow(batch, self._agree)
+        self.flow(batch)
         self.step += 1
         batch.metrics["time/step_s"] = time.perf_counter() - started
         reports = self.context.gather_objects((batch.metrics, self._interruption.signal))

@@ -18,7 +18,6 @@ from megatron_rl.algorithms import BaseAlgorithm
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.trainer.agreement import agree_over
 from megatron_rl.trainer.metrics import join_rounds
 
 Group = list[Sample]
@@ -50,7 +49,6 @@ class Refill:
         self.algorithm = algorithm
         self.source = source
         self.context = context
-        self._agree = agree_over(context)
 
     def __call__(self, batch: Batch) -> None:
         wanted = len(batch.prompts) * self.context.dp_size
@@ -81,16 +79,8 @@ class Refill:
         }
 
     def _one_round(self, part: Batch) -> None:
-        self.sample.run(part)
-        if self.score.place != "host":
-            self.score.run(part)
-            return
-        failure = None
-        try:
-            self.score.run(part)
-        except Exception as error:
-            failure = error
-        self._agree(self.score.name, failure)
+        self.sample.execute(part, self.context.agreement)
+        self.score.execute(part, self.context.agreement)
 
     def _gather(self, samples: Sequence[Sample]) -> tuple[list[Group], list[Group]]:
         """Groups that are kept and groups that are not, of all data-parallel ranks, in the order of the ranks."""

@@ -32,9 +32,8 @@ from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.reshard import LocalTransport, P2PTransport
+from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard.layout import restricted
-from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFolderWriter
 from megatron_rl.weights.hf_in import SCORE, check_folder, resolve_folder
@@ -122,7 +121,7 @@ def convert(
 
 def _to_hf(opened: Opened, writer: HFFolderWriter) -> None:
     context = ParallelContext.create(ParallelSizes())
-    rank, together = context.rank, _agreement(context)
+    rank, together = context.rank, context.agreement
     layout = hf_layout(opened.description.architecture)
     with _hidden(writer, together, rank):
         with together.attempt():
@@ -148,7 +147,7 @@ def _to_megatron(opened: Opened, writer: HFFolderWriter, sizes: ParallelSizes) -
     )
     vocab = padded_vocab(a.vocab, sizes.tp)
     layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
-    together = _agreement(context)
+    together = context.agreement
     # One iteration of a run where the target is named as one; else a run with nothing but a release.
     alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
     folder = writer.partial if alone else writer.partial / RELEASE
@@ -195,12 +194,6 @@ def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.d
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
     }
-
-
-def _agreement(context: ParallelContext) -> Agreement:
-    several = context.world_size > 1
-    transport = P2PTransport(context.host_group) if several else LocalTransport()
-    return Agreement(transport, range(context.world_size), context.rank)
 
 
 @contextlib.contextmanager

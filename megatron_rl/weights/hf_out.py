@@ -18,9 +18,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.parameters import whole
+from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import Layout, Readable, Resharder, Shard, Transport
 from megatron_rl.reshard.layout import restricted
-from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.fill import check_tensors, empty_tensors
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFile, HFFolderWriter
 from megatron_rl.weights.sync import default_transport
@@ -70,7 +70,7 @@ def save_hf(
     description = HFDescription(architecture, hf_config, tokenizer, generation_config)
     writer = HFFolderWriter(folder, description, dtype or some.dtype, max_shard_bytes, overwrite)
     ranks = tuple(sorted(layout.cells))
-    together = Agreement(transport, ranks, rank, some.device)
+    together = Agreement(transport.peers(ranks, rank, some.device), "nothing was published")
     with together.attempt():
         check_tensors(layout, rank, tensors)
         check_complete(layout, writer.tensors)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import (
     Layout,
     LocalTransport,
@@ -33,7 +34,6 @@ from megatron_rl.reshard import (
     Transport,
     WireFormat,
 )
-from megatron_rl.weights.agreement import Agreement
 from megatron_rl.weights.attestation import Attestor
 from megatron_rl.weights.diagnosis import AttestationError, Fault, faults
 from megatron_rl.weights.target import WeightTarget
@@ -105,9 +105,8 @@ class WeightSync:
         self._staged: dict[str, Tensor] = {}
         self._takes_part = rank in target.layout.cells
         ranks = sorted(source.cells.keys() | target.layout.cells.keys())
-        self._together = Agreement(
-            self._transport, ranks, rank, device, "no engine serves the new version, and the next push starts anew"
-        )
+        peers = self._transport.peers(ranks, rank, device)
+        self._together = Agreement(peers, "no engine serves the new version, and the next push starts anew")
 
     def push(self, tensors: Mapping[str, Readable], version: int) -> SyncReport:
         """Make the engine serve ``tensors`` (shard name -> this rank's tensor) as ``version``. Collective.
@@ -194,7 +193,7 @@ class WeightSync:
         sums = [torch.zeros(attestor.slots.count, dtype=torch.int64)]
         with self._together.attempt() as attempt:
             attempt.run(lambda: sums.append(attestor.part(tensors)))
-            expected = self._together.total(sums[-1].to(self._device)).cpu()
+            expected = self._together.peers.total(sums[-1])
             attempt.run(self._compare, attestor, held, expected)
         self._previous = expected
 
@@ -211,7 +210,7 @@ class WeightSync:
     def _commit(self, version: int) -> None:
         """From here on an engine that fails is on its own: the others have been told to serve."""
         consequence = f"engines that had committed version {version} serve it whole, the others refuse to serve"
-        with self._together.attempt(consequence) as attempt:
+        with self._together.attempt(consequence=consequence) as attempt:
             if self._takes_part:
                 attempt.run(self.target.commit_update, version)
 

@@ -133,7 +133,8 @@ class Actor(TrainedWorker):
             batch.metrics.update(_sample_metrics(batch.samples))
 
         place = f"{self.settings.rollout.engine} engine TP{self.settings.rollout.tp}"
-        return Stage("actor.sample", run, reads=("prompts",), writes=("samples",), place=place)
+        agreement = self.context.agreement
+        return Stage("actor.sample", run, reads=("prompts",), writes=("samples",), place=place, agreement=agreement)
 
     def logprobs(self, write: str = "old_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the training weights, fp32

@@ -5,9 +5,8 @@ What they compute is another question: `models/megatron_architecture.py` reads i
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor
@@ -19,21 +18,6 @@ from megatron_rl.reshard import Layout
 from megatron_rl.weights.fill import check_tensors
 
 logger = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def agreed(context: ParallelContext) -> Iterator[None]:
-    """A ConfigError on one rank becomes one on every rank, so that none waits for it. Collective."""
-    own: ConfigError | None = None
-    try:
-        yield
-    except ConfigError as error:
-        own = error
-    found = [text for text in context.gather_objects(None if own is None else str(own)) if text is not None]
-    if own is not None:
-        raise own
-    if found:
-        raise ConfigError(found[0])
 
 
 def check_place(chunks: Sequence[LanguageModule], context: ParallelContext, value_head: bool) -> None:

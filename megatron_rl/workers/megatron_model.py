@@ -31,7 +31,6 @@ from megatron_rl.models.pipeline import padded_vocab, stage_layers
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Derived, Layout, Readable
 from megatron_rl.workers.adoption import (
-    agreed,
     check_parameters,
     check_place,
     log_auxiliary_losses,
@@ -106,7 +105,7 @@ class MegatronModel:
                 that their place in the pipeline asks for, or not that head.
         """
         inner = [unwrap(chunk) for chunk in chunks]
-        with agreed(context):
+        with context.attempt("taking over the model"):
             check_place(inner, context, value_head)
             architecture = replace(architecture_of_chunk(inner[0], vocab), score_head=value_head)
             for other in inner[1:]:

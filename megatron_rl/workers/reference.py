@@ -77,7 +77,8 @@ class Reference:
             with self.in_place():
                 batch.tokens[write] = token_values(self._scored, batch, logprob_head)
 
-        return Stage("reference.logprobs", run, reads=("input_ids",), writes=(write,), place=str(self.context.sizes))
+        at = self.context
+        return Stage("reference.logprobs", run, ("input_ids",), (write,), place=str(at.sizes), agreement=at.agreement)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

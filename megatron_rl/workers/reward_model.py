@@ -77,7 +77,8 @@ class RewardModel:
             batch.metrics.update(_part_means(batch.samples))
             batch.sequences["rewards"] = torch.tensor(numbers, dtype=torch.float32)
 
-        return Stage("reward.score", run, reads=("samples",), writes=("rewards",), place=self.reward.place)
+        collective = self.reward.place != Reward.place
+        return Stage("reward.score", run, ("samples",), ("rewards",), place=self.reward.place, collective=collective)
 
     def begin(self, samples: list[Sample]) -> None:
         """Let services score these samples while others are still generated: the ``then`` of `Actor.sample`.

@@ -50,4 +50,5 @@ def token_values_stage(name: str, worker: ScoringModel, make_head: MakeHead, wri
     def run(batch: Batch) -> None:
         batch.tokens[write] = token_values(worker, batch, make_head)
 
-    return Stage(name, run, reads=("input_ids",), writes=(write,), place=str(worker.model.context.sizes))
+    at = worker.model.context
+    return Stage(name, run, reads=("input_ids",), writes=(write,), place=str(at.sizes), agreement=at.agreement)

@@ -133,14 +133,9 @@ class TrainedWorker:
             for name, adapter in model.adapters.items():
                 own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
         parts = [part for parts in self.context.gather_objects(own) for part in parts]
-        failure = None
-        if self.context.rank == 0:
-            try:
+        with self.context.attempt("saving adapters"):
+            if self.context.rank == 0:
                 write_peft(folder, assembled(parts), next(iter(model.adapters.values())).facts, base, overwrite)
-            except (ConfigError, OSError) as error:
-                failure = str(error)
-        if problem := self.context.gather_objects(failure)[0]:
-            raise ConfigError(problem)
         return folder
 
     def _write_second_head(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ from megatron_rl.rollout import WeightCheck
 
 class Standing:
     dp_group = None
+    agreement = None
 
 
 class StandInWorker:

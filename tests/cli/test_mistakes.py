@@ -177,5 +177,5 @@ def test_a_reward_that_raises_on_one_rank_ends_all_ranks_with_the_same_message(t
     said = str(failure.value)
     assert "did not end" not in said
     assert "[rank 1] RewardError: reward 'raising_on_rank_one' raised ZeroDivisionError" in said
-    assert "[rank 0] RemoteError: reward.score failed on rank 1: RewardError: reward 'raising_on_rank_one'" in said
+    assert "[rank 0] PeerError: reward.score failed on rank 1: RewardError: reward 'raising_on_rank_one'" in said
     assert not (tmp_path / "out").exists()

@@ -8,6 +8,7 @@ import torch
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.dataflow.flow import FlowError
+from megatron_rl.parallel.agreement import Agreement, Alone
 
 
 def writing(name: str, *writes: str, reads: tuple[str, ...] = (), place: str = "") -> Stage:
@@ -75,22 +76,36 @@ def test_printing_names_stages_fields_and_places():
     ]
 
 
-def test_errors_of_host_stages_are_agreed_on_and_those_of_others_are_not():
+class CountingPeers(Alone):
+    """One process that counts its votes."""
+
+    votes = 0
+
+    def gather(self, value):
+        self.votes += 1
+        return super().gather(value)
+
+
+@pytest.mark.parametrize(
+    ("how", "votes"),
+    [({"collective": False}, 1), ({}, 0), ({"check": lambda batch: None}, 1)],
+    ids=["on its own", "collective", "collective after a check"],
+)
+def test_ranks_agree_on_what_each_does_on_its_own(how, votes):
+    peers = CountingPeers()
+    ran = []
+    Flow((Stage("some", ran.append, agreement=Agreement(peers), **how),))(Batch())
+    assert (len(ran), peers.votes) == (1, votes)
+
+
+def test_nothing_collective_begins_after_a_failed_check():
     def fail(batch: Batch) -> None:
         raise ValueError("bad reward")
 
-    heard = []
-
-    def agree(stage: str, error: Exception | None) -> None:
-        heard.append((stage, type(error)))
-        if error:
-            raise error
-
+    ran = []
     with pytest.raises(ValueError, match="bad reward"):
-        Flow((Stage("host", fail, place="host"),))(Batch(), agree)
-    with pytest.raises(ValueError, match="bad reward"):
-        Flow((Stage("device", fail, place="TP2"),))(Batch(), agree)
-    assert heard == [("host", ValueError)]
+        Flow((Stage("some", ran.append, check=fail, agreement=Agreement(Alone())),))(Batch())
+    assert not ran
 
 
 def test_time_of_each_stage_is_a_metric():

@@ -19,8 +19,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout_layout
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.parallel.agreement import PeerError
 from megatron_rl.reshard import Layout, LocalTransport
-from megatron_rl.weights.agreement import PeerError
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import HFFolderWriter, plan_files
 from megatron_rl.weights.hf_in import load_folder, read_architecture
