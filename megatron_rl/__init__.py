@@ -13,7 +13,7 @@ from megatron_rl.devices import install_cpu_face
 
 if TYPE_CHECKING:
     from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, BaseAlgorithm
-    from megatron_rl.run import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
+    from megatron_rl.run import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer, Trainer
     from megatron_rl.trainer import Callback
     from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 
@@ -24,6 +24,7 @@ _HOMES = {
     "megatron_rl.algorithms": ("PPO", "GRPO", "DPO", "KTO", "BaseAlgorithm"),
     "megatron_rl.trainer": ("Callback",),
     "megatron_rl.run": ("DPOTrainer", "KTOTrainer", "PPOTrainer", "GRPOTrainer", "RewardTrainer", "SFTTrainer"),
+    "megatron_rl.run.training_run": ("Trainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -44,6 +45,7 @@ __all__ = [
     "RewardModel",
     "RewardTrainer",
     "SFTTrainer",
+    "Trainer",
     "__version__",
 ]
 

@@ -92,7 +92,7 @@ def test_a_sound_tree_has_no_violation(tmp_path: Path) -> None:
         tmp_path,
         megatron_rl__reshard__plan="import megatron_rl.reshard.layout\nfrom megatron_rl.registry import nearest",
         megatron_rl__reshard__transport="import torch\nBACKEND = 'nccl'\ntorch.cuda.synchronize()",
-        megatron_rl__run="from megatron_rl import __version__\nfrom .trainer.loop import Trainer",
+        megatron_rl__run="from megatron_rl import __version__\nfrom .trainer.loop import TrainingLoop",
         megatron_rl__cli__main="def f():\n    print('all ranks agree over gloo')",
         megatron_rl__workers__actor="from megatron.core import parallel_state\n'a sentence that names gloo and nccl'",
         examples__arithmetic_grpo__pretrain="x = 1\n" * 200,

@@ -21,9 +21,9 @@ def main() -> None:
     load_checkpoint(OUTPUTS / "pretrained", model)
     optimizer = build_optimizer(model, learning_rate=3e-4)
     # ---------------------------------------------------------------------------------------------------------------
-    from megatron_rl import GRPO, Actor, RewardModel
+    from megatron_rl import GRPO, Actor, RewardModel, Trainer
     from megatron_rl.data import PromptDataset, PromptLoader
-    from megatron_rl.run import Evaluation, connect
+    from megatron_rl.run import Evaluation
     from megatron_rl.tracking import TrackerGroup
     from megatron_rl.trainer import TrainerSettings
 
@@ -33,14 +33,13 @@ def main() -> None:
     grpo = GRPO(actor=actor, loss_aggregation="token-mean")
     flow = actor.sample(n=8, max_tokens=6) >> reward.score() >> grpo.update()
 
-    at = actor.context.coordinates
     prompts = PromptDataset(OUTPUTS / "data/train.jsonl", tokenizer)
-    loader = PromptLoader(prompts, batch_size=128, dp_rank=at.dp, dp_size=actor.context.dp_size)
+    loader = PromptLoader(prompts, batch_size=128, replica=actor)
     held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
     evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
     settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=70, evaluate_every=35, save_every=35)
     tracking = TrackerGroup.Config(trackers=TRACKERS, experiment="arithmetic_grpo")
-    connect(flow, actor, grpo, loader, settings, tracking=tracking, evaluate=evaluation).train()
+    Trainer(flow, loader, settings, tracking=tracking, evaluate=evaluation).train()
     # ---------------------------------------------------------------------------------------------------------------
 
 

@@ -206,8 +206,9 @@ class BaseAlgorithm:
         def check(batch: Batch) -> None:
             require_finite(batch, [name for name in reads if name in batch.tokens or name in batch.sequences])
 
+        agreement = self.actor.context.agreement
         return Stage(
-            f"{worker}.optimize", run, reads, ("metrics",), worker, check=check, agreement=self.actor.context.agreement
+            f"{worker}.optimize", run, reads, ("metrics",), worker, check=check, agreement=agreement, part=self
         )
 
     def optimize_actor(self, batch: Batch) -> dict[str, float]:

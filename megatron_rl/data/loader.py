@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
 from megatron_rl.data.dataset import TokenisedDataset
 from megatron_rl.data.records import DataError
+
+if TYPE_CHECKING:
+    from megatron_rl.parallel import ParallelContext
 
 T_co = TypeVar("T_co", covariant=True)
 T = TypeVar("T")
@@ -26,6 +29,13 @@ class Indexed(Protocol[T_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> T_co: ...
+
+
+class HasContext(Protocol):
+    """A model's role."""
+
+    @property
+    def context(self) -> ParallelContext: ...
 
 
 def epoch_order(num_items: int, seed: int, epoch: int, shuffle: bool = True) -> list[int]:
@@ -41,21 +51,24 @@ class GlobalBatchLoader(Generic[T]):
 
     Args:
         batch_size: records of a global batch, over all data-parallel ranks.
-        dp_rank, dp_size: this rank's place among them.
+        replica: the actor, or its `ParallelContext`: its data-parallel place decides about this rank's part. None:
+            one process takes all.
 
     Raises:
-        ConfigError: ``batch_size`` is not a positive multiple of ``dp_size``.
+        ConfigError: ``batch_size`` is not a positive multiple of the data-parallel size.
     """
 
     def __init__(
         self,
         dataset: Indexed[T],
         batch_size: int,
-        dp_rank: int = 0,
-        dp_size: int = 1,
+        replica: ParallelContext | HasContext | None = None,
+        *,
         seed: int = 0,
         shuffle: bool = True,
     ) -> None:
+        context: Any = getattr(replica, "context", replica)
+        dp_rank, dp_size = (context.coordinates.dp, context.dp_size) if context is not None else (0, 1)
         if batch_size < 1 or batch_size % dp_size:
             raise ConfigError(
                 f"batch_size={batch_size} records cannot be shared evenly by {dp_size} data-parallel ranks: use a "

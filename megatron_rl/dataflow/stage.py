@@ -28,6 +28,7 @@ class Stage:
     collective: bool = True  # whether ranks wait for one another inside ``run``, so that all must come into it
     check: Callable[[Batch], None] | None = None  # of this rank's part of the batch, before any rank enters ``run``
     agreement: Agreement | None = None  # of the ranks that run the flow
+    part: object = None  # whose step this is, for whoever looks for the parts of a flow
 
     def execute(self, batch: Batch, agreement: Agreement | None) -> None:
         """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error

@@ -2,9 +2,9 @@
 
 from megatron_rl.run.build import build_trainer
 from megatron_rl.run.config import RunConfig
-from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.trainers import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, RewardTrainer, SFTTrainer
+from megatron_rl.run.training_run import Trainer
 
 __all__ = [
     "DPOTrainer",
@@ -15,6 +15,6 @@ __all__ = [
     "RewardTrainer",
     "RunConfig",
     "SFTTrainer",
+    "Trainer",
     "build_trainer",
-    "connect",
 ]

@@ -16,11 +16,10 @@ from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.config import RunConfig
-from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
+from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.checkpoint import find_checkpoint
-from megatron_rl.trainer.loop import Trainer
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 from megatron_rl.workers.limits import model_limits
@@ -49,8 +48,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     check_answers(reward, [*prompts, *(held_out or ())])
     callbacks = [load_callback(name) for name in config.callbacks]
     context = ParallelContext.create(config.parallel, seed=config.seed)
-    place = context.coordinates.dp, context.grid.dp
-    loader = PromptLoader(prompts, config.prompts_per_step, *place, seed=config.seed, shuffle=config.shuffle)
+    loader = PromptLoader(prompts, config.prompts_per_step, context, seed=config.seed, shuffle=config.shuffle)
 
     steps = config.trainer.total_steps(loader.steps_per_epoch)
     steps *= algorithm_config.num_epochs * algorithm_config.num_mini_batches
@@ -61,10 +59,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     sample = actor.sample(parts=config.rollout_parts, then=scorer.begin if config.rollout_parts > 1 else None)
     scored = filled(sample, scorer.score(), algorithm, loader, context)
     flow = scored >> algorithm.update()
-    return connect(
+    return Trainer(
         flow,
-        actor,
-        algorithm,
         loader,
         config.trainer,
         tracking=config.tracking,

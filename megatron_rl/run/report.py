@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_rl.tracking import Tracker, plot_reward_curve, read_metrics
 from megatron_rl.trainer.callbacks import Callback
-from megatron_rl.trainer.loop import Trainer
+from megatron_rl.trainer.loop import TrainingLoop
 
 WATCHED = ("rewards/mean", "rewards/accuracies", "loss/total")  # the first of these that a run has is drawn
 
@@ -19,7 +19,7 @@ class RewardCurve(Callback):
         self.output_dir = output_dir
         self.tracker = tracker
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: TrainingLoop) -> None:
         source = self.output_dir / "metrics.jsonl"
         if trainer.context.rank != 0 or not source.exists():
             return

@@ -34,9 +34,9 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.rewards import check_answers
 from megatron_rl.rollout.base import SamplingParams
-from megatron_rl.run.connect import connect
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.offline_evaluation import OfflineEvaluation
+from megatron_rl.run.training_run import Trainer
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
@@ -154,17 +154,13 @@ class OneCallTrainer:
         )
         at = job_context(self.parallel_state, self.parallel, self.settings.seed)
         self.check_batches(per_device_train_batch_size, at.dp_size)
-        loader = self.loader_type(
-            self.dataset, per_device_train_batch_size * at.dp_size, at.coordinates.dp, at.dp_size, self.settings.seed
-        )
+        loader = self.loader_type(self.dataset, per_device_train_batch_size * at.dp_size, at, seed=self.settings.seed)
         steps = run.total_steps(loader.steps_per_epoch) * config.num_epochs * config.num_mini_batches
         settings = self.settings.model_copy(update={"optimizer": rates}).over(steps)
         worker = self.make_worker(at, settings)
         algorithm = self.make_algorithm(worker)
-        trainer = connect(
+        trainer = Trainer(
             self.make_flow(worker, algorithm, loader),
-            worker,
-            algorithm,
             loader,  # type: ignore[arg-type]  # each loader_type has next_batch
             run,
             tracking=tracking,

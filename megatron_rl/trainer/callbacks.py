@@ -12,31 +12,31 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl.batch import Batch
 
 if TYPE_CHECKING:
-    from megatron_rl.trainer.loop import Trainer
+    from megatron_rl.trainer.loop import TrainingLoop
 
 
 class Callback:
     """Base class: every event does nothing."""
 
-    def on_train_begin(self, trainer: Trainer) -> None:
+    def on_train_begin(self, trainer: TrainingLoop) -> None:
         """After a checkpoint was restored, before the first step."""
 
-    def on_step_begin(self, trainer: Trainer, batch: Batch) -> None:
+    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
         """The batch holds its input only."""
 
-    def on_step_end(self, trainer: Trainer, batch: Batch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
         """``metrics`` are reduced over ranks and not yet tracked; ``batch`` holds samples and rewards."""
 
-    def on_evaluate(self, trainer: Trainer, metrics: dict[str, float]) -> None:
+    def on_evaluate(self, trainer: TrainingLoop, metrics: dict[str, float]) -> None:
         """After an evaluation; ``metrics`` are named ``eval/...``."""
 
-    def on_checkpoint(self, trainer: Trainer, folder: str) -> None:
+    def on_checkpoint(self, trainer: TrainingLoop, folder: str) -> None:
         """A checkpoint was handed to the writer (an asynchronous one may still be on its way to the disk)."""
 
-    def on_train_end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: TrainingLoop) -> None:
         """The run has ended by itself; not called after an error."""
 
-    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+    def on_error(self, trainer: TrainingLoop, error: BaseException) -> None:
         """The run is about to end with ``error``; no collectives here: other ranks may be gone."""
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -55,7 +55,7 @@ class StopAtReward(Callback):
         self.patience = patience
         self.reached = 0
 
-    def on_step_end(self, trainer: Trainer, batch: Batch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
         self.reached = self.reached + 1 if metrics.get("rewards/mean", float("-inf")) >= self.threshold else 0
         if self.reached >= self.patience:
             trainer.stop(f"reward {metrics['rewards/mean']:.3f} reached {self.threshold} {self.patience} times running")

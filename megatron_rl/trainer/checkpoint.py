@@ -24,7 +24,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.write_results import use_own_results
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.trainer.loop import Trainer
+from megatron_rl.trainer.loop import TrainingLoop
 from megatron_rl.trainer.optimizer_state import load_optimizer, prepare_for_checkpoint
 from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
 from megatron_rl.workers.trainable import TrainableModel
@@ -83,7 +83,7 @@ class DistributedCheckpoints:
 
     # Saving
 
-    def save(self, trainer: Trainer) -> str:
+    def save(self, trainer: TrainingLoop) -> str:
         """Write the present step. Asynchronous writing returns at once; the folder appears when it is complete."""
         final = self.folder / f"step_{trainer.step:06d}"
         partial = final.with_name(final.name + PARTIAL)
@@ -132,7 +132,7 @@ class DistributedCheckpoints:
 
     # Restoring
 
-    def restore(self, trainer: Trainer) -> bool:
+    def restore(self, trainer: TrainingLoop) -> bool:
         """Load the checkpoint that ``resume`` asks for; False for a fresh start.
 
         Raises:
@@ -178,7 +178,7 @@ class DistributedCheckpoints:
 
     # The state itself
 
-    def _sharded_state(self, trainer: Trainer, loading: bool, with_rng: bool = True) -> dict[str, Any]:
+    def _sharded_state(self, trainer: TrainingLoop, loading: bool, with_rng: bool = True) -> dict[str, Any]:
         state: dict[str, Any] = {}
         for name, part in self.models.items():
             state |= self._model_state(name, part, loading)

@@ -1,4 +1,4 @@
-"""`Trainer`: the loop. One step = the next prompts, one call of the flow, metrics; evaluation and checkpoints between.
+"""`TrainingLoop`: one step = the next prompts, one call of the flow, metrics; evaluation and checkpoints between.
 
 The trainer knows neither models nor algorithms: it is given a flow, a loader, and the parts whose state a checkpoint
 must hold. Every rank runs the same loop.
@@ -43,10 +43,10 @@ class BatchSource(Protocol):
 class Checkpoints(Protocol):
     """Where the loop leaves and finds its state; see `trainer.checkpoint`."""
 
-    def restore(self, trainer: Trainer) -> bool:
+    def restore(self, trainer: TrainingLoop) -> bool:
         """Load the checkpoint that the settings ask for; False for a fresh start."""
 
-    def save(self, trainer: Trainer) -> str:
+    def save(self, trainer: TrainingLoop) -> str:
         """Write a checkpoint of the present step; returns its folder."""
 
     def poll(self) -> None:
@@ -56,7 +56,7 @@ class Checkpoints(Protocol):
         """Wait until everything is on the disk."""
 
 
-class Trainer:
+class TrainingLoop:
     """Runs ``flow`` until the settings say that it is enough.
 
     Args:

@@ -63,9 +63,8 @@ def check_share(share: tuple[int, int], context: ParallelContext) -> None:
     place = (context.coordinates.dp, context.dp_size)
     if share != place:
         raise ConfigError(
-            f"the loader was made with dp_rank={share[0]}, dp_size={share[1]}, but this is data-parallel rank "
-            f"{place[0]} of {place[1]}: make it with dp_rank=actor.context.coordinates.dp and "
-            "dp_size=actor.context.dp_size"
+            f"the loader was made for data-parallel rank {share[0]} of {share[1]}, but this is rank {place[0]} of "
+            f"{place[1]}: give the actor to the loader, as in PromptLoader(dataset, batch_size, actor)"
         )
 
 

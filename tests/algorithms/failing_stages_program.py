@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from chat_tokenizer import chat_tokenizer
 
 import megatron_rl  # noqa: F401  (first: the CPU face)
 
-from chat_tokenizer import chat_tokenizer
 from layout_program import LABELLED, ONLINE, PAIRED, fixed_batch, sampled_batch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
 

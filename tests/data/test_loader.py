@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replica import replica
 from toy_tokenizer import ToyTokenizer
 
 from megatron_rl.batch import Prompt
@@ -18,7 +19,7 @@ from megatron_rl.data.loader import epoch_order
 
 
 def global_batches(num_items: int, batch: int, dp: int, steps: int, seed: int = 0) -> list[list[int]]:
-    loaders = [GlobalBatchLoader(range(num_items), batch, rank, dp, seed) for rank in range(dp)]
+    loaders = [GlobalBatchLoader(range(num_items), batch, replica(rank, dp), seed=seed) for rank in range(dp)]
     return [[item for loader in loaders for item in next(loader)] for _ in range(steps)]
 
 
@@ -62,7 +63,7 @@ def test_resuming_is_exact_also_on_another_number_of_ranks(num_items: int, cut: 
     for _ in range(cut):
         next(first)
     state = json.loads(json.dumps(first.state_dict()))
-    resumed = [GlobalBatchLoader(range(num_items), 4, rank, dp) for rank in range(dp)]
+    resumed = [GlobalBatchLoader(range(num_items), 4, replica(rank, dp)) for rank in range(dp)]
     for loader in resumed:
         loader.load_state_dict(state)
     rest = [[item for loader in resumed for item in next(loader)] for _ in range(12 - cut)]
@@ -79,7 +80,7 @@ def test_a_cursor_of_other_data_or_order_is_refused(change: dict) -> None:
 @pytest.mark.parametrize(("batch", "dp"), [(10, 4), (0, 1), (-2, 1), (1, 2)])
 def test_uneven_batch_sizes_are_refused(batch: int, dp: int) -> None:
     with pytest.raises(ConfigError, match=f"use a multiple of {dp}"):
-        GlobalBatchLoader(range(10), batch, 0, dp)
+        GlobalBatchLoader(range(10), batch, replica(0, dp))
 
 
 def test_no_records_are_an_error() -> None:
@@ -97,7 +98,7 @@ def test_epochs_and_steps_are_counted() -> None:
 
 def test_prompt_loader_gives_batches_of_prompts() -> None:
     prompts = [Prompt([n], index=n) for n in range(6)]
-    batch = PromptLoader(prompts, 4, dp_rank=1, dp_size=2, shuffle=False).next_batch()
+    batch = PromptLoader(prompts, 4, replica(1, 2), shuffle=False).next_batch()
     assert [p.index for p in batch.prompts] == [2, 3]
     assert "prompts" in batch
     assert batch.num_sequences == 0

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from replica import replica
 from toy_tokenizer import EOS, ToyTokenizer, ids
 
 from megatron_rl.data import (
@@ -275,8 +276,8 @@ def test_real_pairs_load_whole(shared_dir: Path) -> None:
 
 def test_loaders_give_packed_batches_of_this_rank() -> None:
     pairs = PairDataset([PAIR | {"prompt": f"{n}:"} for n in range(4)], ToyTokenizer())
-    batch = PairLoader(pairs, 4, dp_rank=1, dp_size=2, shuffle=False).next_batch()
+    batch = PairLoader(pairs, 4, replica(1, 2), shuffle=False).next_batch()
     assert batch["input_ids"].tolist() == pack_pairs(pairs.items[2:])["input_ids"].tolist()
     answers = CompletionDataset([{"prompt": f"{n}:", "completion": "x"} for n in range(4)], ToyTokenizer())
-    batch = CompletionLoader(answers, 2, dp_rank=1, dp_size=2, shuffle=False).next_batch()
+    batch = CompletionLoader(answers, 2, replica(1, 2), shuffle=False).next_batch()
     assert batch["input_ids"].tolist() == ids("1:x", bos=True, eos=True)

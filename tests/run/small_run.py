@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_rl.batch import Batch
 from megatron_rl.config import load_user_object
 from megatron_rl.tracking import read_metrics
-from megatron_rl.trainer import Callback, Trainer
+from megatron_rl.trainer import Callback, TrainingLoop
 
 ROOT = Path(__file__).resolve().parents[2]
 ARITHMETIC = ROOT / "examples" / "arithmetic_grpo" / "arithmetic.py"
@@ -69,7 +69,7 @@ def metrics_of(output_dir: Path) -> dict[int, dict[str, float]]:
 class KillOnce(Callback):
     """Kills one rank in the middle of a step, the first time round; $KILL_MARK, $KILL_RANK and $KILL_STEP say which."""
 
-    def on_step_begin(self, trainer: Trainer, batch: Batch) -> None:
+    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
         mark = Path(os.environ["KILL_MARK"])
         here = trainer.context.rank == int(os.environ["KILL_RANK"]) and trainer.step == int(os.environ["KILL_STEP"])
         if here and not mark.exists():

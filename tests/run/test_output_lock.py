@@ -71,5 +71,5 @@ def test_a_loader_for_another_replica_is_refused():
     context = SimpleNamespace(coordinates=grid.coordinates(2), dp_size=grid.dp)
     check_share((1, 2), context)
     for wrong in ((0, 1), (0, 2), (1, 4)):
-        with pytest.raises(ConfigError, match="this is data-parallel rank 1 of 2: make it with dp_rank="):
+        with pytest.raises(ConfigError, match="this is rank 1 of 2: give the actor to the loader"):
             check_share(wrong, context)

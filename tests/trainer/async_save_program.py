@@ -14,7 +14,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.trainer import Callback, Trainer, TrainerSettings
+from megatron_rl.trainer import Callback, TrainerSettings, TrainingLoop
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints
 
 NUM_STEPS = 600  # of 0.1 s: far more than the writer needs to start
@@ -39,7 +39,7 @@ class SaveOnceAndWatch(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_step_end(self, trainer: Trainer, batch: Batch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
         if trainer.step == 1:
             trainer.checkpoints.save(trainer)
         elif (self.folder / "step_000001").is_dir():
@@ -54,7 +54,7 @@ def main(output_dir: Path) -> None:
     wait = Flow((Stage("test.wait", lambda batch: time.sleep(0.1), reads=("prompts",)),))
     settings = TrainerSettings(output_dir=str(output_dir), num_steps=NUM_STEPS, save_at_end=False)
     checkpoints = DistributedCheckpoints(folder, context, {}, {}, asynchronous=True)
-    Trainer(wait, Source(), context, settings, checkpoints=checkpoints, callbacks=[watch]).train()
+    TrainingLoop(wait, Source(), context, settings, checkpoints=checkpoints, callbacks=[watch]).train()
     print(json.dumps({"seen_at": watch.seen_at, "left": sorted(path.name for path in folder.iterdir())}))
 
 

@@ -1,0 +1,148 @@
+"""`Trainer`: a flow and its data as a run, with checkpoints, tracking and a reward curve.
+
+This is the last step of `build_trainer`, and the way in for a job that has made its parts in Python:
+
+    flow = actor.sample(n=8) >> reward.score() >> grpo.update()
+    Trainer(flow, loader, num_steps=100).train()
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from megatron_rl.algorithms import BaseAlgorithm
+from megatron_rl.config import ConfigError, masked_values
+from megatron_rl.data import GlobalBatchLoader, Limits
+from megatron_rl.data.dataset import TokenisedDataset
+from megatron_rl.dataflow import Flow
+from megatron_rl.devices import current_platform
+from megatron_rl.run.report import RewardCurve
+from megatron_rl.tracking import TrackerGroup, build_tracker
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful
+from megatron_rl.trainer.loop import BatchSource, TrainingLoop
+from megatron_rl.trainer.output_lock import OutputLock
+from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.workers import Actor, Critic
+from megatron_rl.workers.assembly import check_share
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(TrainingLoop):
+    """Runs ``flow``; its algorithm and models are found in it. Collective over all ranks: the output folder is made.
+
+    Args:
+        source: what each step's batch comes from, for example a `PromptLoader`.
+        settings: how long, what is saved, and where; ``overrides`` are fields of it by name.
+        tracking: where metrics go; None = console, metrics.jsonl and MLflow.
+        evaluate: ``eval/...`` metrics, for example an `Evaluation`.
+        params: the configuration, for trackers and for ``config.yaml`` in the output folder.
+
+    Raises:
+        ConfigError: no algorithm, or several, update weights in the flow; a tracker is unknown or not installed;
+            another run uses the output folder; ``source`` gives this rank another share of the data than its
+            data-parallel place.
+        DataError: the model cannot take a record of the source: token ids, or length.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        source: BatchSource,
+        settings: TrainerSettings | None = None,
+        *,
+        tracking: TrackerGroup.Config | None = None,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        callbacks: Sequence[Callback] = (),
+        params: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> None:
+        settings = settings or TrainerSettings()
+        if overrides:
+            settings = TrainerSettings.parse(settings.model_dump() | overrides, "Trainer")
+        algorithm = algorithm_of(flow)
+        model = cast(Actor | Critic, algorithm.actor)  # the one that the run is about: a critic for a reward model
+        output_dir, context = Path(settings.output_dir), model.context
+        _check_data(source, model)
+        lock = OutputLock(output_dir, context)
+        super().__init__(
+            flow,
+            source,
+            context,
+            settings,
+            checkpoints=_checkpoints(model, algorithm, settings),
+            evaluate=evaluate,
+            export=lambda folder: _export(model, algorithm, folder),
+            callbacks=callbacks,
+        )
+        self.lock = lock
+        try:
+            tracker = build_tracker(tracking or TrackerGroup.Config(), output_dir, context.rank, self.total_steps)
+        except BaseException:
+            lock.discard()
+            raise
+        self.params = masked_values(dict(params or {}))
+        if context.rank == 0:
+            (output_dir / "config.yaml").write_text(yaml.safe_dump(self.params, sort_keys=False))
+        self.trackers.append(tracker)
+        self.callbacks.append(RewardCurve(output_dir, tracker))
+        logger.info("%s, %s; outputs in %s", current_platform().name, context, output_dir)
+
+
+def algorithm_of(flow: Flow) -> BaseAlgorithm:
+    """The algorithm whose update the flow holds.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    found = list(
+        {id(stage.part): stage.part for stage in flow.stages if isinstance(stage.part, BaseAlgorithm)}.values()
+    )
+    if len(found) != 1:
+        names = ", ".join(algorithm.name for algorithm in found) or "none"
+        raise ConfigError(
+            f"a run trains with one algorithm, but the flow holds {names}: end it with one update(), as in "
+            "actor.sample() >> reward.score() >> grpo.update()"
+        )
+    return found[0]
+
+
+def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
+    if isinstance(source, GlobalBatchLoader):
+        check_share((source.dp_rank, source.dp_size), actor.context)
+    dataset = source.dataset if isinstance(source, GlobalBatchLoader) else None
+    if isinstance(dataset, TokenisedDataset):
+        architecture = actor.model.architecture
+        dataset.check(Limits(architecture.vocab or None, architecture.max_positions))
+
+
+def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> None:
+    """The model that the run is about, and beside its folder that of a critic with weights of its own."""
+    actor.save_pretrained(folder, overwrite=True)
+    if isinstance(algorithm.critic, Critic) and algorithm.critic is not actor:
+        algorithm.critic.save_pretrained(folder.with_name(f"{folder.name}_critic"), overwrite=True)
+
+
+def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: TrainerSettings) -> DistributedCheckpoints:
+    trainables = {"actor": actor.trainable}
+    states: dict[str, Stateful] = {"algorithm": algorithm}
+    if isinstance(actor, Actor):
+        states["rollouts"] = actor.rollouts
+    if isinstance(algorithm.critic, Critic):
+        trainables["critic"] = algorithm.critic.trainable
+    return DistributedCheckpoints(
+        Path(settings.output_dir) / "checkpoints",
+        actor.context,
+        trainables,
+        states,
+        resume=settings.resume,
+        keep_last=settings.keep_last,
+        asynchronous=settings.async_save,
+        describe=actor.describe_into,
+    )
