@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -10,25 +11,47 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import run_ranks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 
 
-def test_the_eight_lines_run_as_they_are_printed(stories_model, tmp_path):
+@pytest.fixture
+def eight_lines(stories_model, tmp_path) -> str:
+    """The program, for two steps, and what it reads."""
     section = (ROOT / "README.md").read_text().split("## Eight lines")[1]
-    program = section.split("```python\n")[1].split("```")[0].replace("range(100)", "range(2)")
     (tmp_path / "my-model").symlink_to(stories_model)
     row = '{"prompt": "Once upon a time, there was a girl named Lily.", "answer": "Lily"}\n'
-    (tmp_path / "prompts.jsonl").write_text(row * 16)
+    (tmp_path / "prompts.jsonl").write_text(row * 32)
+    return section.split("```python\n")[1].split("```")[0].replace("range(100)", "range(2)")
+
+
+def test_the_eight_lines_run_as_they_are_printed(eight_lines, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", eight_lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rewards = [float(line) for line in done.stdout.splitlines()]
     assert len(rewards) == 2
     assert all(0 < reward < 1 for reward in rewards)
     assert (tmp_path / "my-better-model" / "model.safetensors").is_file()
+
+
+@pytest.mark.distributed
+def test_on_two_ranks_the_eight_lines_train_on_different_prompts(eight_lines, tmp_path):
+    assert "prompts.next_batch()" in eight_lines
+    program = tmp_path / "eight_lines.py"
+    watched = eight_lines.replace("prompts.next_batch()", "seen(prompts.next_batch())")
+    program.write_text(
+        f"import os; os.chdir({str(tmp_path)!r})\n"
+        "def seen(batch):\n"
+        "    print('SEEN', [prompt.index for prompt in batch.prompts], flush=True)\n"
+        "    return batch\n" + watched
+    )
+    out = run_ranks(program, 2, timeout=300)
+    seen = [json.loads(line.removeprefix("SEEN ")) for line in out.splitlines() if line.startswith("SEEN ")]
+    assert sorted(index for indices in seen for index in indices) == list(range(32))  # 2 ranks, 2 steps of 8 each
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
