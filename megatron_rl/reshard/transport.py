@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_rl.parallel.agreement import Alone, GroupPeers, Peers, TransportError
 from megatron_rl.parallel.groups import world_group
+from megatron_rl.reshard.transport_node import MIN_BYTES, Neighbours, Reading
 
 TIMEOUT = 600.0  # seconds
 
@@ -67,6 +68,7 @@ class LocalTransport(Transport):
 
 class P2PTransport(Transport):
     """Batched point-to-point messages of torch.distributed, over gloo or NCCL. With NCCL, making one is collective.
+    Large buffers of CPU memory are read by ranks of the same machine, without a message (`transport_node`).
 
     Args:
         group: must contain every rank of the plan; ranks are global. None: the default group.
@@ -79,15 +81,27 @@ class P2PTransport(Transport):
             group
         ):  # its first batch of messages would otherwise have to involve every rank of the group
             dist.barrier(group)
+        self._neighbours = Neighbours(dist.distributed_c10d._get_default_store())
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
-        buffers = [(dist.isend, send), (dist.irecv, receive)]
-        operations = [dist.P2POp(op, _as_bytes(b), peer, self._group) for op, b in buffers if b is not None]
+        buffers = [None if buffer is None else _as_bytes(buffer) for buffer in (send, receive)]
         try:
-            works = dist.batch_isend_irecv(operations)
+            read = [buffer if self._is_read(buffer, peer) else None for buffer in buffers]
+            reading = Reading(peer, self._group, *read) if any(buffer is not None for buffer in read) else None
+            operations = [
+                dist.P2POp(operation, buffer, peer, self._group)
+                for operation, buffer, without in zip((dist.isend, dist.irecv), buffers, read, strict=True)
+                if buffer is not None and without is None
+            ]
+            works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise TransportError(f"could not start an exchange with rank {peer}: {error}") from error
-        return _P2PPending(works, peer, self._timeout, blocking=operations[0].tensor.device.type == "cpu")
+        blocking = any(buffer is not None and buffer.device.type == "cpu" for buffer in buffers)
+        return _P2PPending(works, reading, peer, self._timeout, blocking)
+
+    def _is_read(self, buffer: Tensor | None, peer: int) -> bool:
+        large = buffer is not None and buffer.device.type == "cpu" and buffer.nbytes >= MIN_BYTES
+        return large and self._neighbours.near(peer)
 
     def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
         found = GroupPeers(self._group or world_group(), device, self._timeout)
@@ -97,20 +111,28 @@ class P2PTransport(Transport):
 
 
 class _P2PPending(Pending):
-    def __init__(self, works: list[dist.Work], peer: int, timeout: float, blocking: bool) -> None:
-        self._works, self._peer, self._timeout, self._blocking = works, peer, timeout, blocking
+    def __init__(
+        self, works: list[dist.Work], reading: Reading | None, peer: int, timeout: float, blocking: bool
+    ) -> None:
+        self._works, self._reading, self._peer = works, reading, peer
+        self._timeout, self._blocking = timeout, blocking
 
     def wait(self) -> None:
         try:
+            if self._reading is not None:
+                self._works += self._reading.works(self._wait)
             for work in self._works:
-                if self._blocking:
-                    work.wait(timedelta(seconds=self._timeout))
-                else:  # NCCL: only the stream waits; the process group's own watchdog bounds it
-                    work.wait()
+                self._wait(work)
         except RuntimeError as error:
             raise TransportError(
                 f"the exchange with rank {self._peer} failed or took longer than {self._timeout} s: {error}"
             ) from error
+
+    def _wait(self, work: dist.Work) -> None:
+        if self._blocking:
+            work.wait(timedelta(seconds=self._timeout))
+        else:  # NCCL: only the stream waits; the process group's own watchdog bounds it
+            work.wait()
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ from megatron_rl.reshard import (
     Transport,
     TransportError,
     WireFormat,
+    transport_node,
 )
 from megatron_rl.reshard.transport import Pending
 
@@ -144,6 +145,28 @@ def check_absent_peer(rank: int) -> None:
         print("ok absent peer", flush=True)
 
 
+def check_memory_is_read(rank: int) -> None:
+    """Large buffers of ranks of one machine pass by memory; where ranks 1 and 3 may not read, by message, and with the
+    same bits. Both directions at once, so that neither end waits for the other."""
+    allowed, read = [], transport_node.read_memory
+
+    def reading(process: int, address: int, into: Tensor) -> bool:
+        allowed.append(rank % 2 == 0 and read(process, address, into))
+        return allowed[-1]
+
+    transport, peer = P2PTransport(timeout=60), (rank + 1) % 4 if rank % 2 == 0 else (rank - 1) % 4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transport_node, "read_memory", reading)
+        for size in (transport_node.MIN_BYTES, 3 * MB, 5 * MB):
+            mine, theirs = (torch.randn(size // 4, generator=torch.Generator().manual_seed(r)) for r in (rank, peer))
+            found = torch.zeros_like(theirs)
+            transport.exchange(peer, mine, found).wait()
+            assert_bitwise_equal(found, theirs, f"rank {rank}, {size} bytes")
+    assert allowed == [rank % 2 == 0] * 3, (rank, allowed)
+    if rank == 0:
+        print("ok memory is read", flush=True)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
@@ -151,6 +174,7 @@ def main() -> None:
         line = run_case(case, rank)
         if rank == 0:
             print(line, flush=True)
+    check_memory_is_read(rank)
     dist.barrier()
     check_absent_peer(rank)
     dist.barrier()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from megatron_rl.reshard import LocalTransport, MemoryHub, TransportError
 from megatron_rl.reshard.transport import _as_bytes
+from megatron_rl.reshard.transport_node import read_memory
 
 
 def test_memory_transports_match_messages_in_the_order_of_posting() -> None:
@@ -36,3 +41,14 @@ def test_memory_that_is_not_contiguous_is_refused_rather_than_sent_wrong() -> No
     with pytest.raises(RuntimeError, match="view"):
         _as_bytes(torch.zeros(4, 6)[:, :3])
     assert _as_bytes(torch.zeros(4, 6, dtype=torch.bfloat16)).shape == (48,)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process_vm_readv(2)")
+def test_memory_is_read_whole_or_not_at_all() -> None:
+    source, into = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
+    assert read_memory(os.getpid(), source.data_ptr(), into)
+    assert torch.equal(into, source)
+    assert not read_memory(os.getpid(), 8, into)  # no such address
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    assert not read_memory(gone.pid, source.data_ptr(), into)
