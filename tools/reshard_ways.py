@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout, P2PTransport, Resharder, Shard, Transport
+from megatron_rl.reshard import Layout, P2PTransport, Resharder, Shard
 from megatron_rl.reshard.transport import Pending
 
 import megatron.core.resharding.refit as refit  # isort: skip  (after megatron_rl: the CPU face)
@@ -33,16 +33,14 @@ class Way(ABC):
         """Fill the target tensors. Collective."""
 
 
-class CountingTransport(Transport):
+class CountingTransport(P2PTransport):
     """Counts what arrives."""
 
-    def __init__(self) -> None:
-        self._inner = P2PTransport()
-        self.received_bytes = 0
+    received_bytes = 0
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
         self.received_bytes += 0 if receive is None else receive.nbytes
-        return self._inner.exchange(peer, send, receive)
+        return super().exchange(peer, send, receive)
 
 
 class Planned(Way):

@@ -33,7 +33,6 @@ from megatron_rl.reshard import (
     Shard,
     Span,
     Topology,
-    Transport,
     TransportError,
     WireFormat,
     transport_node,
@@ -57,17 +56,17 @@ class Case:
     topology: Topology | None = None
 
 
-class CountingTransport(Transport):
-    """Counts what passes through a `P2PTransport`."""
+class CountingTransport(P2PTransport):
+    """Counts what passes through."""
 
     def __init__(self) -> None:
-        self._inner = P2PTransport(timeout=60)
+        super().__init__(timeout=60)
         self.sent = self.received = 0
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
         self.sent += 0 if send is None else send.nbytes
         self.received += 0 if receive is None else receive.nbytes
-        return self._inner.exchange(peer, send, receive)
+        return super().exchange(peer, send, receive)
 
 
 def megatron(architecture: Architecture, world: int = 4, first: int = 0, **sizes: int) -> Layout:
