@@ -42,6 +42,7 @@ REQUIREMENTS = [
     "tenacity>=8.2",
     "math-verify>=0.8",
     "matplotlib>=3.8",
+    "xxhash>=3.0",
 ]
 
 MLFLOW = ["mlflow>=3.0"]

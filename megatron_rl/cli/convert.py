@@ -64,6 +64,9 @@ def convert(
     ] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Of the result; by default the source's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare a checkpoint's files with their digests first.")
+    ] = True,
 ) -> None:
     """Convert weights, streaming: no process ever holds more than its part of the model.
 
@@ -87,7 +90,7 @@ def convert(
         sizes = ParallelSizes(tp=tp, pp=pp, ep=ep, etp=etp)
         number_type = getattr(torch, dtype.value) if dtype else None
         written = convert_weights(
-            source, target, to.value, sizes, config=config, dtype=number_type, overwrite=overwrite
+            source, target, to.value, sizes, config=config, dtype=number_type, overwrite=overwrite, verify=verify
         )
         if rank == 0:
             typer.echo(f"wrote {written}")

@@ -40,9 +40,10 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.ops.registry import UnavailableError
     from megatron_rl.parallel.agreement import PeerError
     from megatron_rl.rewards import RewardError
+    from megatron_rl.trainer.restart_point import CheckpointError
 
     told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
-    return *told, NotFiniteError, FloatingPointError
+    return *told, CheckpointError, NotFiniteError, FloatingPointError
 
 
 def environment_rank() -> int:

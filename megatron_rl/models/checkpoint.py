@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
@@ -23,17 +22,17 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from megatron_rl.config import ConfigError
 from megatron_rl.models.adapter import SUFFIX, merged
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.checkpoint_digests import COMMON
+from megatron_rl.models.checkpoint_writer import CheckpointWriter
 from megatron_rl.models.inert_load import load_inert
 from megatron_rl.models.layouts import megatron_layout
 from megatron_rl.models.legacy_checkpoint import FILE, LegacyCheckpoint, unknown_tensors
 from megatron_rl.models.megatron_chunk import unwrap
-from megatron_rl.models.write_results import use_own_results
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout, Shard
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
 RELEASE = "release"  # what it says for weights that no training step has changed yet; also the name of their folder
-COMMON = "common.pt"  # what dist_checkpointing stores beside tensors
 MODEL_PARTS = ("embedding.", "decoder.", "encoder.", "output_layer.", "mtp.")  # what a GPTModel's tensors begin with
 
 # The local spec's norms are stored under TransformerEngine's names (gpt_layer_specs sharded_state_dict_keys_map).
@@ -271,5 +270,7 @@ def save_checkpoint(chunks: Sequence[nn.Module], folder: Path, common: Mapping[s
     names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
     state: dict[str, Any] = dict(common)
     state |= {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-    use_own_results()
-    dist_checkpointing.save(state, str(folder))
+    writer = CheckpointWriter(folder)
+    request = writer.begin(state)
+    request.add_finalize_fn(writer.complete)
+    request.execute_sync()

@@ -23,11 +23,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.parallel.abandon import Abandoned
 
 P = ParamSpec("P")
 
 TEXT_BYTES = 2048  # of a message; what is longer is cut
 SUCCEEDED, FAILED, MISTAKEN = 0, 1, 2  # the first number of a vote; MISTAKEN: by a ConfigError
+ABANDONED = 64  # and more: by this much less, the signal
 
 
 class TransportError(RuntimeError):
@@ -113,7 +115,7 @@ class Attempt:
     """What went wrong on this rank so far."""
 
     def __init__(self) -> None:
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.statement = ""  # what this rank takes for granted: the attempt fails unless all ranks say the same
 
     def run(self, action: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -147,12 +149,13 @@ class Agreement:
             Exception: this rank's own error, after the others were told.
             PeerError: another rank's, or ranks state different things; a `ConfigError` as well where that rank met one.
             TransportError: a rank is gone.
+            Abandoned: a rank has given up, whatever else went wrong.
         """
         attempt = Attempt()
         try:
             yield attempt
-        except Exception as failure:
-            attempt.error = attempt.error or failure
+        except (Exception, Abandoned) as failure:
+            attempt.error = failure if isinstance(failure, Abandoned) else attempt.error or failure
         failure_elsewhere = self._vote(attempt)
         if attempt.error is not None:
             raise attempt.error
@@ -166,11 +169,15 @@ class Agreement:
         """The failure of the lowest rank; None if all succeeded and state the same."""
         error = attempt.error
         outcome = SUCCEEDED if error is None else MISTAKEN if isinstance(error, ConfigError) else FAILED
+        if isinstance(error, Abandoned):
+            outcome = ABANDONED + error.signal
         digest = hashlib.blake2b(attempt.statement.encode(), digest_size=16).digest()
         mine = torch.frombuffer(bytearray(outcome.to_bytes(8, "little") + digest), dtype=torch.uint8)
         votes = self.peers.gather(mine)
         if not votes[:, 0].any() and (votes == votes[0]).all():
             return None
+        if (gave_up := int(votes[:, 0].max())) >= ABANDONED:
+            raise Abandoned(gave_up - ABANDONED)
         text = attempt.statement if error is None else " ".join(f"{type(error).__name__}: {error}".split())
         texts = [_decoded(row) for row in self.peers.gather(_encoded(text))]
         for rank, vote, said in zip(self.peers.ranks, votes[:, 0].tolist(), texts, strict=True):

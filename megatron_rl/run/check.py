@@ -20,7 +20,7 @@ from megatron_rl.rewards import RewardError, build_reward
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
 from megatron_rl.run.config import RunConfig
 from megatron_rl.tracking import build_tracker
-from megatron_rl.trainer.checkpoint import find_checkpoint
+from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.hf_in import resolve_folder
 from megatron_rl.workers.starting_weights import MegatronCheckpoint
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_rl.batch import Prompt
+from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.rewards import NoReward, Reward, RewardError, share
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor
@@ -49,11 +50,19 @@ class Evaluation:
 
         Raises:
             RewardError: a reward failed, or none could be had. Samples without one are left out of the means.
+            Abandoned: the run was told to stop, and its time is over.
         """
         context = self.actor.context
-        samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
+        gave_up: Abandoned | None = None
+        try:
+            samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
+        except Abandoned as abandoned:
+            gave_up = abandoned
         with context.attempt("evaluation"):
-            rewards = self.reward(samples)
+            if gave_up is not None:
+                raise gave_up
+            with abandonable(self.reward.place == Reward.place):
+                rewards = self.reward(samples)
         counted = self.reward.take_metrics()  # evaluation's own: the next training step starts at 0 again
         scored = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
         sums: dict[str, float] = {"reward": sum(reward for _, reward in scored), "response_tokens_mean": 0.0}

@@ -145,4 +145,5 @@ def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: Trai
         keep_last=settings.keep_last,
         asynchronous=settings.async_save,
         describe=actor.describe_into,
+        verify=settings.verify_checkpoints,
     )

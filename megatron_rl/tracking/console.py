@@ -43,7 +43,7 @@ class ConsoleTracker(Tracker):
         max_columns: int = Field(default=8, ge=1)
         """Metrics in a line at most."""
         every: int = Field(default=1, ge=1)
-        """Show every n-th step; lines without a step's training metrics (evaluation) are always shown."""
+        """Show every n-th step, and every one with an evaluation."""
 
     config: Config
 
@@ -60,7 +60,7 @@ class ConsoleTracker(Tracker):
             self._progress = self._start_bar(resume_step or 0)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        evaluation = all(name.startswith("eval/") for name in metrics)
+        evaluation = any(name.startswith("eval/") for name in metrics)
         if evaluation or step % self.config.every == 0:
             self._write(self._line(metrics, step))
         if self._progress is not None:

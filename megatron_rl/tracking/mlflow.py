@@ -2,14 +2,15 @@
 
     mlflow ui --backend-store-uri sqlite:///<output_dir>/mlflow.db
 
-A resumed run continues the same MLflow run. MLflow cannot forget: steps that are trained again after a resume stand
-in its history twice, with equal values.
+A resumed run continues the same MLflow run. MLflow cannot forget single steps: where the interrupted run had recorded
+steps after the checkpoint, a new MLflow run takes over what it had recorded before, and the old one is deleted.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,14 +78,49 @@ class MlflowTracker(Tracker):
 
     def start(self, resume_step: int | None = None) -> None:
         kept = self.run.output_dir / RUN_ID_FILE
-        if resume_step is not None and kept.exists():
-            self.run_id = kept.read_text().strip()
-            self._client.update_run(self.run_id, status="RUNNING")
+        known = kept.read_text().strip() if kept.exists() else ""
+        if known and resume_step is not None:
+            history = self._history(known)
+            if all(metric.step <= resume_step for metric in history):
+                self._client.update_run(known, status="RUNNING")
+                self.run_id = known
+                return
+            self._take_over(known, [metric for metric in history if metric.step <= resume_step])
         else:
-            if kept.exists():
-                self._discard_unfinished(kept.read_text().strip())
-            self.run_id = str(self._client.create_run(self._find_experiment(), run_name=self.run.name).info.run_id)
-            kept.write_text(self.run_id + "\n")
+            if known:
+                self._discard_unfinished(known)
+            self.run_id = self._create_run()
+        kept.write_text(self.run_id + "\n")
+
+    def _create_run(self, tags: Mapping[str, Any] | None = None) -> str:
+        run = self._client.create_run(self._find_experiment(), run_name=self.run.name, tags=dict(tags or {}))
+        return str(run.info.run_id)
+
+    def _history(self, run_id: str) -> list[Any]:
+        """Everything recorded, the newest value of each metric and step."""
+        found: dict[tuple[str, int], Any] = {}
+        for name in self._client.get_run(run_id).data.metrics:
+            found |= {(name, metric.step): metric for metric in self._client.get_metric_history(run_id, name)}
+        return sorted(found.values(), key=lambda metric: (metric.step, metric.timestamp))
+
+    def _take_over(self, old: str, history: list[Any]) -> None:
+        """A new run with the tags, parameters, artifacts and ``history`` of ``old``, which is deleted: MLflow keeps it
+        among deleted runs. May be called again after an outage."""
+        known = self._client.get_run(old)
+        tags = {name: value for name, value in known.data.tags.items() if not name.startswith("mlflow.")}
+        self.run_id = self.run_id or self._create_run({**tags, "megatron_rl.continues": old})
+        self._log_in_parts(metrics=history)
+        self.log_params(known.data.params)
+        with tempfile.TemporaryDirectory() as folder:
+            for item in self._client.list_artifacts(old):
+                found = Path(self._client.download_artifacts(old, item.path, folder))
+                self.log_artifact(found, item.path if item.is_dir else "")
+        self._client.delete_run(old)
+        logger.warning("MLflow run %s goes on as %s, without the steps that are trained again", old, self.run_id)
+
+    def _log_in_parts(self, metrics: list[Any]) -> None:
+        for start in range(0, len(metrics), METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + METRICS_PER_CALL])
 
     def _discard_unfinished(self, run_id: str) -> None:
         """The run of this folder that ended before its first checkpoint: this one writes its steps again."""
@@ -104,8 +140,7 @@ class MlflowTracker(Tracker):
 
         now = self._times.setdefault(step, time.time_ns() // 1_000_000)
         found = [Metric(self._names(name), float(value), now, step) for name, value in metrics.items()]
-        for start in range(0, len(found), METRICS_PER_CALL):
-            self._client.log_batch(self.run_id, metrics=found[start : start + METRICS_PER_CALL])
+        self._log_in_parts(found)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Parameters are written once; a resumed run keeps those of its start, and a changed one is warned about."""

@@ -1,7 +1,12 @@
-"""`WandbTracker`: a Weights & Biases run; ``mode: offline`` keeps it in ``<output_dir>/wandb`` for ``wandb sync``."""
+"""`WandbTracker`: a Weights & Biases run; ``mode: offline`` keeps it in ``<output_dir>/wandb`` for ``wandb sync``.
+
+W&B's server takes no step twice: of steps that a resumed run trains again it keeps the first values. An offline run's
+files are cut at the checkpoint instead, and removed where a run that did not finish starts anew.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +14,7 @@ from typing import Any, ClassVar, Literal
 from megatron_rl.config import ConfigRecord
 from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
+from megatron_rl.tracking.wandb_file import is_finished, keep_through
 
 RUN_ID_FILE = "wandb_run_id"
 ILLEGAL = r"[^/\w.\- :@()]|^_+"  # names that begin with _ are W&B's own
@@ -41,7 +47,11 @@ class WandbTracker(Tracker):
 
     def start(self, resume_step: int | None = None) -> None:
         kept = self.run.output_dir / RUN_ID_FILE
-        known = kept.read_text().strip() if resume_step is not None and kept.exists() else None
+        known = kept.read_text().strip() if kept.exists() else None
+        if known and self.config.mode == "offline":
+            self._forget(known, resume_step)
+        if resume_step is None:
+            known = None
         self._run = self._init(
             project=LegalNames(r"[/\\#?%:]", MAX_CHARS)(self.run.experiment),
             name=self.run.name[:MAX_CHARS],
@@ -53,9 +63,19 @@ class WandbTracker(Tracker):
         )
         kept.write_text(self._run.id + "\n")
 
+    def _forget(self, run_id: str, resume_step: int | None) -> None:
+        """Take out of the run's offline files what it recorded after ``resume_step``; None = all, if it did not end."""
+        files = sorted((self.run.output_dir / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
+        finished = any(is_finished(file) for file in files)
+        for file in files:
+            if resume_step is not None:
+                keep_through(file, resume_step)
+            elif not finished:
+                shutil.rmtree(file.parent)
+
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        # W&B's own step counter refuses to go back, as it must after a resume; our step is a metric beside it.
-        self._run.log({**{self._names(name): value for name, value in metrics.items()}, "step": step})
+        # W&B's own step is ours; the metric beside it is for its charts.
+        self._run.log({**{self._names(name): value for name, value in metrics.items()}, "step": step}, step=step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         self._run.config.update(dict(params), allow_val_change=True)

@@ -7,25 +7,27 @@ seeds depend on. It is written under another name and renamed when complete; a k
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
+from megatron_rl.models.checkpoint_writer import CheckpointWriter
 from megatron_rl.models.megatron_chunk import unwrap
-from megatron_rl.models.write_results import use_own_results
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import TrainingLoop
 from megatron_rl.trainer.optimizer_state import load_optimizer, prepare_for_checkpoint
+from megatron_rl.trainer.restart_point import CheckpointError, find_checkpoint, intact_checkpoint, told
 from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
 from megatron_rl.workers.trainable import TrainableModel
 
@@ -48,6 +50,14 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class Before(NamedTuple):
+    """What a step changes before it changes weights, as it was when the step began."""
+
+    state: dict[str, Any]  # of the loop and of other parts: the common part of a checkpoint
+    rng: dict[str, Any]
+    num_updates: tuple[int, ...]  # of each model: tells whether weights have changed since
+
+
 class DistributedCheckpoints:
     """Writes and restores the state of a run.
 
@@ -58,6 +68,8 @@ class DistributedCheckpoints:
         resume: as `TrainerSettings.resume`.
         keep_last: complete checkpoints to keep.
         asynchronous: write in a background process.
+        describe: adds to a checkpoint's folder what it holds beside tensors; called on rank 0.
+        verify: compare a checkpoint's files with their digests before it is restored.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class DistributedCheckpoints:
         keep_last: int = 2,
         asynchronous: bool = False,
         describe: Callable[[Path], None] | None = None,
+        verify: bool = True,
     ) -> None:
         self.folder = folder
         self._describe = describe
@@ -79,56 +92,94 @@ class DistributedCheckpoints:
         self.states = states
         self.resume = resume
         self.keep_last = keep_last
+        self.verify = verify
+        self._before: Before | None = None  # inside of a step
+        self._writing: tuple[Path, Path] | None = None  # what the background process writes: its name, and its folder
         self._queue = AsyncCallsQueue() if asynchronous else None
 
     # Saving
 
     def save(self, trainer: TrainingLoop) -> str:
-        """Write the present step. Asynchronous writing returns at once; the folder appears when it is complete."""
+        """Write the present step. Asynchronous writing returns at once; the folder appears when it is complete.
+
+        In a step that was given up it is the state before that step.
+
+        Raises:
+            CheckpointError: on every rank: the disk is full, or fails; also from `poll` and `finish`. Or the step that
+                was given up has changed weights already.
+        """
+        if self._before is not None and self._before.num_updates != self._num_updates():
+            raise CheckpointError(
+                f"step {trainer.step + 1} was given up after its weights had changed: neither it nor the state before "
+                "it can be saved; the newest checkpoint stands"
+            )
         final = self.folder / f"step_{trainer.step:06d}"
         partial = final.with_name(final.name + PARTIAL)
         self.finish()
         if self.context.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
         self._barrier()
-        state = self._sharded_state(trainer, loading=False)
-        use_own_results()
-        request = dist_checkpointing.save(state, str(partial), async_sharded_save=self._queue is not None)
-        if self._queue is None:
-            self._complete(partial, final)
-        else:
-            assert isinstance(request, AsyncRequest)
-            request.add_finalize_fn(lambda: self._complete(partial, final))
-            self._queue.schedule_async_request(request)
+        told(lambda: self._write(trainer, partial, final), final, partial, self.context)
         return str(final)
+
+    def remember(self, trainer: TrainingLoop) -> None:
+        """Keep what a step changes before its optimizer step: cursor, counters, generators."""
+        self._before = Before(self._small_state(trainer), rng_state(), self._num_updates())
+
+    def forget(self) -> None:
+        """The step is complete: `save` writes the present state again."""
+        self._before = None
+
+    def _num_updates(self) -> tuple[int, ...]:
+        return tuple(part.num_updates for part in self.models.values())
+
+    def _small_state(self, trainer: TrainingLoop) -> dict[str, Any]:
+        states = {name: dict(stateful.state_dict()) for name, stateful in self.states.items()}
+        return copy.deepcopy({"trainer": trainer.state_dict(), "states": states})
 
     def poll(self) -> None:
         """Complete background writes that are done; called once a step, collectively."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+        self._complete_background(wait=False)
 
     def finish(self) -> None:
         """Wait for background writes."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        self._complete_background(wait=True)
 
-    def _complete(self, partial: Path, final: Path) -> None:
-        self._barrier()
-        if self.context.rank == 0:
-            if self._describe is not None:
-                self._describe(partial)
-            replaced = final.with_name(f".{final.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            if final.exists():
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            record_newest(self.folder, final.name)
-            for old in complete_checkpoints(self.folder)[: -self.keep_last]:
-                shutil.rmtree(old)
-        self._barrier()
+    def _complete_background(self, wait: bool) -> None:
+        if (queue := self._queue) is not None and self._writing is not None:
+            told(lambda: queue.maybe_finalize_async_calls(blocking=wait), *self._writing, self.context)
+
+    def _write(self, trainer: TrainingLoop, partial: Path, final: Path) -> None:
+        writer = CheckpointWriter(partial)
+        request = writer.begin(self._sharded_state(trainer, loading=False))
+        request.add_finalize_fn(lambda: self._complete(writer, final))
+        if self._queue is None:
+            request.execute_sync()
+        else:
+            self._writing = final, partial
+            self._queue.schedule_async_request(request)
+
+    def _complete(self, writer: CheckpointWriter, final: Path) -> None:
+        writer.complete(self._describe, lambda: self._publish(writer.folder, final))
+        self._writing = None
         logger.info("checkpoint %s is complete", final)
+
+    def _publish(self, partial: Path, final: Path) -> None:
+        """Give it its name, and take the oldest away; the order comes first, as the disk may have no room for it."""
+        replaced = final.with_name(f".{final.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if final.exists():
+            final.rename(replaced)
+        try:
+            record_newest(self.folder, final.name)
+            partial.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old, ignore_errors=True)  # what is left is the first to go the next time
 
     # Restoring
 
@@ -137,8 +188,15 @@ class DistributedCheckpoints:
 
         Raises:
             ConfigError: the named checkpoint is absent, or ``resume=never`` in a folder that has checkpoints.
+            CheckpointError: it is damaged, and no other may or can take its place; see `intact_checkpoint`.
         """
-        found = find_checkpoint(self.folder, self.resume)
+        if self.verify:
+            found = intact_checkpoint(self.folder, self.resume, self.context)
+        else:
+            found = find_checkpoint(self.folder, self.resume)
+        if self.context.rank == 0:
+            for left in self.folder.glob(f"step_*{PARTIAL}"):  # by a run that was killed while it wrote
+                shutil.rmtree(left, ignore_errors=True)
         if found is None:
             return False
         common = dist_checkpointing.load_common_state_dict(str(found))
@@ -183,17 +241,20 @@ class DistributedCheckpoints:
         for name, part in self.models.items():
             state |= self._model_state(name, part, loading)
         if not loading:
+            before = self._before
+            state |= self._small_state(trainer) if before is None else before.state
             state |= {
-                "trainer": trainer.state_dict(),
-                "states": {name: dict(stateful.state_dict()) for name, stateful in self.states.items()},
                 "parts": [*self.models, *self.states],
                 "world_size": self.context.world_size,
                 "layout": str(self.context.sizes),
             }
         if with_rng:
             shape, place = (self.context.world_size,), (self.context.rank,)
-            state["rng"] = ShardedObject("rng", None if loading else rng_state(), shape, place)
+            state["rng"] = ShardedObject("rng", None if loading else self._rng(), shape, place)
         return state
+
+    def _rng(self) -> dict[str, Any]:
+        return rng_state() if self._before is None else self._before.rng
 
     def _model_state(self, name: str, part: TrainableModel, loading: bool) -> dict[str, Any]:
         chunks = part.model.chunks
@@ -216,33 +277,6 @@ class DistributedCheckpoints:
 
 def _chunk_key(name: str, index: int, count: int) -> str:
     return f"{name}_model{index}" if count > 1 else f"{name}_model"
-
-
-def find_checkpoint(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to start from.
-
-    Raises:
-        ConfigError: the named checkpoint is absent, or ``resume`` is "never" and ``folder`` has checkpoints.
-    """
-    existing = complete_checkpoints(folder)
-    if resume == "never":
-        if existing:
-            raise ConfigError(
-                f"{folder} already holds {existing[-1].name}, and resume=never: give another "
-                "trainer.output_dir, or resume=auto to continue that run"
-            )
-        return None
-    if resume == "auto":
-        return existing[-1] if existing else None
-    path = Path(resume)
-    if not path.is_dir() and path.name == resume:
-        path = folder / resume
-    if not path.is_dir():
-        raise ConfigError(
-            f"trainer.resume={resume}: no such folder; expected auto, never, a checkpoint folder or its name "
-            f"(known: {', '.join(str(p) for p in existing) or 'none'})"
-        )
-    return path
 
 
 def rng_state() -> dict[str, Any]:

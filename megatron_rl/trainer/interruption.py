@@ -1,7 +1,9 @@
 """`Interruption`: SIGTERM (Slurm, Kubernetes, torchrun), SIGINT (Ctrl-C) and SIGHUP ask a run to stop.
 
 The handler only notes the signal. The loop asks all ranks at the end of each step, so that they stop after the same
-one though the signal reaches them at different moments. A run that has not stopped after ``grace_seconds`` is ended.
+one though the signal reaches them at different moments. A step that is still sampling, scoring or evaluating after half
+of ``grace_seconds`` is given up (`parallel.abandon`), and the other half is for saving the state before it. A run that
+has not stopped after all of it is ended.
 """
 
 from __future__ import annotations
@@ -15,9 +17,14 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from megatron_rl.parallel.abandon import Abandoned, is_abandonable, watch
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STEP_SHARE = 0.5  # of the grace that the step may take; the rest is for saving
+RETRY_SECONDS = 0.25
+NEVER_INSIDE = ("/torch/distributed/", "/megatron/core/", "/megatron_rl/parallel/")  # other ranks are in there too
 ONE_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice: from the terminal, and from torchrun, which forwards it
 
 
@@ -27,14 +34,18 @@ class Interruption:
     Args:
         grace_seconds: after which the process is ended wherever it is.
         on_expiry: called before that, in another thread.
+        lost: says what is lost then.
     """
 
-    def __init__(self, grace_seconds: float, on_expiry: Callable[[], object]) -> None:
-        self.grace_seconds, self._on_expiry = grace_seconds, on_expiry
+    def __init__(
+        self, grace_seconds: float, on_expiry: Callable[[], object], lost: Callable[[], str] = lambda: "not saved"
+    ) -> None:
+        self.grace_seconds, self._on_expiry, self._lost = grace_seconds, on_expiry, lost
         self.signal = 0  # the first that came; 0 = none
         self._came = 0.0
+        self._nudged = False  # the next signal is our own
         self._owner = os.getpid()
-        self._timer: threading.Timer | None = None
+        self._over = threading.Event()  # the run has stopped
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -47,15 +58,21 @@ class Interruption:
         before = {number: handler for number, handler in known.items() if handler not in (signal.SIG_IGN, None)}
         for number in before:
             signal.signal(number, self._note)
+        watch(self.overdue)
         try:
             yield
         finally:
+            self._over.set()
+            watch(lambda: 0)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            if self._timer is not None:
-                self._timer.cancel()
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def overdue(self) -> int:
+        """The signal that came, once the step's share of the grace is over."""
+        late = self.signal and time.monotonic() - self._came >= STEP_SHARE * self.grace_seconds
+        return self.signal if late else 0
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a checkpoint's writer, forked from here: Ctrl-C is not meant for it
             if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
@@ -63,18 +80,39 @@ class Interruption:
             return
         if not self.signal:
             self.signal, self._came = number, time.monotonic()
-            self._timer = threading.Timer(self.grace_seconds, self._expire)
-            self._timer.daemon = True
-            self._timer.start()
+            threading.Thread(target=self._keep_time, name="grace", daemon=True).start()
+        elif self._nudged:
+            self._nudged = False
+            if is_abandonable() and not _is_inside(frame, NEVER_INSIDE):
+                raise Abandoned(self.signal)
         elif time.monotonic() - self._came > ONE_SIGNAL_SECONDS:
             raise ended_by(number, "told twice: stopped at once")
 
+    def _keep_time(self) -> None:
+        """In a thread. What is abandonable hears of it by a signal: sleeping and waiting end for nothing else."""
+        deadline = self._came + self.grace_seconds
+        while not self._over.wait(RETRY_SECONDS) and time.monotonic() < deadline:
+            if self.overdue() and is_abandonable():
+                self._nudged = True
+                signal.pthread_kill(threading.main_thread().ident or 0, self.signal)
+        if not self._over.is_set():
+            self._expire()
+
     def _expire(self) -> None:
-        logger.error("not stopped %g seconds after signal %d: ended without saving", self.grace_seconds, self.signal)
+        logger.error("not stopped %g seconds after signal %d: ended; %s", self.grace_seconds, self.signal, self._lost())
         try:
             self._on_expiry()
         finally:
             os._exit(128 + self.signal)
+
+
+def _is_inside(frame: FrameType | None, places: tuple[str, ...]) -> bool:
+    """Whether the code that a signal interrupted was called, however deep, from one of these folders' files."""
+    while frame is not None:
+        if frame.f_code.co_filename and any(place in frame.f_code.co_filename for place in places):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def ended_by(number: int, what: str) -> BaseException:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Flow
 from megatron_rl.parallel import ParallelContext
+from megatron_rl.parallel.abandon import Abandoned
 from megatron_rl.tracking import Tracker
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
@@ -48,6 +49,12 @@ class Checkpoints(Protocol):
 
     def save(self, trainer: TrainingLoop) -> str:
         """Write a checkpoint of the present step; returns its folder."""
+
+    def remember(self, trainer: TrainingLoop) -> None:
+        """A step begins: if it is given up, `save` writes the state as it is now."""
+
+    def forget(self) -> None:
+        """The step is complete."""
 
     def poll(self) -> None:
         """Complete what has been written in the background; collective, once a step."""
@@ -92,9 +99,11 @@ class TrainingLoop:
         self.history: dict[str, float] = {}  # the newest metrics
         self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
-        self._interruption = Interruption(settings.grace_seconds, lambda: self._close_trackers("killed"))
+        self._interruption = Interruption(
+            settings.grace_seconds, lambda: self._close_trackers("killed"), lost=self._what_is_lost
+        )
         self._ended_by = 0  # the signal that all ranks stop for
-        self._saved_step: int | None = None  # of the newest checkpoint
+        self._saved: tuple[int, int | None] = (0, None)  # step and newest evaluation in the newest checkpoint
         self._evaluated_step: int | None = None  # of the newest evaluation
 
     @property
@@ -149,12 +158,15 @@ class TrainingLoop:
         logger.info(
             "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow
         )
-        if self.settings.evaluate_at_start and not resumed:
-            self._evaluate()
+        if self._evaluation_is_due():  # a fresh run's first, or one that an interrupted run did not come to
+            self._track(self._evaluate({}))
         while self.step < self.total_steps and self._stop_reason is None and not self._ended_by:
-            self._one_step()
-        if self._ended_by:
-            self._finish_early()
+            try:
+                self._one_step()
+            except Abandoned as abandoned:
+                self._ended_by = abandoned.signal
+                logger.info("step %d was given up", self.step + 1)
+        self._finish_early()
         if self._stop_reason is not None:
             logger.info("stopped after step %d: %s", self.step, self._stop_reason)
         self._finish()
@@ -162,10 +174,14 @@ class TrainingLoop:
 
     def _one_step(self) -> None:
         started = time.perf_counter()
+        if self.checkpoints is not None:
+            self.checkpoints.remember(self)
         batch = self.source.next_batch()
         self._each("on_step_begin", batch)
         self.flow(batch)
         self.step += 1
+        if self.checkpoints is not None:
+            self.checkpoints.forget()
         batch.metrics["time/step_s"] = time.perf_counter() - started
         reports = self.context.gather_objects((batch.metrics, self._interruption.signal))
         metrics = reduce_metrics([found for found, _ in reports])
@@ -174,46 +190,73 @@ class TrainingLoop:
             self.checkpoints.poll()
         self._each("on_step_end", batch, metrics)
         self.history |= metrics
-        if self.step % self.settings.log_every == 0:
-            self._track(metrics)
-        if self.settings.evaluate_every and self.step % self.settings.evaluate_every == 0:
-            self._evaluate()
+        line = metrics if self.step % self.settings.log_every == 0 else {}
+        last = self.step >= self.total_steps or self._stop_reason is not None
+        if not self._ended_by and (last or self._evaluation_is_due()):
+            line = self._evaluate(line)
+        self._track(line)
         if self.settings.save_every and self.step % self.settings.save_every == 0 and self.step < self.total_steps:
             self._save()
 
-    def _evaluate(self) -> None:
+    def _evaluation_is_due(self) -> bool:
+        every, step = self.settings.evaluate_every, self.step
+        due = self.settings.evaluate_at_start if step == 0 else bool(every) and step % every == 0
+        return due and self._evaluated_step != step
+
+    def _evaluate(self, line: Mapping[str, float]) -> dict[str, float]:
+        """``line``, what is to be tracked of this step, with the metrics of an evaluation; one that fails must not take
+        the step's own with it."""
         if self.evaluate is None:
-            return
+            return dict(line)
         started = time.perf_counter()
-        metrics = self.evaluate()
+        try:
+            metrics = self.evaluate()
+        except Abandoned as abandoned:
+            self._ended_by = abandoned.signal
+            return dict(line)
+        except BaseException:
+            self._track(line)
+            raise
         metrics["time/evaluation_s"] = time.perf_counter() - started
         self._each("on_evaluate", metrics)
         self.history |= metrics
         self._evaluated_step = self.step
-        self._track(metrics)
+        return {**line, **metrics}
 
     def _save(self) -> None:
-        if self.checkpoints is not None and self._saved_step != self.step:
+        state = self.step, self._evaluated_step
+        if self.checkpoints is not None and self._saved != state:
             self._each("on_checkpoint", self.checkpoints.save(self))
-            self._saved_step = self.step
+            self._saved = state
 
     def _finish_early(self) -> None:
-        """Save and end: a signal said so.
+        """Save and end, where a signal says so.
 
         Raises:
             KeyboardInterrupt, SystemExit: see `ended_by`.
         """
-        self._save()
+        if not self._ended_by:
+            return
+        if self.step > 0:
+            self._save()
         if self.checkpoints is not None:
             self.checkpoints.finish()
-        saved = "the same command continues from there" if self.checkpoints is not None else "nothing was saved"
+        again = "the same command starts afresh" if self.step == 0 else "the same command continues from there"
+        saved = again if self.checkpoints is not None else "nothing was saved"
         what = f"stopped by signal {self._ended_by} after step {self.step}; {saved}"
         logger.warning("%s", what)
         raise ended_by(self._ended_by, what)
 
+    def _what_is_lost(self) -> str:
+        saved = self._saved[0]
+        stands = f"the checkpoint of step {saved} stands" if saved else "there is no checkpoint"
+        steps = "" if saved == self.step else f"steps {saved + 1} to {self.step} and "
+        return f"lost: {steps}what was done of step {self.step + 1}; {stands}"
+
     def _finish(self) -> None:
-        if self._evaluated_step != self.step:
-            self._evaluate()
+        if self._evaluated_step != self.step:  # a run that was stopped after its last step
+            self._track(self._evaluate({}))
+            self._finish_early()
         if self.settings.save_at_end:
             self._save()
         if self.checkpoints is not None:
@@ -223,7 +266,8 @@ class TrainingLoop:
         self._each("on_train_end")
 
     def _track(self, metrics: Mapping[str, float]) -> None:
-        for tracker in self.trackers:
+        """One call a step, so that no tracker has two lines of one."""
+        for tracker in self.trackers if metrics else ():
             tracker.log(metrics, self.step)
 
     def _each(self, event: str, *arguments: Any) -> None:
@@ -243,8 +287,9 @@ class TrainingLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step = self._saved_step = int(state["step"])
+        self.step = int(state["step"])
         self._evaluated_step, self.history = state.get("evaluated_step"), dict(state.get("history", {}))
+        self._saved = self.step, self._evaluated_step
         self.source.load_state_dict(state["source"])
         for callback in self.callbacks:
             if type(callback).__name__ in state["callbacks"]:

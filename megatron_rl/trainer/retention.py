@@ -21,7 +21,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def record_newest(folder: Path, name: str) -> None:
-    """``name`` was completed now."""
+    """``name`` is complete now, or will be in a moment."""
     _write(folder, [path.name for path in complete_checkpoints(folder) if path.name != name] + [name])
 
 
@@ -47,5 +47,9 @@ def _order(folder: Path) -> list[str]:
 def _write(folder: Path, names: Sequence[str]) -> None:
     path = _order_file(folder)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text("".join(f"{name}\n" for name in names))
-    os.replace(partial, path)
+    try:
+        partial.write_text("".join(f"{name}\n" for name in names))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -26,6 +26,8 @@ class TrainerSettings(ConfigRecord):
     """Write a checkpoint after the last step."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are deleted once a newer one is complete."""
+    verify_checkpoints: bool = True
+    """Compare a checkpoint's files with their digests before the run continues from it."""
     async_save: bool = False
     """Write checkpoints in the background while training goes on."""
     export: bool = True
@@ -34,8 +36,8 @@ class TrainerSettings(ConfigRecord):
     """auto = continue from the newest complete checkpoint of `output_dir` if there is one; never = start afresh (an
     output folder with checkpoints is then refused); or the path of a checkpoint."""
     grace_seconds: float = Field(default=25.0, gt=0)
-    """Seconds that a run may take to end its step and save it after SIGTERM, SIGINT or SIGHUP; then it ends as it is.
-    torchrun kills its ranks after 30."""
+    """Seconds that a run may take to end after SIGTERM, SIGINT or SIGHUP: half of them for the step, which is then
+    given up if it is still sampling or scoring, the rest for saving. Then it ends as it is. torchrun kills after 30."""
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
 

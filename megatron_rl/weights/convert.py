@@ -24,6 +24,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.checkpoint import LATEST, RELEASE, CheckpointReader, point_to, save_checkpoint
+from megatron_rl.models.checkpoint_digests import find_damage
 from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
 from megatron_rl.models.layouts import hf_layout, logical_tensors, megatron_layout
@@ -52,6 +53,7 @@ class Opened:
     tensors: TensorSource
     dtype: torch.dtype
     value_head: Tensor | None = None  # [1, hidden], of a policy that a critic shares its weights with
+    checkpoint: Path | None = None  # the Megatron checkpoint that it is
 
 
 @contextlib.contextmanager
@@ -81,7 +83,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
     reader, description, head = checkpoint.reader, checkpoint.description, None
     if isinstance(reader, CheckpointReader) and SECOND_HEAD in reader.tensors:
         head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
-    yield Opened(description, checkpoint.source, reader.dtype, head)
+    yield Opened(description, checkpoint.source, reader.dtype, head, checkpoint.folder)
 
 
 def convert(
@@ -94,6 +96,7 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> Path:
     """Convert ``source`` into the folder ``target``, which appears complete or not at all. Collective under torchrun.
 
@@ -104,23 +107,39 @@ def convert(
         dtype: of the result; None keeps the source's.
         max_shard_bytes: largest file of a Hugging Face folder.
         overwrite: replace an existing target.
+        verify: compare a checkpoint's files with their digests first.
 
     Returns:
         The target.
+
+    Raises:
+        ConfigError: the source is neither of the two, or is damaged.
     """
     if to not in ("hf", "megatron"):
         raise ConfigError(f"cannot convert to {to!r}: expected 'hf' or 'megatron'")
     with open_weights(source, config) as opened:
         writer = HFFolderWriter(target, opened.description, dtype or opened.dtype, max_shard_bytes, overwrite)
+        context = ParallelContext.create(sizes or ParallelSizes() if to == "megatron" else ParallelSizes())
+        if verify and opened.checkpoint is not None:
+            _refuse_damage(opened.checkpoint, context)
         if to == "hf":
-            _to_hf(opened, writer)
+            _to_hf(opened, writer, context)
         else:
-            _to_megatron(opened, writer, sizes or ParallelSizes())
+            _to_megatron(opened, writer, context)
     return writer.folder
 
 
-def _to_hf(opened: Opened, writer: HFFolderWriter) -> None:
-    context = ParallelContext.create(ParallelSizes())
+def _refuse_damage(checkpoint: Path, context: ParallelContext) -> None:
+    """Each rank reads its share of the files; raises ConfigError on all."""
+    found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size))
+    if damage := next(filter(None, found), None):
+        raise ConfigError(
+            f"checkpoint {checkpoint} is damaged: {damage}: restore it from a copy, or convert another one "
+            "(--no-verify converts it as it is)"
+        )
+
+
+def _to_hf(opened: Opened, writer: HFFolderWriter, context: ParallelContext) -> None:
     rank, together = context.rank, context.agreement
     layout = hf_layout(opened.description.architecture)
     with _hidden(writer, together, rank):
@@ -137,9 +156,8 @@ def _to_hf(opened: Opened, writer: HFFolderWriter) -> None:
                 writer.commit()
 
 
-def _to_megatron(opened: Opened, writer: HFFolderWriter, sizes: ParallelSizes) -> None:
-    a = opened.description.architecture
-    context = ParallelContext.create(sizes)
+def _to_megatron(opened: Opened, writer: HFFolderWriter, context: ParallelContext) -> None:
+    a, sizes = opened.description.architecture, context.sizes
     config = transformer_config(a, sizes, dtype=writer.dtype, **_stacked_layers(a))
     head = opened.value_head
     chunks = build_model(

@@ -134,7 +134,7 @@ class Actor(TrainedWorker):
 
         place = f"{self.settings.rollout.engine} engine TP{self.settings.rollout.tp}"
         agreement = self.context.agreement
-        return Stage("actor.sample", run, reads=("prompts",), writes=("samples",), place=place, agreement=agreement)
+        return Stage("actor.sample", run, ("prompts",), ("samples",), place, may_abandon=True, agreement=agreement)
 
     def logprobs(self, write: str = "old_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the training weights, fp32

@@ -19,6 +19,7 @@ from megatron_rl.batch import Prompt, Sample
 from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.models import rollout_layout
+from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
 from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
 from megatron_rl.rollout.placement import RolloutPlacement
@@ -188,14 +189,26 @@ class Rollouts:
         Args:
             prompts: the same on every rank of the replica.
             seeds: one a prompt.
+
+        Raises:
+            Abandoned: on every rank of this replica; others do not know of it yet.
         """
         context, placement = self.model.context, self.placement
         mine = placement.share(len(prompts), placement.replica(context.rank))
         own = [seeds[i] for i in mine]
-        answers = self.engine.generate([prompts[i].token_ids for i in mine], params, own) if mine else []
+        answers: list[list[Completion]] = []
+        gave_up = 0
+        engine = self.engine
+        try:
+            with abandonable(placement.tp == 1):
+                answers = engine.generate([prompts[i].token_ids for i in mine], params, own) if mine else []
+        except Abandoned as abandoned:
+            gave_up = abandoned.signal
         share = answers if placement.tp_rank(context.rank) == 0 else None
-        shares = context.gather_objects(share, "model")
-        merged = placement.merge([part for part in shares if part is not None])
+        shares = context.gather_objects((share, gave_up), "model")
+        if signal := max(number for _, number in shares):
+            raise Abandoned(signal)
+        merged = placement.merge([part for part, _ in shares if part is not None])
         return [
             self._sample(prompt, completion, group)
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))

@@ -48,6 +48,15 @@ def test_convert_exports_the_checkpoint_of_a_training_run(command, model, tmp_pa
     assert done.code == 0, done.err
     assert_same_weights(tmp_path / "hf", outputs / "hf")
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    weights = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    refused = command("convert", checkpoint, tmp_path / "no", "--to", "hf")
+    assert refused.code == 2
+    assert f"checkpoint {checkpoint} is damaged: {weights.name} is not as it was written" in refused.error
+    assert not (tmp_path / "no").exists()
+    assert command("convert", checkpoint, tmp_path / "yes", "--to", "hf", "--no-verify").code == 0
 
 
 def test_convert_is_told_what_a_checkpoint_of_another_program_holds(command, model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -75,6 +76,57 @@ class KillOnce(Callback):
         if here and not mark.exists():
             mark.write_text("killed")
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DamageOnce(KillOnce):
+    """As `KillOnce`, with one bit of the weights in the newest checkpoint flipped before."""
+
+    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
+        if trainer.step == int(os.environ["KILL_STEP"]) and not Path(os.environ["KILL_MARK"]).exists():
+            if trainer.context.rank == int(os.environ["KILL_RANK"]):
+                flip_a_bit(trainer.output_dir / "checkpoints" / f"step_{trainer.step:06d}")
+            super().on_step_begin(trainer, batch)
+
+
+def flip_a_bit(checkpoint: Path) -> str:
+    """In the middle of its largest file, whose name is returned."""
+    path = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    return path.name
+
+
+class Hold(Callback):
+    """Every rank stays in the beginning of step 2 until $HOLD_UNTIL exists, at most three minutes."""
+
+    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
+        if trainer.step == 1 and "HOLD_UNTIL" in os.environ:
+            Path(f"{os.environ['HOLD_UNTIL']}.held").touch()
+            deadline = time.monotonic() + 180
+            while not Path(os.environ["HOLD_UNTIL"]).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+
+def slow_digits(sample) -> float:
+    """As `digits`; never ends once $SLOW exists, though it lets no Exception pass."""
+    while "SLOW" in os.environ and Path(os.environ["SLOW"]).exists():
+        try:
+            time.sleep(60)
+        except Exception:
+            return 0.0
+    return digits(sample)
+
+
+class SlowFrom(Callback):
+    """In the beginning of step 4, $SLOW is made; with $SLOW_SAMPLING rank 1's engine then never answers."""
+
+    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
+        if trainer.step != 3 or "SLOW" not in os.environ:
+            return
+        Path(os.environ["SLOW"]).touch()
+        if "SLOW_SAMPLING" in os.environ and trainer.context.rank == 1:
+            trainer.checkpoints.states["rollouts"].engine.generate = lambda *_, **__: time.sleep(600)
 
 
 def many_even_digits(sample) -> float:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_run import ROOT, metrics_of, write_run
+from test_resume import PROGRAM, environment
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid
@@ -29,6 +34,43 @@ def test_a_second_run_is_refused_on_every_rank_until_the_first_has_ended(tmp_pat
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == "mine"
     first.release()
     OutputLock(tmp_path / "out", ALONE).release()
+
+
+@pytest.mark.distributed
+def test_a_second_run_under_torchrun_is_refused_in_one_line_a_rank_and_the_first_goes_on(tmp_path):
+    """The second is another configuration, started while the first is in its step 2."""
+    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:Hold"])
+    go = tmp_path / "go"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    command += [str(config), "parallel.tp=2"]
+    first = subprocess.Popen(
+        command, env=environment(HOLD_UNTIL=str(go)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not go.with_suffix(".held").exists():
+            assert first.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        second = subprocess.run(
+            [*command, "seed=8"], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+        assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+        go.touch()
+        output = first.communicate(timeout=300)[0]
+    finally:
+        if first.poll() is None:
+            os.killpg(first.pid, signal.SIGKILL)
+    refused = [line for line in second.stderr.splitlines() if "ConfigError" in line]
+    assert sorted(line.split("]")[0] for line in refused) == ["[rank 0", "[rank 1"], second.stderr[-3000:]
+    for line in refused:
+        assert f"trainer.output_dir={tmp_path / 'out'} is in use by another run (process " in line
+    assert second.returncode != 0
+    assert first.returncode == 0, output[-3000:]
+    assert sorted(metrics_of(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]
+    assert "seed: 0" in (tmp_path / "out" / "config.yaml").read_text()
 
 
 def test_a_fork_does_not_keep_the_lock_of_a_process_that_was_killed(tmp_path):

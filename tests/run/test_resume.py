@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, metrics_of, write_run
+from small_run import ROOT, flip_a_bit, metrics_of, write_run
 from torchrun import run_torchrun
 
 pytestmark = pytest.mark.distributed
@@ -81,6 +81,37 @@ def test_restarts_on_one_node_need_no_environment_variable(how, tmp_path, uninte
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "killed").exists()
     assert metrics_of(tmp_path / "out") == expected
+
+
+def test_every_restart_passes_over_a_damaged_checkpoint_and_one_asked_for_by_name_is_refused(tmp_path, uninterrupted):
+    """A bit of the weights of step 4 is flipped, then rank 1 is killed in step 5."""
+    _, expected = uninterrupted
+    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:DamageOnce"])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    program = [str(PROGRAM), str(config), "parallel.tp=2"]
+    kill = environment(KILL_MARK=str(tmp_path / "killed"), KILL_RANK="1", KILL_STEP="4")
+    done = subprocess.run(
+        [*command, "--max-restarts", "1", *program], env=kill, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    said = f"checkpoint {checkpoints}/step_000004 is damaged: __"
+    warnings = [line for line in done.stderr.splitlines() if said in line]
+    assert sorted(line.split("[")[1][:6] for line in warnings) == ["rank 0", "rank 1"], done.stderr[-4000:]
+    assert all(line.endswith(f"going on from {checkpoints}/step_000002, the newest intact one") for line in warnings)
+    assert metrics_of(tmp_path / "out") == expected
+    name = flip_a_bit(checkpoints / "step_000006")
+    done = subprocess.run(
+        [*command, *program, "trainer.resume=step_000006"], env=kill, capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    refused = [line for line in done.stderr.splitlines() if "CheckpointError" in line]
+    assert len(refused) == 2, done.stderr[-4000:]
+    for line in refused:
+        assert f"checkpoint {checkpoints}/step_000006 is damaged: {name} is not as it was written" in line
+        assert line.endswith(f"the newest intact one is {checkpoints}/step_000004: trainer.resume=step_000004")
+    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed/elastic")[0]
 
 
 def test_resume_on_another_layout_continues_with_the_same_rollouts(tmp_path, uninterrupted):

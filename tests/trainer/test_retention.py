@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_rl.trainer.checkpoint import find_checkpoint
+from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_rl.parallel.abandon import Abandoned, overdue
 from megatron_rl.rollout.base import Completion, SamplingParams
 from megatron_rl.rollout.local.decoder import Decoder
 from megatron_rl.rollout.local.running import RunningBatch, Sequenced
@@ -103,8 +104,11 @@ class Scheduler:
         running = self.running
         tokens, logprobs = draw(logits, running.next_uniforms(rows), self.params)
         if self.decoder.tp.size > 1:
-            agreed = self.decoder.tp.agree(torch.stack([tokens.double(), logprobs.double()]))
+            due = torch.full_like(logprobs, overdue(), dtype=torch.float64)
+            agreed = self.decoder.tp.agree(torch.stack([tokens.double(), logprobs.double(), due]))
             tokens, logprobs = agreed[0].long(), agreed[1].float()
+            if signal := int(agreed[2, 0]):
+                raise Abandoned(signal)
         running.record(rows, tokens, logprobs)
         stopped = self.stop_table[tokens]
         ended = (stopped | (running.generated[rows] >= self.params.max_tokens)).nonzero()[:, 0]

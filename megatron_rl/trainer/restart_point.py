@@ -1,0 +1,126 @@
+"""Which checkpoint a run starts from: the one that was asked for, if its files are as they were written.
+
+Under ``resume: auto`` a damaged one is passed over, with a warning, for the newest that is intact. One that was asked
+for by name is refused, as is a folder in which all are damaged: training again from the start is never the answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.checkpoint_digests import find_damage
+from megatron_rl.models.checkpoint_writer import WriteError
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.trainer.retention import complete_checkpoints
+
+logger = logging.getLogger(__name__)
+
+FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
+BLOCK, PROBE_BLOCKS = 1 << 16, 32  # bytes: less room than that counts as none
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none that could be read is left; one line, the same on every rank."""
+
+
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
+    """The checkpoint to start from.
+
+    Raises:
+        ConfigError: the named checkpoint is absent, or ``resume`` is "never" and ``folder`` has checkpoints.
+    """
+    existing = complete_checkpoints(folder)
+    if resume == "never":
+        if existing:
+            raise ConfigError(
+                f"{folder} already holds {existing[-1].name}, and resume=never: give another "
+                "trainer.output_dir, or resume=auto to continue that run"
+            )
+        return None
+    if resume == "auto":
+        return existing[-1] if existing else None
+    path = Path(resume)
+    if not path.is_dir() and path.name == resume:
+        path = folder / resume
+    if not path.is_dir():
+        raise ConfigError(
+            f"trainer.resume={resume}: no such folder; expected auto, never, a checkpoint folder or its name "
+            f"(known: {', '.join(str(p) for p in existing) or 'none'})"
+        )
+    return path
+
+
+def intact_checkpoint(folder: Path, resume: str, context: ParallelContext) -> Path | None:
+    """As `find_checkpoint`, verified. Collective: the files are shared out over the ranks.
+
+    Raises:
+        CheckpointError: the named checkpoint is damaged, or all are.
+    """
+    asked = find_checkpoint(folder, resume)
+    if asked is None or not (damage := shared_damage(asked, context)):
+        return asked
+    what = f"checkpoint {asked} is damaged: {damage}"
+    others = [path for path in reversed(complete_checkpoints(asked.parent)) if path.resolve() != asked.resolve()]
+    intact = next((path for path in others if not shared_damage(path, context)), None)
+    if intact is None:
+        raise CheckpointError(
+            f"{what}; {folder} holds no intact one: restore it from a copy, or start afresh in another "
+            "trainer.output_dir (trainer.verify_checkpoints=false loads it as it is)"
+        )
+    if resume != "auto":
+        raise CheckpointError(f"{what}; the newest intact one is {intact}: trainer.resume={intact.name}")
+    logger.warning("%s; going on from %s, the newest intact one", what, intact)
+    return intact
+
+
+def shared_damage(checkpoint: Path, context: ParallelContext) -> str:
+    """What any rank finds wrong with its share of the files; the same on every rank. Collective."""
+    found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size))
+    return next((damage for damage in found if damage), "")
+
+
+def told(write: Callable[[], object], checkpoint: Path, partial: Path, context: ParallelContext) -> None:
+    """Do ``write``, a part of writing ``checkpoint``, on every rank; where it fails, remove what lies in ``partial``.
+
+    Raises:
+        CheckpointError: what went wrong, and what the run can go on from.
+    """
+    try:
+        write()
+    except WriteError as error:
+        said = _failure(error, checkpoint) if context.rank == 0 else ""
+        if context.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(context.gather_objects(said)[0]) from None
+
+
+def _failure(error: WriteError, checkpoint: Path) -> str:
+    folder = next(path for path in checkpoint.parents if path.is_dir())
+    reason = next((reason for reason in FULL if reason in str(error)), "") or _try_to_write(folder)
+    kept = complete_checkpoints(checkpoint.parent)
+    stands = f"{kept[-1].name} stands, and the same command continues from there" if kept else "there is none yet"
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{'disk full' if reason in FULL else 'the disk failed'}: checkpoint {checkpoint} could not be written "
+        f"({reason or error}; {free:,.1f} MiB were free); {stands}"
+        + (": free some space, or lower trainer.keep_last" if reason in FULL else "")
+    )
+
+
+def _try_to_write(folder: Path) -> str:
+    """Why nothing can be written there now: torch's writers do not say ("unexpected pos 64 vs 0")."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for _ in range(PROBE_BLOCKS):
+                file.write(bytes(BLOCK))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
