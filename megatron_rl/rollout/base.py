@@ -18,6 +18,7 @@ from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.bounds import Seed, TokenId
+from megatron_rl.models import Architecture
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 
@@ -83,6 +84,14 @@ class RolloutEngine(ABC):
 
         Raises:
             ConfigError: they cannot work.
+        """
+
+    @classmethod  # noqa: B027  not every engine is more particular than training
+    def check_model(cls, architecture: Architecture) -> None:
+        """Look at the model before anything is built.
+
+        Raises:
+            ConfigError: the engine cannot serve it.
         """
 
     @classmethod

@@ -17,6 +17,7 @@ from megatron_rl.models.builder import transformer_config
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward
+from megatron_rl.rollout import ENGINES
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
 from megatron_rl.run.config import RunConfig
 from megatron_rl.tracking import build_tracker
@@ -86,7 +87,10 @@ def _model_folder(config: RunConfig) -> Path:
 
 
 def _check_model(folder: Path, config: RunConfig) -> None:
-    transformer_config(architecture_from_hf(read_hf_config(folder)), config.parallel)
+    architecture = architecture_from_hf(read_hf_config(folder))
+    transformer_config(architecture, config.parallel)
+    if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
+        ENGINES[config.actor.rollout.engine].check_model(architecture)
 
 
 def _require_file(path: str) -> None:

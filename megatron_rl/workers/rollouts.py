@@ -46,6 +46,8 @@ class Rollouts:
         seed: int,
         engine: RolloutEngine | None,
     ) -> None:
+        if engine is None:
+            ENGINES[settings.engine].check_model(model.architecture)
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos

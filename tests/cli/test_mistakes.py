@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,24 @@ def test_a_check_prints_the_whole_configuration_and_runs_nothing(command, run_fo
     shown = json.loads(ended.out)
     assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (4, 0.9)
     assert not (run_folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "layers"), [({"decoder_sparse_step": 2}, "0, 2"), ({"mlp_only_layers": [3]}, "3")], ids=["step", "list"]
+)
+def test_dense_layers_among_experts_are_refused_for_sglang_before_a_server_starts(
+    command, run_folder, tmp_path, fields, layers
+):
+    config = json.loads((run_folder / "model" / "config.json").read_text())
+    sizes = {"num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    mixed = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16, **sizes, **fields}
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | mixed))
+    model = [f"model={tmp_path / 'model'}"]
+    sglang = ["actor.rollout.engine=sglang", "actor.rollout.options={urls: ['http://127.0.0.1:9']}"]
+    ended = command("train", run_folder / "config.yaml", "--check", *model, *sglang)
+    assert_refused(ended, run_folder, [f"layers {layers} of this qwen3_moe", "set actor.rollout.engine=local"])
+    assert command("train", run_folder / "config.yaml", "--check", *model).code == 0
 
 
 def test_a_check_names_all_mistakes_at_once(command, run_folder):

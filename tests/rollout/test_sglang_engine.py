@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rollout.rollout_models import Cutter, architecture_of, layout_of, local_eng
 from rollout.sglang_stand_in import Fault, Generate, PlainDelivery, StandIn, counting, of_engine
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models import rollout_layout
+from megatron_rl.models import Experts, rollout_layout
 from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
 from megatron_rl.rollout.sglang.client import ABORT_SECONDS
 from megatron_rl.rollout.sglang.delivery import DELIVERIES
@@ -365,6 +366,13 @@ def test_an_attached_server_of_another_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tp=2.*expected 1"):
         loaded_over(server)
     server.die()
+
+
+def test_dense_layers_among_experts_are_refused() -> None:
+    mixed = replace(ARCHITECTURE, family="qwen3_moe", experts=Experts(4, 2, 24, dense_layers=(1,)))
+    with pytest.raises(ConfigError, match="layers 1 of this qwen3_moe have a dense MLP"):
+        SGLangEngine(mixed, layout_of(SHARDS), urls=["http://x"])
+    SGLangEngine.check_model(replace(mixed, experts=Experts(4, 2, 24)))
 
 
 def test_options_are_checked() -> None:

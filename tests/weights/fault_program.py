@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_rl.models import hf_layout, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.parallel.agreement import Peers
 from megatron_rl.reshard import Layout, P2PTransport, Transport
 from megatron_rl.reshard.transport import Pending
 from megatron_rl.rollout import LocalEngine, SamplingParams
@@ -102,6 +103,9 @@ class DyingTransport(Transport):
         if self._left == 0:
             die()
         return self._inner.exchange(peer, send, receive)
+
+    def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
+        return self._inner.peers(ranks, rank, device)
 
 
 class FaultySync(WeightSync):

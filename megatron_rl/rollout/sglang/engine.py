@@ -48,6 +48,7 @@ from megatron_rl.rollout.sglang.verification import check_members
 logger = logging.getLogger(__name__)
 
 WHERE = "actor.rollout.options"
+EXPERTS_EVERYWHERE = ("qwen3_moe",)  # families of which SGLang makes no dense layer (its Qwen3MoeDecoderLayer)
 POLL_SECONDS = 0.25  # between looks for servers that need weights, while requests run
 CALL_SECONDS = 20.0  # between signs of life to the other ranks, whose collectives have time limits
 DELIVERY_ATTEMPTS = 3
@@ -82,6 +83,7 @@ class SGLangEngine(RolloutEngine):
         **options: Any,
     ) -> None:
         self.options = SGLangOptions.parse(options, where=WHERE)
+        self.check_model(architecture)
         self.architecture, self._layout, self.rank = architecture, layout, rank
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
         self.max_context = self.options.server.context_length or architecture.max_positions
@@ -112,6 +114,15 @@ class SGLangEngine(RolloutEngine):
             raise ConfigError(f"{WHERE}.delivery={parsed.delivery!r} is not one of {list(DELIVERIES)}")
         if not parsed.urls:
             server_python(parsed.server)
+
+    @classmethod
+    def check_model(cls, architecture: Architecture) -> None:
+        dense = architecture.experts.dense_layers if architecture.experts is not None else ()
+        if dense and architecture.family in EXPERTS_EVERYWHERE:
+            raise ConfigError(
+                f"layers {', '.join(map(str, dense))} of this {architecture.family} have a dense MLP (mlp_only_layers, "
+                f"decoder_sparse_step), but SGLang builds experts in every layer of one: set actor.rollout.engine=local"
+            )
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
