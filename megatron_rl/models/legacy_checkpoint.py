@@ -28,6 +28,7 @@ from megatron_rl.reshard.layout import Layout, Shard
 
 FILE = "model_optim_rng.pt"
 EMBEDDING = "embedding.word_embeddings.weight"
+OUTPUT_LAYER, VALUE_HEAD = "output_layer.weight", "value_head.weight"
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 
 
@@ -145,11 +146,22 @@ class LegacyCheckpoint:
         layout = megatron_layout(architecture, self.grid.stage, self.padded_vocab, naming)
         for rank in self.ranks:
             known = {shard.name for shard in layout.shards(rank)}
-            known |= {"output_layer.weight"} if architecture.tied else set()  # the last stage's copy of the embedding
+            known |= {OUTPUT_LAYER} if architecture.tied else set()  # the last stage's copy of the embedding
+            self._refuse_value_head(rank)
             extra = sorted(self.tensors_of(rank).keys() - known)
             if extra:
                 raise ConfigError(unknown_tensors(self.folder, extra))
         return layout
+
+    def _refuse_value_head(self, rank: int) -> None:
+        """It would stay at zero in silence: a head stands in place of the output layer, or beside it."""
+        tensors = self.tensors_of(rank)
+        output = tensors.get(OUTPUT_LAYER)
+        if VALUE_HEAD in tensors or (output is not None and output.shape[0] == 1):
+            raise ConfigError(
+                f"{self.folder} holds a value head, which is read from the format torch_dist only: save the model "
+                "again with --ckpt-format torch_dist"
+            )
 
     def load(self, rank: int, shard: Shard) -> Tensor:
         """The tensor of a shard of `layout`.

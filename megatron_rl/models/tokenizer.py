@@ -50,6 +50,22 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrain
     return tokenizer
 
 
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
+    """Refuse a tokenizer with ids that a model of ``vocab`` rows has no embedding for. Rows of padding, which Megatron
+    and SGLang add, are none of these: nothing was trained in them, and no exported folder has them.
+
+    Raises:
+        ConfigError: it has such ids.
+    """
+    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if needed > vocab:
+        raise ConfigError(
+            f"the tokenizer has token ids up to {needed - 1}, but the model's vocabulary has {vocab} rows: take the "
+            f"model's own tokenizer, or resize the model first (transformers: model.resize_token_embeddings({needed}), "
+            "which gives new rows the mean of the old ones; model.save_pretrained(FOLDER)) and start from that folder"
+        )
+
+
 def align_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig | None = None,

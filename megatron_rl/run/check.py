@@ -15,7 +15,7 @@ from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
 from megatron_rl.models.builder import transformer_config
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
-from megatron_rl.models.tokenizer import load_tokenizer
+from megatron_rl.models.tokenizer import check_vocabulary, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
@@ -59,6 +59,8 @@ def check_run(config: RunConfig) -> None:
     tokenizer = None
     if folder is not None or config.tokenizer is not None:
         tokenizer = attempt(load_tokenizer, config.tokenizer or folder, config.pad_token)
+    if folder is not None and tokenizer is not None:
+        attempt(_check_vocabulary, folder, tokenizer)
     for section in (config.data, config.evaluation.data if config.evaluation else None):
         if section is not None and tokenizer is not None:
             attempt(PromptDataset, None, tokenizer, section)
@@ -91,6 +93,10 @@ def _check_model(folder: Path, config: RunConfig) -> None:
     transformer_config(architecture, config.parallel)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
         ENGINES[config.actor.rollout.engine].check_model(architecture)
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    check_vocabulary(tokenizer, architecture_from_hf(read_hf_config(folder)).vocab)
 
 
 def _require_file(path: str) -> None:

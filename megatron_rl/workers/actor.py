@@ -19,7 +19,7 @@ from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
-from megatron_rl.models.tokenizer import align_tokenizer
+from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.assembly import assemble, check_share, job_context
@@ -82,6 +82,7 @@ class Actor(TrainedWorker):
             model, context, self.settings, optimizer=optimizer, scheduler=scheduler, vocab=len(tokenizer), name="actor"
         )
         self.tokenizer = tokenizer
+        check_vocabulary(tokenizer, self.model.architecture.vocab)
         special = align_tokenizer(tokenizer, self.model.hf_config, generation=self.model.generation)
         self.rollouts = Rollouts(self.model, tokenizer, special.eos, self.settings.rollout, self.settings.seed, engine)
 

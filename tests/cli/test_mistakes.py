@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from forked import run_ranks
 from small_run import write_run
+from transformers import AutoTokenizer
 
 REWARDS = Path(__file__).with_name("failing_rewards.py")
 
@@ -125,6 +126,16 @@ def test_a_check_prints_the_whole_configuration_and_runs_nothing(command, run_fo
     shown = json.loads(ended.out)
     assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (4, 0.9)
     assert not (run_folder / "out").exists()
+
+
+@pytest.mark.parametrize("check", [["--check"], []], ids=["check", "run"])
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(command, run_folder, tmp_path, check):
+    words = AutoTokenizer.from_pretrained(run_folder / "model")
+    vocab = json.loads((run_folder / "model" / "config.json").read_text())["vocab_size"]
+    words.add_tokens([f"<new {index}>" for index in range(vocab - len(words) + 1)])
+    words.save_pretrained(tmp_path / "words")
+    ended = command("train", run_folder / "config.yaml", *check, f"tokenizer={tmp_path / 'words'}")
+    assert_refused(ended, run_folder, [f"token ids up to {vocab}", f"resize_token_embeddings({vocab + 1})"])
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,11 @@ import torch.distributed as dist
 import upstream
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.run.build import starting_model
+from megatron_rl.run.config import RunConfig
 from megatron_rl.weights.convert import convert
+from megatron_rl.workers.megatron_model import MegatronModel
 
 LLAMA = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
@@ -83,6 +86,8 @@ def check(case: Case, folder: Path) -> None:
         assert_near(huggingface_logits(mine / "hf"), expected, f"{case.name}: exported logits")
     dist.barrier()
     upstream.mpu.destroy_model_parallel()
+    check_start(case, mine)
+    upstream.mpu.destroy_model_parallel()
     convert(mine / "hf", mine / "back", "megatron", case.sizes)
     upstream.mpu.destroy_model_parallel()
 
@@ -93,6 +98,20 @@ def check(case: Case, folder: Path) -> None:
         found = upstream.logits(model)
         compare_over_layouts(found, expected, f"{case.name}: logits after --load ({how[:25]})")
         upstream.stop()
+
+
+def check_start(case: Case, mine: Path) -> None:
+    """A run with ``model=RUN``, Megatron-LM's folder with its pointer, starts from the weights that `convert` exports;
+    so it does where ``model_config_path`` says what they are."""
+    context = ParallelContext.create(case.sizes)
+    exported = MegatronModel.from_hf(mine / "hf", context).tensors()
+    for described in (None, str(mine / "hf"), str(mine / "hf" / "config.json")):
+        config = {"model": str(mine / "saved"), "model_config_path": described, "data": {"path": "-"}}
+        run = RunConfig.parse(config | {"algorithm": {"name": "grpo"}, "rewards": [{"name": "exact"}]}, "")
+        found = MegatronModel.from_hf(starting_model(run), context).tensors()
+        assert found.keys() == exported.keys()
+        for name, tensor in found.items():
+            assert torch.equal(tensor, exported[name]), f"{case.name}, described by {described}: {name}"
 
 
 def flags(model: str) -> str:

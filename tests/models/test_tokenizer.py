@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.tokenizer import SpecialTokens, align_tokenizer, load_tokenizer, render_prompt
+from megatron_rl.models.tokenizer import SpecialTokens, align_tokenizer, check_vocabulary, load_tokenizer, render_prompt
 
 WORDS = ["<s>", "</s>", "<pad>", "<end>", "user", "assistant", "hello", "you"]
 
@@ -68,6 +68,20 @@ def test_a_tokenizer_of_another_model_is_refused() -> None:
     words = tokenizer(eos_token="</s>", pad_token="<pad>")
     with pytest.raises(ConfigError, match="belongs to another model"):
         align_tokenizer(words, LlamaConfig(vocab_size=2, eos_token_id=1))
+
+
+def test_ids_that_the_model_has_no_rows_for_are_refused_with_a_way_out() -> None:
+    words = tokenizer(eos_token="</s>", pad_token="<pad>")
+    check_vocabulary(words, 8)
+    words.add_tokens(["<think>", "</think>"])
+    with pytest.raises(ConfigError, match=r"ids up to 9, .* has 8 rows: .*resize_token_embeddings\(10\)"):
+        check_vocabulary(words, 8)
+
+
+def test_an_id_above_a_gap_is_refused() -> None:
+    inner = Tokenizer(WordLevel({"<s>": 0, "far": 40}, unk_token="<s>"))
+    with pytest.raises(ConfigError, match=r"ids up to 40, .* has 8 rows"):
+        check_vocabulary(PreTrainedTokenizerFast(tokenizer_object=inner), 8)
 
 
 def test_messages_need_a_chat_template_and_are_open_for_the_assistant() -> None:

@@ -203,6 +203,17 @@ def test_what_is_missing_or_unknown_among_such_files_is_named(tmp_path):
         convert(tmp_path / "run", tmp_path / "back", "hf")
 
 
+@pytest.mark.parametrize(("name", "rows"), [("output_layer.weight", 1), ("value_head.weight", 1)])
+def test_a_value_head_in_such_files_is_refused(name, rows, tmp_path):
+    write_legacy(LLAMA, tmp_path / "run", ParallelSizes(pp=2))
+    last = tmp_path / "run" / "iter_0000007" / "mp_rank_00_001" / "model_optim_rng.pt"
+    content = torch.load(last, weights_only=False)
+    content["model"][name] = torch.zeros(rows, LLAMA.hidden)
+    torch.save(content, last)
+    with pytest.raises(ConfigError, match=r"holds a value head.* --ckpt-format torch_dist"):
+        convert(tmp_path / "run", tmp_path / "back", "hf")
+
+
 class Touch:
     """Unpickled, it would make a file."""
 
