@@ -75,10 +75,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=ALL_SECONDS, help="time limit of all parts together")
     options = parser.parse_args()
     OUTPUTS.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's: what is known by then is still reported
     report = Report(options.wheels, time.monotonic() + options.seconds)
     for part in parts:
-        if part.name in options.parts or part.name == "environment":
+        if part.name not in options.parts and part.name != "environment":
+            continue
+        try:
             report.run(part)
+        except KeyboardInterrupt:
+            part.outcome, part.reason = "failed", "interrupted"
+            break
     print(json.dumps(report.summary()), flush=True)
     return 0 if all(part.outcome == "passed" for part in report.parts) else 1
 
@@ -177,7 +183,10 @@ class Report:
             reason = str(error)
         if not xml.exists():
             return {"passed": 0, "failed": 0, "reason": reason or "pytest wrote no report"}
-        return read_junit(xml) | ({"reason": reason} if reason else {})
+        try:
+            return read_junit(xml) | ({"reason": reason} if reason else {})
+        except ElementTree.ParseError as error:  # pytest was ended while it wrote
+            return {"passed": 0, "failed": 0, "reason": reason or f"{xml} is no whole report: {error}"}
 
     def bandwidth(self, part: Part) -> None:
         part.found["gigabytes_per_second"] = self.program(part, "bandwidth", [str(PROGRAMS / "bandwidth_program.py")])
@@ -230,7 +239,7 @@ class Report:
         **environment: str,
     ) -> str:
         """Standard output of a Python process in the new environment; its group is killed at the limit."""
-        paths = [str(folder) for folder in (path, ROOT) if folder is not None]
+        paths = [str(folder) for folder in (path, ROOT, os.environ.get("PYTHONPATH")) if folder]
         merged = {**os.environ, **SETTINGS, "PYTHONPATH": os.pathsep.join(paths), **environment}
         out, err = OUTPUTS / f"{log}.log", OUTPUTS / f"{log}.err"
         with out.open("w") as stdout, err.open("w") as stderr:
@@ -243,6 +252,10 @@ class Report:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 raise PartError(f"not finished after {limit:.0f} s{last_words(err, out)}") from None
+            except BaseException:  # Ctrl-C reaches this process only: the other has a session of its own
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                raise
         if status:
             how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
             raise PartError(f"ended with {how}{last_words(err, out)}")
@@ -303,7 +316,8 @@ def place(files: list[Path], target: Path, limit: float) -> None:
     command += ["--no-warn-script-location", "--upgrade", "--target", str(target), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
     if done.returncode:
-        raise PartError(f"pip: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or [f"ended with status {done.returncode}"]
+        raise PartError(f"pip: {lines[-1][:300]}")
 
 
 def normal(name: str) -> str:

@@ -57,7 +57,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
     Raises:
         ConfigError: it has such ids.
     """
-    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    ids = tokenizer.get_vocab().values() if isinstance(tokenizer, PreTrainedTokenizerBase) else ()  # a user's own: none
+    needed = max(len(tokenizer), 1 + max(ids, default=-1))
     if needed > vocab:
         raise ConfigError(
             f"the tokenizer has token ids up to {needed - 1}, but the model's vocabulary has {vocab} rows: take the "
