@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import typer
 from megatron_rl.config.credentials import masked
 from megatron_rl.devices.launch import join_launcher
 
+FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 EXIT_CODE = 2  # of a mistake in configuration, data or user code
 
 
@@ -21,10 +23,12 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, mistakes()):
+        full = any(reason in str(error) for reason in FULL_DISK)
+        if not isinstance(error, mistakes()) and not full:
             raise
         sys.stdout.flush()
-        typer.echo(f"[rank {rank}] {type(error).__name__}: {masked(' '.join(str(error).split()))}", err=True)
+        kind = "disk full" if full and isinstance(error, OSError) else type(error).__name__
+        typer.echo(f"[rank {rank}] {kind}: {masked(' '.join(str(error).split()))}", err=True)
         sys.stderr.flush()
         # Not sys.exit: at interpreter shutdown the process group would wait for ranks that may hang in a collective.
         os._exit(EXIT_CODE)

@@ -161,7 +161,10 @@ class HFFolderWriter:
         """Write one file; ``tensors`` are exactly those it names, on any device."""
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.tensors
         path = self.partial / file.name
-        write_safetensors(path, tensors)
+        try:
+            write_safetensors(path, tensors)
+        except Exception as error:  # safetensors' own say neither where nor, always, of which kind they are
+            raise OSError(f"{path} could not be written: {error}") from error
         with path.open("rb") as written:
             os.fsync(written.fileno())
 

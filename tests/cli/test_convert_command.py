@@ -39,6 +39,28 @@ def test_convert_to_megatron_and_back_is_bitwise(command, model, tmp_path):
     assert_same_weights(tmp_path / "back", model)
 
 
+def test_a_full_disk_is_one_line_that_names_the_file(command, model, tmp_path):
+    """The model's file is larger than the file system; so is a checkpoint of it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
+    try:
+        for to, name in (("hf", "model.safetensors"), ("megatron", "")):
+            done = command("convert", model, disk / to, "--to", to)
+            assert done.code == 2, done.err
+            line = done.err.strip().splitlines()[-1]
+            assert line.startswith("[rank 0] "), done.err
+            assert "No space left on device" in line or "disk full" in line
+            assert name in line
+            assert "Traceback" not in done.err
+            assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_convert_exports_the_checkpoint_of_a_training_run(command, model, tmp_path):
     outputs = tmp_path / "out"
     settings = [f"trainer.{item}" for item in (f"output_dir={outputs}", "num_steps=1", "export=true")]
