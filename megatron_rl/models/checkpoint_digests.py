@@ -19,6 +19,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.inert_load import load_inert
 
 FILE = "digests.xxh128"
+TENSORS = (".distcp", ".metadata")
 COMMON = "common.pt"  # what dist_checkpointing stores beside tensors
 
 
@@ -34,16 +35,19 @@ def write_digests(folder: Path, known: Mapping[str, str]) -> None:
     (folder / FILE).write_text("".join(f"{known.get(name) or digest(folder / name)}  {name}\n" for name in names))
 
 
-def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> str:
+def find_damage(folder: Path, rank: int = 0, world_size: int = 1, tensors_only: bool = False) -> str:
     """What is wrong with the checkpoint in ``folder``, the file first; nothing = it is intact.
 
     The files are shared out over ``world_size`` callers, the largest first; each reads its own.
+
+    Args:
+        tensors_only: not what describes the model and the run.
     """
     if not (folder / FILE).is_file():
         return _damaged_structure(folder) if rank == 0 else ""
     try:
         lines = [line.split("  ", 1) for line in (folder / FILE).read_text().splitlines()]
-        expected = {name: value for value, name in lines}
+        expected = {name: value for value, name in lines if not tensors_only or name.endswith(TENSORS)}
     except (OSError, ValueError) as error:
         return f"{FILE} cannot be read ({error})"
     missing = sorted(name for name in expected if not (folder / name).is_file())

@@ -7,8 +7,11 @@ the process that wrote them, beside training where that writes in the background
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import queue
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from megatron_rl.models.checkpoint_digests import digest, write_digests
 from megatron_rl.models.write_results import WriteResults, use_own_results
 
 TEXT_CHARS = 300  # of an error
+BLOCK, PROBE_BLOCKS = 1 << 16, 32  # bytes: less room than that counts as none
 BACKEND, VERSION = "torch_dist", 1
 COMMON = (StrategyAction.SAVE_COMMON, "torch", 1)  # the one strategy for what is stored beside tensors
 
@@ -114,7 +118,7 @@ class CheckpointWriter:
         self._agree()
 
     def _agree(self) -> None:
-        text = None if self._error is None else " ".join(str(self._error).split())[:TEXT_CHARS]
+        text = None if self._error is None else _reason(self._error, self.folder)
         found: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(found, text)
         if told := [part for part in found if part is not None]:
@@ -134,6 +138,25 @@ class CheckpointWriter:
                     gc.enable()
 
         return write_and_digest
+
+
+def _reason(error: BaseException, folder: Path) -> str:
+    """One line. torch's writers lose the system's word ("unexpected pos 64 vs 0"): what it says now is asked."""
+    known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+    text = " ".join(str(error).split())
+    return next((reason for reason in known if reason in text), "") or _try_to_write(folder) or text[:TEXT_CHARS]
+
+
+def _try_to_write(folder: Path) -> str:
+    """Why nothing can be written there; nothing where something can."""
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            for _ in range(PROBE_BLOCKS):
+                file.write(bytes(BLOCK))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _digests(buckets: list[tuple[str, str, Any]]) -> Mapping[str, str]:

@@ -10,7 +10,6 @@ import errno
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from megatron_rl.trainer.retention import complete_checkpoints
 logger = logging.getLogger(__name__)
 
 FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
-BLOCK, PROBE_BLOCKS = 1 << 16, 32  # bytes: less room than that counts as none
 
 
 class CheckpointError(RuntimeError):
@@ -103,24 +101,12 @@ def told(write: Callable[[], object], checkpoint: Path, partial: Path, context: 
 
 def _failure(error: WriteError, checkpoint: Path) -> str:
     folder = next(path for path in checkpoint.parents if path.is_dir())
-    reason = next((reason for reason in FULL if reason in str(error)), "") or _try_to_write(folder)
+    full = any(reason in str(error) for reason in FULL)
     kept = complete_checkpoints(checkpoint.parent)
     stands = f"{kept[-1].name} stands, and the same command continues from there" if kept else "there is none yet"
     free = shutil.disk_usage(folder).free / 2**20
     return (
-        f"{'disk full' if reason in FULL else 'the disk failed'}: checkpoint {checkpoint} could not be written "
-        f"({reason or error}; {free:,.1f} MiB were free); {stands}"
-        + (": free some space, or lower trainer.keep_last" if reason in FULL else "")
+        f"{'disk full' if full else 'the disk failed'}: checkpoint {checkpoint} could not be written "
+        f"({error}; {free:,.1f} MiB were free); {stands}"
+        + (": free some space, or lower trainer.keep_last" if full else "")
     )
-
-
-def _try_to_write(folder: Path) -> str:
-    """Why nothing can be written there now: torch's writers do not say ("unexpected pos 64 vs 0")."""
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            for _ in range(PROBE_BLOCKS):
-                file.write(bytes(BLOCK))
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""

@@ -121,7 +121,7 @@ def convert(
         writer = HFFolderWriter(target, opened.description, dtype or opened.dtype, max_shard_bytes, overwrite)
         context = ParallelContext.create(sizes or ParallelSizes() if to == "megatron" else ParallelSizes())
         if verify and opened.checkpoint is not None:
-            _refuse_damage(opened.checkpoint, context)
+            _refuse_damage(opened.checkpoint, context, tensors_only=config is not None)
         if to == "hf":
             _to_hf(opened, writer, context)
         else:
@@ -129,9 +129,10 @@ def convert(
     return writer.folder
 
 
-def _refuse_damage(checkpoint: Path, context: ParallelContext) -> None:
-    """Each rank reads its share of the files; raises ConfigError on all."""
-    found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size))
+def _refuse_damage(checkpoint: Path, context: ParallelContext, tensors_only: bool) -> None:
+    """Each rank reads its share of the files; raises ConfigError on all. Where the user describes the model, what the
+    checkpoint says of itself may have been changed."""
+    found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size, tensors_only))
     if damage := next(filter(None, found), None):
         raise ConfigError(
             f"checkpoint {checkpoint} is damaged: {damage}: restore it from a copy, or convert another one "
