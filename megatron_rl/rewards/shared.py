@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_rl.batch import Sample
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.rewards.reward import NoReward, Reward
+from megatron_rl.parallel.agreement import PeerError
+from megatron_rl.rewards.reward import NoReward, Reward, RewardError
 from megatron_rl.rewards.weighted import WeightedReward
 
 
@@ -34,9 +35,12 @@ class SharedReward(Reward):
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
         outcome: tuple[list[float | NoReward], list[dict[str, float]]] | None = None
-        with self.context.model_agreement.attempt(f"reward {self.name!r}"):
-            if self.is_leader:
-                outcome = self.reward(samples), [sample.reward_parts for sample in samples]
+        try:
+            with self.context.model_agreement.attempt(f"reward {self.name!r}"):
+                if self.is_leader:
+                    outcome = self.reward(samples), [sample.reward_parts for sample in samples]
+        except PeerError as error:  # the same kind of error on every rank of the replica
+            raise RewardError(str(error)) from None
         rewards, parts = next(found for found in self.context.gather_objects(outcome, "model") if found is not None)
         for sample, own in zip(samples, parts, strict=True):
             sample.reward_parts = own
