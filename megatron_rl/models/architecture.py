@@ -41,6 +41,7 @@ class Architecture:
     rope_scaling: tuple[tuple[str, object], ...] = ()  # Hugging Face rope_scaling, as sorted items; () = none
     max_positions: int = 4096
     experts: Experts | None = None
+    window: int | None = None  # keys that a query sees, its own included; None = all before it
     score_head: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary
 
     @property

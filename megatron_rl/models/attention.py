@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from megatron_rl.models.rope import RotaryTable
@@ -32,7 +33,7 @@ class CoreAttention(MegatronModule):
     """Softmax attention without parameters, over the heads of this tensor-parallel rank.
 
     Raises:
-        ValueError: for anything but causal self-attention with a plain softmax over the whole prefix.
+        ValueError: for anything but causal self-attention with a plain softmax over the prefix, or a window of it.
     """
 
     supports_packing = True
@@ -55,6 +56,8 @@ class CoreAttention(MegatronModule):
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if config.window_size and windowed else None  # its own key included
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
 
     def forward(
@@ -111,13 +114,15 @@ class CoreAttention(MegatronModule):
             segments(lengths, size, rank),
             scale=self.softmax_scale,
             rotary=None if self.rotary is None else self.rotary(max(lengths) * size, query.device),
+            window=self.window,
             dropout=dropout,
         )
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-        if self.cp_group is not None:
+        if self.cp_group is not None or self.window is not None:
             raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} with context parallelism: pass None, attention is causal"
+                f"attention_mask of shape {list(mask.shape)} with context parallelism or a sliding window: pass None, "
+                "attention is causal"
             )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.rotary is not None:
@@ -240,11 +245,16 @@ def _local_lengths(packed: PackedSeqParams, group: dist.ProcessGroup | None, pos
     return [length // size for length in lengths if length]
 
 
+def _looks_back(left: int, right: int) -> bool:
+    """A window is over a fixed number of keys before each query, as `models.builder` writes it."""
+    return left >= 0 and right == 0
+
+
 def _refuse_other_kinds(config: TransformerConfig, mask_type: AttnMaskType, attention_type: str) -> None:
     refused = {
         "attention_type": (attention_type, attention_type == "self"),
         "attn_mask_type": (mask_type, mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)),
-        "window_size": (config.window_size, config.window_size is None),
+        "window_size": (config.window_size, config.window_size is None or _looks_back(*config.window_size)),
         "softmax_type": (config.softmax_type, config.softmax_type == "vanilla"),
     }
     for name, (given, good) in refused.items():

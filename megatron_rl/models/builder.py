@@ -133,18 +133,20 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         ConfigError: layers differ where Megatron-Core wants one value.
     """
     model = describe(architecture)
-    attention = model.shared(lambda layer: layer.attention, "attention")
+    heads = model.shared(lambda layer: (layer.attention.num_heads, layer.attention.num_kv_heads), "attention heads")
+    window = model.shared(lambda layer: layer.attention.window, "sliding windows")
     dense = [layer.mlp.ffn for layer in model.layers if isinstance(layer.mlp, DenseMLP)]
     return {
         "num_layers": len(model.layers),
         "hidden_size": model.embedding.hidden,
         "ffn_hidden_size": dense[0] if dense else architecture.ffn,
-        "num_attention_heads": attention.num_heads,
-        "num_query_groups": attention.num_kv_heads,
-        "kv_channels": attention.head_dim,
+        "num_attention_heads": heads[0],
+        "num_query_groups": heads[1],
+        "kv_channels": model.shared(lambda layer: layer.attention.head_dim, "head sizes"),
+        "window_size": None if window is None else (window - 1, 0),  # keys to the left of a query, and to its right
         "layernorm_epsilon": model.shared(lambda layer: layer.attention_norm.eps, "the epsilon of norms"),
-        "add_qkv_bias": attention.qkv_bias,
-        "qk_layernorm": attention.q_norm is not None,
+        "add_qkv_bias": model.shared(lambda layer: layer.attention.qkv_bias, "biases"),
+        "qk_layernorm": model.shared(lambda layer: layer.attention.q_norm is not None, "query and key norms"),
         "normalization": "RMSNorm",
         "activation_func": F.silu,
         "gated_linear_unit": True,

@@ -21,6 +21,7 @@ from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
 from megatron_rl.models.description import LayerDescription, ModelDescription
+from megatron_rl.models.routed_experts import EXPERT_NAMES, ExpertNames
 from megatron_rl.registry import Registry, nearest
 
 FAMILIES: Registry[type[ModelFamily]] = Registry("model family")
@@ -60,7 +61,9 @@ class ModelFamily:
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     names_head_dim: ClassVar[bool] = True  # the config has ``head_dim`` also where it is hidden / heads
+    windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``, of all layers
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
+    expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type
@@ -98,6 +101,7 @@ class ModelFamily:
             rope_theta=theta,
             rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
             experts=self.experts(config),
+            window=config.get("sliding_window") if self.windowed else None,
         )
 
     def experts(self, config: Mapping[str, Any]) -> Experts | None:
@@ -118,16 +122,18 @@ class ModelFamily:
         if not self.names_head_dim and a.head_dim * a.num_heads == a.hidden:
             del fields["head_dim"]
         rope = dict(a.rope_scaling) or {"rope_type": "default"}
+        fields |= {"sliding_window": a.window} if self.windowed else {}
         fields |= {"architectures": [self.hf_name(a)], "rope_parameters": {"rope_theta": a.rope_theta, **rope}}
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Refuse what would silently be computed differently."""
+        window = config.get("sliding_window")
         unsupported = {
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "attention_bias": bool(config.get("attention_bias")),
             "mlp_bias": bool(config.get("mlp_bias")),
-            "sliding_window": config.get("sliding_window") is not None,
+            "sliding_window": window is not None and (not self.windowed or window < 1),
             "quantization_config": config.get("quantization_config") is not None,
         }
         for key, refused in unsupported.items():
@@ -174,14 +180,14 @@ class ModelFamily:
         )
         rotary = Rotary(a.head_dim, a.rope_theta, a.rope_scaling)
         return GroupedQueryAttention(
-            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm
+            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm, a.window
         )
 
     def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
         """The feed-forward layer, or the experts, of the ``index``-th layer."""
         if a.experts is None or index in a.experts.dense_layers:
             return DenseMLP(a.hidden, a.ffn)
-        return ExpertMLP(a.hidden, a.experts)
+        return ExpertMLP(a.hidden, a.experts, self.expert_names)
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -220,8 +226,9 @@ def in_a_family(architecture: Architecture) -> Architecture:
                 return found
     a = architecture
     raise ConfigError(
-        f"no Hugging Face family has qkv_bias={a.qkv_bias}, qk_norm={a.qk_norm}, experts={a.experts is not None}: "
-        "Llama has none of them, Qwen2 the bias, Qwen3 the norm, Qwen3-MoE norm and experts"
+        f"no Hugging Face family has qkv_bias={a.qkv_bias}, qk_norm={a.qk_norm}, experts={a.experts is not None}, "
+        f"window={a.window}: Llama has none of them, Qwen2 the bias, Qwen3 the norm, Qwen3-MoE norm and experts, "
+        "Mistral the window, Mixtral experts and the window"
     )
 
 

@@ -218,6 +218,8 @@ def arguments_from_architecture(
         rotary_base=int(a.rope_theta) if float(a.rope_theta).is_integer() else a.rope_theta,
         use_rope_scaling=dict(a.rope_scaling) == LLAMA3_SCALING,
         layernorm_epsilon=a.norm_eps,
+        window_size=None if a.window is None else (a.window - 1, 0),
+        window_attn_skip_freq=None,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
         untie_embeddings_and_output_weights=not a.tied,

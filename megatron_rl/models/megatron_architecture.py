@@ -58,8 +58,18 @@ def architecture_from_megatron(
         rope_scaling=rope_scaling,
         max_positions=max_positions,
         experts=_experts(config),
+        window=_window(config),
     )
     return in_a_family(architecture)
+
+
+def _window(config: TransformerConfig) -> int | None:
+    if config.window_size is None:
+        return None
+    left, right = config.window_size
+    if left < 0 or right != 0:
+        _refuse([Refusal("window_size", str(config.window_size), "None or (keys to the left, 0)")])
+    return left + 1
 
 
 def _experts(config: TransformerConfig) -> Experts | None:

@@ -76,7 +76,7 @@ FREE: dict[str, str] = {
         "inference_fuse_tp_communication mlp_chunks_for_prefill cache_mla_latents"
     ),
     "read only beside another field, which is refused": (
-        "window_attn_skip_freq qk_clip_alpha qk_clip_threshold dsa_indexer_n_heads dsa_indexer_head_dim "
+        "qk_clip_alpha qk_clip_threshold dsa_indexer_n_heads dsa_indexer_head_dim "
         "dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss linear_conv_kernel_dim "
         "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads fp8_recipe "
         "fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad "
@@ -96,9 +96,10 @@ TAKEN: dict[str, str] = {
     "num_query_groups": "num_key_value_heads",
     "kv_channels": "head_dim",
     "layernorm_epsilon": "rms_norm_eps",
+    "window_size": "sliding_window, one more, the family: Mistral; None or (keys to the left, 0)",
     "add_qkv_bias": "the family: Qwen2",
     "qk_layernorm": "the family: Qwen3",
-    "num_moe_experts": "num_experts, the family: Qwen3-MoE (with qk_layernorm)",
+    "num_moe_experts": "num_experts, the family: Qwen3-MoE (with qk_layernorm), else Mixtral",
     "moe_router_topk": "num_experts_per_tok",
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_layer_freq": "mlp_only_layers",
@@ -131,7 +132,7 @@ NEUTRAL: dict[str, Neutral] = {
     "add_bias_linear": _OFF,
     "softmax_scale": _NONE,
     "softmax_type": _is("vanilla"),
-    "window_size": _NONE,
+    "window_attn_skip_freq": _NONE,
     "rotary_interleaved": _OFF,
     "no_rope_freq": Neutral("None or 0 in every layer", lambda value: not value or not any(_as_list(value))),
     "mrope_section": _NONE,

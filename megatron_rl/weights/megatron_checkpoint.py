@@ -44,6 +44,7 @@ NAMES = {
     "tied": ("tie_word_embeddings", "not untie_embeddings_and_output_weights"),
     "qkv_bias": ("attention bias", "add_qkv_bias"),
     "qk_norm": ("query and key norms", "qk_layernorm"),
+    "window": ("sliding_window", "window_size"),
     "num_experts": ("num_experts", "num_experts"),
     "experts_per_token": ("num_experts_per_tok", "moe_router_topk"),
     "normalize_weights": ("norm_topk_prob", "not moe_router_pre_softmax"),

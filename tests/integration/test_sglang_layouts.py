@@ -19,7 +19,7 @@ from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import SafetensorsFolder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral")
 # Sizes that each of 4 ranks holds a part of, and heads that are repeated at 4; the vocabulary needs padding.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 250}
 

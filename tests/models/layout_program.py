@@ -33,7 +33,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 DENSE = Architecture("qwen3", 5, 32, 64, 4, 2, 8, 90, tied=True, qk_norm=True, rope_theta=1000.0)
 BIASED = replace(DENSE, family="qwen2", tied=False, qk_norm=False, qkv_bias=True)
 SPARSE = replace(DENSE, family="qwen3_moe", num_layers=2, tied=False, experts=Experts(4, 2, 24, dense_layers=(0,)))
-ARCHITECTURES = {"dense": DENSE, "biased": BIASED, "sparse": SPARSE}
+WINDOWED = replace(BIASED, family="mistral", qkv_bias=False, num_layers=2, window=5)
+ARCHITECTURES = {"dense": DENSE, "biased": BIASED, "sparse": SPARSE, "windowed": WINDOWED}
 LENGTHS = (12, 28, 32, 8, 24, 16, 4, 36)  # neighbours pack to 40
 COLUMNS, ROWS, TEMPERATURE, VOCAB_MULTIPLE = 40, 2, 0.7, 32
 
@@ -261,6 +262,8 @@ def cases() -> list[Case]:
         Case("biased cp2 tp2", "biased", s(cp=2, tp=2), packed=False),
         Case("value tp2 pp2 sp", "dense", s(tp=2, pp=2, **sp), value_head=True),
         Case("value tp2 cp2", "dense", s(tp=2, cp=2), value_head=True),
+        Case("windowed cp2 tp2", "windowed", s(cp=2, tp=2)),
+        Case("windowed pp2 padded", "windowed", s(pp=2), packed=False),
         Case("ep2", "sparse", s(ep=2)),
         Case("ep4 padded", "sparse", s(ep=4), packed=False),
         Case("tp2 ep2 sp", "sparse", s(tp=2, ep=2, **sp)),

@@ -6,7 +6,7 @@ chunk), the SGLang side its weight loaders (chunk per projection, cat).
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,30 @@ LLAMA = Architecture(
 QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, tied=True)
 QWEN3 = replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=2)
 QWEN3_MOE = replace(QWEN3, family="qwen3_moe", experts=Experts(8, 2, 16, dense_layers=(1,)))
-ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE)
+MISTRAL = replace(LLAMA, family="mistral", window=7)  # shorter than the sequences of the tests
+MIXTRAL = replace(MISTRAL, family="mixtral", ffn=16, experts=Experts(8, 3, 16))
+ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL)
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """What the files of a family call the parts of a mixture of experts, within a layer."""
+
+    mixture: str = "mlp."
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+    def expert(self, full: dict[str, Tensor], layer: str, expert: int) -> tuple[Tensor, ...]:
+        prefix = f"{layer}{self.mixture}experts.{expert}."
+        return tuple(full[f"{prefix}{name}.weight"] for name in (self.gate, self.up, self.down))
+
+
+FILE_NAMES = {"mixtral": FileNames("block_sparse_moe.", "w1", "w3", "w2")}
+
+
+def file_names(a: Architecture) -> FileNames:
+    return FILE_NAMES.get(a.family, FileNames())
 
 
 def random_logical(architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -105,11 +128,11 @@ def megatron_layer(a: Architecture, full: dict[str, Tensor], grid: RankGrid, ran
         out["mlp.linear_fc1.weight"] = fused_halves(gate, up, at.tp, tp)
         out["mlp.linear_fc2.weight"] = down.chunk(tp, dim=1)[at.tp]
         return out
-    out["mlp.router.weight"] = full[p + "mlp.gate.weight"]
+    names = file_names(a)
+    out["mlp.router.weight"] = full[f"{p}{names.mixture}gate.weight"]
     count, etp = a.experts.num_experts // grid.sizes.ep, grid.sizes.etp
     for local in range(count):
-        expert = f"{p}mlp.experts.{at.ep * count + local}."
-        gate, up, down = (full[f"{expert}{name}_proj.weight"] for name in ("gate", "up", "down"))
+        gate, up, down = names.expert(full, p, at.ep * count + local)
         out[f"mlp.experts.local_experts.{local}.linear_fc1.weight"] = fused_halves(gate, up, at.etp, etp)
         out[f"mlp.experts.local_experts.{local}.linear_fc2.weight"] = down.chunk(etp, dim=1)[at.etp]
     return out
@@ -137,17 +160,19 @@ def rollout_by_hand(a: Architecture, full: dict[str, Tensor], rank: int, tp: int
             out[p + "mlp.gate_up_proj.weight"] = fused_halves(gate, up, rank, tp)
             out[p + "mlp.down_proj.weight"] = down.chunk(tp, dim=1)[rank]
         else:
-            out[p + "mlp.gate.weight"] = full[p + "mlp.gate.weight"]
-            out |= rollout_experts(a.experts, full, p, rank, tp, ep)
+            gate_name = f"{p}{file_names(a).mixture}gate.weight"
+            out[gate_name] = full[gate_name]
+            out |= rollout_experts(a, full, p, rank, tp, ep)
     return out
 
 
-def rollout_experts(experts: Experts, full: dict[str, Tensor], p: str, rank: int, tp: int, ep: int) -> dict:
+def rollout_experts(a: Architecture, full: dict[str, Tensor], p: str, rank: int, tp: int, ep: int) -> dict:
     ep_rank, moe_rank, moe_tp = rank // (tp // ep), rank % (tp // ep), tp // ep
-    count = experts.num_experts // ep
+    count, names = a.experts.num_experts // ep, file_names(a)
     w13, w2 = [], []
     for expert in range(ep_rank * count, (ep_rank + 1) * count):
-        gate, up, down = (full[f"{p}mlp.experts.{expert}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+        gate, up, down = names.expert(full, p, expert)
         w13.append(fused_halves(gate, up, moe_rank, moe_tp))
         w2.append(down.chunk(moe_tp, dim=1)[moe_rank])
-    return {p + "mlp.experts.w13_weight": torch.stack(w13), p + "mlp.experts.w2_weight": torch.stack(w2)}
+    p += names.mixture + "experts."
+    return {p + "w13_weight": torch.stack(w13), p + "w2_weight": torch.stack(w2)}

@@ -44,11 +44,16 @@ CASES = [
     ("qwen3_moe", ParallelSizes(ep=4)),
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, etp=2, sequence_parallel=True)),
+    ("mistral", ParallelSizes(tp=4)),
+    ("mistral", ParallelSizes(tp=2, pp=2, sequence_parallel=True)),
+    ("mixtral", ParallelSizes(ep=4)),
+    ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("stories", ParallelSizes(tp=2, pp=2)),  # real weights, 5 layers over 2 stages
 ]
 CONVERSIONS = [
     ("llama", ParallelSizes(pp=2, vpp=2)),
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
 ]
 TOKENS = 16
 

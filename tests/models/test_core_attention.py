@@ -75,6 +75,19 @@ def test_packed_sequences_do_not_see_one_another(context, lengths):
     assert_same(got, explicit(*inputs, visible, 8**-0.5), inputs)
 
 
+@pytest.mark.parametrize(("lengths", "window"), [((12,), 4), ((3, 5, 4), 3), ((1, 1, 10), 1)])
+def test_windows_hide_what_lies_before_them(context, lengths, window):
+    inputs = qkv(12, 1)
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    visible = torch.ones(12, 12).tril().triu(1 - window).bool() & (owner[:, None] == owner[None, :])
+    cu_seqlens = torch.tensor((0, *lengths)).cumsum(0).int()
+    attention = core_attention(context, window_size=(window - 1, 0))
+    got = attention(*(x.squeeze(1) for x in inputs), None, packed_seq_params=packed_params(cu_seqlens))
+    assert_same(got, explicit(*inputs, visible, 8**-0.5), inputs)
+    with pytest.raises(ValueError, match="sliding window: pass None"):
+        attention(*inputs, torch.zeros(12, 12, dtype=torch.bool)[None, None])
+
+
 def test_an_explicit_mask_is_taken_as_it_is(context):
     inputs = qkv(6, 2)
     masked = torch.rand(6, 6, generator=torch.Generator().manual_seed(1)) > 0.5
@@ -135,8 +148,8 @@ def test_attention_that_is_not_plain_and_causal_is_refused(context):
     config = transformer_config(ARCHITECTURE, ParallelSizes())
     with pytest.raises(ValueError, match=r"attn_mask_type=AttnMaskType\.no_mask is not supported"):
         CoreAttention(config, 1, AttnMaskType.no_mask, "self", pg_collection=context.collection)
-    with pytest.raises(ValueError, match=r"window_size=\(4, 0\) is not supported"):
-        core_attention(context, window_size=(4, 0))
+    with pytest.raises(ValueError, match=r"window_size=\(4, 4\) is not supported"):
+        core_attention(context, window_size=(4, 4))
 
 
 def test_dropout_only_acts_in_training(context):

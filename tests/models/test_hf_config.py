@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from models.oracle import ALL, LLAMA, QWEN3_MOE
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3MoeConfig
+from models.oracle import ALL, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
+from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, Experts
@@ -80,8 +80,29 @@ def test_sliding_windows_are_refused() -> None:
         architecture_from_hf(Qwen2Config(use_sliding_window=True, sliding_window=8))
 
 
+def test_a_window_is_taken_from_the_families_that_have_one() -> None:
+    assert architecture_from_hf(MistralConfig()).window == 4096
+    assert architecture_from_hf(MistralConfig(sliding_window=None)).window is None
+    assert architecture_from_hf(MixtralConfig(sliding_window=64)).window == 64
+    with pytest.raises(ConfigError, match="sliding_window=0"):
+        architecture_from_hf(MistralConfig(sliding_window=0))
+
+
+def test_megatron_models_find_the_first_family_that_can_say_all_of_them() -> None:
+    plain, windowed = replace(MISTRAL, window=None), replace(LLAMA, window=5)
+    assert in_a_family(plain) == LLAMA
+    assert in_a_family(windowed) == replace(MISTRAL, window=5)
+    assert in_a_family(replace(MIXTRAL, ffn=99)) == MIXTRAL  # no layer reads 99
+    with pytest.raises(ConfigError, match="window=5"):
+        in_a_family(replace(QWEN3_MOE, window=5))
+    with pytest.raises(ConfigError, match=r"window_size=\(4, 4\)"):
+        architecture_from_megatron(transformer_config(LLAMA, ParallelSizes(), window_size=(4, 4)), 50, False)
+
+
 def test_unknown_families_are_refused_with_the_list_and_the_place_to_add_one(tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"'gpt2' is not supported.*llama, qwen2, qwen3, qwen3_moe.*_rl/models"):
+    with pytest.raises(
+        ConfigError, match=r"'gpt2' is not supported.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe.*_rl/models"
+    ):
         architecture_from_hf(AutoConfig.for_model("gpt2"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen_3"}))
     with pytest.raises(ConfigError, match="Did you mean 'qwen3'"):

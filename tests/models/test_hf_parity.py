@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.oracle import LLAMA, QWEN2, QWEN3, QWEN3_MOE
+from models.oracle import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import megatron_rl
@@ -44,6 +44,9 @@ CASES = {
     "qwen3, heads wider than hidden / heads": WIDE_HEADS,
     "qwen3_moe": QWEN3_MOE,
     "qwen3_moe, weights not rescaled": UNNORMALISED,
+    "mistral, sliding window": MISTRAL,
+    "mistral, no window": replace(MISTRAL, window=None),
+    "mixtral, sliding window": MIXTRAL,
 }
 
 
@@ -105,7 +108,7 @@ def test_a_real_pretrained_llama_gives_its_logits(stories_model: Path, context: 
     assert (found - same).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize("architecture", [LLAMA, QWEN2, QWEN3_MOE], ids=lambda a: a.family)
+@pytest.mark.parametrize("architecture", [LLAMA, QWEN2, QWEN3_MOE, MIXTRAL], ids=lambda a: a.family)
 def test_a_value_model_holds_its_layout_and_one_head_more(architecture: Architecture, context: ParallelContext) -> None:
     config = transformer_config(architecture, ONE)
     chunks = build_model(architecture, config, pg_collection=context.collection, value_head=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_ranks
-from models.oracle import LLAMA, QWEN2, QWEN3, QWEN3_MOE
+from models.oracle import ALL
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.models.hf_config import hf_config_from
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).with_name("parity_program.py")
 
 @pytest.mark.distributed
 def test_logits_names_and_bits_survive_every_layout(tmp_path, stories_model) -> None:
-    for architecture in (LLAMA, QWEN2, QWEN3, QWEN3_MOE):
+    for architecture in ALL:
         if architecture.family == "llama":
             architecture = replace(architecture, num_layers=5)  # uneven stages
         torch.manual_seed(2)
@@ -30,5 +30,5 @@ def test_logits_names_and_bits_survive_every_layout(tmp_path, stories_model) -> 
         model.save_pretrained(tmp_path / architecture.family)
     shutil.copytree(stories_model, tmp_path / "stories")
     output = run_ranks(PROGRAM, 4, str(tmp_path), timeout=300)
-    assert output.count("parity ") == 11, output
-    assert output.count("converted ") == 2, output
+    assert output.count("parity ") == 15, output
+    assert output.count("converted ") == 3, output

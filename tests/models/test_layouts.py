@@ -10,6 +10,8 @@ import torch
 from models.oracle import (
     ALL,
     LLAMA,
+    MISTRAL,
+    MIXTRAL,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
@@ -57,8 +59,8 @@ MOE_GRIDS = [
     (ParallelSizes(tp=2, ep=2, etp=2), 4),
     (ParallelSizes(tp=4, ep=2, pp=2, vpp=2), 16),
 ]
-CASES = [(a, *grid) for a in (LLAMA, QWEN2, QWEN3) for grid in DENSE_GRIDS]
-CASES += [(QWEN3_MOE, *grid) for grid in MOE_GRIDS]
+CASES = [(a, *grid) for a in (LLAMA, QWEN2, QWEN3, MISTRAL) for grid in DENSE_GRIDS]
+CASES += [(a, *grid) for a in (QWEN3_MOE, MIXTRAL) for grid in MOE_GRIDS]
 
 
 @pytest.mark.parametrize(("architecture", "sizes", "world"), CASES, ids=lambda v: getattr(v, "family", str(v)))
@@ -78,7 +80,8 @@ def test_replicas_share_a_cell_and_nobody_else_does() -> None:
 
 
 ROLLOUTS = [(1, 1), (2, 1), (4, 1), (8, 1)]
-ROLLOUT_CASES = [(a, *sizes) for a in ALL for sizes in ROLLOUTS] + [(QWEN3_MOE, 4, 2), (QWEN3_MOE, 4, 4)]
+ROLLOUT_CASES = [(a, *sizes) for a in ALL for sizes in ROLLOUTS]
+ROLLOUT_CASES += [(a, 4, ep) for a in (QWEN3_MOE, MIXTRAL) for ep in (2, 4)]
 
 
 @pytest.mark.parametrize(("architecture", "tp", "ep"), ROLLOUT_CASES, ids=lambda v: getattr(v, "family", str(v)))

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -50,6 +52,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "llama3_rope": LlamaConfig(**_SMALL, tie_word_embeddings=False, rope_parameters=_LLAMA3),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SMALL, head_dim=16, tie_word_embeddings=False),
+    "mistral": MistralConfig(**_SMALL, sliding_window=9, tie_word_embeddings=False),
+    "mixtral": MixtralConfig(
+        **_SMALL | {"intermediate_size": 24},
+        num_local_experts=6,
+        num_experts_per_tok=2,
+        sliding_window=None,
+        tie_word_embeddings=False,
+        experts_implementation="eager",
+    ),
     "qwen3_moe": Qwen3MoeConfig(
         **_SMALL,
         head_dim=16,
@@ -83,6 +94,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     experts = None
     if config.model_type == "qwen3_moe":
         experts = Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    if config.model_type == "mixtral":
+        experts = Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
     return Architecture(
         family=config.model_type,
         num_layers=config.num_hidden_layers,
@@ -100,6 +113,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
         max_positions=config.max_position_embeddings,
         experts=experts,
+        window=config.sliding_window if config.model_type in ("mistral", "mixtral") else None,
     )
 
 
@@ -159,11 +173,12 @@ class Cutter:
             self.out[prefix + "mlp.gate_up_proj.weight"] = torch.cat(parts)
             self.out[prefix + "mlp.down_proj.weight"] = self.cols(state[prefix + "mlp.down_proj.weight"])
         else:
-            self._experts(prefix + "mlp.")
+            block = "block_sparse_moe." if self.architecture.family == "mixtral" else "mlp."
+            self._experts(prefix + "mlp.", prefix + block)
 
-    def _experts(self, prefix: str) -> None:
-        self.out[prefix + "gate.weight"] = self.state[prefix + "gate.weight"]
-        gate_up, down = self.state[prefix + "experts.gate_up_proj"], self.state[prefix + "experts.down_proj"]
+    def _experts(self, module: str, prefix: str) -> None:
+        self.out[prefix + "gate.weight"] = self.state[module + "gate.weight"]
+        gate_up, down = self.state[module + "experts.gate_up_proj"], self.state[module + "experts.down_proj"]
         if self.expert_parallel:
             w13, w2 = self.rows(gate_up), self.rows(down)
         else:

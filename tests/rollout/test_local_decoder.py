@@ -57,7 +57,7 @@ def test_real_model_greedy_text_equals_transformers(stories_model: object) -> No
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["llama3_rope", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3_rope", "qwen3", "mistral"])
 def test_the_torch_ops_give_the_same_completions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SamplingParams(n=2, max_tokens=24, ignore_eos=True)
     model = random_model(name)

@@ -8,13 +8,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rollout.rollout_models import architecture_of, random_model
+from rollout.rollout_models import CONFIGS, architecture_of, random_model
 
 from megatron_rl.config import ConfigError
-from megatron_rl.rollout.sglang.model_folder import check_cpu_layout, write_model_folder
+from megatron_rl.rollout.sglang.model_folder import check_cpu_layout, check_served, write_model_folder
 from megatron_rl.rollout.sglang.server import (
     CPU_SHIM,
     ServerSettings,
@@ -157,3 +158,13 @@ def test_sizes_that_a_cpu_server_would_pad_are_refused(tmp_path: Path) -> None:
         check_cpu_layout(architecture, 4)
     folder = write_model_folder(tmp_path / "model", architecture, None, "bfloat16")
     assert "LlamaForCausalLM" in (folder / "config.json").read_text()
+
+
+def test_models_that_sglang_would_compute_otherwise_are_refused() -> None:
+    windowed = architecture_of(CONFIGS["mistral"])
+    check_served(windowed, max_context=9)
+    with pytest.raises(ConfigError, match=r"sliding window of 9 tokens.*contexts of 10.*context_length to 9"):
+        check_served(windowed, max_context=10)
+    check_served(architecture_of(CONFIGS["mixtral"]), max_context=128)
+    with pytest.raises(ConfigError, match="SGLang computes Mixtral with heads of hidden / heads = 8 channels"):
+        check_served(replace(architecture_of(CONFIGS["mixtral"]), head_dim=16), max_context=128)

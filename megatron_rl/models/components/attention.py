@@ -22,6 +22,7 @@ class GroupedQueryAttention:
     qkv_bias: bool = False
     q_norm: Norm | None = None  # over each query head; always together with k_norm
     k_norm: Norm | None = None
+    window: int | None = None  # keys that a query sees, its own included; None = all before it
 
     def parameters(self) -> Iterator[Parameter]:
         """Names lack the layer's prefix."""

@@ -22,6 +22,7 @@ def decode_attention(
     positions: Tensor,
     length: int,
     *,
+    window: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Context of each query head, ``[rows, q_heads * head_dim]``.
@@ -33,10 +34,13 @@ def decode_attention(
         cache: ``[rows or more, kv_heads, 2, max_length, head_dim]``, keys and values; row i of ``qkv`` owns row i.
         positions: ``[rows]`` int64, where each new token stands; what the cache holds before it is attended to.
         length: largest position + 1, which spares asking the device.
+        window: positions that a query sees at most, its own included; None = all up to it. Where it hides any, only
+            "reference" can.
         implementation: forces one; None takes the best available: "cpu" for float32 only, else "reference".
 
     Raises:
-        ValueError: shapes do not fit, or the tensors are not contiguous, of one dtype.
+        ValueError: shapes do not fit, the tensors are not contiguous or not of one dtype, or the forced implementation
+            knows no window.
         UnavailableError: the forced implementation cannot run here.
     """
     rows, heads, head_dim = qkv.shape
@@ -50,6 +54,11 @@ def decode_attention(
     tensors = (qkv, cos, sin, cache)
     if {tensor.dtype for tensor in tensors} != {qkv.dtype} or not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("qkv, cos, sin and cache must be contiguous and of one dtype")
-    if implementation is None and qkv.dtype != torch.float32:
+    window = None if window is None or window >= length else window
+    if implementation is None and (qkv.dtype != torch.float32 or window is not None):
         implementation = "reference"
-    return choose("decode_attention", qkv.device.type, implementation)(qkv, cos, sin, cache, positions, length)
+    if window is not None and implementation != "reference":
+        raise ValueError(f"decode_attention={implementation} knows no window of {window}: leave the choice open")
+    run = choose("decode_attention", qkv.device.type, implementation)
+    windowed = () if window is None else (window,)
+    return run(qkv, cos, sin, cache, positions, length, *windowed)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor, length: int) -> Tensor:
+def decode_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor, length: int, window: int | None = None
+) -> Tensor:
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     rows, heads, head_dim = qkv.shape
     kv_heads = cache.shape[1]
@@ -19,8 +21,11 @@ def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, posit
     queries, keys, values = qkv.split([heads - 2 * kv_heads, kv_heads, kv_heads], 1)
     index = torch.arange(rows, device=qkv.device)
     cache[index, :, :, positions] = torch.stack([keys, values], 2)
-    behind = torch.arange(length, device=qkv.device) > positions[:, None]
-    mask = torch.zeros(behind.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(behind, -math.inf)
+    places = torch.arange(length, device=qkv.device)
+    hidden = places > positions[:, None]
+    if window is not None:
+        hidden |= places <= positions[:, None] - window
+    mask = torch.zeros(hidden.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(hidden, -math.inf)
     context = F.scaled_dot_product_attention(
         queries.reshape(rows, kv_heads, -1, head_dim),
         cache[:rows, :, 0, :length],

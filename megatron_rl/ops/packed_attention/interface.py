@@ -23,6 +23,7 @@ def packed_attention(
     *,
     scale: float,
     rotary: Tensor | None = None,
+    window: int | None = None,
     dropout: float = 0.0,
     implementation: str | None = None,
 ) -> Tensor:
@@ -37,24 +38,37 @@ def packed_attention(
         rotary: [2, positions, dim / 2] fp32: cosines and sines by which queries and keys are turned first, for at least
             as many positions as a segment has keys; a segment's first key stands at position 0. None: they are used as
             they are.
+        window: keys that a query sees at most, its own included; None = all before it. Where it hides any, only
+            "reference" can.
         dropout: probability with which a softmax weight is dropped; only "reference" can.
-        implementation: forces one; None takes the best available: "cpu" for fp32 without dropout, else "reference".
+        implementation: forces one; None takes the best available: "cpu" for fp32 without dropout and without a
+            window that hides keys, else "reference".
 
     Returns:
         [queries, heads, value_dim].
 
     Raises:
-        ValueError: shapes or segments that do not fit.
+        ValueError: shapes or segments that do not fit, or the forced implementation knows no window.
         UnavailableError: the forced implementation cannot run here.
     """
     _check(query, key, value, segments)
     _check_rotary(query, segments, rotary)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: a query sees at least its own key")
+    if window is not None and window >= int(segments[:, 3].max()):
+        window = None
     if implementation is None and (
-        query.dtype != torch.float32 or dropout > 0.0 or max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM
+        query.dtype != torch.float32
+        or dropout > 0.0
+        or window is not None
+        or max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM
     ):
         implementation = "reference"
+    if window is not None and implementation != "reference":
+        raise ValueError(f"packed_attention={implementation} knows no window of {window} keys: leave the choice open")
     run = choose("packed_attention", query.device.type, implementation)
-    out: Tensor = run(query, key, value, segments, rotary, scale, dropout)
+    windowed = () if window is None else (window,)
+    out: Tensor = run(query, key, value, segments, rotary, scale, dropout, *windowed)
     return out
 
 

@@ -1,5 +1,6 @@
 """`packed_attention` by torch's own attention, one segment at a time, on any device and dtype; autograd differentiates
-it. The cost is the sum over segments; a mask exists only where a segment has more keys than queries."""
+it. The cost is the sum over segments; a mask exists only where a segment has more keys than queries, or than the
+window."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from torch import Tensor
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, rotary: Tensor | None, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    rotary: Tensor | None,
+    scale: float,
+    dropout: float,
+    window: int | None = None,
 ) -> Tensor:
     """See `megatron_rl.ops.packed_attention.interface.packed_attention`."""
     value_dim = value.shape[-1]
@@ -24,7 +32,7 @@ def packed_attention(
         if rotary is not None:
             keys = rotate(keys, rotary[:, :num_keys])
             queries = rotate(queries, rotary[:, num_keys - num_queries : num_keys])
-        outs.append(_attend(queries, keys, values, scale, dropout))
+        outs.append(_attend(queries, keys, values, scale, dropout, window))
     return torch.cat(outs)[..., :value_dim]
 
 
@@ -36,10 +44,10 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
     mask = None
-    if query.shape[0] != key.shape[0]:
-        mask = _suffix_mask(query.shape[0], key.shape[0], query.dtype, query.device)
+    if query.shape[0] != key.shape[0] or (window is not None and window < key.shape[0]):
+        mask = _suffix_mask(query.shape[0], key.shape[0], window or key.shape[0], query.dtype, query.device)
     query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
     out = F.scaled_dot_product_attention(
         query,
@@ -55,8 +63,11 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: fl
 
 
 @lru_cache(maxsize=16)
-def _suffix_mask(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask for the last ``num_queries`` of ``num_keys`` positions; one tensor for all layers."""
+def _suffix_mask(num_queries: int, num_keys: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive causal mask for the last ``num_queries`` of ``num_keys`` positions, each of which sees ``window`` keys,
+    its own included; one tensor for all layers."""
+    before = num_keys - num_queries
     with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).triu(num_keys - num_queries + 1)
+        every = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)
+        hidden = every.triu(before + 1) | every.tril(before - window)
         return torch.zeros(num_queries, num_keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

@@ -48,6 +48,7 @@ class Layer:
 
     index: int
     rotary: Rotary
+    window: int | None  # tokens that a query sees, itself included
     attention_norm: NormWeight
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
@@ -91,6 +92,7 @@ class Decoder:
         # The C++ ones compute in float32 only.
         implementation = None if self.embedding.dtype == torch.float32 else "reference"
         self._attend_cache = choose("decode_attention", device, implementation)
+        self._attend_window = choose("decode_attention", device, "reference")
         self._add_rms_norm = choose("add_rms_norm", device, implementation)
 
     def reserve(self, rows: int, length: int) -> None:
@@ -119,7 +121,7 @@ class Decoder:
             heads = qkv.view(count, longest, -1, self.head_dim)
             queries, keys, values = heads.split([self.q_heads, self.kv_heads, self.kv_heads], 2)
             self.cache.write_prompts(layer.index, keys, values, sources, row)
-            return attend_prompts(queries, keys, values)
+            return attend_prompts(queries, keys, values, layer.window)
 
         hidden = self._run(tokens.flatten(), attend)
         last = torch.arange(count, device=tokens.device) * longest + lengths - 1
@@ -139,7 +141,10 @@ class Decoder:
         turns = self._turns(positions)
 
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
-            return self._attend_cache(qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
+            inputs = (qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
+            if layer.window is None or layer.window >= length:
+                return self._attend_cache(*inputs)
+            return self._attend_window(*inputs, layer.window)
 
         return self._logits(self._run(tokens, attend))
 
@@ -211,6 +216,7 @@ def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], inde
     return Layer(
         index=index,
         rotary=attention.rotary,
+        window=attention.window,
         attention_norm=_norm(described.attention_norm, parameters, prefix),
         qkv=_named(parameters, prefix + "self_attn.qkv_proj.weight"),
         qkv_bias=_named(parameters, prefix + "self_attn.qkv_proj.bias") if attention.qkv_bias else None,
@@ -250,11 +256,21 @@ def _named(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return parameters[name]
 
 
-def attend_prompts(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+def attend_prompts(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None
+) -> torch.Tensor:
     """Causal attention inside each prompt; heads ``[prompts, length, heads, head_dim]``, fewer of keys than of queries
     where grouped. ``[prompts * length, q_heads * head_dim]``."""
-    grouped = queries.shape[2] != keys.shape[2]
+    grouped, length = queries.shape[2] != keys.shape[2], queries.shape[1]
+    seen = None
+    if window is not None and window < length:
+        seen = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril().triu(1 - window)
     context = F.scaled_dot_product_attention(
-        queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), is_causal=True, enable_gqa=grouped
+        queries.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=seen,
+        is_causal=seen is None,
+        enable_gqa=grouped,
     )
     return context.transpose(1, 2).flatten(0, 1).flatten(1)

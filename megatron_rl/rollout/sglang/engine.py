@@ -38,7 +38,7 @@ from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.generation import Request
 from megatron_rl.rollout.sglang.launch import build_members
 from megatron_rl.rollout.sglang.membership import Member, Membership
-from megatron_rl.rollout.sglang.model_folder import write_model_folder
+from megatron_rl.rollout.sglang.model_folder import check_served, write_model_folder
 from megatron_rl.rollout.sglang.options import SGLangOptions
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
@@ -87,6 +87,7 @@ class SGLangEngine(RolloutEngine):
         self.architecture, self._layout, self.rank = architecture, layout, rank
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
         self.max_context = self.options.server.context_length or architecture.max_positions
+        check_served(architecture, self.max_context)
         self.replica = Replica.of(layout, rank, tp_group)
         self._gate, self._asleep = UpdateGate(), set[str]()
         self._shards: Mapping[str, torch.Tensor] = {}  # what the servers were given last

@@ -24,6 +24,28 @@ def write_model_folder(folder: Path, architecture: Architecture, tokenizer: Any 
     return folder
 
 
+def check_served(architecture: Architecture, max_context: int) -> None:
+    """Refuse what SGLang would compute otherwise: its Llama, Mistral and Mixtral (0.5.23) attend to every token before,
+    and its Mixtral knows neither heads of a size of their own nor scaled rotary positions.
+
+    Raises:
+        ConfigError: the model has one of these.
+    """
+    a = architecture
+    if a.window is not None and a.window < max_context:
+        raise ConfigError(
+            f"SGLang computes {a.family} models without their sliding window of {a.window} tokens, and contexts of "
+            f"{max_context} are longer: set actor.rollout.options.server.context_length to {a.window} or less, or use "
+            "engine: local"
+        )
+    if a.family == "mixtral" and (a.rope_scaling or a.head_dim * a.num_heads != a.hidden):
+        raise ConfigError(
+            f"SGLang computes Mixtral with heads of hidden / heads = {a.hidden // a.num_heads} channels and plain "
+            f"rotary positions, but this one has head_dim={a.head_dim}, rope_scaling={dict(a.rope_scaling)}: use "
+            "engine: local"
+        )
+
+
 def check_cpu_layout(architecture: Architecture, tp: int) -> None:
     """Refuse what a CPU server would pad, and then hold in another layout than a GPU server does.
 

@@ -20,6 +20,7 @@ VOCAB = 64
 TEMPERATURE = 0.9
 NUM_GROUPS, GROUP_SIZE, NUM_PAIRS = 4, 3, 4
 INITIAL_STD = 0.08
+WINDOW = 6  # of models with a sliding window: some sequences are longer
 PLAIN = Architecture("llama", 4, 32, 64, 4, 2, 8, VOCAB, tied=False, max_positions=128)
 
 
@@ -47,6 +48,7 @@ def shrunk(architecture: Architecture) -> Architecture:
         qkv_bias=architecture.qkv_bias,
         qk_norm=architecture.qk_norm,
         experts=experts,
+        window=architecture.window and min(architecture.window, WINDOW),
     )
 
 
