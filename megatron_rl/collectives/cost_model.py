@@ -51,13 +51,3 @@ def choose(costs: Mapping[str, Cost], num_bytes: int, minimum_gain: float) -> Ch
     if best != LIBRARY and predicted < (1 - minimum_gain) * library:
         return Choice(best, predicted, library)
     return Choice(LIBRARY, library, library)
-
-
-def crossover(costs: Mapping[str, Cost], path: str, minimum_gain: float) -> float:
-    """Bytes from which on ``path`` is taken; infinity where it never is."""
-    library, other, keep = costs[LIBRARY], costs[path], 1 - minimum_gain
-    gained = keep * library.seconds_per_byte - other.seconds_per_byte
-    lost = other.latency - keep * library.latency
-    if gained <= 0:
-        return 0.0 if lost < 0 and gained == 0 else float("inf")
-    return max(0.0, lost / gained)

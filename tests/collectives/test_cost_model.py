@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Cost, choose, crossover
+from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Cost, choose
 from megatron_rl.collectives.link import split
 from megatron_rl.collectives.nodes import NodeMap
 from megatron_rl.collectives.selector import CHECK_EVERY, Selector
@@ -25,12 +25,10 @@ def test_a_slope_that_is_noise_gives_the_larger_sample_alone():
 
 def test_the_library_is_left_only_for_a_gain_above_the_minimum():
     costs = {LIBRARY: Cost(0.0, 10e-9), HIERARCHICAL: Cost(0.001, 8e-9)}
-    edge = crossover(costs, HIERARCHICAL, 0.1)
-    assert edge == pytest.approx(0.001 / 1e-9)
+    edge = 0.001 / (0.9 * 10e-9 - 8e-9)  # bytes: latency over what each byte gains
     assert choose(costs, int(edge * 0.99), 0.1).path == LIBRARY
     assert choose(costs, int(edge * 1.01), 0.1).path == HIERARCHICAL
     assert choose({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, 1 << 30, 0.1).path == LIBRARY
-    assert crossover({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, HIERARCHICAL, 0.1) == float("inf")
 
 
 def selector(**seconds: float) -> Selector:
