@@ -24,18 +24,20 @@ LEVELS = {
     **dict.fromkeys(("reshard", "dataflow"), 3),
     **dict.fromkeys(("models", "data", "rewards"), 4),
     **dict.fromkeys(("weights", "rollout"), 5),
-    "workers": 6,
-    "algorithms": 7,
-    "trainer": 8,
-    "run": 9,
-    "cli": 10,
-    "__main__": 11,
-    "__init__": 11,  # the package's face: lazy names for everything public
+    "engines": 6,
+    "workers": 7,
+    "algorithms": 8,
+    "trainer": 9,
+    "run": 10,
+    "cli": 11,
+    "__main__": 12,
+    "__init__": 12,  # the package's face: lazy names for everything public
 }
 
 # Third party (dotted prefix) -> rooms that may import it.
 THIRD_PARTY_ROOMS = {
-    "megatron": {"devices", "parallel", "models", "workers", "collectives", "trainer"},
+    "megatron": {"devices", "parallel", "models", "engines", "collectives", "trainer"},
+    "megatron_rl.engines.megatron": {"engines"},
     "sglang": {"rollout", "weights"},
     "mlflow": {"tracking"},
     "tensorboard": {"tracking"},

@@ -48,8 +48,20 @@ BROKEN = {
     "sideways": ("layers", "megatron_rl__data__x", "from megatron_rl.rewards import Reward", "imports sideways"),
     "sideways at the bottom": ("layers", "megatron_rl__config__x", "import megatron_rl.registry", "imports sideways"),
     "through the face": ("layers", "megatron_rl__trainer__loop", "from megatron_rl import Actor", "package's face"),
-    "unknown room": ("layers", "megatron_rl__engine__loop", "", "'engine' has no level"),
+    "unknown room": ("layers", "megatron_rl__engined__loop", "", "'engined' has no level"),
     "megatron in data": ("third parties", "megatron_rl__data__x", "from megatron.core import a", "megatron.core.a is"),
+    "megatron in workers": (
+        "third parties",
+        "megatron_rl__workers__x",
+        "from megatron.core import parallel_state",
+        "megatron.core.parallel_state is",
+    ),
+    "a backend in workers": (
+        "third parties",
+        "megatron_rl__workers__x",
+        "from megatron_rl.engines.megatron.engine import MegatronEngine",
+        "imported only in engines",
+    ),
     "tensorboard in trainer": (
         "third parties",
         "megatron_rl__trainer__x",
@@ -94,7 +106,8 @@ def test_a_sound_tree_has_no_violation(tmp_path: Path) -> None:
         megatron_rl__reshard__transport="import torch\nBACKEND = 'nccl'\ntorch.cuda.synchronize()",
         megatron_rl__run="from megatron_rl import __version__\nfrom .trainer.loop import TrainingLoop",
         megatron_rl__cli__main="def f():\n    print('all ranks agree over gloo')",
-        megatron_rl__workers__actor="from megatron.core import parallel_state\n'a sentence that names gloo and nccl'",
+        megatron_rl__workers__actor="from megatron_rl.engines import base\n'a sentence that names gloo and nccl'",
+        megatron_rl__engines__build="from megatron_rl.engines.megatron import build\nfrom megatron.core import mpu",
         examples__arithmetic_grpo__pretrain="x = 1\n" * 200,
     )
     assert {rule: check(root) for rule, check in RULES.items() if check(root)} == {}

@@ -59,7 +59,7 @@ class GatheredSync:
 
     def __init__(self, actor: Actor) -> None:
         self._engine = actor.rollouts.engine
-        model, into = actor.model, self._engine.targets()
+        model, into = actor.engine, self._engine.targets()
         self._way = Gathered(
             actor.context, model.layout, self._engine.layout, model.tensors(), into, torch.float32, keep_buffers=False
         )

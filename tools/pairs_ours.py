@@ -26,8 +26,8 @@ from pairs_task import (
 from megatron_rl import DPO, Actor, Reference
 from megatron_rl.data import PairDataset
 from megatron_rl.data.preferences import PairLoader
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.models.tokenizer import load_tokenizer
-from megatron_rl.workers.optimizer import OptimizerSettings
 
 
 def main() -> None:

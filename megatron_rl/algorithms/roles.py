@@ -4,7 +4,6 @@ these methods. Algorithms know nothing else about models, so their formulas are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -13,9 +12,7 @@ from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.rollout.base import WeightCheck
-from megatron_rl.workers.loss import LossInputs, LossOutput
-
-LossFunction = Callable[[LossInputs], LossOutput]
+from megatron_rl.workers.loss import LossFunction
 
 
 class NoWorker:

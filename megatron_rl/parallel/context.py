@@ -162,6 +162,13 @@ class ParallelContext:
             host_model_group=own_group(replicas, platform.host_backend, timeout, [model]),
         )
 
+    @classmethod
+    def current(cls) -> ParallelContext | None:
+        """Around the groups that Megatron-Core has in this process; None before there are any."""
+        if not megatron_state.model_parallel_is_initialized():
+            return None
+        return cls.from_parallel_state(megatron_state)
+
     @staticmethod
     def forget() -> None:
         """Take Megatron-Core's groups down, so that this process can `create` a context of other sizes."""

@@ -21,9 +21,9 @@ from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
 from megatron_rl.trainer.restart_point import find_checkpoint
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 from megatron_rl.workers.limits import model_limits
-from megatron_rl.workers.starting_weights import MegatronCheckpoint
 
 USER_CODE = "python:"
 

@@ -23,7 +23,7 @@ from megatron_rl.run.config import RunConfig
 from megatron_rl.tracking import build_tracker
 from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.hf_in import resolve_folder
-from megatron_rl.workers.starting_weights import MegatronCheckpoint
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 
 MISTAKES = (ConfigError, DataError, RewardError)
 OTHER_RANK = 1  # on which trackers are checked, but not opened

@@ -30,6 +30,7 @@ from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers import Actor, Critic
 from megatron_rl.workers.assembly import check_share
+from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
         check_share((source.dp_rank, source.dp_size), actor.context)
     dataset = source.dataset if isinstance(source, GlobalBatchLoader) else None
     if isinstance(dataset, TokenisedDataset):
-        architecture = actor.model.architecture
+        architecture = actor.engine.architecture
         dataset.check(Limits(architecture.vocab or None, architecture.max_positions))
 
 
@@ -130,16 +131,16 @@ def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> No
 
 
 def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: TrainerSettings) -> DistributedCheckpoints:
-    trainables = {"actor": actor.trainable}
+    trained: dict[str, TrainedWorker] = {"actor": actor}
     states: dict[str, Stateful] = {"algorithm": algorithm}
     if isinstance(actor, Actor):
         states["rollouts"] = actor.rollouts
     if isinstance(algorithm.critic, Critic):
-        trainables["critic"] = algorithm.critic.trainable
+        trained["critic"] = algorithm.critic
     return DistributedCheckpoints(
         Path(settings.output_dir) / "checkpoints",
         actor.context,
-        trainables,
+        trained,
         states,
         resume=settings.resume,
         keep_last=settings.keep_last,

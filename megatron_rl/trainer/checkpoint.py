@@ -23,23 +23,15 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.models.checkpoint_writer import CheckpointWriter
-from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import TrainingLoop
-from megatron_rl.trainer.optimizer_state import load_optimizer, prepare_for_checkpoint
 from megatron_rl.trainer.restart_point import CheckpointError, find_checkpoint, intact_checkpoint, told
 from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
-from megatron_rl.workers.trainable import TrainableModel
+from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-METADATA = {  # copied for each call: Megatron-Core adds process groups of the moment
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
 
 
 class Stateful(Protocol):
@@ -63,7 +55,7 @@ class DistributedCheckpoints:
 
     Args:
         folder: where the checkpoints lie.
-        models: the models in training by role; "actor" keeps Megatron's own parameter names, others are prefixed.
+        models: the roles in training; "actor" keeps Megatron's own parameter names, others are prefixed.
         states: other state by name.
         resume: as `TrainerSettings.resume`.
         keep_last: complete checkpoints to keep.
@@ -76,7 +68,7 @@ class DistributedCheckpoints:
         self,
         folder: Path,
         context: ParallelContext,
-        models: Mapping[str, TrainableModel],
+        models: Mapping[str, TrainedWorker],
         states: Mapping[str, Stateful],
         *,
         resume: str = "auto",
@@ -209,7 +201,9 @@ class DistributedCheckpoints:
         template = self._sharded_state(trainer, loading=True, with_rng=common["world_size"] == self.context.world_size)
         state = dist_checkpointing.load(template, str(found))
         for name, part in self.models.items():
-            self._load_model(name, part, state)
+            part.load_state(
+                {key.removeprefix(f"{name}_"): state[key] for key in template if key.startswith(f"{name}_")}
+            )
         for name, stateful in self.states.items():
             stateful.load_state_dict(common["states"][name])
         trainer.load_state_dict(common["trainer"])
@@ -226,20 +220,13 @@ class DistributedCheckpoints:
         logger.info("restored %s", found)
         return True
 
-    def _load_model(self, name: str, part: TrainableModel, state: Mapping[str, Any]) -> None:
-        chunks = part.model.chunks
-        for index, chunk in enumerate(chunks):
-            unwrap(chunk).load_state_dict(state[_chunk_key(name, index, len(chunks))])
-        counters = state[f"{name}_counters"]
-        load_optimizer(name, part.optimizer, part.scheduler, state[f"{name}_optimizer"], counters["scheduler"])
-        part.num_steps, part.num_updates = counters["num_steps"], counters["num_updates"]
-
     # The state itself
 
     def _sharded_state(self, trainer: TrainingLoop, loading: bool, with_rng: bool = True) -> dict[str, Any]:
         state: dict[str, Any] = {}
         for name, part in self.models.items():
-            state |= self._model_state(name, part, loading)
+            own = part.state("" if name == "actor" else f"{name}.", loading)
+            state |= {f"{name}_{key}": value for key, value in own.items()}
         if not loading:
             before = self._before
             state |= self._small_state(trainer) if before is None else before.state
@@ -256,27 +243,10 @@ class DistributedCheckpoints:
     def _rng(self) -> dict[str, Any]:
         return rng_state() if self._before is None else self._before.rng
 
-    def _model_state(self, name: str, part: TrainableModel, loading: bool) -> dict[str, Any]:
-        chunks = part.model.chunks
-        part.model.sync_parameters()
-        prefix = "" if name == "actor" else f"{name}."
-        metadata = dict(METADATA)
-        models = {
-            _chunk_key(name, index, len(chunks)): unwrap(chunk).sharded_state_dict(prefix=prefix, metadata=metadata)
-            for index, chunk in enumerate(chunks)
-        }
-        prepare_for_checkpoint(part.optimizer, loading)
-        optimizer = part.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
-        scheduler = part.scheduler.state_dict() if part.scheduler is not None else {}
-        counters = {"num_steps": part.num_steps, "num_updates": part.num_updates, "scheduler": scheduler}
-        return models | {f"{name}_optimizer": optimizer, f"{name}_counters": counters}
-
     def _barrier(self) -> None:
         torch.distributed.barrier(group=self.context.host_group)
 
 
-def _chunk_key(name: str, index: int, count: int) -> str:
-    return f"{name}_model{index}" if count > 1 else f"{name}_model"
 
 
 def rng_state() -> dict[str, Any]:

@@ -19,16 +19,16 @@ from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.build import build_engine
 from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
-from megatron_rl.workers.assembly import assemble, check_share, job_context
-from megatron_rl.workers.heads import logprob_head, score_tokens, second_head, shared_value_head
+from megatron_rl.workers.assembly import check_share, job_context
 from megatron_rl.workers.loss import LossInputs, LossOutput
+from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
 from megatron_rl.workers.rollouts import Rollouts
 from megatron_rl.workers.scoring import token_values_stage
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.trainable import Scorer, TrainableModel
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Actor(TrainedWorker):
     """
 
     Config = WorkerSettings
+    settings: WorkerSettings
 
     def __init__(
         self,
@@ -76,15 +77,21 @@ class Actor(TrainedWorker):
         **overrides: Any,
     ) -> None:
         settings = settings or WorkerSettings()
-        self.settings = WorkerSettings.parse(settings.model_dump() | overrides, "Actor") if overrides else settings
-        context = context or job_context(parallel_state, parallel, self.settings.seed)
-        self.trainable: TrainableModel = assemble(
-            model, context, self.settings, optimizer=optimizer, scheduler=scheduler, vocab=len(tokenizer), name="actor"
+        settings = WorkerSettings.parse(settings.model_dump() | overrides, "Actor") if overrides else settings
+        trained = build_engine(
+            model,
+            context or job_context(parallel_state, parallel, settings.seed),
+            settings,
+            name="actor",
+            vocab=len(tokenizer),
+            optimizer=optimizer,
+            scheduler=scheduler,
+            shared_value_head=settings.value_head,
         )
-        self.tokenizer = tokenizer
-        check_vocabulary(tokenizer, self.model.architecture.vocab)
-        special = align_tokenizer(tokenizer, self.model.hf_config, generation=self.model.generation)
-        self.rollouts = Rollouts(self.model, tokenizer, special.eos, self.settings.rollout, self.settings.seed, engine)
+        super().__init__(trained, settings, tokenizer)
+        check_vocabulary(tokenizer, trained.architecture.vocab)
+        special = align_tokenizer(tokenizer, trained.origin.hf_config, generation=trained.origin.generation)
+        self.rollouts = Rollouts(trained, tokenizer, special.eos, settings.rollout, settings.seed, engine)
 
     @property
     def policy_version(self) -> int:
@@ -140,7 +147,7 @@ class Actor(TrainedWorker):
     def logprobs(self, write: str = "old_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the training weights, fp32
         ``[num_tokens]``; of all tokens where the batch has no ``response_mask``."""
-        return token_values_stage("actor.logprobs", self.trainable, logprob_head, write)
+        return token_values_stage("actor.logprobs", self.engine, logprob_output, write)
 
     def values(self, write: str = "values") -> Stage:
         """A stage that writes the values of a critic on shared weights, as `Critic.values`.
@@ -148,24 +155,25 @@ class Actor(TrainedWorker):
         Raises:
             ConfigError: the model has no value head.
         """
-        if not self.model.second_head:
+        if not self.engine.shared_value_head:
             raise ConfigError(
                 "a critic on the actor's weights needs actor.value_head=true, and a model that is built here"
             )
-        return token_values_stage("actor.values", self.trainable, shared_value_head, write)
+        return token_values_stage("actor.values", self.engine, value_output, write)
 
     # Work
 
-    def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
+    def predictor(self, batch: Batch, with_entropy: bool) -> Predict:
         """Log-probabilities, and entropies where the loss reads them."""
-        score = score_tokens(self.model, batch, batch.temperature, with_entropy)
-        values = second_head(self.model) if self.model.second_head else None
+        engine = self.engine
+        predicted = predicted_tokens(engine, batch, batch.temperature, with_entropy)
 
-        def found(micro_batch: MicroBatch, hidden: Tensor) -> dict[str, Tensor | None]:
-            logprobs, entropy = score(micro_batch, hidden)
-            return {"logprobs": logprobs, "entropy": entropy} | ({"values": values(hidden)} if values else {})
+        def predict(micro_batch: MicroBatch, hidden: Tensor) -> dict[str, Tensor | None]:
+            logprobs, entropy = predicted(micro_batch, hidden)
+            values = {"values": engine.values(hidden)} if engine.shared_value_head else {}
+            return {"logprobs": logprobs, "entropy": entropy} | values
 
-        return found
+        return predict
 
     def weights_changed(self) -> None:
         """As `TrainedWorker.weights_changed`; the next `sample` pushes the weights as a new version.
@@ -184,7 +192,7 @@ class Actor(TrainedWorker):
             return
         self._follow_weights()
         started = time.perf_counter()
-        self.model.sync_parameters()
+        self.engine.sync_parameters()
         report = self.rollouts.push()
         if metrics is not None:
             metrics["time/weight_sync_s"] = time.perf_counter() - started

@@ -6,12 +6,12 @@ from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.build import build_engine
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers.assembly import assemble, job_context
-from megatron_rl.workers.heads import value_head
+from megatron_rl.workers.assembly import job_context
+from megatron_rl.workers.outputs import Predict, value_output
 from megatron_rl.workers.scoring import token_values_stage
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.trainable import Scorer, TrainableModel
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 
@@ -42,24 +42,23 @@ class Critic(TrainedWorker):
         tokenizer: Any = None,
         optimizer: Any = None,
     ) -> None:
-        self.settings = settings or WorkerSettings()
-        self.tokenizer = tokenizer
-        context = context or job_context(parallel_state, parallel, self.settings.seed)
-        self.trainable: TrainableModel = assemble(
+        settings = settings or WorkerSettings()
+        engine = build_engine(
             model,
-            context,
-            self.settings,
-            vocab=0 if tokenizer is None else len(tokenizer),
+            context or job_context(parallel_state, parallel, settings.seed),
+            settings,
             name="critic",
+            vocab=0 if tokenizer is None else len(tokenizer),
             optimizer=optimizer,
-            value_head=True,
+            value_model=True,
         )
+        super().__init__(engine, settings, tokenizer)
 
     def values(self, write: str = "values") -> Stage:
         """A stage that writes values, fp32 ``[num_tokens]``: at token t, of the prefix that ends just before t."""
-        return token_values_stage("critic.values", self.trainable, value_head, write)
+        return token_values_stage("critic.values", self.engine, value_output, write)
 
-    def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
+    def predictor(self, batch: Batch, with_entropy: bool) -> Predict:
         """The loss reads ``inputs.values``."""
         assert not with_entropy, "a value model has no entropy"
-        return lambda micro_batch, output: {"values": output.squeeze(-1).float()}
+        return lambda micro_batch, output: {"values": self.engine.values(output)}

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_rl.data import Limits
-from megatron_rl.models.hf_config import architecture_from_hf
-from megatron_rl.models.megatron_chunk import unwrap
+from megatron_rl.engines.build import needs_vocab, size_of
 from megatron_rl.models.tokenizer import check_vocabulary
 from megatron_rl.rollout import ENGINES
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.starting_weights import hf_config_of, is_hf_model, resolved
 
 
 def model_limits(model: Any, tokenizer: Any, settings: WorkerSettings, max_tokens: int | None = None) -> Limits:
@@ -23,13 +21,9 @@ def model_limits(model: Any, tokenizer: Any, settings: WorkerSettings, max_token
     Raises:
         ConfigError: ``model`` cannot be read, or lacks rows for ids of the tokenizer.
     """
-    if is_hf_model(model):
-        architecture = architecture_from_hf(hf_config_of(resolved(model)))
-        vocab, context = architecture.vocab, architecture.max_positions
+    vocab, context = size_of(model, len(tokenizer))
+    if not needs_vocab(model):
         check_vocabulary(tokenizer, vocab)
-    else:
-        chunks = list(model) if hasattr(model, "__len__") else [model]
-        vocab, context = len(tokenizer), int(unwrap(chunks[0]).max_sequence_length)  # type: ignore[arg-type]
     if max_tokens is None:
         return Limits(vocab, context)
     engine = ENGINES[settings.rollout.engine]

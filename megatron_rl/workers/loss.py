@@ -7,7 +7,7 @@ parallelism and packing change nothing: losses are sums over tokens or sequences
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -98,6 +98,9 @@ class LossOutput:
     loss: Tensor
     metrics: Mapping[str, Mean] = field(default_factory=dict)
     of_sequences: bool = False  # a function of whole sequences (`sequence_sum`): equal on all context-parallel ranks
+
+
+LossFunction = Callable[[LossInputs], LossOutput]
 
 
 class _SumOverContext(torch.autograd.Function):

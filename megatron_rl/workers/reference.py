@@ -16,14 +16,15 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.engines.build import build_engine
 from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.weights.starting_model import is_hf_model
 from megatron_rl.workers.actor import Actor
-from megatron_rl.workers.assembly import build_frozen, job_context
-from megatron_rl.workers.heads import logprob_head
-from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.scoring import ScoringModel, token_values
+from megatron_rl.workers.assembly import job_context
+from megatron_rl.workers.outputs import logprob_output
+from megatron_rl.workers.scoring import token_values
 from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.starting_weights import is_hf_model
 
 
 class Reference:
@@ -51,23 +52,20 @@ class Reference:
         self._frozen: dict[str, Tensor] | None = None
         self._lends_base = False
         if isinstance(model, Actor):
-            self._scored: ScoringModel = model.trainable
-            self._lends_base = bool(model.model.adapters)
-            self._frozen = None if self._lends_base else copy_weights(model.model, offload)
+            self.engine = model.engine
+            self._lends_base = bool(self.engine.adapters)
+            self._frozen = None if self._lends_base else copy_weights(self.engine, offload)
             return
-        if tokenizer is None and not is_hf_model(model):
+        if tokenizer is None and not (is_hf_model(model) or isinstance(model, TrainingEngine)):
             raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
         settings = settings or WorkerSettings()
         context = context or job_context(parallel_state, parallel, settings.seed)
-        self._scored = build_frozen(model, context, settings, vocab=len(tokenizer) if tokenizer is not None else 0)
-
-    @property
-    def model(self) -> MegatronModel:
-        return self._scored.model
+        vocab = 0 if tokenizer is None else len(tokenizer)
+        self.engine = build_engine(model, context, settings, name="reference", vocab=vocab, frozen=True)
 
     @property
     def context(self) -> ParallelContext:
-        return self.model.context
+        return self.engine.context
 
     def logprobs(self, write: str = "ref_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the frozen weights, fp32
@@ -75,7 +73,7 @@ class Reference:
 
         def run(batch: Any) -> None:
             with self.in_place():
-                batch.tokens[write] = token_values(self._scored, batch, logprob_head)
+                batch.tokens[write] = token_values(self.engine, batch, logprob_output)
 
         at = self.context
         return Stage("reference.logprobs", run, ("input_ids",), (write,), place=str(at.sizes), agreement=at.agreement)
@@ -84,11 +82,11 @@ class Reference:
     def in_place(self) -> Iterator[None]:
         """While open, the shared model computes with the frozen weights; afterwards with its own again."""
         if self._frozen is None:
-            with self.model.base() if self._lends_base else contextlib.nullcontext():
+            with self.engine.base() if self._lends_base else contextlib.nullcontext():
                 yield
             return
-        self.model.sync_parameters()
-        parameters = self.model.parameters()
+        self.engine.sync_parameters()
+        parameters = self.engine.parameters()
         own = {name: parameter.data for name, parameter in parameters.items()}
         try:
             for name, parameter in parameters.items():
@@ -110,7 +108,7 @@ class Reference:
             self._frozen[name].copy_(tensor)
 
 
-def copy_weights(model: MegatronModel, offload: bool) -> dict[str, Tensor]:
+def copy_weights(engine: TrainingEngine, offload: bool) -> dict[str, Tensor]:
     """A copy of this rank's shards, in host memory when ``offload``."""
-    model.sync_parameters()
-    return {name: (t.cpu().clone() if offload else t.clone()) for name, t in model.tensors().items()}
+    engine.sync_parameters()
+    return {name: (t.cpu().clone() if offload else t.clone()) for name, t in engine.tensors().items()}

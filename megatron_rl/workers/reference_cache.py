@@ -18,13 +18,13 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.reshard.layout import Span, matrix_shape
 from megatron_rl.workers.actor import Actor
-from megatron_rl.workers.heads import logprob_head
-from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.outputs import logprob_output
 from megatron_rl.workers.reference import Reference
-from megatron_rl.workers.scoring import ScoringModel, token_values
+from megatron_rl.workers.scoring import token_values
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +48,12 @@ class CachedReference:
         self.context = actor.context
         self.fallback = fallback
         rows = {digest: row for batch in batches for digest, row in split_rows(batch)}
-        key = cache_key(actor.model, sorted(rows))
+        key = cache_key(actor.engine, sorted(rows))
         self.path = Path(folder).expanduser() / f"{key}.pt"
         self.was_found = self.path.is_file()
         if not self.was_found:
-            with actor.model.base():  # with LoRA the reference is the frozen model
-                found = compute(actor.trainable, list(rows.items()))
+            with actor.engine.base():  # with LoRA the reference is the frozen model
+                found = compute(actor.engine, list(rows.items()))
             if self.context.rank == 0:
                 write(self.path, found)
         torch.distributed.barrier(group=self.context.host_group)
@@ -102,14 +102,14 @@ def split_rows(batch: Batch) -> Iterator[tuple[str, Batch]]:
         yield digest, Batch(cu_seqlens=bounds, tokens={"input_ids": ids, "response_mask": mask})
 
 
-def compute(worker: ScoringModel, rows: Sequence[tuple[str, Batch]]) -> dict[str, Tensor]:
+def compute(engine: TrainingEngine, rows: Sequence[tuple[str, Batch]]) -> dict[str, Tensor]:
     """Log-probabilities by digest, on every rank; the data-parallel ranks share the rows."""
-    context = worker.model.context
+    context = engine.context
     found: dict[str, Tensor] = {}
     for start in range(0, len(rows), ROWS_AT_ONCE):
         mine = rows[start : start + ROWS_AT_ONCE][context.coordinates.dp :: context.dp_size]
         batch = joined([row for _, row in mine])
-        values = token_values(worker, batch, logprob_head)  # also of no rows: other replicas wait in collectives
+        values = token_values(engine, batch, logprob_output)  # also of no rows: other replicas wait in collectives
         parts = values.split(batch.lengths.tolist()) if mine else ()
         share = [(digest, part.clone()) for (digest, _), part in zip(mine, parts, strict=True)]
         shares = context.gather_objects(share)
@@ -132,18 +132,18 @@ def write(path: Path, found: dict[str, Tensor]) -> None:
     partial.replace(path)
 
 
-def cache_key(model: MegatronModel, digests: Sequence[str]) -> str:
+def cache_key(engine: TrainingEngine, digests: Sequence[str]) -> str:
     """Name of the file for these weights and rows; the same on every rank and layout."""
-    settings = f"{FORMAT} {model.config.params_dtype} {weights_checksum(model)}"
+    settings = f"{FORMAT} {engine.dtype} {weights_checksum(engine)}"
     return hashlib.blake2b("\n".join([settings, *digests]).encode(), digest_size=16).hexdigest()
 
 
-def weights_checksum(model: MegatronModel) -> int:
+def weights_checksum(engine: TrainingEngine) -> int:
     """Of all logical tensors; each rectangle is counted once, whichever ranks hold it."""
-    model.sync_parameters()
-    context, tensors = model.context, model.tensors()
+    engine.sync_parameters()
+    context, tensors = engine.context, engine.tensors()
     own: dict[tuple[str, int, int, int, int], int] = {}
-    for shard in model.layout.shards(context.rank):
+    for shard in engine.layout.shards(context.rank):
         tensor = tensors[shard.name].detach().contiguous()
         _, stride = matrix_shape(tuple(tensor.shape))
         for span in shard.spans:

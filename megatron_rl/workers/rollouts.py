@@ -18,6 +18,8 @@ import torch.distributed as dist
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.engines.config import DTYPES
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
@@ -25,9 +27,8 @@ from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, Samplin
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.sync import SyncReport, WeightSync
-from megatron_rl.workers.megatron_model import MegatronModel
 from megatron_rl.workers.response_text import ResponseDecoder
-from megatron_rl.workers.settings import DTYPES, RolloutSettings
+from megatron_rl.workers.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Rollouts:
 
     def __init__(
         self,
-        model: MegatronModel,
+        model: TrainingEngine,
         tokenizer: Any,
         eos: tuple[int, ...],
         settings: RolloutSettings,
@@ -103,7 +104,7 @@ class Rollouts:
     @property
     def dtype(self) -> torch.dtype:
         """Of the rollout weights."""
-        return DTYPES[self.settings.dtype] if self.settings.dtype else self.model.config.params_dtype
+        return DTYPES[self.settings.dtype] if self.settings.dtype else self.model.dtype
 
     @property
     def engine(self) -> RolloutEngine:

@@ -21,14 +21,17 @@ from megatron_rl.batch import Batch, Sample
 from megatron_rl.batch.scores import ask_for_scores
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.data.text import encode
+from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.config import DtypeName, EngineConfig
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import REWARDS, Reward
-from megatron_rl.workers.assembly import build_frozen, job_context, running_context
-from megatron_rl.workers.heads import value_head
-from megatron_rl.workers.scoring import ScoringModel, token_values
-from megatron_rl.workers.settings import DtypeName, WorkerSettings
-from megatron_rl.workers.starting_weights import MegatronCheckpoint, is_hf_model
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_rl.weights.starting_model import is_hf_model
+from megatron_rl.workers.assembly import job_context, running_context
+from megatron_rl.workers.outputs import value_output
+from megatron_rl.workers.scoring import token_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +101,9 @@ class ScoreModel(Reward):
         if config is None and model is None:
             raise ConfigError("a reward model needs model: a Hugging Face folder, id or model, or Megatron chunks")
         self.name = name
-        self.settings = WorkerSettings()
+        self.settings = EngineConfig()
         if config is not None:
-            self.settings = WorkerSettings(dtype=config.dtype, token_budget=config.token_budget)
+            self.settings = EngineConfig(dtype=config.dtype, token_budget=config.token_budget)
         self.source = model if config is None else _named(config)
         self.tokenizer = load_tokenizer(_tokenizer_folder(self.source)) if config and config.retokenize else tokenizer
         self.vocab = vocab or (len(tokenizer) if tokenizer is not None else 0)
@@ -110,41 +113,43 @@ class ScoreModel(Reward):
         self.context = context
         if parallel_state is not None:
             self.context = job_context(parallel_state, None, self.settings.seed)
-        self._worker: ScoringModel | None = None
+        self._engine: TrainingEngine | None = None
 
     @property
-    def worker(self) -> ScoringModel:
+    def engine(self) -> TrainingEngine:
         """The model, built on first use; collective.
 
         Raises:
             ConfigError: it has no value head: its rewards would all be 0.
         """
-        if self._worker is None:
+        if self._engine is None:
             context = self.context or running_context(self.settings.seed)
-            worker = build_frozen(self.source, context, self.settings, self.vocab, value_head=True)
-            if worker.model.head_is_new:
+            engine = build_engine(
+                self.source, context, self.settings, name="reward", vocab=self.vocab, value_model=True, frozen=True
+            )
+            if engine.origin.lacks_head:
                 raise ConfigError(
                     f"reward {self.name!r}: {self.source} is a language model without a value head: expected a "
                     "sequence classifier with one label, as RewardTrainer writes it, or a critic"
                 )
-            self._worker = worker
-        return self._worker
+            self._engine = engine
+        return self._engine
 
     @property
     def pad_token_id(self) -> int | None:
         """Trailing tokens of this id do not count."""
-        hf_config = self.worker.model.hf_config
+        hf_config = self.engine.origin.hf_config
         if self._pad_token_id is not None or hf_config is None:
             return getattr(self.tokenizer, "pad_token_id", None) if self._pad_token_id is None else self._pad_token_id
         return hf_config.pad_token_id
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float]:
-        worker = self.worker
+        engine = self.engine
         seen = ScoredText(self.tokenizer, self.pad_token_id)
         rows = [seen.token_ids(sample) for sample in samples]
         batch = Batch.from_sequences(rows, [[0] * len(row) for row in rows])
         ask_for_scores(batch, seen.pad_token_id)
-        values = token_values(worker, batch, value_head)
+        values = token_values(engine, batch, value_output)
         return values[batch["response_mask"].bool()].to(torch.float32).tolist()
 
 

@@ -1,21 +1,12 @@
-"""Settings of the workers: how a model is built, cut into micro-batches, sampled from and synchronised."""
+"""Settings of the roles: those of a model in training, and for an Actor how it is sampled from."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
-
-import torch
 from pydantic import Field
 
-from megatron_rl.collectives import CollectivesConfig
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Seed
-from megatron_rl.models.lora import LoraSettings
+from megatron_rl.engines.config import DtypeName, EngineConfig
 from megatron_rl.rollout.base import SamplingParams
-from megatron_rl.workers.optimizer import OptimizerSettings
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DtypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class RolloutSettings(ConfigRecord):
@@ -43,38 +34,12 @@ class RolloutSettings(ConfigRecord):
     """Further keyword arguments of the engine."""
 
 
-class WorkerSettings(ConfigRecord):
-    """An Actor, Critic or trainable RewardModel."""
+class WorkerSettings(EngineConfig):
+    """An Actor."""
 
-    dtype: DtypeName = "float32"
-    """Of the weights and of the forward pass."""
-    recompute: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
     value_head: bool = False
-    """An Actor's value head beside its output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
-    lora: LoraSettings | None = None
-    """Train low-rank adapters on frozen weights; None = train all weights. What is published and saved is merged."""
-    compare_with_export: bool = True
-    """Compare a Megatron job's own chunks, when they are taken over, with the Hugging Face model that they are exported
-    as: one forward pass of a short sequence, layer by layer. Of large models only some layers."""
-    token_budget: int = Field(default=4096, ge=1)
-    """Tokens of one micro-batch, over all context-parallel ranks."""
-    packing: bool | None = None
-    """Pack sequences end to end; False = padded rows; None = pack where the model's attention can."""
-    micro_batch_size: int | None = Field(default=None, ge=1)
-    """Sequences of one padded micro-batch; None = as many as `token_budget` holds."""
-    optimizer: OptimizerSettings = OptimizerSettings()
-    """Optimizer and schedule, for models that do not bring their own."""
-    collectives: CollectivesConfig = CollectivesConfig()
-    """How gradients are reduced over data-parallel ranks."""
-    seed: Seed = 0
-    """Of sampling and mini-batch order."""
+    """A value head beside the output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
     sampling: SamplingParams = SamplingParams()
     """Defaults of `actor.sample`."""
     rollout: RolloutSettings = RolloutSettings()
     """The rollout engine."""
-
-    def over(self, num_optimizer_steps: int) -> Self:
-        """The same, its learning rate decaying over so many optimizer steps where it names no number itself."""
-        steps = self.optimizer.decay_steps or num_optimizer_steps
-        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"decay_steps": steps})})

@@ -1,43 +1,64 @@
-"""`TrainedWorker`: what `Actor` and `Critic` share, a `TrainableModel` and the call that optimises it."""
+"""`TrainedWorker`: what `Actor` and `Critic` share: a `TrainingEngine`, and the steps that it takes on a loss.
+
+`optimize` is one update: epochs, mini-batches, and for each of these one forward, backward and step of the engine.
+A subclass says what its loss sees of the model (`predictor`).
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_rl.batch import Batch
-from megatron_rl.config import ConfigError
+from megatron_rl.data.packing import MicroBatch
+from megatron_rl.engines.base import Output, TrainingEngine
+from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.weights.hf_folder import HFDescription
-from megatron_rl.weights.hf_out import save_hf
-from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
-from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
-from megatron_rl.workers.heads import LossFunction
-from megatron_rl.workers.main_parameters import follow_weights
-from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.settings import WorkerSettings
-from megatron_rl.workers.trainable import Optimization, Scorer, TrainableModel
+from megatron_rl.workers.balance import balance
+from megatron_rl.workers.loss import LossFunction, Mean
+from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
+from megatron_rl.workers.outputs import Predict, loss_output
+from megatron_rl.workers.reductions import gather_counts, global_totals, reduce_metrics, require_finite
+from megatron_rl.workers.saving import describe_checkpoint, save_adapters, save_pretrained
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a loss reads, and of which model outputs."""
+
+    loss: LossFunction
+    tokens: tuple[str, ...] = ()  # token fields, besides response_mask
+    sequences: tuple[str, ...] = ()  # sequence fields
+    with_entropy: bool = False
+    group_field: str | None = None  # sequences with equal values stay in one micro-batch and mini-batch
+
+    def groups(self, batch: Batch) -> list[int] | None:
+        return batch.sequences[self.group_field].tolist() if self.group_field else None
+
+
 class TrainedWorker:
-    """A role around a model in training; a subclass says what its loss sees."""
+    """A role around a model in training."""
 
-    settings: WorkerSettings
-    trainable: TrainableModel
-    tokenizer: Any
-
-    @property
-    def model(self) -> MegatronModel:
-        return self.trainable.model
+    def __init__(self, engine: TrainingEngine, settings: EngineConfig, tokenizer: Any) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.tokenizer = tokenizer
+        self.num_updates = 0  # calls of `optimize` so far
 
     @property
     def context(self) -> ParallelContext:
-        return self.model.context
+        return self.engine.context
+
+    # Optimising
 
     def optimize(
         self,
@@ -52,23 +73,44 @@ class TrainedWorker:
         group_field: str | None = None,
         seed: int = 0,
     ) -> dict[str, float]:
-        """Take ``num_epochs * num_mini_batches`` optimizer steps on ``loss``; returns metrics over all ranks.
+        """Take ``num_epochs * num_mini_batches`` optimizer steps on ``loss``; returns metrics over all steps and ranks,
+        and ``optimizer/...``.
 
         Args:
-            loss: pure function of `LossInputs`, run on the last pipeline stage for each micro-batch.
+            loss: pure function of `LossInputs`, run where the last layer is for each micro-batch.
             reads, sequence_reads: token and sequence fields of the batch that the loss reads.
             with_entropy: whether the loss reads entropies.
-            group_field: sequence field; sequences with equal values stay in one micro-batch.
+            group_field: sequence field; sequences with equal values stay in one micro-batch and mini-batch.
             seed: of the order of mini-batches; the worker's own seed and its number of updates are mixed in.
 
         Raises:
-            FloatingPointError: loss or gradient is not finite.
+            FloatingPointError: the loss or the gradient of a step is not finite; that step has changed nothing. Not
+                where a loss scale that can still fall has made it overflow: that step is skipped and counted.
         """
-        mixed = (self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.trainable.num_updates
-        how = Optimization(num_epochs, num_mini_batches, reads, sequence_reads, group_field, mixed % 2**62)
-        metrics = self.trainable.optimize(batch, loss, how, lambda part: self.scorer(part, with_entropy))
+        mixed = ((self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.num_updates) % 2**62
+        reading = Reading(loss, reads, sequence_reads, with_entropy, group_field)
+        collected: list[dict[str, Mean]] = []
+        norms: list[float | None] = []  # None: a skipped step
+        for epoch in range(num_epochs):
+            for members in self._mini_batches(batch, reading, num_mini_batches, mixed + epoch):
+                part = batch.select(members) if len(members) < batch.num_sequences else batch
+                means, norm = self._step(part, reading)
+                collected += means
+                norms.append(norm)
+        metrics = reduce_metrics(self.context, collected) | self._optimizer_metrics(norms)
+        self.num_updates += 1
         self._weights_stepped()
         return metrics
+
+    def _step(self, batch: Batch, reading: Reading) -> tuple[list[dict[str, Mean]], float | None]:
+        """One optimizer step; returns its metrics on this rank, and the gradient's norm (None: skipped)."""
+        engine = self.engine
+        batch, micro_batches, output = self._plan(batch, reading)
+        results = engine.forward_backward(batch, micro_batches, output)
+        value = sum(result[0].double() for result in results) if results else torch.zeros((), dtype=torch.float64)
+        values = {"loss": float(value), "gradient": engine.largest_gradient()}
+        require_finite(engine.name, engine.num_steps, values)
+        return self._with_total(results), engine.step()
 
     def measure(
         self,
@@ -81,12 +123,66 @@ class TrainedWorker:
         group_field: str | None = None,
     ) -> dict[str, float]:
         """The metrics of ``loss`` on the whole batch, over all ranks, without a step. Arguments as for `optimize`."""
-        how = Optimization(reads=reads, sequence_reads=sequence_reads, group_field=group_field)
-        return self.trainable.measure(batch, loss, how, lambda part: self.scorer(part, with_entropy))
+        reading = Reading(loss, reads, sequence_reads, with_entropy, group_field)
+        batch, micro_batches, output = self._plan(batch, reading)
+        results = self.engine.forward(batch, micro_batches, lambda *given: output(*given)[1])
+        return reduce_metrics(self.context, self._with_total(results))
 
-    def scorer(self, batch: Batch, with_entropy: bool) -> Scorer:
-        """(micro-batch, output of the last stage) -> the fields of `LossInputs` that come from the model."""
+    def predictor(self, batch: Batch, with_entropy: bool) -> Predict:
+        """(micro-batch, hidden states) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError
+
+    def _plan(self, batch: Batch, reading: Reading) -> tuple[Batch, list[MicroBatch], Output]:
+        """The batch with even work on all data-parallel ranks, its micro-batches, and what is made of each of them."""
+        engine, by_tokens = self.engine, self.engine.micro_batching.packing
+        balanced = balance(batch, self.context.dp_group, reading.groups(batch), by_tokens=by_tokens)
+        batch = balanced.batch
+        totals = global_totals(self.context, batch, balanced.units)
+        micro_batches = plan_micro_batches(batch, engine, balanced.units)
+        predict = self.predictor(batch, reading.with_entropy)
+        output = loss_output(engine, batch, reading.loss, totals, reading.tokens, reading.sequences, predict)
+        return batch, micro_batches, output
+
+    def _mini_batches(self, batch: Batch, reading: Reading, parts: int, seed: int) -> list[list[int]]:
+        units = unit_ids(batch.num_sequences, reading.groups(batch))
+        counts = gather_counts(max(units, default=-1) + 1, self.context.dp_group)
+        return split_mini_batches(units, counts, self.context.coordinates.dp, parts, seed)
+
+    def _with_total(self, results: Sequence[tuple[Tensor, dict[str, Mean]]]) -> list[dict[str, Mean]]:
+        """The metrics of all micro-batches, and their loss as one more."""
+        if not results:
+            return []
+        device = self.engine.device
+        value = torch.as_tensor(sum(result[0].double() for result in results), device=device)
+        share = torch.ones((), device=device) / self.context.dp_cp_size
+        return [*(dict(result[1]) for result in results), {"loss/total": Mean(value.float(), share)}]
+
+    def _optimizer_metrics(self, norms: Sequence[float | None]) -> dict[str, float]:
+        taken = [norm for norm in norms if norm is not None]
+        metrics = {"optimizer/gradient_norm": sum(taken) / len(taken)} if taken else {}
+        metrics["optimizer/learning_rate"] = self.engine.learning_rate
+        metrics["optimizer/steps"] = float(len(taken))
+        if self.engine.loss_scale is not None:
+            metrics["optimizer/skipped_steps"] = float(len(norms) - len(taken))
+            metrics["optimizer/loss_scale"] = self.engine.loss_scale
+        return metrics
+
+    # Weights that something else has changed
+
+    def weights_changed(self) -> None:
+        """Say, on every rank, that something else than `optimize` has changed the weights: a checkpoint was loaded into
+        the model, or other steps were taken. The optimizer's fp32 copies of bf16 and fp16 weights then follow those
+        that were not written by itself."""
+        self._follow_weights()
+
+    def _follow_weights(self) -> None:
+        if followed := self.engine.follow_weights():
+            logger.info("the optimizer's fp32 copies of %d weights on this rank follow the new values", followed)
+
+    def _weights_stepped(self) -> None:
+        """Called after each `optimize`."""
+
+    # Saving: all called on every rank
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False, *, dtype: torch.dtype | None = None) -> Path:
         """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank.
@@ -99,20 +195,7 @@ class TrainedWorker:
         sequence that is not padding. The value head of a critic on shared weights goes into the sub-folder
         ``value_head``.
         """
-        self.model.sync_parameters()
-        return save_hf(
-            self.model.layout,
-            self.model.published(),
-            self.model.architecture,
-            Path(folder),
-            rank=self.context.rank,
-            tokenizer=self.tokenizer,
-            hf_config=self.model.hf_config,
-            generation_config=self.model.generation,
-            dtype=dtype or self.model.source_dtype,
-            overwrite=overwrite,
-            beside=self._write_second_head,
-        )
+        return save_pretrained(self.engine, self.tokenizer, Path(folder), overwrite, dtype)
 
     def save_adapters(self, folder: str | Path, base: str = "", overwrite: bool = False) -> Path:
         """Write the adapters alone as a PEFT folder, unmerged. Called on every rank.
@@ -123,42 +206,19 @@ class TrainedWorker:
         Raises:
             ConfigError: there are no adapters, a value head belongs to them, or the folder exists.
         """
-        model, at, folder = self.model, self.context.coordinates, Path(folder)
-        if not model.adapters or model.value_head:
-            raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
-        model.sync_parameters()
-        own: list[Part] = []
-        if at.dp == at.cp == 0:
-            shards = {shard.name: shard for shard in model.layout.shards(self.context.rank)}
-            for name, adapter in model.adapters.items():
-                own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
-        parts = [part for parts in self.context.gather_objects(own) for part in parts]
-        with self.context.attempt("saving adapters"):
-            if self.context.rank == 0:
-                write_peft(folder, assembled(parts), next(iter(model.adapters.values())).facts, base, overwrite)
-        return folder
-
-    def _write_second_head(self, folder: Path) -> None:
-        """On one of the ranks that hold it."""
-        at, context = self.context.coordinates, self.context
-        if self.model.second_head and (at.tp, at.pp, at.cp, at.dp) == (0, context.sizes.pp - 1, 0, 0):
-            write_value_head(folder, self.model.tensors()[self.model.last_prefix + SECOND_HEAD])
+        return save_adapters(self.engine, Path(folder), base, overwrite)
 
     def describe_into(self, checkpoint: Path) -> None:
-        """Write into a Megatron checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
-        model = self.model
-        description = HFDescription(model.architecture, model.hf_config, self.tokenizer, model.generation)
-        description.write_into(checkpoint, model.config.params_dtype)
+        """Write into a checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
+        describe_checkpoint(self.engine, self.tokenizer, checkpoint)
 
-    def weights_changed(self) -> None:
-        """Say, on every rank, that something else than `optimize` has changed the weights: a checkpoint was loaded into
-        the model, or other steps were taken. The optimizer's fp32 copies of bf16 and fp16 weights then follow those
-        that were not written by itself."""
-        self._follow_weights()
+    def state(self, prefix: str, loading: bool) -> dict[str, Any]:
+        """What a resumed run needs; see `TrainingEngine.state`."""
+        state = self.engine.state(prefix, loading)
+        state["counters"]["num_updates"] = self.num_updates
+        return state
 
-    def _follow_weights(self) -> None:
-        if followed := follow_weights(self.trainable.optimizer):
-            logger.info("the optimizer's fp32 copies of %d weights on this rank follow the new values", followed)
-
-    def _weights_stepped(self) -> None:
-        """Called after each `optimize`."""
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.engine.load_state(state)
+        self.num_updates = state["counters"]["num_updates"]

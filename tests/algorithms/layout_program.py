@@ -18,9 +18,9 @@ from transformers import AutoTokenizer
 from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
-from megatron_rl.workers.optimizer import OptimizerSettings
 
 PADDED = {"packing": False, "micro_batch_size": 4}
 LAYOUTS: dict[str, tuple[dict, dict]] = {  # of `ParallelSizes`, of the workers' settings

@@ -41,7 +41,7 @@ def steps(job_name: str, way: str) -> list[dict[str, float]]:
     )
     groups = [
         getattr(group, name)
-        for group in actor.model.chunks[0].bucket_groups
+        for group in actor.engine.chunks[0].bucket_groups
         for name in ("data_parallel_group", "intra_distributed_optimizer_instance_group")
         if hasattr(group, name)
     ]

@@ -69,8 +69,8 @@ def job(folder: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder / "my-model")
     own = Actor(str(folder / "my-model"), tokenizer)
     return {
-        "model_chunks": own.model.chunks,
-        "optimizer": own.trainable.optimizer,
+        "model_chunks": own.engine.chunks,
+        "optimizer": own.engine.optimizer,
         "tokenizer": tokenizer,
         "parallel_state": parallel_state,
         "Actor": Actor,
@@ -78,7 +78,7 @@ def job(folder: Path) -> dict[str, Any]:
         "grpo": GRPO(own),
         "RewardModel": RewardModel,
         "chunks": [torch.nn.Module()],
-        "model": own.model.chunks,
+        "model": own.engine.chunks,
     }
 
 

@@ -69,7 +69,7 @@ def routers_of(actor: Actor, sample: Sample) -> tuple[Tensor, Tensor]:
     seen: list[Tensor] = []
     hooks = [
         module.register_forward_hook(lambda _module, _inputs, outputs: seen.append(outputs[1]))
-        for chunk in actor.model.chunks
+        for chunk in actor.engine.chunks
         for module in chunk.modules()
         if type(module).__name__ == "TopKRouter"
     ]

@@ -68,7 +68,7 @@ def step(actor: Actor) -> None:
 
 
 def checkpoints(actor: Actor, folder: Path) -> DistributedCheckpoints:
-    return DistributedCheckpoints(folder, actor.context, {"actor": actor.trainable}, {})
+    return DistributedCheckpoints(folder, actor.context, {"actor": actor}, {})
 
 
 def run_case(case: str, folder: Path) -> None:
@@ -81,9 +81,9 @@ def run_case(case: str, folder: Path) -> None:
     second = actor_of(case, seed=6)
     assert checkpoints(second, folder).restore(loop)
     step(second)
-    for (name, expected), found in zip(first.model.tensors().items(), second.model.tensors().values(), strict=True):
+    for (name, expected), found in zip(first.engine.tensors().items(), second.engine.tensors().values(), strict=True):
         assert torch.equal(found, expected), f"{case}: {name} differs by {(found - expected).abs().max()}"
-    rates = [[group["lr"] for group in actor.trainable.optimizer.param_groups] for actor in (first, second)]
+    rates = [[group["lr"] for group in actor.engine.optimizer.param_groups] for actor in (first, second)]
     assert rates[0] == rates[1], rates
     print(f"RESULT {case}", flush=True)
 

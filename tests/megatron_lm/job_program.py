@@ -130,9 +130,9 @@ def own_logits(actor: Actor) -> torch.Tensor | None:
         logits = chunk(TEXT, torch.arange(TEXT.shape[1]).expand_as(TEXT), None)
         return logits, lambda output, non_loss_data=False: output.float()
 
-    for chunk in actor.model.chunks:
+    for chunk in actor.engine.chunks:
         chunk.eval()
-    model = actor.model.chunks
+    model = actor.engine.chunks
     with torch.no_grad():
         found = get_forward_backward_func()(
             forward_step_func=forward,
@@ -148,7 +148,7 @@ def own_logits(actor: Actor) -> torch.Tensor | None:
         return None
     parts = [torch.empty_like(found[0]) for _ in range(actor.context.sizes.tp)]
     dist.all_gather(parts, found[0].contiguous(), group=actor.context.tp_group)
-    return torch.cat(parts, -1)[..., : actor.model.architecture.vocab]
+    return torch.cat(parts, -1)[..., : actor.engine.architecture.vocab]
 
 
 def run_case(case: str, folder: Path) -> None:
@@ -184,7 +184,7 @@ def one_rank_changes(actor: Actor) -> None:
     assert actor.policy_version == version
     for changed in range(actor.context.world_size):
         if rank == changed:  # what no other rank holds
-            actor.model.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].mul_(1.5)
+            actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].mul_(1.5)
         assert actor.rollouts.is_current == (rank != changed)
         faults = actor.verify_weights().faults
         assert len(faults) == 1, faults
@@ -202,7 +202,7 @@ def job_takes_a_step(actor: Actor) -> None:
     sample(actor)
     version = actor.policy_version
     assert actor.rollouts.is_current
-    assert actor.trainable.optimizer.step()[0]
+    assert actor.engine.optimizer.step()[0]
     assert not actor.rollouts.is_current
     assert {one.policy_version for one in sample(actor).samples} == {version + 1}
     assert not actor.verify_weights().faults
@@ -217,9 +217,9 @@ def sample(actor: Actor) -> Batch:
 
 def one_rank_is_wrong(actor: Actor) -> None:
     """What is wrong on one rank is an error on all, in the same words."""
-    optimizer = actor.trainable.optimizer if actor.context.rank != 2 else ["not an optimizer"]
+    optimizer = actor.engine.optimizer if actor.context.rank != 2 else ["not an optimizer"]
     with pytest.raises(ConfigError, match="optimizer is a list, expected Megatron-Core's"):
-        Actor(actor.model.chunks, Tokenizer(), optimizer, parallel_state)
+        Actor(actor.engine.chunks, Tokenizer(), optimizer, parallel_state)
 
 
 def main(folder: Path, cases: list[str]) -> None:

@@ -154,14 +154,14 @@ def test_a_step_begins_at_the_weights_that_were_loaded(kind, told):
     job, actor = job_and_actor(replace(KINDS[kind], lr=1e-4))
     sample(actor)
     load(job, actor)
-    loaded = actor.model.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].clone()
+    loaded = actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].clone()
     if told:
         actor.weights_changed()
     else:
         sample(actor)
     GRPO(actor).update()(sampled_batch(actor.context))
-    actor.model.sync_parameters()
-    after = actor.model.tensors()["decoder.layers.0.mlp.linear_fc1.weight"]
+    actor.engine.sync_parameters()
+    after = actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"]
     assert not torch.equal(after, loaded)
     assert (after - loaded).abs().max() < 2e-3  # the learning rate, and a rounding
 
@@ -196,7 +196,7 @@ def test_changed_adapters_are_pushed():
     chunks = float16(SMALL, config, get_model(SMALL, config, local_provider(SMALL, config)))
     actor = Actor(chunks, Tokenizer(), parallel_state=parallel_state, lora={"rank": 2}, sampling={"max_tokens": 6})
     sample(actor)
-    for adapter in actor.model.adapters.values():
+    for adapter in actor.engine.adapters.values():
         adapter.b.data.add_(0.5)
     assert not actor.rollouts.is_current
     assert gap(actor, sample(actor)) < ROUNDING[torch.float32]

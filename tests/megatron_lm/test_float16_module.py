@@ -67,10 +67,10 @@ def test_a_job_in_half_precision_takes_steps(precision):
     job = build(JobArguments(use_distributed_optimizer=True, **HALF[precision]))
     actor = Actor(job.model, NumberTokenizer(), job.optimizer, parallel_state, scheduler=job.opt_param_scheduler)
     batch = sampled_batch(actor.context)
-    before = actor.model.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].clone()
+    before = actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].clone()
     GRPO(actor, Reference(actor), kl_coefficient=0.05, old_logprobs="recompute").update()(batch)
     assert batch.metrics["optimizer/gradient_norm"] > 0.1
-    assert not torch.equal(before, actor.model.tensors()["decoder.layers.0.mlp.linear_fc1.weight"])
+    assert not torch.equal(before, actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"])
 
 
 def test_adapters_are_trained_in_a_wrapped_model():
@@ -86,7 +86,7 @@ def test_adapters_are_trained_in_a_wrapped_model():
     batch = sampled_batch(actor.context)
     GRPO(actor, Reference(actor), kl_coefficient=0.05).update()(batch)
     assert batch.metrics["optimizer/gradient_norm"] > 0.01
-    assert all(adapter.b.abs().sum() > 0 for adapter in actor.model.adapters.values())
+    assert all(adapter.b.abs().sum() > 0 for adapter in actor.engine.adapters.values())
 
 
 def test_a_wrapped_critic_learns():

@@ -79,7 +79,7 @@ def steps(actor: Actor, count: int = 2) -> Batch:
 
 
 def final(actor: Actor) -> torch.Tensor:
-    return torch.cat([tensor.flatten().float() for tensor in actor.model.tensors().values()])
+    return torch.cat([tensor.flatten().float() for tensor in actor.engine.tensors().values()])
 
 
 # --- a torch optimizer -----------------------------------------------------------------------------------------------
@@ -121,9 +121,9 @@ def test_groups_of_a_torch_optimizer_keep_their_own_learning_rates():
     frozen = [p for name, p in named if "embedding" in name]
     rest = [p for name, p in named if "embedding" not in name]
     actor = actor_of(chunks, torch.optim.SGD([{"params": frozen, "lr": 0.0}, {"params": rest}], lr=0.1))
-    before = {name: tensor.clone() for name, tensor in actor.model.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in actor.engine.tensors().items()}
     steps(actor)
-    for name, tensor in actor.model.tensors().items():
+    for name, tensor in actor.engine.tensors().items():
         assert torch.equal(tensor, before[name]) == ("embedding" in name), name
 
 
@@ -239,7 +239,7 @@ def test_an_object_that_is_no_optimizer_is_refused(given):
 
 
 def test_chunks_that_are_wrapped_differently_are_refused():
-    from megatron_rl.workers.adopted_optimizer import ddp_config_of
+    from megatron_rl.engines.megatron.adopted_optimizer import ddp_config_of
 
     plain, sharded = wrapped_chunks(), wrapped_chunks(replace(SMALL, use_distributed_optimizer=True))
     with pytest.raises(ConfigError, match="use_distributed_optimizer=False and True"):
@@ -266,12 +266,12 @@ KINDS = {
 def test_the_optimizer_made_here_is_the_one_the_wrapper_was_made_for(case):
     args, kind = KINDS[case]
     actor = actor_of(wrapped_chunks(args), optimizer=None)
-    (part,) = actor.trainable.optimizer.chained_optimizers
+    (part,) = actor.engine.optimizer.chained_optimizers
     assert type(part) is kind
     assert part.config.overlap_param_gather == args.overlap_param_gather
     before = final(actor)
     assert steps(actor).metrics["optimizer/steps"] == 1.0
-    actor.model.sync_parameters()
+    actor.engine.sync_parameters()
     assert not torch.equal(final(actor), before)
 
 
@@ -296,7 +296,7 @@ def test_an_overflow_is_skipped_and_counted(sharded):
     assert "optimizer/gradient_norm" not in batch.metrics
     assert torch.equal(final(actor), before)
     assert job.opt_param_scheduler.num_steps == started
-    assert actor.trainable.num_steps == 0
+    assert actor.engine.num_steps == 0
     for _ in range(30):
         batch = steps(actor, 1)
         if batch.metrics["optimizer/steps"]:
@@ -343,6 +343,6 @@ def test_a_configuration_shared_by_two_models_keeps_nothing_of_either():
     assert config.no_sync_func is None
     assert config.grad_scale_func is None
     # What the job has left there itself for the first model does not serve the second.
-    config.grad_scale_func = actors[0].trainable.optimizer.scale_loss
+    config.grad_scale_func = actors[0].engine.optimizer.scale_loss
     assert norms[1] / 4 < steps(actors[1], 1).metrics["optimizer/gradient_norm"] < 4 * norms[1]
-    assert config.grad_scale_func == actors[0].trainable.optimizer.scale_loss
+    assert config.grad_scale_func == actors[0].engine.optimizer.scale_loss

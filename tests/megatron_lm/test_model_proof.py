@@ -12,9 +12,10 @@ from torch import nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.workers import model_proof
-from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.model_proof import prove
+from megatron_rl.engines.megatron import model_proof
+from megatron_rl.engines.megatron.build import from_chunks
+from megatron_rl.engines.megatron.engine import MegatronEngine
+from megatron_rl.engines.megatron.model_proof import prove
 
 from megatron_lm.job import JobArguments, float16, get_model, initialize, local_provider, transformer_config  # isort: skip
 from megatron.core import parallel_state  # isort: skip
@@ -34,7 +35,7 @@ def world() -> Iterator[None]:
     parallel_state.destroy_model_parallel()
 
 
-def taken(args: JobArguments, change: Callable[[nn.Module], None] = lambda chunk: None) -> MegatronModel:
+def taken(args: JobArguments, change: Callable[[nn.Module], None] = lambda chunk: None) -> MegatronEngine:
     """A job's chunks, changed in a way that no field tells, as they are taken over."""
     config = transformer_config(args)
     chunks = get_model(args, config, local_provider(args, config))
@@ -44,9 +45,7 @@ def taken(args: JobArguments, change: Callable[[nn.Module], None] = lambda chunk
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + noise / 8 if parameter.dim() == 1 else noise / 5)
     change(chunks[0])
-    return MegatronModel.from_chunks(
-        float16(args, config, list(chunks)), ParallelContext.from_parallel_state(parallel_state), VOCAB
-    )
+    return from_chunks(float16(args, config, list(chunks)), ParallelContext.from_parallel_state(parallel_state), VOCAB)
 
 
 @pytest.mark.parametrize(

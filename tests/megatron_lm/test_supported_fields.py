@@ -23,12 +23,13 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_arguments import ARGUMENTS
 from megatron_rl.models.megatron_fields import NEUTRAL, NEUTRAL_WITH_EXPERTS, classified, refused_fields
 from megatron_rl.weights.hf_out import save_hf
-from megatron_rl.workers.assembly import hold, running_context
-from megatron_rl.workers.megatron_model import MegatronModel
+from megatron_rl.workers.assembly import running_context
 from megatron_rl.workers.settings import WorkerSettings
 
 VOCAB = 96
@@ -68,12 +69,14 @@ def build(context, fields: dict[str, Any], **arguments: Any) -> GPTModel:
     return GPTModel(config, spec, vocab_size=VOCAB, pg_collection=context.collection, **given)
 
 
-def adopt(context, chunk: torch.nn.Module, compare: bool = False) -> MegatronModel:
-    return hold(chunk, context, WorkerSettings(compare_with_export=compare), VOCAB)
+def adopt(context, chunk: torch.nn.Module, compare: bool = False) -> MegatronEngine:
+    return build_engine(
+        chunk, context, WorkerSettings(compare_with_export=compare), name="actor", vocab=VOCAB, frozen=True
+    )
 
 
 @torch.no_grad()
-def exported_logits(model: MegatronModel, tokens: torch.Tensor, folder) -> torch.Tensor:
+def exported_logits(model: MegatronEngine, tokens: torch.Tensor, folder) -> torch.Tensor:
     save_hf(model.layout, model.tensors(), model.architecture, folder, rank=0)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
 

@@ -18,6 +18,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 
 from megatron_rl.algorithms import DPO, GRPO  # isort: skip
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.models import chunk_tensors, megatron_layout, naming_of
 from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.pipeline import padded_vocab
@@ -25,7 +26,6 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch
 from megatron_rl.weights.hf_in import load_folder, read_architecture
 from megatron_rl.workers import Actor, Reference
-from megatron_rl.workers.optimizer import OptimizerSettings
 
 LEARNING_RATE = 1.0  # so that the change of the weights is the gradient
 SMALL = {"token_budget": 40}
@@ -76,7 +76,7 @@ def run_case(folder: Path, case: str, algorithm: str) -> dict[str, float]:
     model = own_chunks(folder / "actor", context, OWN[case]) if case in OWN else str(folder / "actor")
     actor = Actor(model, NumberTokenizer(), context=context, settings=settings)
     reference = Reference(str(folder / "reference"), NumberTokenizer(), context=context, settings=settings)
-    has_auxiliary = actor.model.config.moe_router_load_balancing_type != "none"
+    has_auxiliary = actor.engine.config.moe_router_load_balancing_type != "none"
     assert has_auxiliary == ("auxiliary" in case)
     if algorithm == "grpo":
         batch = sampled_batch(context)

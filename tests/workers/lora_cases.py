@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.models import Architecture, Experts
 from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
-from megatron_rl.workers.optimizer import OptimizerSettings
 from megatron_rl.workers.reference import Reference
 
 LORA = {"rank": 4, "alpha": 6.0}
@@ -59,7 +59,7 @@ def whole_parameters(actor: Actor, take: Any) -> dict[str, torch.Tensor]:
     """``take(parameter)`` of all adapters of the whole model: name -> whole tensor, on every rank."""
     at = actor.context.coordinates
     own = {}
-    for adapter in actor.model.adapters.values():
+    for adapter in actor.engine.adapters.values():
         for letter, parameter in (("a", adapter.a), ("b", adapter.b)):
             own[f"{adapter.layer_name}.{letter}"] = (take(parameter).clone(), split_dim(adapter, letter))
     gathered: dict[str, dict[int, tuple]] = {}
@@ -88,7 +88,7 @@ def assembled(parts: list[tuple], name: str) -> torch.Tensor:
 def set_b(actor: Actor) -> None:
     """The same B on every layout, drawn whole for each layer."""
     tp, size = actor.context.coordinates.tp, actor.context.sizes.tp
-    for adapter in actor.model.adapters.values():
+    for adapter in actor.engine.adapters.values():
         generator = torch.Generator().manual_seed(sum(map(ord, adapter.layer_name)))
         rows = adapter.b.shape[0] * (1 if adapter.row_parallel else size)
         whole = torch.randn(rows, adapter.b.shape[1], generator=generator) * 0.02
@@ -129,7 +129,7 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     found = {name: logprobs_of(actor, stage.logprobs("ref"), "ref") for name, stage in (("off", fresh), ("own", own))}
     found["at first"] = logprobs_of(actor, actor.logprobs("seen"), "seen")
     set_b(actor)
-    before = {name: tensor.clone() for name, tensor in actor.model.tensors().items() if "_adapter" not in name}
+    before = {name: tensor.clone() for name, tensor in actor.engine.tensors().items() if "_adapter" not in name}
     found["logprobs"] = logprobs_of(actor, actor.logprobs("seen"), "seen")
     found["off later"] = logprobs_of(actor, fresh.logprobs("ref"), "ref")
     context = actor.context
@@ -141,7 +141,7 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     actor.publish()
     actor.save_pretrained(folder / name)
     actor.save_adapters(folder / f"{name} peft", base=model)
-    after = actor.model.tensors()
+    after = actor.engine.tensors()
     found["unchanged"] = all(context.gather_objects(all(torch.equal(before[n], after[n]) for n in before)))
     return found | {
         "first": first,

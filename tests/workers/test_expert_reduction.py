@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from megatron_rl.workers.optimizer import experts_reduced_as_dense
+from megatron_rl.engines.megatron.optimizer import experts_reduced_as_dense
 
 
 def chunk(tp: int, etp: int | None, marked: bool = False, num_experts: int | None = 4) -> nn.Module:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.models import Architecture
 from megatron_rl.models.adapter import merged
 from megatron_rl.models.builder import build_model, transformer_config
@@ -25,7 +26,6 @@ from megatron_rl.models.lora import LoraSettings, add_adapters
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 from megatron_rl.workers.loss import LossInputs, LossOutput
-from megatron_rl.workers.optimizer import OptimizerSettings
 
 SMALL = replace(LLAMA, num_layers=2, hidden=32, ffn=48, num_kv_heads=4, head_dim=4)
 LORA = {"rank": 3, "alpha": 4.5}
@@ -68,7 +68,7 @@ def lora_actor(context: ParallelContext, architecture: Architecture = SMALL, **o
     actor = Actor(random_hf(architecture), Tokenizer(), context=context, settings=settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for adapter in actor.model.adapters.values():
+        for adapter in actor.engine.adapters.values():
             adapter.b.copy_(torch.randn(adapter.b.shape, generator=generator) * 0.1)
     return actor
 
@@ -106,7 +106,7 @@ def hf_deltas(a: Architecture, parameters: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def adapters_of(actor: Actor) -> dict[str, torch.nn.Parameter]:
-    found = actor.model.adapters.values()
+    found = actor.engine.adapters.values()
     return {f"{x.layer_name}.{letter}": getattr(x, letter) for x in found for letter in "ab"}
 
 
@@ -151,12 +151,12 @@ def test_only_adapters_have_gradient_buffers_and_optimizer_state(context) -> Non
 
 
 def gradient_numbers(actor: Actor) -> int:
-    return sum(buffer.grad_data.numel() for chunk in actor.model.chunks for buffer in chunk.buffers)
+    return sum(buffer.grad_data.numel() for chunk in actor.engine.chunks for buffer in chunk.buffers)
 
 
 def state_numbers(actor: Actor) -> int:
     """Elements of Adam's moments."""
-    parts = getattr(actor.trainable.optimizer, "chained_optimizers", [actor.trainable.optimizer])
+    parts = getattr(actor.engine.optimizer, "chained_optimizers", [actor.engine.optimizer])
     states = [state for part in parts for state in part.optimizer.state.values()]
     return sum(value.numel() for state in states for name, value in state.items() if name != "step")
 
@@ -188,7 +188,7 @@ def test_merging_rounds_once_from_fp32_and_leaves_the_weight_alone() -> None:
 def test_adapters_that_are_off_or_new_change_nothing(context) -> None:
     actor = lora_actor(context)
     found = {}
-    with actor.model.base():
+    with actor.engine.base():
         found["off"] = logprobs(actor)
     plain = Actor(random_hf(SMALL), Tokenizer(), context=context)
     assert torch.equal(found["off"], logprobs(plain))
@@ -208,7 +208,7 @@ def logprobs(actor: Actor) -> Tensor:
 def test_dropout_acts_in_training_only(context) -> None:
     actor = lora_actor(context, lora=LORA | {"dropout": 0.5})
     assert torch.equal(logprobs(actor), logprobs(lora_actor(context)))
-    adapter = next(iter(actor.model.adapters.values())).train()
+    adapter = next(iter(actor.engine.adapters.values())).train()
     x = torch.ones(4000, 1, 32)
     outputs = torch.stack([adapter(x) for _ in range(2)])
     assert not torch.equal(outputs[0], outputs[1])
@@ -217,7 +217,7 @@ def test_dropout_acts_in_training_only(context) -> None:
 
 def test_a_value_head_is_trained_whole(context) -> None:
     actor = lora_actor(context, value_head=True)
-    trained = {name for name, parameter in actor.model.parameters().items() if parameter.requires_grad}
+    trained = {name for name, parameter in actor.engine.parameters().items() if parameter.requires_grad}
     assert {name for name in trained if "_adapter." not in name} == {"value_head.weight"}
 
 
@@ -225,17 +225,17 @@ def test_experts_take_no_adapters_but_their_attention_does(context) -> None:
     with pytest.raises(ConfigError, match="whose experts take no adapters: choose linear_qkv and linear_proj"):
         lora_actor(context, QWEN3_MOE)
     actor = lora_actor(context, QWEN3_MOE, lora=LORA | {"target_modules": ("linear_qkv", "linear_proj")})
-    assert len(actor.model.adapters) == 2 * QWEN3_MOE.num_layers
+    assert len(actor.engine.adapters) == 2 * QWEN3_MOE.num_layers
     assert not torch.equal(logprobs(actor), logprobs(Actor(random_hf(QWEN3_MOE), Tokenizer(), context=context)))
 
 
 def test_a_jobs_own_bare_chunks_get_adapters_and_wrapped_ones_are_refused(context) -> None:
     config = transformer_config(SMALL, context.sizes)
     actor = Actor(build_model(SMALL, config), Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
-    assert len(actor.model.adapters) == 4 * SMALL.num_layers
+    assert len(actor.engine.adapters) == 4 * SMALL.num_layers
     with pytest.raises(ConfigError, match="linear_fc1_adapter"):  # adapters of its own have no place in an export
-        Actor(actor.model.chunks, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
-    wrapped = Actor(build_model(SMALL, config), Tokenizer(), context=context).model.chunks
+        Actor(actor.engine.chunks, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+    wrapped = Actor(build_model(SMALL, config), Tokenizer(), context=context).engine.chunks
     with pytest.raises(ConfigError, match="Give bare chunks without an optimizer"):
         Actor(wrapped, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
 
@@ -261,12 +261,12 @@ def test_first_values_depend_on_seed_and_layer_only(context) -> None:
 
 def test_pushes_and_exports_change_no_frozen_weight_and_agree(context, tmp_path) -> None:
     actor = lora_actor(context)
-    before = {name: tensor.clone() for name, tensor in actor.model.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in actor.engine.tensors().items()}
     for version in range(3):
         actor.rollouts.trained_version = version
         actor.publish()
         actor.save_pretrained(tmp_path / "hf", overwrite=True)
-    after = actor.model.tensors()
+    after = actor.engine.tensors()
     assert all(torch.equal(before[name], after[name]) for name in before)
     held = actor.rollouts.engine.targets()
     exported = load_file(tmp_path / "hf" / "model.safetensors")
@@ -294,12 +294,12 @@ def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
 def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_path) -> None:
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05, clip_gradient=0.0)
     critic = Critic(random_hf(SMALL), context=context, settings=Critic.Config(lora=LORA, optimizer=sgd))
-    trained = {name for name, parameter in critic.model.parameters().items() if parameter.requires_grad}
+    trained = {name for name, parameter in critic.engine.parameters().items() if parameter.requires_grad}
     assert {name for name in trained if "_adapter." not in name} == {"output_layer.weight"}
     first = values_of(critic)
     for _ in range(3):
         critic.optimize(batch(), lambda inputs: LossOutput(((inputs.values - 1.0) ** 2 * inputs.mask).mean(), {}))
-    assert any(adapter.b.any() for adapter in critic.model.adapters.values())
+    assert any(adapter.b.any() for adapter in critic.engine.adapters.values())
     assert not torch.allclose(values_of(critic), first)
     critic.save_pretrained(tmp_path / "critic")
     again = Critic(str(tmp_path / "critic"), context=context)

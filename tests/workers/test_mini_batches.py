@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_rl.engines.micro_batches import fill_rows
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
-from megatron_rl.workers.schedule import fill_rows
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])

@@ -16,9 +16,9 @@ from small_run import write_run
 from megatron_rl.algorithms import DPO, KTO, SFT
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.workers import Actor
 from megatron_rl.workers.loss import LossInputs, LossOutput
-from megatron_rl.workers.optimizer import OptimizerSettings
 
 PAIRS = [([1, 5, 6, 7], [1, 5, 8]), ([1, 9, 10], [1, 9, 11, 4]), ([1, 3, 4], [1, 3, 5])]
 
@@ -107,14 +107,14 @@ class Shifted:
 
 def everything(actor: Actor) -> dict[str, Tensor]:
     """Weights and optimizer state as bytes: NaN equals itself."""
-    tensors = dict(actor.model.tensors())
-    for group, parameters in enumerate(actor.trainable.optimizer.optimizer.state.items()):
+    tensors = dict(actor.engine.tensors())
+    for group, parameters in enumerate(actor.engine.optimizer.optimizer.state.items()):
         tensors |= {f"state {group} {key}": torch.as_tensor(value) for key, value in parameters[1].items()}
     return {name: tensor.detach().clone().contiguous().view(-1).view(torch.uint8) for name, tensor in tensors.items()}
 
 
 def final_norm(actor: Actor) -> Tensor:
-    (weight,) = (w for name, w in actor.model.tensors().items() if name.endswith("final_layernorm.weight"))
+    (weight,) = (w for name, w in actor.engine.tensors().items() if name.endswith("final_layernorm.weight"))
     return weight
 
 
@@ -144,12 +144,12 @@ def test_a_loss_that_is_not_finite_stops_before_any_weight_or_optimizer_state_ch
             final_norm(actor).view(-1)[0] = float("nan")
     else:
         algorithm.loss = undefined_loss  # type: ignore[method-assign]
-    before, rate = everything(actor), actor.trainable.optimizer.param_groups[0]["lr"]
+    before, rate = everything(actor), actor.engine.optimizer.param_groups[0]["lr"]
     with pytest.raises(FloatingPointError, match=r"actor: the loss of optimizer step 1 is not finite"):
         algorithm.update()(labelled([True] * 6))
     assert_untouched(actor, before)
-    assert actor.trainable.optimizer.param_groups[0]["lr"] == rate
-    assert actor.trainable.num_steps == 1
+    assert actor.engine.optimizer.param_groups[0]["lr"] == rate
+    assert actor.engine.num_steps == 1
 
 
 def test_a_gradient_that_is_not_finite_stops_before_any_weight_or_optimizer_state_changes(actor):

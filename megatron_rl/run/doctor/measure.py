@@ -20,6 +20,7 @@ from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
 from megatron_rl.dataflow import Flow
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.config import OptimizerSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.config import RunConfig
@@ -27,7 +28,6 @@ from megatron_rl.run.doctor.layouts import Variant, variants_for
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor, Critic, Reference
-from megatron_rl.workers.optimizer import OptimizerSettings
 from megatron_rl.workers.settings import WorkerSettings
 
 LEARNING_RATE = 0.05  # of plain gradient descent, so that a change of weights is the gradient

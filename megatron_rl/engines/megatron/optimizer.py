@@ -1,4 +1,4 @@
-"""Megatron-Core's own data-parallel wrapper, optimizer and learning-rate schedule, from one small record.
+"""Megatron-Core's own data-parallel wrapper, optimizer and learning-rate schedule, from `OptimizerSettings`.
 
 Nothing here is ours but the defaults: `DistributedDataParallel`, `get_megatron_optimizer` and `OptimizerParamScheduler`
 do the work. A job that already has them passes its own.
@@ -8,64 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from pydantic import Field, model_validator
 
-from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.config.bounds import NonNegative, Positive
-
-
-class OptimizerSettings(ConfigRecord):
-    """AdamW and its schedule."""
-
-    learning_rate: NonNegative = 1e-6
-    """Peak learning rate."""
-    min_learning_rate: NonNegative = 0.0
-    """Learning rate at the end of the decay."""
-    warmup_steps: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up from 0."""
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    """Shape of the schedule after the warm-up."""
-    decay_steps: int = Field(default=0, ge=0)
-    """Optimizer steps until `min_learning_rate`; 0 = the length of the run (of `megatron-rl train`)."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
-    beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
-    """AdamW's first-moment decay."""
-    beta2: float = Field(default=0.95, ge=0.0, lt=1.0)
-    """AdamW's second-moment decay."""
-    epsilon: Positive = 1e-8
-    """AdamW's denominator floor."""
-    clip_gradient: NonNegative = 1.0
-    """Largest global L2 norm of the gradient; 0 = no clipping."""
-    distributed: bool = True
-    """Shard optimizer state over the data-parallel ranks (Megatron's distributed optimizer)."""
-    overlap_gradient_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-    gradient_reduce_in_fp32: bool = True
-    """Accumulate and reduce gradients in fp32 even when weights are bf16."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """Update rule; sgd (no momentum) is never sharded, as it has no state."""
-
-    @model_validator(mode="after")
-    def _falls(self) -> Self:
-        if self.min_learning_rate > self.learning_rate and self.decay != "constant":
-            raise ValueError(
-                f"min_learning_rate={self.min_learning_rate} is above learning_rate={self.learning_rate}: a decay ends "
-                "at the smaller of the two"
-            )
-        return self
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether Megatron's distributed optimizer is used."""
-        return self.distributed and self.optimizer == "adam"
+from megatron_rl.config import ConfigError
+from megatron_rl.engines.config import OptimizerSettings
 
 
 def wrap_data_parallel(

@@ -1,6 +1,6 @@
 """Whether a job's own model chunks stand where `parallel_state` says, and hold the parameters that are known.
 
-What they compute is another question: `models/megatron_architecture.py` reads it, `workers/model_proof.py` proves it.
+What they compute is another question: `models/megatron_architecture.py` reads it, `model_proof.py` proves it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,11 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
+from megatron_rl.data.packing import MicroBatch
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.base import MicroBatching
+from megatron_rl.engines.megatron.engine import MegatronEngine
+from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.models.attention import zigzag_order
 from megatron_rl.models.layouts import EVERYWHERE, logical_tensors
 from megatron_rl.models.megatron_chunk import unwrap
@@ -32,9 +36,6 @@ from megatron_rl.models.reference_layer import ReferenceLayer
 from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.fill import empty_tensors
-from megatron_rl.workers.heads import score_tokens
-from megatron_rl.workers.megatron_model import MegatronModel
-from megatron_rl.workers.schedule import MicroBatching, plan_micro_batches, run_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Finding:
     error: float  # relative
 
 
-def prove(model: MegatronModel, packing: bool) -> list[Finding]:
+def prove(model: MegatronEngine, packing: bool) -> list[Finding]:
     """Compare the chunks with their exported description; collective over all ranks.
 
     Nothing of the model, its modes or any random state is changed.
@@ -72,7 +73,7 @@ def prove(model: MegatronModel, packing: bool) -> list[Finding]:
         platform.set_rng_state(state)
         for chunk, mode in zip(model.chunks, training, strict=True):
             chunk.train(mode)
-    limit = TOLERANCE[model.config.params_dtype]
+    limit = TOLERANCE[model.dtype]
     wrong = [finding for finding in findings if not finding.error <= limit]
     if wrong:
         first = min(wrong, key=lambda finding: finding.order)
@@ -85,22 +86,20 @@ def prove(model: MegatronModel, packing: bool) -> list[Finding]:
     return findings
 
 
-def _compare(model: MegatronModel, packing: bool) -> list[Finding]:
+def _compare(model: MegatronEngine, packing: bool) -> list[Finding]:
     batch = _sequence(model)
     capture = _Capture(model)
     model.sync_parameters()
+
+    def output(micro_batch: MicroBatch, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        if model.value_model:
+            return hidden, None
+        labels = micro_batch.labels(batch).to(hidden.device)
+        return hidden, model.token_logprobs(hidden, labels, temperature=1.0, with_entropy=False)[0]
+
     with capture.hooked():
-        micro_batches = plan_micro_batches(batch, model, MicroBatching(2**30, packing, 1))
-        for chunk in model.chunks:
-            chunk.eval()
-        scores = None if model.value_head else score_tokens(model, batch, 1.0, with_entropy=False)
-        results = run_schedule(
-            model,
-            batch,
-            micro_batches,
-            lambda micro_batch, hidden: (hidden, scores(micro_batch, hidden)[0] if scores else None),
-            backward=False,
-        )
+        micro_batches = plan_micro_batches(batch, model, how=MicroBatching(2**30, packing, 1))
+        results = model.forward(batch, micro_batches, output)
     found = _Parts(model, batch, capture)
     findings = found.embedding()
     for index in layers_to_compare(model):
@@ -108,11 +107,11 @@ def _compare(model: MegatronModel, packing: bool) -> list[Finding]:
     if results and results[0][1] is not None:
         capture.final = capture.whole(results[0][0].unsqueeze(1))
         capture.logprobs = capture.whole(results[0][1].view(-1, 1, 1))
-    findings += found.output() if not model.value_head else []
+    findings += found.output() if not model.value_model else []
     return [finding for part in model.context.gather_objects(findings) for finding in part]
 
 
-def layers_to_compare(model: MegatronModel) -> list[int]:
+def layers_to_compare(model: MegatronEngine) -> list[int]:
     """All layers of a small model; of a large one the first, the last, one in the middle and the first of each kind."""
     architecture = model.architecture
     shapes = logical_tensors(architecture)
@@ -126,7 +125,7 @@ def layers_to_compare(model: MegatronModel) -> list[int]:
     return some
 
 
-def _sequence(model: MegatronModel) -> Batch:
+def _sequence(model: MegatronEngine) -> Batch:
     """One sequence of random tokens, the same on every rank, that the layout splits without padding."""
     sizes = model.context.sizes
     multiple = 2 * sizes.cp * sizes.tp
@@ -139,7 +138,7 @@ def _sequence(model: MegatronModel) -> Batch:
 class _Capture:
     """Input and output of this rank's layers, by index in the whole model, as each rank computed them."""
 
-    def __init__(self, model: MegatronModel) -> None:
+    def __init__(self, model: MegatronEngine) -> None:
         self.model = model
         self.inputs: dict[int, Tensor] = {}
         self.outputs: dict[int, Tensor] = {}
@@ -185,7 +184,7 @@ class _Capture:
 class _Parts:
     """The comparisons; each is collective over all ranks and found by the rank that owns the part."""
 
-    def __init__(self, model: MegatronModel, batch: Batch, capture: _Capture) -> None:
+    def __init__(self, model: MegatronEngine, batch: Batch, capture: _Capture) -> None:
         self.model, self.capture = model, capture
         self.tokens = batch.tokens["input_ids"].to(model.device)
         self.shapes = logical_tensors(model.architecture)

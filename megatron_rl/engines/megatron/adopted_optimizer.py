@@ -22,13 +22,13 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError
-from megatron_rl.parallel import ParallelContext
-from megatron_rl.workers.optimizer import (
-    OptimizerSettings,
+from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.megatron.optimizer import (
     experts_reduced_as_dense,
     precision_fields,
     precision_of,
 )
+from megatron_rl.parallel import ParallelContext
 
 MAKE_ONE = "get_megatron_optimizer(config, chunks)"
 PLAIN = (FP32Optimizer, Float16OptimizerWithFloat16Params, DistributedOptimizer)  # Megatron-Core has more elsewhere
@@ -262,4 +262,4 @@ def _loss_scaler(config: OptimizerConfig) -> DynamicGradScaler:
 
 
 def _no_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
-    """State of a torch optimizer comes with its first step; `trainer.optimizer_state` fills it in for checkpoints."""
+    """State of a torch optimizer comes with its first step; `optimizer_state` fills it in for checkpoints."""

@@ -1,11 +1,11 @@
-"""Where a model's first weights come from: a Hugging Face folder or model, or a Megatron checkpoint of any layout.
+"""Filling a Megatron model with its first weights: from a Hugging Face folder or model, or a Megatron checkpoint of any
+layout.
 
 A value head is looked for under each name that it may have there; a source without one leaves it at zero.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,61 +16,23 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.models.checkpoint import CheckpointReader
-from megatron_rl.models.hf_config import read_hf_config
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
 from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.parameters import whole
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_in import SCORE, holds_scores, load_folder, model_source, resolve_folder
+from megatron_rl.weights.hf_in import SCORE, holds_scores, load_folder, model_source
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_rl.weights.source import SafetensorsFolder
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 
 if TYPE_CHECKING:
-    from megatron_rl.models.hf_config import HFConfig, HFModel
-    from megatron_rl.workers.megatron_model import MegatronModel
+    from megatron_rl.models.hf_config import HFModel
 
-EMBEDDING = "model.embed_tokens.weight"  # of a Hugging Face folder
 OUTPUT_LAYER = "output_layer.weight"  # of chunks and checkpoints: a value head may stand in its place
 
 
-def is_hf_model(model: Any) -> bool:
-    """Whether ``model`` is to be built here (a Hugging Face folder or model, or a checkpoint) rather than chunks."""
-    return isinstance(model, (str, Path, MegatronCheckpoint)) or hasattr(model, "save_pretrained")
-
-
-def resolved(source: str | Path | HFModel | MegatronCheckpoint) -> Path | HFModel | MegatronCheckpoint:
-    """A path as the Megatron checkpoint or the Hugging Face folder that it is; a model id as its folder.
-
-    Raises:
-        ConfigError: a path is neither.
-    """
-    if isinstance(source, (str, Path)):
-        return MegatronCheckpoint.find(source) or resolve_folder(source)
-    return source
-
-
-def hf_config_of(source: Path | HFModel | MegatronCheckpoint) -> HFConfig:
-    """The Hugging Face config of a resolved source."""
-    if isinstance(source, Path):
-        return read_hf_config(source)
-    if isinstance(source, MegatronCheckpoint):
-        return copy.deepcopy(source.hf_config)
-    return copy.deepcopy(source.config)
-
-
-def dtype_of(source: Path | HFModel | MegatronCheckpoint) -> torch.dtype:
-    """What the weights of a resolved source are stored in; the embedding stands for all of them."""
-    if isinstance(source, MegatronCheckpoint):
-        return source.reader.dtype
-    if isinstance(source, Path):
-        with SafetensorsFolder(source) as stored:
-            return stored.dtype(EMBEDDING)
-    return source.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
-
-
-def fill_model(model: MegatronModel, source: Path | HFModel | MegatronCheckpoint) -> bool:
+def fill_model(model: MegatronEngine, source: Path | HFModel | MegatronCheckpoint) -> bool:
     """Fill a fresh model; each rank reads only its part of files.
 
     Returns:
@@ -78,30 +40,30 @@ def fill_model(model: MegatronModel, source: Path | HFModel | MegatronCheckpoint
     """
     if isinstance(source, MegatronCheckpoint):
         return load_megatron_checkpoint(model, source)
-    rank, tensors, has_head = model.context.rank, model.tensors(), not model.value_head
+    rank, tensors, has_head = model.context.rank, model.tensors(), not model.value_model
     if isinstance(source, Path):
         has_head = has_head or holds_scores(source)
         stored = model.architecture if has_head else replace(model.architecture, score_head=False)
         load_folder(source, model.layout_of(has_head), rank, tensors, stored)
-        if not has_head or model.second_head:
+        if not has_head or model.shared_value_head:
             has_head = _set_head(model, read_value_head(source, model.architecture.hidden))
         return has_head
     found, weights = model_source(source)
     has_head = has_head or found.score_head
     fill(model.layout_of(has_head), rank, tensors, weights)
-    return has_head and not model.second_head
+    return has_head and not model.shared_value_head
 
 
-def _set_head(model: MegatronModel, weight: torch.Tensor | None) -> bool:
+def _set_head(model: MegatronEngine, weight: torch.Tensor | None) -> bool:
     """Give the last pipeline stage its value head; False where there is none to give."""
-    own = model.parameters().get(model.last_prefix + (OUTPUT_LAYER if model.value_head else SECOND_HEAD))
+    own = model.parameters().get(model.last_prefix + (OUTPUT_LAYER if model.value_model else SECOND_HEAD))
     if weight is not None and own is not None:
         with torch.no_grad():
             own.copy_(weight)
     return weight is not None
 
 
-def load_megatron_checkpoint(model: MegatronModel, checkpoint: MegatronCheckpoint) -> bool:
+def load_megatron_checkpoint(model: MegatronEngine, checkpoint: MegatronCheckpoint) -> bool:
     """Fill bare chunks from a Megatron checkpoint, whatever layout wrote it. Collective.
 
     Returns:
@@ -116,7 +78,7 @@ def load_megatron_checkpoint(model: MegatronModel, checkpoint: MegatronCheckpoin
             f"{folder} is the checkpoint of a run that trained adapters (LoRA): `megatron-rl convert {folder} FOLDER "
             "--to hf` merges them into the weights; start from that folder"
         )
-    own = OUTPUT_LAYER if model.value_head else SECOND_HEAD if model.second_head else None
+    own = OUTPUT_LAYER if model.value_model else SECOND_HEAD if model.shared_value_head else None
     stored = None if own is None or isinstance(reader, LegacyCheckpoint) else _stored_head(reader.tensors)
     names = [f"model{index}" if len(model.chunks) > 1 else "model" for index in range(len(model.chunks))]
     template = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, model.chunks, strict=True)}
@@ -146,9 +108,9 @@ def _has_all(reader: CheckpointReader, parts: Iterable[Mapping[str, Any]]) -> bo
     )
 
 
-def _fill_from_parts(model: MegatronModel, checkpoint: MegatronCheckpoint, head: str | None) -> None:
+def _fill_from_parts(model: MegatronEngine, checkpoint: MegatronCheckpoint, head: str | None) -> None:
     """Fill a model tensor by tensor, as from a Hugging Face folder; ``head`` is the stored value head's name."""
-    fill(model.layout_of(not model.value_head), model.context.rank, model.tensors(), checkpoint.source)
+    fill(model.layout_of(not model.value_model), model.context.rank, model.tensors(), checkpoint.source)
     if head is not None and isinstance(checkpoint.reader, CheckpointReader):
         _set_head(model, checkpoint.reader.read(whole(head, SCORE, (1, model.architecture.hidden))))
 

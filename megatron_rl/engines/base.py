@@ -1,0 +1,228 @@
+"""`TrainingEngine`: all that the roles (`Actor`, `Critic`, `Reference`, `RewardModel`) know of what trains a model.
+
+    micro_batches = plan_micro_batches(batch, engine)
+    results = engine.forward_backward(batch, micro_batches, output)     # gradients, summed over all ranks
+    norm = engine.step()                                                # optimizer and schedule
+
+An engine is one model on this rank: its part of the weights, where that part sits (`layout`), and, unless it is frozen,
+what optimises it. Every rank of the job holds one and makes the same calls in the same order. `tests/engines` has the
+contract as tests, and a plain torch engine that holds it.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_rl.batch import Batch
+from megatron_rl.data.packing import Alignment, MicroBatch
+from megatron_rl.models import Architecture
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.reshard import Layout, Readable
+
+if TYPE_CHECKING:
+    from megatron_rl.models.hf_config import GenerationFile, HFConfig
+
+# (micro-batch, hidden states [n, hidden] of its n positions, dtype of the weights) -> what the caller wants. Where the
+# model's output layer is a value head, the values [n, 1] fp32 stand in place of hidden states.
+Output = Callable[[MicroBatch, Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatching:
+    """How a batch is cut into micro-batches."""
+
+    token_budget: int = 4096  # tokens of one micro-batch over all context-parallel ranks
+    packing: bool = True  # False: padded rows
+    rows: int | None = None  # sequences of a padded micro-batch; None = as many as the token budget holds
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What is known of where the weights came from; a job's own model has none of it."""
+
+    hf_config: HFConfig | None = None
+    generation: GenerationFile | None = None
+    dtype: torch.dtype | None = None  # of the weights there
+    lacks_head: bool = False  # the model has a value head, and there was none: it starts at zero
+
+
+class LowRank(Protocol):
+    """The adapter of one frozen weight ``W [out, in]``: the model computes with ``W + factor * b @ a``."""
+
+    a: Any  # [rank, in]
+    b: Any  # [out, rank]
+    row_parallel: bool  # inputs are split over tensor-parallel ranks, not outputs
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Its settings in PEFT's names."""
+
+
+class TrainingEngine(abc.ABC):
+    """One model on one rank. "Collective" methods are called by every rank; the others ask no other rank."""
+
+    name: str = "model"  # the role's, in errors
+    context: ParallelContext
+    architecture: Architecture
+    micro_batching: MicroBatching
+    origin: Origin
+    shared_value_head: bool = False  # a value head beside the output layer, for a critic on the policy's weights
+    adapters: Mapping[str, LowRank] = MappingProxyType({})  # LoRA's on this rank, by the frozen weight's name
+    num_steps: int = 0  # optimizer steps taken so far; a skipped one does not count
+
+    # What the model is
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights, and of the hidden states that an `Output` gets."""
+        return next(iter(self.tensors().values())).device
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the weights and of the forward pass."""
+
+    @property
+    def value_model(self) -> bool:
+        """Whether the output layer is one number a position instead of the vocabulary."""
+        return self.architecture.score_head
+
+    # Weights
+
+    @property
+    @abc.abstractmethod
+    def layout(self) -> Layout:
+        """Which parts of the logical tensors every rank holds, under which names; the same value on all ranks."""
+
+    @abc.abstractmethod
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """This rank's weights by the names of `layout`."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same detached: views that see every later update."""
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    def published(self) -> dict[str, Readable]:
+        """The weights as rollout engines and exports get them: adapters merged, nothing copied before it is read."""
+        return dict(self.tensors())
+
+    @abc.abstractmethod
+    def sync_parameters(self) -> None:
+        """Finish what of the last step is still under way; before weights are read. Collective."""
+
+    def follow_weights(self) -> int:
+        """Where the optimizer keeps wider copies of the weights: give those that are no longer what they are copies of
+        the weights' values. Returns how many were changed on this rank."""
+        return 0
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """While open, the model computes with its frozen weights alone, without adapters."""
+        yield
+
+    # Computing: all collective
+
+    @property
+    @abc.abstractmethod
+    def packs(self) -> bool:
+        """Whether it can take packed micro-batches; otherwise they are padded rows."""
+
+    @property
+    def alignment(self) -> Alignment:
+        """What lengths must be multiples of, and which positions of a sequence this rank computes."""
+        return Alignment()
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """The number of micro-batches of one pass must be a multiple of this."""
+        return 1
+
+    @abc.abstractmethod
+    def forward(self, batch: Batch, micro_batches: Sequence[MicroBatch], output: Output) -> list[Any]:
+        """All micro-batches in evaluation mode, without gradients.
+
+        Args:
+            micro_batches: at least one; all of one shape, and as many on every rank (`plan_micro_batches`).
+            output: called for each micro-batch where the last layer is.
+
+        Returns:
+            What ``output`` returned, in order; empty on ranks without the last layer.
+        """
+
+    @abc.abstractmethod
+    def forward_backward(self, batch: Batch, micro_batches: Sequence[MicroBatch], output: Output) -> list[Any]:
+        """All micro-batches in training mode, forward and backward, from gradients of zero.
+
+        Args:
+            output: returns ``(loss, result)``. The loss that is differentiated is the sum of ``loss`` over
+                micro-batches and over data- and context-parallel ranks: nothing is averaged.
+
+        Returns:
+            The results, in order; empty on ranks without the last layer. Gradients are whole: reduced over all ranks.
+        """
+
+    @abc.abstractmethod
+    def token_logprobs(
+        self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of ``labels`` ``[n]`` int64 and entropies from hidden states ``[n, hidden]``: ``[n]`` fp32,
+        differentiable. For use in an `Output`; over the vocabulary without padding, logits divided by ``temperature``.
+        """
+
+    def values(self, hidden: Tensor) -> Tensor:
+        """What the value head makes of what an `Output` gets: ``[n]`` fp32, differentiable."""
+        assert self.value_model, "this model has no value head"
+        return hidden.squeeze(-1).float()
+
+    # Optimising: all collective; a frozen engine has none of it
+
+    @abc.abstractmethod
+    def largest_gradient(self) -> float:
+        """Magnitude of the largest element of this rank's gradients; not finite where any is not. 0 where `step` finds
+        overflows itself (loss scaling)."""
+
+    @abc.abstractmethod
+    def step(self) -> float | None:
+        """Clip, and let optimizer and schedule take one step.
+
+        Returns:
+            The gradient's global L2 norm before clipping; None: skipped, as the gradient overflowed under a loss scale
+            that has now fallen. Then neither weights nor schedule have moved.
+
+        Raises:
+            FloatingPointError: it overflowed, and the scale cannot fall. Nothing has moved.
+        """
+
+    @property
+    @abc.abstractmethod
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied with against underflow; None: nothing."""
+        return None
+
+    # Checkpoints: collective
+
+    @abc.abstractmethod
+    def state(self, prefix: str = "", loading: bool = False) -> dict[str, Any]:
+        """What a resumed run needs: weights, optimizer, schedule and ``counters``, for Megatron-Core's
+        `dist_checkpointing`: sharded tensors, which any layout can load, and plain values that are equal on all ranks.
+
+        Args:
+            prefix: of the names of tensors in the file, so that several models fit into one.
+            loading: the result is what to load into, rather than what to write.
+        """
+
+    @abc.abstractmethod
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""

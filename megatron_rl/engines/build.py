@@ -1,0 +1,82 @@
+"""`build_engine`: the training engine for whatever a role was given as its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_rl.config import ConfigError
+from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.megatron.build import build, max_positions
+from megatron_rl.models.hf_config import architecture_from_hf
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.weights.starting_model import hf_config_of, is_hf_model, resolved
+
+
+def build_engine(
+    model: Any,
+    context: ParallelContext,
+    config: EngineConfig,
+    *,
+    name: str,
+    vocab: int = 0,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    value_model: bool = False,
+    shared_value_head: bool = False,
+    frozen: bool = False,
+) -> TrainingEngine:
+    """An engine for ``model``. Collective.
+
+    Args:
+        model: a ready `TrainingEngine`, which is taken as it is; or what Megatron-Core trains: a Hugging Face folder,
+            id or model, a Megatron checkpoint, or a Megatron job's own model chunks.
+        name: the role's, in errors.
+        vocab: logical vocabulary of Megatron chunks, without padding; nothing else needs it.
+        optimizer, scheduler: the job's own; None = made from ``config.optimizer``.
+        value_model: its output is one number a position.
+        shared_value_head: it gets a value head beside its output layer.
+        frozen: it only scores: no gradient buffers, no optimizer.
+
+    Raises:
+        ConfigError: layout, model and settings do not fit together.
+    """
+    if isinstance(model, TrainingEngine):
+        return _ready(model, name, value_model, optimizer)
+    return build(
+        model,
+        context,
+        config,
+        name=name,
+        vocab=vocab,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        value_model=value_model,
+        shared_value_head=shared_value_head,
+        frozen=frozen,
+    )
+
+
+def _ready(engine: TrainingEngine, name: str, value_model: bool, optimizer: Any) -> TrainingEngine:
+    if optimizer is not None:
+        raise ConfigError("an optimizer was given with a training engine, which has its own: leave it out")
+    if engine.value_model != value_model:
+        needed, found = ("a value head", "the vocabulary")[:: 1 if value_model else -1]
+        raise ConfigError(f"{name} needs a model whose output layer is {needed}, but the engine's is {found}")
+    engine.name = name
+    return engine
+
+
+def size_of(model: Any, vocab: int) -> tuple[int, int]:
+    """Vocabulary and longest sequence of what `build_engine` takes as ``model``, before it is built.
+
+    Args:
+        vocab: of the tokenizer; that of Megatron chunks, which do not know their own.
+    """
+    if isinstance(model, TrainingEngine):
+        return model.architecture.vocab, model.architecture.max_positions
+    if is_hf_model(model):
+        architecture = architecture_from_hf(hf_config_of(resolved(model)))
+        return architecture.vocab, architecture.max_positions
+    chunks = list(model) if hasattr(model, "__len__") else [model]
+    return vocab, max_positions(chunks)

@@ -1,0 +1,74 @@
+"""What a role in training leaves behind: a Hugging Face folder, adapters in PEFT's form, a checkpoint's description.
+
+All are called on every rank.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_rl.config import ConfigError
+from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.weights.hf_folder import HFDescription
+from megatron_rl.weights.hf_out import save_hf
+from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
+from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
+
+
+def save_pretrained(
+    engine: TrainingEngine, tokenizer: Any, folder: Path, overwrite: bool, dtype: torch.dtype | None
+) -> Path:
+    """As `TrainedWorker.save_pretrained`."""
+    engine.sync_parameters()
+    origin = engine.origin
+    return save_hf(
+        engine.layout,
+        engine.published(),
+        engine.architecture,
+        folder,
+        rank=engine.context.rank,
+        tokenizer=tokenizer,
+        hf_config=origin.hf_config,
+        generation_config=origin.generation,
+        dtype=dtype or origin.dtype,
+        overwrite=overwrite,
+        beside=lambda partial: _write_shared_head(engine, partial),
+    )
+
+
+def _write_shared_head(engine: TrainingEngine, folder: Path) -> None:
+    """The value head beside the output layer, by one of the ranks that hold it."""
+    at = engine.context.coordinates
+    if not engine.shared_value_head or (at.tp, at.cp, at.dp) != (0, 0, 0):
+        return
+    for name, weight in engine.tensors().items():
+        if name.endswith(SECOND_HEAD):
+            write_value_head(folder, weight)
+
+
+def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bool) -> Path:
+    """As `TrainedWorker.save_adapters`."""
+    if not engine.adapters or engine.value_model:
+        raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
+    context, at = engine.context, engine.context.coordinates
+    engine.sync_parameters()
+    own: list[Part] = []
+    if at.dp == at.cp == 0:
+        shards = {shard.name: shard for shard in engine.layout.shards(context.rank)}
+        for name, adapter in engine.adapters.items():
+            own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
+    parts = [part for parts in context.gather_objects(own) for part in parts]
+    with context.attempt("saving adapters"):
+        if context.rank == 0:
+            write_peft(folder, assembled(parts), next(iter(engine.adapters.values())).facts, base, overwrite)
+    return folder
+
+
+def describe_checkpoint(engine: TrainingEngine, tokenizer: Any, checkpoint: Path) -> None:
+    """As `TrainedWorker.describe_into`."""
+    origin = engine.origin
+    description = HFDescription(engine.architecture, origin.hf_config, tokenizer, origin.generation)
+    description.write_into(checkpoint, engine.dtype)
