@@ -67,6 +67,11 @@ def _ready(engine: TrainingEngine, name: str, value_model: bool, optimizer: Any)
     return engine
 
 
+def needs_vocab(model: Any) -> bool:
+    """Whether ``model`` does not know its logical vocabulary itself: a Megatron job's own chunks."""
+    return not (isinstance(model, TrainingEngine) or is_hf_model(model))
+
+
 def size_of(model: Any, vocab: int) -> tuple[int, int]:
     """Vocabulary and longest sequence of what `build_engine` takes as ``model``, before it is built.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -87,6 +88,21 @@ class EngineConfig(ConfigRecord):
     """How gradients are reduced over data-parallel ranks."""
     seed: Seed = 0
     """Of sampling and mini-batch order."""
+
+    @classmethod
+    def of(cls, settings: EngineConfig | Mapping[str, Any] | None, where: str) -> Self:
+        """A role's ``settings``: a record, its fields by name, or None for the defaults.
+
+        Args:
+            where: the role, in errors.
+
+        Raises:
+            ConfigError: a field that does not exist, or a bad value.
+        """
+        if isinstance(settings, EngineConfig):
+            known = {name: getattr(settings, name) for name in cls.model_fields if name in type(settings).model_fields}
+            return settings if isinstance(settings, cls) else cls(**known)
+        return cls.parse(dict(settings or {}), where)
 
     def over(self, num_optimizer_steps: int) -> Self:
         """The same, its learning rate decaying over so many optimizer steps where it names no number itself."""

@@ -132,7 +132,7 @@ def _critic(config: RunConfig, actor: Actor, num_optimizer_steps: int) -> Critic
         return None
     settings = config.critic.over(num_optimizer_steps)
     source = config.critic.model or starting_model(config)
-    return Critic(source, context=actor.context, settings=settings, tokenizer=actor.tokenizer)
+    return Critic(source, actor.tokenizer, context=actor.context, settings=settings)
 
 
 def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:

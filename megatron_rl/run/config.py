@@ -13,6 +13,7 @@ from pydantic import Field
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.bounds import Seed
 from megatron_rl.data import PromptDataset
+from megatron_rl.engines.config import EngineConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup
@@ -29,8 +30,8 @@ class ReferenceConfig(ConfigRecord):
     """Keep the copy of the actor's weights in host memory while it is not used."""
 
 
-class CriticConfig(WorkerSettings):
-    """The value model of PPO: a worker with a model of its own."""
+class CriticConfig(EngineConfig):
+    """The value model of PPO: a model of its own in training."""
 
     model: str | None = None
     """Hugging Face folder or id; None = the actor's."""

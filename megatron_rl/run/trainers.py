@@ -61,7 +61,7 @@ class OneCallTrainer:
         reference_cache: folder in which the reference's log-probabilities of the data are kept: computed once for the
             same weights and rows, then no reference model is held. For algorithms with a reference on fixed data.
         parallel: parallel sizes when there is no ``parallel_state``.
-        settings: precision, micro-batches and rollouts of the worker.
+        settings: precision, micro-batches and rollouts of the worker: an `Actor.Config`, or its fields by name.
         lora: fields of `LoraSettings`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
             then the model without them, and what is saved has them merged.
         callbacks: `Callback` objects.
@@ -89,7 +89,7 @@ class OneCallTrainer:
         optimizer: Any = None,
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
-        settings: WorkerSettings | None = None,
+        settings: WorkerSettings | Mapping[str, Any] | None = None,
         lora: LoraSettings | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
@@ -101,7 +101,7 @@ class OneCallTrainer:
         self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
         _refuse_precomputed(type(self).__name__, self.options)
         columns = self.dataset_type.Config.parse(own, where="dataset")
-        self.settings = settings or WorkerSettings()
+        self.settings = WorkerSettings.of(settings, type(self).__name__)
         limits = model_limits(model, tokenizer, self.settings, self.max_tokens)
         self.dataset = self.dataset_type(dataset, tokenizer, columns, limits)
         self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns, limits)
@@ -255,9 +255,7 @@ class RewardTrainer(OneCallTrainer):
     pack = staticmethod(pack_pairs)
 
     def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
-        return Critic(
-            self.model, context=context, settings=settings, tokenizer=self.tokenizer, optimizer=self.optimizer
-        )
+        return Critic(self.model, self.tokenizer, self.optimizer, context=context, settings=settings)
 
     def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         config = {"use_margins": bool(self.dataset.config.margin), "pad_token_id": self.tokenizer.pad_token_id}
@@ -331,7 +329,7 @@ class PPOTrainer(GRPOTrainer):
         source = self.critic_model if self.critic_model is not None else self.model
         if isinstance(source, (list, tuple)):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")
-        critic = Critic(source, context=actor.context, settings=actor.settings, tokenizer=actor.tokenizer)
+        critic = Critic(source, actor.tokenizer, context=actor.context, settings=actor.settings)
         return PPO(actor, self.make_reference(actor), critic, self.options)
 
 

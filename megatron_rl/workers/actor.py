@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from megatron_rl.engines.build import build_engine
 from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
-from megatron_rl.workers.assembly import check_share, job_context
+from megatron_rl.workers.assembly import check_share, place_of
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
 from megatron_rl.workers.rollouts import Rollouts
@@ -40,20 +40,21 @@ class Actor(TrainedWorker):
     """The policy model in this job's layout, with its optimizer and its rollout engine.
 
     Args:
-        model: a Hugging Face folder or model, or a Megatron job's own `GPTModel` chunks, bare or in ``Float16Module``
-            and DistributedDataParallel.
+        model: a Hugging Face folder, id or model, or a Megatron checkpoint; or a Megatron job's own `GPTModel` chunks,
+            bare or in ``Float16Module`` and DistributedDataParallel; or a ready `TrainingEngine`.
         tokenizer: of the model; its pad and eos are aligned with the model.
         optimizer: the job's own, over the parameters of ``model``: Megatron-Core's, for chunks that are wrapped in
             DistributedDataParallel, or one of torch.optim, which Megatron-Core's wrapper for the precision then steps
             and clips (``settings.optimizer.clip_gradient``). None builds one from ``settings.optimizer``, sharded and
             gathered as the chunks' ``ddp_config`` says.
-        scheduler: Megatron-Core's ``OptimizerParamScheduler``, advanced by 1 with each optimizer step; None: the job's
-            own optimizer keeps its learning rate.
         parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
             ``parallel``.
         parallel: sizes of the parallel axes when there is no ``parallel_state`` yet.
-        settings: everything else; ``overrides`` are fields of it by name.
-        engine: a ready rollout engine; None builds the one that ``settings.rollout`` names on first use.
+        context: that of another role of this job, in place of both.
+        scheduler: Megatron-Core's ``OptimizerParamScheduler``, advanced by 1 with each optimizer step; None: the job's
+            own optimizer keeps its learning rate.
+        settings: everything else: an `Actor.Config`, or its fields by name.
+        rollout_engine: a ready one; None builds the one that ``settings.rollout`` names on first use.
 
     Raises:
         ConfigError: layout, model and settings do not fit together.
@@ -72,15 +73,13 @@ class Actor(TrainedWorker):
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
         scheduler: Any = None,
-        settings: WorkerSettings | None = None,
-        engine: RolloutEngine | None = None,
-        **overrides: Any,
+        settings: WorkerSettings | Mapping[str, Any] | None = None,
+        rollout_engine: RolloutEngine | None = None,
     ) -> None:
-        settings = settings or WorkerSettings()
-        settings = WorkerSettings.parse(settings.model_dump() | overrides, "Actor") if overrides else settings
-        trained = build_engine(
+        settings = WorkerSettings.of(settings, "Actor")
+        engine = build_engine(
             model,
-            context or job_context(parallel_state, parallel, settings.seed),
+            place_of(model, context, parallel_state, parallel, settings.seed),
             settings,
             name="actor",
             vocab=len(tokenizer),
@@ -88,10 +87,10 @@ class Actor(TrainedWorker):
             scheduler=scheduler,
             shared_value_head=settings.value_head,
         )
-        super().__init__(trained, settings, tokenizer)
-        check_vocabulary(tokenizer, trained.architecture.vocab)
-        special = align_tokenizer(tokenizer, trained.origin.hf_config, generation=trained.origin.generation)
-        self.rollouts = Rollouts(trained, tokenizer, special.eos, settings.rollout, settings.seed, engine)
+        super().__init__(engine, settings, tokenizer)
+        check_vocabulary(tokenizer, engine.architecture.vocab)
+        special = align_tokenizer(tokenizer, engine.origin.hf_config, generation=engine.origin.generation)
+        self.rollouts = Rollouts(engine, tokenizer, special.eos, settings.rollout, settings.seed, rollout_engine)
 
     @property
     def policy_version(self) -> int:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.devices.hardware import warn_of_shared_store
+from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 
 
@@ -30,6 +31,15 @@ def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) 
     if not dist.is_initialized():
         current_platform().init_process_group()
     return ParallelContext.create(parallel or ParallelSizes(), seed=seed)
+
+
+def place_of(
+    model: Any, context: ParallelContext | None, parallel_state: Any, parallel: ParallelSizes | None, seed: int
+) -> ParallelContext:
+    """The context of a role: that of its training engine, the given one, or as `job_context`."""
+    if isinstance(model, TrainingEngine):
+        return model.context
+    return context or job_context(parallel_state, parallel, seed)
 
 
 def check_share(share: tuple[int, int], context: ParallelContext) -> None:

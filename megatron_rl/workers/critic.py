@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers.assembly import job_context
+from megatron_rl.workers.assembly import place_of
 from megatron_rl.workers.outputs import Predict, value_output
 from megatron_rl.workers.scoring import token_values_stage
-from megatron_rl.workers.settings import WorkerSettings
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 
@@ -19,37 +20,40 @@ class Critic(TrainedWorker):
     """A value model in this job's layout, with its optimizer.
 
     Args:
-        model: a Hugging Face folder or model: of a sequence classifier with one label, or of a language model, whose
-            decoder is taken over under a value head of zeros. Or Megatron chunks with a `ValueHead`.
-        parallel_state, parallel, context, settings, optimizer: as for `Actor`.
+        model: as for `Actor`: of a sequence classifier with one label, or of a language model, whose decoder is taken
+            over under a value head of zeros. Megatron chunks have a `ValueHead`.
         tokenizer: goes into the folder of `save_pretrained`; needed for Megatron chunks, whose logical vocabulary is
             its length.
+        optimizer, parallel_state, parallel, context, scheduler: as for `Actor`.
+        settings: a `Critic.Config`, or its fields by name.
 
     Raises:
         ConfigError: layout, model and settings do not fit together.
     """
 
-    Config = WorkerSettings
+    Config = EngineConfig
 
     def __init__(
         self,
         model: Any,
+        tokenizer: Any = None,
+        optimizer: Any = None,
         parallel_state: Any = None,
         *,
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
-        settings: WorkerSettings | None = None,
-        tokenizer: Any = None,
-        optimizer: Any = None,
+        scheduler: Any = None,
+        settings: EngineConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        settings = settings or WorkerSettings()
+        settings = EngineConfig.of(settings, "Critic")
         engine = build_engine(
             model,
-            context or job_context(parallel_state, parallel, settings.seed),
+            place_of(model, context, parallel_state, parallel, settings.seed),
             settings,
             name="critic",
             vocab=0 if tokenizer is None else len(tokenizer),
             optimizer=optimizer,
+            scheduler=scheduler,
             value_model=True,
         )
         super().__init__(engine, settings, tokenizer)

@@ -1,4 +1,4 @@
-"""What an optimizer step takes from all ranks: the totals that losses are divided by, metrics, whether all is finite."""
+"""What an optimizer step needs of all ranks: the totals that losses are divided by, metrics, whether all is finite."""
 
 from __future__ import annotations
 

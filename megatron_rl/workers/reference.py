@@ -2,14 +2,14 @@
 
 `Reference(actor)` keeps a copy of the actor's weights as they are now, and lends it to the actor's own model while it
 scores: no second model is built, and it works for any model that the actor works for. Where the actor trains adapters
-(`WorkerSettings.lora`) nothing is copied: the reference is the actor's model with its adapters off.
+(`EngineConfig.lora`) nothing is copied: the reference is the actor's model with its adapters off.
 `Reference(model=...)` builds its own model, for a reference of another origin.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,37 +17,42 @@ from torch import Tensor
 from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
 from megatron_rl.engines.base import TrainingEngine
-from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.build import build_engine, needs_vocab
+from megatron_rl.engines.config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.weights.starting_model import is_hf_model
 from megatron_rl.workers.actor import Actor
-from megatron_rl.workers.assembly import job_context
+from megatron_rl.workers.assembly import place_of
 from megatron_rl.workers.outputs import logprob_output
 from megatron_rl.workers.scoring import token_values
-from megatron_rl.workers.settings import WorkerSettings
 
 
 class Reference:
     """A frozen policy.
 
     Args:
-        model: an `Actor` (its present weights are copied; with LoRA: its frozen weights are used), or a Hugging Face
-            folder or model, or Megatron chunks.
+        model: an `Actor` (its present weights are copied; with LoRA: its frozen weights are used), or what an `Actor`
+            takes as its model.
         tokenizer: needed for Megatron chunks, whose logical vocabulary is its length.
+        parallel_state, parallel, context: as for `Actor`, when ``model`` is not one.
+        settings: a `Reference.Config`, or its fields by name, when ``model`` is no `Actor`.
         offload: keep the copy in host memory and bring it to the device only while scoring (with an `Actor`).
-        parallel_state, parallel, context, settings: as for `Actor`, when ``model`` is not one.
+
+    Raises:
+        ConfigError: layout, model and settings do not fit together.
     """
+
+    Config = EngineConfig
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any = None,
-        parallel_state: Any = None,
         *,
-        offload: bool = False,
+        parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
-        settings: WorkerSettings | None = None,
+        settings: EngineConfig | Mapping[str, Any] | None = None,
+        offload: bool = False,
     ) -> None:
         self._frozen: dict[str, Tensor] | None = None
         self._lends_base = False
@@ -56,12 +61,12 @@ class Reference:
             self._lends_base = bool(self.engine.adapters)
             self._frozen = None if self._lends_base else copy_weights(self.engine, offload)
             return
-        if tokenizer is None and not (is_hf_model(model) or isinstance(model, TrainingEngine)):
+        if tokenizer is None and needs_vocab(model):
             raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
-        settings = settings or WorkerSettings()
-        context = context or job_context(parallel_state, parallel, settings.seed)
+        settings = EngineConfig.of(settings, "Reference")
+        place = place_of(model, context, parallel_state, parallel, settings.seed)
         vocab = 0 if tokenizer is None else len(tokenizer)
-        self.engine = build_engine(model, context, settings, name="reference", vocab=vocab, frozen=True)
+        self.engine = build_engine(model, place, settings, name="reference", vocab=vocab, frozen=True)
 
     @property
     def context(self) -> ParallelContext:

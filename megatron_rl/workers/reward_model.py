@@ -4,7 +4,7 @@ RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
 RewardModel({"correct": r1, "format": (r2, 0.2)})   several, weighted
 RewardModel("path/to/classifier")         a model with a value head, run by this job: see `score_model`
-RewardModel(model=chunks, parallel_state=parallel_state, vocab=len(tokenizer))      the same, of a Megatron job's own
+RewardModel(model=chunks, tokenizer=tokenizer, parallel_state=parallel_state)      the same, of a Megatron job's own
 RewardModel(url, kind="vllm", model="my-rm")        a service: see `megatron_rl.rewards.service`
 """
 
@@ -17,7 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import Batch, Sample
+from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.config import EngineConfig
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import NoReward, Reward, RewardError, as_reward, build_service, share
 from megatron_rl.workers.assembly import running_context
 from megatron_rl.workers.score_model import ScoreModel, is_model
@@ -28,12 +31,12 @@ class RewardModel:
 
     Args:
         source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs;
-            or a model: a Hugging Face sequence classifier with one label (folder, id or model), a Megatron checkpoint
-            of a model with a value head, or Megatron chunks with a `ValueHead`; or with ``kind`` the address of a
-            service. A model may also be given as ``model``.
+            or with ``kind`` the address of a service; or a model with a value head: a Hugging Face sequence classifier
+            with one label (folder, id or model), a Megatron checkpoint, Megatron chunks, a ready `TrainingEngine`. A
+            model may also be given as ``model``.
+        tokenizer, parallel_state, parallel, context, settings: of a model with a value head, as for `Critic`.
         kind: vllm, sglang, tei, tgi, http or judge, when ``source`` is an address.
-        options: of `as_reward`, of `ScoreModel` (``vocab``, ``parallel_state``, ``tokenizer``), or of the service's
-            Config.
+        options: of the service's Config, of `as_reward`, or of `ScoreModel` (``retokenize``, ``pad_token_id``).
 
     Raises:
         ConfigError: ``source`` is none of these.
@@ -42,17 +45,30 @@ class RewardModel:
     def __init__(
         self,
         source: Callable[[Sample], float] | Reward | Mapping[str, Any] | Any = None,
+        tokenizer: Any = None,
+        *,
+        parallel_state: Any = None,
+        parallel: ParallelSizes | None = None,
+        context: ParallelContext | None = None,
+        settings: EngineConfig | Mapping[str, Any] | None = None,
         kind: str | None = None,
         **options: Any,
     ) -> None:
+        of_model = {
+            "tokenizer": tokenizer,
+            "parallel_state": parallel_state,
+            "parallel": parallel,
+            "context": context,
+            "settings": settings,
+        }
         if source is None:
             source = options.pop("model", None)
         if kind is not None or (isinstance(source, str) and source.startswith(("http://", "https://"))):
-            self.reward: Reward = build_service(str(source), kind, **options)
+            self.reward: Reward = build_service(str(source), kind, **_only(options, of_model))
         elif source is not None and is_model(source):
-            self.reward = ScoreModel(model=source, **options)
+            self.reward = ScoreModel(model=source, **of_model, **options)
         else:
-            self.reward = as_reward(source, **options)
+            self.reward = as_reward(source, **_only(options, of_model))
         self._joined = False
 
     def score(self) -> Stage:
@@ -93,6 +109,14 @@ class RewardModel:
         if not self._joined and dist.is_initialized() and dist.get_world_size() > 1:
             self.reward = share(self.reward, running_context(seed=0))
         self._joined = True
+
+
+def _only(options: Mapping[str, Any], of_model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``options``, where no model is run here."""
+    given = [name for name, value in of_model.items() if value is not None]
+    if given:
+        raise ConfigError(f"RewardModel: {', '.join(given)} belong to a model that this job runs: leave them out")
+    return options
 
 
 def _with_reward(name: str, samples: list[Sample], rewards: list[float | NoReward]) -> tuple[list[Sample], list[float]]:

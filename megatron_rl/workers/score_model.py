@@ -1,7 +1,7 @@
 """`ScoreModel`: a reward that is a model with a value head, run under this job's own layout.
 
     RewardModel("path/to/classifier")            # a Hugging Face folder, or a Megatron checkpoint of any layout
-    RewardModel(model=chunks, parallel_state=parallel_state, vocab=len(tokenizer))      # a Megatron job's own
+    RewardModel(model=chunks, tokenizer=tokenizer, parallel_state=parallel_state)      # a Megatron job's own
     rewards: [{name: model, options: {model: path/to/classifier}}]
 
 A model from a path is built on first use, in the layout of the job that runs then.
@@ -9,7 +9,7 @@ A model from a path is built on first use, in the layout of the job that runs th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from megatron_rl.batch.scores import ask_for_scores
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.data.text import encode
 from megatron_rl.engines.base import TrainingEngine
-from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.build import build_engine, needs_vocab
 from megatron_rl.engines.config import DtypeName, EngineConfig
 from megatron_rl.models.tokenizer import load_tokenizer
-from megatron_rl.parallel import ParallelContext
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import REWARDS, Reward
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.starting_model import is_hf_model
-from megatron_rl.workers.assembly import job_context, running_context
+from megatron_rl.workers.assembly import job_context, place_of, running_context
 from megatron_rl.workers.outputs import value_output
 from megatron_rl.workers.scoring import token_values
 
@@ -81,38 +81,44 @@ class ScoreModel(Reward):
         *,
         model: Any = None,
         tokenizer: Any = None,
-        vocab: int = 0,
-        pad_token_id: int | None = None,
-        context: ParallelContext | None = None,
         parallel_state: Any = None,
+        parallel: ParallelSizes | None = None,
+        context: ParallelContext | None = None,
+        settings: EngineConfig | Mapping[str, Any] | None = None,
+        retokenize: bool = False,
+        pad_token_id: int | None = None,
     ) -> None:
         """
         Args:
-            config: options; ``model`` and ``tokenizer`` as objects go before those that it names.
-            model: Hugging Face folder, id or model, Megatron checkpoint, or Megatron chunks with a `ValueHead`.
-            tokenizer: re-encodes the text.
-            vocab: logical vocabulary of Megatron chunks, without padding; None of the other sources needs it.
+            config: options; what they name goes before the objects below.
+            model: as `Actor` takes it, with a value head.
+            tokenizer: of the model: its length is the logical vocabulary of Megatron chunks; its padding does not
+                count.
+            parallel_state, parallel, context: the job's; without any of them the one that runs when the first samples
+                are scored.
+            settings: an `EngineConfig`, or its fields by name.
+            retokenize: re-encode the text with ``tokenizer``; False: the model shares the policy's vocabulary.
             pad_token_id: trailing tokens of this id do not count; None = the model's config, or the tokenizer, says.
-            context, parallel_state: the job's; None = the one that runs when the first samples are scored.
 
         Raises:
-            ConfigError: no model was given, or Megatron chunks without their vocabulary.
+            ConfigError: no model was given, or Megatron chunks or ``retokenize`` without a tokenizer.
         """
         if config is None and model is None:
             raise ConfigError("a reward model needs model: a Hugging Face folder, id or model, or Megatron chunks")
         self.name = name
-        self.settings = EngineConfig()
-        if config is not None:
-            self.settings = EngineConfig(dtype=config.dtype, token_budget=config.token_budget)
         self.source = model if config is None else _named(config)
-        self.tokenizer = load_tokenizer(_tokenizer_folder(self.source)) if config and config.retokenize else tokenizer
-        self.vocab = vocab or (len(tokenizer) if tokenizer is not None else 0)
-        if not self.vocab and not is_hf_model(self.source):
-            raise ConfigError("a reward model of Megatron chunks needs vocab: the length of its tokenizer")
+        if config is not None:
+            settings, retokenize = {"dtype": config.dtype, "token_budget": config.token_budget}, config.retokenize
+            tokenizer = load_tokenizer(_tokenizer_folder(self.source)) if retokenize else tokenizer
+        if tokenizer is None and (retokenize or needs_vocab(self.source)):
+            what = "that re-encodes texts" if retokenize else "of Megatron chunks"
+            raise ConfigError(f"a reward model {what} needs its tokenizer: give tokenizer")
+        self.settings = EngineConfig.of(settings, "RewardModel")
+        self.tokenizer, self.retokenize = tokenizer, retokenize
         self._pad_token_id = pad_token_id
-        self.context = context
-        if parallel_state is not None:
-            self.context = job_context(parallel_state, None, self.settings.seed)
+        self._place = context
+        if parallel_state is not None or parallel is not None:
+            self._place = job_context(parallel_state, parallel, self.settings.seed)
         self._engine: TrainingEngine | None = None
 
     @property
@@ -123,9 +129,10 @@ class ScoreModel(Reward):
             ConfigError: it has no value head: its rewards would all be 0.
         """
         if self._engine is None:
-            context = self.context or running_context(self.settings.seed)
+            place = place_of(self.source, self._place or running_context(self.settings.seed), None, None, 0)
+            vocab = 0 if self.tokenizer is None else len(self.tokenizer)
             engine = build_engine(
-                self.source, context, self.settings, name="reward", vocab=self.vocab, value_model=True, frozen=True
+                self.source, place, self.settings, name="reward", vocab=vocab, value_model=True, frozen=True
             )
             if engine.origin.lacks_head:
                 raise ConfigError(
@@ -145,7 +152,7 @@ class ScoreModel(Reward):
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float]:
         engine = self.engine
-        seen = ScoredText(self.tokenizer, self.pad_token_id)
+        seen = ScoredText(self.tokenizer if self.retokenize else None, self.pad_token_id)
         rows = [seen.token_ids(sample) for sample in samples]
         batch = Batch.from_sequences(rows, [[0] * len(row) for row in rows])
         ask_for_scores(batch, seen.pad_token_id)
@@ -169,4 +176,8 @@ def is_model(source: Any) -> bool:
             source.count("/") == 1 and ":" not in source and source not in REWARDS
         )
     chunks = list(source) if isinstance(source, list | tuple | torch.nn.ModuleList) else [source]
-    return is_hf_model(source) or all(isinstance(chunk, torch.nn.Module) for chunk in chunks)
+    return (
+        is_hf_model(source)
+        or isinstance(source, TrainingEngine)
+        or all(isinstance(chunk, torch.nn.Module) for chunk in chunks)
+    )

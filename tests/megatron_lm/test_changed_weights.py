@@ -57,7 +57,7 @@ def job_and_actor(args: JobArguments) -> tuple[Job, Actor]:
     torch.manual_seed(5)
     job = build(args)
     sampling = {"max_tokens": 6, "n": 2}
-    return job, Actor(job.model, Tokenizer(), job.optimizer, parallel_state, sampling=sampling)
+    return job, Actor(job.model, Tokenizer(), job.optimizer, parallel_state, settings={"sampling": sampling})
 
 
 def sample(actor: Actor) -> Batch:
@@ -194,7 +194,12 @@ def test_weights_changed_makes_a_version():
 def test_changed_adapters_are_pushed():
     config = transformer_config(SMALL)
     chunks = float16(SMALL, config, get_model(SMALL, config, local_provider(SMALL, config)))
-    actor = Actor(chunks, Tokenizer(), parallel_state=parallel_state, lora={"rank": 2}, sampling={"max_tokens": 6})
+    actor = Actor(
+        chunks,
+        Tokenizer(),
+        parallel_state=parallel_state,
+        settings={"lora": {"rank": 2}, "sampling": {"max_tokens": 6}},
+    )
     sample(actor)
     for adapter in actor.engine.adapters.values():
         adapter.b.data.add_(0.5)

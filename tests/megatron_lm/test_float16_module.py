@@ -93,7 +93,7 @@ def test_a_wrapped_critic_learns():
     args = JobArguments(bf16=True)
     chunks, config = bare_chunks(args)
     chunks[-1].output_layer = ValueHead(config, chunks[-1].pg_collection.tp)
-    critic = Critic(float16(args, config, chunks), parallel_state, tokenizer=NumberTokenizer())
+    critic = Critic(float16(args, config, chunks), NumberTokenizer(), parallel_state=parallel_state)
     policy, policy_config = bare_chunks(args)
     actor = Actor(float16(args, policy_config, policy), NumberTokenizer(), parallel_state=parallel_state)
     batch = sampled_batch(actor.context)

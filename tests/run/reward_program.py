@@ -59,8 +59,8 @@ def scores(model: RewardModel, rows: list[Sample]) -> list[float]:
 
 def ways(output: Path, tokenizer, rows: list[Sample]) -> dict[str, list[float]]:
     """The trained model from a folder, from a checkpoint, and as the chunks of a job that has its own."""
-    chunks = Critic(str(output / "hf"), parallel_state, tokenizer=tokenizer).engine.chunks
-    own = {"parallel_state": parallel_state, "vocab": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    chunks = Critic(str(output / "hf"), tokenizer, parallel_state=parallel_state).engine.chunks
+    own = {"tokenizer": tokenizer, "parallel_state": parallel_state}
     return {
         "folder": scores(RewardModel(str(output / "hf")), rows),
         "checkpoint": scores(RewardModel(str(output / "checkpoints" / "step_000012")), rows),
