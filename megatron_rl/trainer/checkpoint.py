@@ -247,8 +247,6 @@ class DistributedCheckpoints:
         torch.distributed.barrier(group=self.context.host_group)
 
 
-
-
 def rng_state() -> dict[str, Any]:
     """Every generator of this process, Megatron's tracker included."""
     state = current_platform().rng_state()

@@ -37,7 +37,11 @@ def steps(job_name: str, way: str) -> list[dict[str, float]]:
     initialize(JOBS[job_name])
     job = build(JOBS[job_name])
     actor = Actor(
-        job.model, NumberTokenizer(), job.optimizer, parallel_state, collectives=WAYS[way], compare_with_export=False
+        job.model,
+        NumberTokenizer(),
+        job.optimizer,
+        parallel_state,
+        settings={"collectives": WAYS[way], "compare_with_export": False},
     )
     groups = [
         getattr(group, name)

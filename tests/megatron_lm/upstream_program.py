@@ -16,11 +16,11 @@ import torch.distributed as dist
 import upstream
 from transformers import AutoModelForCausalLM
 
+from megatron_rl.engines.megatron.build import from_hf
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import starting_model
 from megatron_rl.run.config import RunConfig
 from megatron_rl.weights.convert import convert
-from megatron_rl.workers.megatron_model import MegatronModel
 
 LLAMA = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "
@@ -104,11 +104,11 @@ def check_start(case: Case, mine: Path) -> None:
     """A run with ``model=RUN``, Megatron-LM's folder with its pointer, starts from the weights that `convert` exports;
     so it does where ``model_config_path`` says what they are."""
     context = ParallelContext.create(case.sizes)
-    exported = MegatronModel.from_hf(mine / "hf", context).tensors()
+    exported = from_hf(mine / "hf", context).tensors()
     for described in (None, str(mine / "hf"), str(mine / "hf" / "config.json")):
         config = {"model": str(mine / "saved"), "model_config_path": described, "data": {"path": "-"}}
         run = RunConfig.parse(config | {"algorithm": {"name": "grpo"}, "rewards": [{"name": "exact"}]}, "")
-        found = MegatronModel.from_hf(starting_model(run), context).tensors()
+        found = from_hf(starting_model(run), context).tensors()
         assert found.keys() == exported.keys()
         for name, tensor in found.items():
             assert torch.equal(tensor, exported[name]), f"{case.name}, described by {described}: {name}"
