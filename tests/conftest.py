@@ -23,9 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTime(config))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, so that what fails in seconds does not wait for what takes minutes."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Fast tests first, so that what fails in seconds does not wait for minutes; none that lacks its data."""
     items.sort(key=lambda item: max((SLOW.index(m.name) + 1 for m in item.iter_markers() if m.name in SLOW), default=0))
+    lacking = [item for item in items if SHARED is None and "shared_dir" in getattr(item, "fixturenames", ())]
+    if lacking:
+        config.hook.pytest_deselected(items=lacking)
+        items[:] = [item for item in items if item not in lacking]
 
 
 def find_shared() -> Path | None:
@@ -36,15 +40,31 @@ def find_shared() -> Path | None:
     return None
 
 
+SHARED = find_shared()
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    found = find_shared()
-    if found is None:
-        pytest.skip("no test data: set MEGATRON_RL_TEST_DATA to a folder with models/ and data/")
-    return found
+    """Real models and data. What asks for it is an extra: without such a folder it is not collected."""
+    assert SHARED is not None
+    return SHARED
 
 
 @pytest.fixture(scope="session")
 def stories_model(shared_dir: Path) -> Path:
     """A real pretrained Llama of 260,032 parameters as a Hugging Face folder."""
     return shared_dir / "models" / "stories260k-hf"
+
+
+@pytest.fixture(scope="session")
+def seeded_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of the same shape with random weights, as a Hugging Face folder."""
+    from seeded_model import write_seeded_model  # torch and transformers, which not every test needs
+
+    return write_seeded_model(tmp_path_factory.mktemp("seeded") / "model")
+
+
+@pytest.fixture(scope="session", params=["seeded", *(["stories"] if SHARED else [])])
+def llama_folder(request: pytest.FixtureRequest) -> Path:
+    """The seeded model, and the real one where it is at hand."""
+    return request.getfixturevalue(f"{request.param}_model")

@@ -52,7 +52,7 @@ class WarmProcess:
     """The process that forks; one request at a time."""
 
     def __init__(self) -> None:
-        self.environment = rank_environment() | {"HF_HUB_OFFLINE": "1"}
+        self.environment = fork_environment()
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "warm_process.py")],
             env=self.environment,
@@ -64,7 +64,15 @@ class WarmProcess:
         self.cpu_seconds = 0.0
         self.answer(300)
 
-    def run(self, program: str, arguments: list[str], nproc: int | None, timeout: float, env: dict[str, str]) -> Ended:
+    def run(
+        self,
+        program: str,
+        arguments: list[str],
+        nproc: int | None,
+        timeout: float,
+        directory: Path | None,
+        env: dict[str, str],
+    ) -> Ended:
         fixed = [key for key in env if key.startswith(READ_AT_START) and key != "PYTHONPATH"]
         changed = [key for key in fixed if env[key] != self.environment.get(key)]
         if changed:
@@ -75,8 +83,8 @@ class WarmProcess:
                 "arguments": arguments,
                 "nproc": nproc,
                 "timeout": timeout,
-                "environment": os.environ | rank_environment() | {"HF_HUB_OFFLINE": "1"} | env,
-                "directory": os.getcwd(),
+                "environment": fork_environment() | env,
+                "directory": str(directory or Path.cwd()),
                 "folder": folder,
             }
             assert self.process.stdin is not None
@@ -122,8 +130,18 @@ class WarmProcess:
 _warm: WarmProcess | None = None
 
 
-def run_forked(program: Path | str, *args: object, nproc: int | None = None, timeout: float = 300, **env: str) -> Ended:
+def run_forked(
+    program: Path | str,
+    *args: object,
+    nproc: int | None = None,
+    timeout: float = 300,
+    directory: Path | None = None,
+    **env: str,
+) -> Ended:
     """Run ``python program *args`` (or "-m", module, ...) on ``nproc`` ranks; None: alone, and not as a rank.
+
+    Args:
+        directory: to run in, in place of this process's.
 
     Raises:
         ValueError: ``env`` changes what is read at the start of a process.
@@ -131,7 +149,7 @@ def run_forked(program: Path | str, *args: object, nproc: int | None = None, tim
     global _warm
     _warm = _warm or WarmProcess()
     try:
-        return _warm.run(str(program), [str(part) for part in args], nproc, timeout, env)
+        return _warm.run(str(program), [str(part) for part in args], nproc, timeout, directory, env)
     except ValueError:
         raise
     except BaseException:  # also pytest-timeout's: an answer that nobody waits for must not meet the next question
@@ -139,16 +157,35 @@ def run_forked(program: Path | str, *args: object, nproc: int | None = None, tim
         raise
 
 
-def run_ranks(program: Path | str, nproc: int, *args: object, timeout: float = 300, **env: str) -> str:
+def run_ranks(
+    program: Path | str,
+    nproc: int | None,
+    *args: object,
+    timeout: float = 300,
+    directory: Path | None = None,
+    **env: str,
+) -> str:
     """As `torchrun.run_torchrun`, in forks: returns what the ranks printed, rank 0's first.
 
     Raises:
         AssertionError: a rank failed or did not end in ``timeout`` seconds; the message holds the end of its output.
     """
-    ended = run_forked(program, *args, nproc=nproc, timeout=timeout, **env)
+    ended = run_forked(program, *args, nproc=nproc, timeout=timeout, directory=directory, **env)
     assert not ended.late, f"{program} did not end in {timeout} s\n{ended.out[-3000:]}\n{ended.err[-5000:]}"
     assert ended.code == 0, f"{program} failed ({ended.code})\n{ended.out[-3000:]}\n{ended.err[-6000:]}"
     return ended.out
+
+
+def run_alone(program: Path | str, *args: object, **options: Any) -> str:
+    """`run_ranks` for a program of one process that is nobody's rank."""
+    return run_ranks(program, None, *args, **options)
+
+
+def fork_environment() -> dict[str, str]:
+    """What ranks of torchrun have, and ``tests/`` on the path, so that programs share modules with tests."""
+    environment = rank_environment()
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    return environment | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
 def cpu_seconds() -> float:

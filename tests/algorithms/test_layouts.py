@@ -34,13 +34,13 @@ def results(model: str) -> dict[str, dict[str, dict[str, float]]]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_metric_of_any_algorithm_depends_on_the_layout(stories_model, layout):
-    one, other = results(str(stories_model))["one"], results(str(stories_model))[layout]
+def test_no_metric_of_any_algorithm_depends_on_the_layout(seeded_model, layout):
+    one, other = results(str(seeded_model))["one"], results(str(seeded_model))[layout]
     assert {name.split()[0] for name in one} == set(ALGORITHMS)
     for name, metrics in one.items():
         assert other[name] == pytest.approx(metrics, rel=2e-4, abs=2e-5), name
 
 
-def test_every_algorithm_has_a_gradient(stories_model):
-    for name, metrics in results(str(stories_model))["one"].items():
+def test_every_algorithm_has_a_gradient(seeded_model):
+    for name, metrics in results(str(seeded_model))["one"].items():
         assert metrics["optimizer/gradient_norm"] > 1e-3, name

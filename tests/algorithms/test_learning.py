@@ -1,4 +1,4 @@
-"""Every algorithm learns, on a real pretrained model and real Megatron-Core, over two layouts.
+"""Every algorithm learns on real Megatron-Core; three of them also on another layout, and from real pretrained weights.
 
 Online: the mean share of generated tokens with an "s", 0.10 at first, over the last two of ten steps. Preferences: by
 how many nats the happy ending is likelier than the sad one on prompts never trained on, and how often.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from forked import run_ranks
 
 PROGRAM = Path(__file__).with_name("learning_program.py")
@@ -29,30 +31,45 @@ ONLINE = [
     "ppo",
 ]
 OFFLINE = ["dpo", "kto", "bco", "orpo", "simpo", "cpo", "sft", "reward-model"]
-LAYOUTS = {"tp2": "2", "dp2": "1"}  # tensor-parallel size; two ranks each
+SIZES = {"tp2": "2", "dp2": "1"}  # tensor-parallel size; two ranks each
+THREE = ["grpo", "ppo", "dpo"]
+# What runs together: a model, a layout, algorithms.
+RUNS = [
+    ("seeded", "tp2", [*ONLINE, *OFFLINE]),
+    ("seeded", "dp2", THREE),
+    *([("stories", "dp2", THREE)] if SHARED else []),
+]
 
 pytestmark = [pytest.mark.learning, pytest.mark.distributed]
 
 
-@functools.cache
-def results(model: str, layout: str) -> dict[str, dict[str, float]]:
-    out = run_ranks(PROGRAM, 2, model, LAYOUTS[layout], *ONLINE, *OFFLINE, timeout=580)
-    found = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
-    return {result["algorithm"]: result for result in found}
+def of(kinds: list[str]) -> list[tuple[str, str, str]]:
+    return [(model, layout, name) for model, layout, names in RUNS for name in names if name in kinds]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ONLINE)
-def test_reward_rises_to_at_least_twice_what_it_was(stories_model, name, layout):
-    result = results(str(stories_model), layout)[name]
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str, dict[str, float]]]:
+    @functools.cache
+    def run(model: str, layout: str) -> dict[str, dict[str, float]]:
+        (names,) = (names for *case, names in RUNS if case == [model, layout])
+        folder = request.getfixturevalue(f"{model}_model")
+        out = run_ranks(PROGRAM, 2, folder, SIZES[layout], *names, timeout=580)
+        found = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
+        return {result["algorithm"]: result for result in found}
+
+    return run
+
+
+@pytest.mark.parametrize(("model", "layout", "name"), of(ONLINE))
+def test_reward_rises_to_at_least_twice_what_it_was(results, model, layout, name):
+    result = results(model, layout)[name]
     assert result["before"] < 0.2
     assert result["after"] > 2 * result["before"], result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", OFFLINE)
-def test_preference_is_learnt_and_holds_on_unseen_prompts(stories_model, name, layout):
-    result = results(str(stories_model), layout)[name]
+@pytest.mark.parametrize(("model", "layout", "name"), of(OFFLINE))
+def test_preference_is_learnt_and_holds_on_unseen_prompts(results, model, layout, name):
+    result = results(model, layout)[name]
     assert result["loss_after"] < 0.5 * result["loss_before"], result
     assert result["after"] > result["before"] + 1.0, result
     assert result["accuracy_after"] >= 0.9, result

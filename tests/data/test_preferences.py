@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from made_rows import preference_rows, write_gz
 from replica import replica
 from toy_tokenizer import EOS, ToyTokenizer, ids
 
@@ -255,8 +256,8 @@ def test_a_seam_that_would_merge_is_tokenised_apart() -> None:
     assert (pair.prompt_ids, pair.chosen_ids) == (ids("Q:", bos=True), ids(" yes", eos=True))
 
 
-def test_real_tokenizer_puts_no_space_into_the_seam(stories_model: Path) -> None:
-    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(stories_model)
+def test_real_tokenizer_puts_no_space_into_the_seam(llama_folder: Path) -> None:
+    tokenizer = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(llama_folder)
     row = {"prompt": "Once upon a time", "chosen": ", there was a girl.", "rejected": " Tim ran."}
     (pair,) = PairDataset([row], tokenizer)
     for completion, text in ((pair.chosen_ids, row["chosen"]), (pair.rejected_ids, row["rejected"])):
@@ -264,6 +265,18 @@ def test_real_tokenizer_puts_no_space_into_the_seam(stories_model: Path) -> None
         whole = tokenizer.decode(pair.prompt_ids + completion[:-1], skip_special_tokens=True)
         assert whole == row["prompt"] + text
     assert pair.prompt_ids == PromptDataset([row], tokenizer)[0].token_ids  # as a rollout would see it
+
+
+def test_rows_in_hh_s_form_load_from_a_compressed_file(tmp_path: Path) -> None:
+    rows = preference_rows(30)
+    dataset = PairDataset(
+        write_gz(tmp_path / "rows.jsonl.gz", rows), ToyTokenizer(), PairDataset.Config(max_length=4096)
+    )
+    assert len(dataset) == 30
+    for pair, row in zip(dataset, rows, strict=True):
+        assert pair.prompt_ids == ids(row["prompt"], bos=True)
+        assert pair.chosen_ids == ids(row["chosen"], eos=True)
+        assert pair.rejected_ids == ids(row["rejected"], eos=True)
 
 
 def test_real_pairs_load_whole(shared_dir: Path) -> None:

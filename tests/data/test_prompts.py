@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from made_rows import gsm8k_rows, write_gz
 from toy_tokenizer import ToyTokenizer, ids
 
 from megatron_rl.data import DataError, PromptDataset
@@ -88,9 +89,9 @@ def test_shards_partition_the_data_in_order() -> None:
     assert sorted(p.index for shard in shards for p in shard) == list(range(10))
 
 
-def test_real_tokenizer_with_and_without_chat_template(stories_model: Path) -> None:
+def test_real_tokenizer_with_and_without_chat_template(llama_folder: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(stories_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama_folder)
     text = "Once upon a time, Lily"
     plain = PromptDataset([{"prompt": text}], tokenizer)[0]
     assert plain.token_ids == tokenizer(text)["input_ids"]
@@ -102,6 +103,15 @@ def test_real_tokenizer_with_and_without_chat_template(stories_model: Path) -> N
     reference = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
     assert chat.token_ids == list(reference["input_ids"])
     assert chat.token_ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_rows_in_gsm8k_s_form_load_from_a_compressed_file(tmp_path: Path) -> None:
+    rows = gsm8k_rows(30)
+    config = Config(path=str(write_gz(tmp_path / "rows.jsonl.gz", rows)), prompt="question")
+    dataset = PromptDataset(None, ToyTokenizer(), config)
+    assert [prompt.text for prompt in dataset] == [row["question"] for row in rows]
+    assert [prompt.answer for prompt in dataset] == [row["answer"] for row in rows]
+    assert dataset[7].token_ids == ids(rows[7]["question"], bos=True)
 
 
 def test_gsm8k_loads_whole(shared_dir: Path) -> None:

@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import run_ranks
+from forked import run_alone, run_ranks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 
 
 @pytest.fixture
-def eight_lines(stories_model, tmp_path) -> str:
+def eight_lines(seeded_model, tmp_path) -> str:
     """The program, for two steps, and what it reads."""
     section = (ROOT / "README.md").read_text().split("## Eight lines")[1]
-    (tmp_path / "my-model").symlink_to(stories_model)
-    row = '{"prompt": "Once upon a time, there was a girl named Lily.", "answer": "Lily"}\n'
+    (tmp_path / "my-model").symlink_to(seeded_model)
+    row = '{"prompt": "Once upon a time, there was a girl named Lily.", "answer": "girl"}\n'
     (tmp_path / "prompts.jsonl").write_text(row * 32)
     return section.split("```python\n")[1].split("```")[0].replace("range(100)", "range(2)")
 
 
 def test_the_eight_lines_run_as_they_are_printed(eight_lines, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, "-c", eight_lines], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rewards = [float(line) for line in done.stdout.splitlines()]
+    (tmp_path / "eight_lines.py").write_text(eight_lines)
+    out = run_alone(tmp_path / "eight_lines.py", directory=tmp_path, timeout=300)
+    rewards = [float(line) for line in out.splitlines()]
     assert len(rewards) == 2
     assert all(0 < reward < 1 for reward in rewards)
     assert (tmp_path / "my-better-model" / "model.safetensors").is_file()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED
+from forked import Ended, run_forked
+from made_rows import gsm8k_rows, preference_rows, write_gz
 
 from megatron_rl.config import load_config
 from megatron_rl.run import RunConfig
 
-RUNS = Path(__file__).with_name("example_runs.py")
 SHORT = ["train.max_steps=2", "train.per_device_train_batch_size=4", "train.warmup_steps=0"]
 SHORT_CLI = ["trainer.num_steps=2", "prompts_per_step=4", "actor.sampling.n=4", "actor.sampling.max_tokens=16"]
 OFFLINE = ("dpo_pairs", "kto_binary", "reward_model")
@@ -23,17 +22,12 @@ ONLINE = ("ppo_math", "grpo_gsm8k", "custom_reward", "custom_algorithm", "use_of
 HEROES = [{"prompt": f"Once upon a time, there was a girl named {name}.", "answer": name} for name in ("Lily", "Sue")]
 
 
-def data_file(shared_dir: Path, name: str) -> Path:
-    path = shared_dir / "data" / name
-    if not path.is_file():
-        pytest.skip(f"no {name} in {path.parent}")
-    return path
-
-
-def commands(model: Path, shared: Path, folder: Path) -> list[tuple[str, list[str]]]:
+def commands(model: Path, folder: Path) -> list[tuple[str, list[str]]]:
     """Every example's command."""
-    pairs = data_file(shared, "hh_harmless_test_pairs.jsonl.gz")
-    gsm8k, test = data_file(shared, "gsm8k_train.jsonl.gz"), folder / "test.jsonl"
+    real = SHARED / "data" if SHARED else None
+    pairs = write_gz(folder / "pairs.jsonl.gz", preference_rows(40), real and real / "hh_harmless_test_pairs.jsonl.gz")
+    gsm8k = write_gz(folder / "gsm8k.jsonl.gz", gsm8k_rows(40), real and real / "gsm8k_train.jsonl.gz")
+    test = folder / "test.jsonl"
     test.write_text('{"question": "2+2?", "answer": "#### 4"}\n')
     heroes = folder / "heroes.jsonl"
     heroes.write_text("\n".join(map(json.dumps, HEROES * 8)))
@@ -67,31 +61,26 @@ def commands(model: Path, shared: Path, folder: Path) -> list[tuple[str, list[st
 
 
 @pytest.fixture(scope="module")
-def runs(stories_model: Path, shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def runs(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ended]]:
+    """Each example's folder, and how it ended."""
     folder = tmp_path_factory.mktemp("examples")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(RUNS), json.dumps(commands(stories_model, shared_dir, folder))],
-        cwd=ROOT,
-        env=environment | {"HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=560,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
-    return {run["name"]: run | {"folder": folder / run["name"]} for run in found}
+    found = {}
+    for name, argv in commands(seeded_model, folder):
+        program = ["-m", "megatron_rl", *argv[1:]] if argv[0] == "megatron-rl" else argv
+        found[name] = (folder / name, run_forked(*program, directory=ROOT, timeout=150))
+    return found
 
 
 @pytest.mark.parametrize("name", [*OFFLINE, *ONLINE])
-def test_example_runs_and_leaves_a_model(runs: dict[str, dict], name: str) -> None:
-    run = runs[name]
-    assert run["code"] == 0, run["output"]
-    assert (run["folder"] / "hf" / "model.safetensors").is_file()
-    assert list(run["folder"].glob("metrics.jsonl"))
+def test_example_runs_and_leaves_a_model(runs: dict[str, tuple[Path, Ended]], name: str) -> None:
+    folder, ended = runs[name]
+    assert ended.code == 0, ended.out[-2000:] + ended.err[-4000:]
+    assert (folder / "hf" / "model.safetensors").is_file()
+    assert list(folder.glob("metrics.jsonl"))
 
 
-def test_each_reward_of_one_s_own_is_logged(runs: dict[str, dict]) -> None:
-    lines = (runs["custom_reward"]["folder"] / "metrics.jsonl").read_text().splitlines()
+def test_each_reward_of_one_s_own_is_logged(runs: dict[str, tuple[Path, Ended]]) -> None:
+    lines = (runs["custom_reward"][0] / "metrics.jsonl").read_text().splitlines()
     assert {f"reward_parts/{name}/mean" for name in ("names_hero", "unlike_the_others", "brevity")} <= set(
         json.loads(lines[0])
     )

@@ -94,16 +94,16 @@ def test_logits_equal_transformers(architecture: Architecture, context: Parallel
     assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-def test_a_real_pretrained_llama_gives_its_logits(stories_model: Path, context: ParallelContext) -> None:
-    architecture = read_architecture(stories_model)
+def test_a_real_pretrained_llama_gives_its_logits(llama_folder: Path, context: ParallelContext) -> None:
+    architecture = read_architecture(llama_folder)
     ids = torch.randint(3, 512, (1, 64), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         exact, same = (
-            AutoModelForCausalLM.from_pretrained(stories_model, dtype=dtype).eval()(ids).logits
+            AutoModelForCausalLM.from_pretrained(llama_folder, dtype=dtype).eval()(ids).logits
             for dtype in (torch.float64, torch.float32)
         )
     # fp32 itself is off by 1e-5 on these logits of up to 13, in transformers too.
-    found = megatron_logits(architecture, context, stories_model, ids)
+    found = megatron_logits(architecture, context, llama_folder, ids)
     assert (found - exact).abs().max() <= 2 * (same - exact).abs().max()
     assert (found - same).abs().max() <= 2e-5
 

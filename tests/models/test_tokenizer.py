@@ -102,6 +102,6 @@ def test_a_folder_without_tokenizer_is_named(tmp_path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_real_tokenizer_aligns_with_its_model(stories_model) -> None:
-    words = load_tokenizer(stories_model)
-    assert align_tokenizer(words, LlamaConfig.from_pretrained(stories_model)) == SpecialTokens(0, (1,))
+def test_real_tokenizer_aligns_with_its_model(llama_folder) -> None:
+    words = load_tokenizer(llama_folder)
+    assert align_tokenizer(words, LlamaConfig.from_pretrained(llama_folder)) == SpecialTokens(0, (1,))

@@ -1,4 +1,4 @@
-"""Run under torchrun with 4 ranks by test_context: every group of every layout holds the ranks the layout says."""
+"""Run on 4 ranks by test_context: every group of every layout holds the ranks the layout says; a line for each."""
 
 from __future__ import annotations
 
@@ -113,17 +113,23 @@ def check_refusals() -> None:
 
 def main() -> None:
     check_refusals()
+    held("refusals")
     for name in LAYOUTS:
         try:
             check_layout(name)
         except Exception as error:
             raise AssertionError(f"layout {name}") from error
         parallel_state.destroy_model_parallel()
+        held(name)
     check_other_order()
+    held("another order of axes")
+    dist.destroy_process_group()
+
+
+def held(case: str) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
-        print(f"{len(LAYOUTS)} layouts hold")
-    dist.destroy_process_group()
+        print(f"held: {case}", flush=True)
 
 
 if __name__ == "__main__":

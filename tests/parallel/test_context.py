@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_ranks
+from parallel.groups_program import LAYOUTS
 
 import megatron_rl  # noqa: F401  (before megatron.core)
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -15,9 +16,16 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron.core import parallel_state  # isort: skip
 
 
+@pytest.fixture(scope="module")
+def held() -> list[str]:
+    output = run_ranks(Path(__file__).with_name("groups_program.py"), 4, timeout=280)
+    return [line.removeprefix("held: ") for line in output.splitlines() if line.startswith("held: ")]
+
+
 @pytest.mark.distributed
-def test_every_group_of_every_layout_holds_the_ranks_the_layout_says() -> None:
-    assert "15 layouts hold" in run_ranks(Path(__file__).with_name("groups_program.py"), 4, timeout=280)
+@pytest.mark.parametrize("case", [*LAYOUTS, "refusals", "another order of axes"])
+def test_every_group_of_a_layout_holds_the_ranks_the_layout_says(held: list[str], case: str) -> None:
+    assert held.count(case) == 1
 
 
 def test_one_process_without_torchrun_is_a_whole_replica(monkeypatch) -> None:

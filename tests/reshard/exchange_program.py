@@ -132,6 +132,13 @@ def run_case(case: Case, rank: int) -> str:
     return f"ok {case.name}: {certificate.received.actual} bytes, {report}"
 
 
+def all_cases() -> list[Case]:
+    return [*family_cases(), *random_cases()]
+
+
+ABSENT = "absent peer"
+
+
 def check_absent_peer(rank: int) -> None:
     """Rank 3 never begins: rank 0 must say so, soon. In a group of its own, whose connection breaks by this."""
     group = dist.new_group()
@@ -141,7 +148,7 @@ def check_absent_peer(rank: int) -> None:
         resharder = Resharder(source, target, 0, P2PTransport(group, timeout=1))
         with pytest.raises(TransportError, match="the exchange with rank 3 failed or took longer than 1 s"):
             resharder.run({}, {"w": torch.zeros(4, dtype=torch.bfloat16)})
-        print("ok absent peer", flush=True)
+        print(f"ok {ABSENT}: said in time", flush=True)
 
 
 def check_memory_is_read(rank: int) -> None:
@@ -169,7 +176,7 @@ def check_memory_is_read(rank: int) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for case in [*family_cases(), *random_cases()]:
+    for case in all_cases():
         line = run_case(case, rank)
         if rank == 0:
             print(line, flush=True)

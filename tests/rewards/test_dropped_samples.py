@@ -12,14 +12,14 @@ from torchrun import ROOT
 
 @pytest.mark.distributed
 def test_data_parallel_ranks_with_different_numbers_of_samples_train_together(
-    stories_model: Path, tmp_path: Path
+    seeded_model: Path, tmp_path: Path
 ) -> None:
     rows = [{"prompt": f"Once upon a time, there was a girl named {name}."} for name in ("Lily", "Sue", "Amy", "Kate")]
     (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows * 4)))
     (tmp_path / "config.yaml").write_text(
         json.dumps(
             {
-                "model": str(stories_model),
+                "model": str(seeded_model),
                 "algorithm": {"name": "grpo", "num_mini_batches": 2, "old_logprobs": "recompute"},
                 "actor": {"sampling": {"n": 4, "max_tokens": 12}, "optimizer": {"learning_rate": 1e-4}},
                 "data": {"path": str(tmp_path / "prompts.jsonl")},

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from made_rows import gsm8k_rows
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.rewards import MathReward, NoReward, RewardError
@@ -121,21 +122,37 @@ def test_typography_neither_hides_a_right_answer_nor_makes_one(
     assert reward([sample(response, answer)]) == [expected]
 
 
+def assert_right_beside_neighbours(answers: list[str], reward: MathReward) -> None:
+    neighbours = answers[1:] + answers[:1]
+    assert sum(reward([sample(answer, answer) for answer in answers])) == len(answers)
+    equal = [a.split("####")[1] == b.split("####")[1] for a, b in zip(answers, neighbours, strict=True)]
+    shifted = [sample(a, b) for a, b in zip(answers, neighbours, strict=True)]
+    assert reward(shifted) == [float(e) for e in equal]
+
+
+def spoken(answers: list[str]) -> list[Sample]:
+    """Answers without their mark, which math-verify must find."""
+    return [sample(f"Therefore, the answer is {a.split('####')[1].strip()}.", a) for a in answers]
+
+
+def test_solutions_in_gsm8k_s_form_are_right_marked_or_spoken_and_their_neighbours_wrong(reward: MathReward) -> None:
+    answers = [row["answer"] for row in gsm8k_rows(100)]
+    assert any("," in answer.split("####")[1] for answer in answers)
+    assert_right_beside_neighbours(answers, reward)
+    assert sum(reward(spoken(answers[:30]))) == 30
+
+
 def test_gsm8k_solutions_are_right_and_their_neighbours_wrong(shared_dir: Path, reward: MathReward) -> None:
     with gzip.open(shared_dir / "data" / "gsm8k_test.jsonl.gz", "rt") as file:
         answers = [json.loads(line)["answer"] for line in file]
-    right = [sample(answer, answer) for answer in answers]
-    shifted = [sample(a, b) for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
-    assert sum(reward(right)) == len(answers) == 1319
-    equal = [a.split("####")[1] == b.split("####")[1] for a, b in zip(answers, answers[1:] + answers[:1], strict=True)]
-    assert reward(shifted) == [float(e) for e in equal]
+    assert len(answers) == 1319
+    assert_right_beside_neighbours(answers, reward)
 
 
 def test_unmarked_gsm8k_answers_go_through_math_verify(shared_dir: Path, reward: MathReward) -> None:
     with gzip.open(shared_dir / "data" / "gsm8k_test.jsonl.gz", "rt") as file:
         answers = [json.loads(line)["answer"] for line in file][:60]
-    spoken = [sample(f"Therefore, the answer is {a.split('####')[1].strip()}.", a) for a in answers]
-    assert sum(reward(spoken)) == 60
+    assert sum(reward(spoken(answers))) == 60
 
 
 def test_an_endless_comparison_costs_its_limit_and_is_counted() -> None:

@@ -65,9 +65,9 @@ def test_a_failure_in_the_background_is_raised_where_the_rewards_are_needed(serv
         service(samples(2))
 
 
-def test_an_actor_s_parts_keep_prompts_groups_and_rewards_together(server: ContractServer, stories_model: Path) -> None:
-    tokenizer = load_tokenizer(stories_model)
-    actor = Actor(stories_model, tokenizer)
+def test_an_actor_s_parts_keep_prompts_groups_and_rewards_together(server: ContractServer, seeded_model: Path) -> None:
+    tokenizer = load_tokenizer(seeded_model)
+    actor = Actor(seeded_model, tokenizer)
     texts = [f"Once upon a time, there was a girl named {name}." for name in ("Lily", "Sue", "Amy", "Kate", "Jane")]
     prompts = [Prompt(tokenizer(text).input_ids, text, index=i) for i, text in enumerate(texts)]
     begun: list[int] = []
@@ -87,7 +87,7 @@ def test_an_actor_s_parts_keep_prompts_groups_and_rewards_together(server: Contr
 
 
 def test_the_first_part_is_asked_for_and_answered_while_the_engine_works_on_the_second(
-    server: ContractServer, stories_model: Path, monkeypatch: pytest.MonkeyPatch
+    server: ContractServer, seeded_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No clock: the service answers only when the second part is being generated, and that ends only when it has."""
     asked, generating, answered = threading.Event(), threading.Event(), threading.Event()
@@ -101,8 +101,8 @@ def test_the_first_part_is_asked_for_and_answered_while_the_engine_works_on_the_
         return True
 
     server.fault = in_between
-    tokenizer = load_tokenizer(stories_model)
-    actor = Actor(stories_model, tokenizer)
+    tokenizer = load_tokenizer(seeded_model)
+    actor = Actor(seeded_model, tokenizer)
     generate = actor.rollouts.engine.generate
 
     def watched(prompts: list[list[int]], *arguments: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "run"))
 from contract_server import ChatCompletion, ContractServer, chat
-from small_run import ROOT, metrics_of, write_run
+from forked import run_alone
+from small_run import metrics_of, write_run
 
 RUBRIC = """
 rewards:
@@ -52,16 +51,10 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, dict[st
     server.plain["/v1/chat/completions"] = verdict
     rewards = yaml.safe_load(RUBRIC.format(url=server.url))
     config = write_run(folder, rollout_parts=2, trainer={"output_dir": str(folder / "out"), "num_steps": 2}, **rewards)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_rl", "train", str(config)],
-            env=environment | {"JUDGE_TOKEN": "secret"},
-            cwd=folder, capture_output=True, text=True, timeout=400, check=False,
-        )  # fmt: skip
+        run_alone("-m", "megatron_rl", "train", config, directory=folder, timeout=400, JUDGE_TOKEN="secret")
     finally:
         server.close()
-    assert done.returncode == 0, done.stderr[-4000:]
     return metrics_of(folder / "out"), server
 
 

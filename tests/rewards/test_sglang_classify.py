@@ -22,7 +22,7 @@ CONTEXT = 256
 
 
 @pytest.fixture(scope="module")
-def classifier(stories_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama with one output, and large enough weights that texts differ."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def classifier(stories_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         initializer_range=0.1,
     )
     LlamaForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(stories_model).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(seeded_model).save_pretrained(folder)
     return folder
 
 

@@ -38,12 +38,12 @@ SCHEMA = {
 
 
 @pytest.fixture(scope="module")
-def server(stories_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+def server(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     if not (PYTHON.parents[1] / ".ready").exists():
         pytest.skip("no SGLang: make setup-sglang creates ./.venv-sglang")
     folder = tmp_path_factory.mktemp("storyteller")
-    AutoModelForCausalLM.from_pretrained(stories_model).save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+    AutoModelForCausalLM.from_pretrained(seeded_model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(seeded_model)
     tokenizer.chat_template = PLAIN_CHAT
     tokenizer.save_pretrained(folder)
     settings = ServerSettings(

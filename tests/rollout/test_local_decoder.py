@@ -43,9 +43,9 @@ def test_sampled_logprobs_are_those_of_the_full_softmax_at_the_temperature(name:
             torch.testing.assert_close(torch.tensor(sample.logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_real_model_greedy_text_equals_transformers(stories_model: object) -> None:
-    model = AutoModelForCausalLM.from_pretrained(stories_model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(stories_model)
+def test_real_model_greedy_text_equals_transformers(llama_folder: object) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     texts = ["Once upon a time, there was a boy named Tim.", "The dog", "Lily and Ben went to the park. They saw"]
     prompts = [tokenizer(text).input_ids for text in texts]
     with local_engine(model, eos_token_ids=[1]) as engine:

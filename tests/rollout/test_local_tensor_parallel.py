@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 from forked import run_ranks
-from torchrun import ROOT
+from rollout.tp_program import CASES, Case
+
+
+@pytest.fixture(scope="module")
+def checked() -> list[str]:
+    output = run_ranks(Path(__file__).with_name("tp_program.py"), 4, timeout=280)
+    return [line.removeprefix("checked ") for line in output.splitlines() if line.startswith("checked ")]
 
 
 @pytest.mark.distributed
-def test_tensor_parallel_engines_give_the_completions_of_one_rank() -> None:
-    program = Path(__file__).with_name("tp_program.py")
-    output = run_ranks(program, 4, timeout=280, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    assert output.count("checked") == 6
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tensor_parallel_engines_give_the_completions_of_one_rank(checked: list[str], case: Case) -> None:
+    assert checked.count(case.name) == 1
+    assert len(checked) == 6

@@ -20,6 +20,10 @@ class Case:
     tp: int
     expert_parallel: bool = False
 
+    @property
+    def name(self) -> str:
+        return f"{self.model} tp{self.tp}{' ep' * self.expert_parallel}"
+
 
 CASES = [
     Case("llama", 2),
@@ -60,7 +64,7 @@ def main() -> None:
         check(case, group)
         dist.barrier()
         if dist.get_rank() == 0:
-            print(f"checked {case}", flush=True)
+            print(f"checked {case.name}", flush=True)
     dist.destroy_process_group()
 
 

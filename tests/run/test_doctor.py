@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Ended, run_forked
 from small_run import ROOT
 
+from megatron_rl.cli import doctor as cli
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Experts
 from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.doctor.compare import Measured, differences
+from megatron_rl.run.doctor.examine import Report, examine
 from megatron_rl.run.doctor.layouts import variants_for
 from megatron_rl.run.doctor.one_call import load_examined
 from megatron_rl.run.doctor.random_data import PLAIN, write_random_model
@@ -24,43 +25,64 @@ CONFIG = ROOT / "examples" / "arithmetic_grpo" / "config.yaml"
 FAULTS = Path(__file__).with_name("faulty_algorithms.py")
 
 
-def doctor(*arguments: str, config: Path = CONFIG) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "megatron_rl", "doctor", str(config), *arguments]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+def forks(arguments: Sequence[str], ranks: int, log: Path, timeout: float) -> int | None:
+    """Starts the doctor's ranks in no time."""
+    ended = run_forked(*arguments, nproc=ranks, timeout=timeout)
+    log.write_text(ended.out + ended.err)
+    return None if ended.late else ended.code
 
 
-def marks(output: str, layout: str) -> list[str]:
+def doctor(*overrides: str, config: Path = CONFIG, algorithm: str | None = None, ranks: int = 2) -> Report:
+    return examine(load_examined(config, list(overrides)), algorithm, max_ranks=ranks, timeout=300, launch=forks)
+
+
+def command(*arguments: str) -> Ended:
+    """`megatron-rl doctor`, which starts torchrun itself."""
+    return run_forked("-m", "megatron_rl", "doctor", CONFIG, *arguments, directory=ROOT, timeout=600)
+
+
+def marks(report: object, layout: str) -> list[str]:
     """What the table says of one layout: fields, loss, gradient, metrics."""
-    (row,) = [line for line in output.splitlines() if line.startswith(f"{layout}  ")]
+    (row,) = [line for line in str(report).splitlines() if line.startswith(f"{layout}  ")]
     return row.split()[-4:]
 
 
+@pytest.fixture(scope="module")
+def shipped() -> Report:
+    return doctor(ranks=4)
+
+
 @pytest.mark.distributed
-def test_the_shipped_grpo_is_healthy_on_every_layout():
-    done = doctor("--ranks", "4")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "healthy" in done.stdout
+def test_the_shipped_grpo_is_healthy_on_every_layout(shipped):
+    assert shipped.healthy, str(shipped)
+    assert "healthy" in str(shipped)
     for layout in ("small micro-batches", "padded rows", "DP2", "CP2", "TP2", "PP2", "PP2 VPP2", "TP2 PP2"):
-        assert marks(done.stdout, layout) == ["same"] * 4
+        assert marks(shipped, layout) == ["same"] * 4
+
+
+@pytest.mark.distributed
+def test_the_command_prints_a_healthy_report_and_ends_well(shipped, monkeypatch, capsys):
+    monkeypatch.setattr("megatron_rl.run.doctor.examine.examine", lambda *_, **options: shipped)
+    assert cli.doctor(CONFIG, ranks=4) is None
+    assert capsys.readouterr().out == f"{shipped}\n"
 
 
 @pytest.mark.distributed
 def test_ppo_with_a_critic_on_shared_weights_is_healthy_on_every_layout():
-    done = doctor("algorithm={name: ppo, shared_critic: true, num_mini_batches: 2}", "actor.value_head=true")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    report = doctor("algorithm={name: ppo, shared_critic: true, num_mini_batches: 2}", "actor.value_head=true")
+    assert report.healthy, str(report)
 
 
 @pytest.mark.distributed
 def test_a_mixture_of_experts_is_also_examined_with_its_experts_spread_over_ranks(tmp_path):
     experts = replace(PLAIN, family="qwen3_moe", qk_norm=True, experts=Experts(8, 2, 32, dense_layers=(0,)))
     model = write_random_model(tmp_path / "model", experts, seed=4)
-    done = doctor(f"model={model}", f"model_config_path={model}")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "a random qwen3_moe of 4 layers" in done.stdout
+    report = doctor(f"model={model}", f"model_config_path={model}")
+    assert report.healthy, str(report)
+    assert "a random qwen3_moe of 4 layers" in str(report)
     for layout in ("EP2", "PP2 VPP2", "TP2, sequence parallel"):
-        assert marks(done.stdout, layout) == ["same"] * 4
-    assert "TP2  " not in done.stdout
+        assert marks(report, layout) == ["same"] * 4
+    assert "TP2  " not in str(report)
 
 
 def test_only_a_mixture_of_experts_has_expert_parallel_layouts():
@@ -69,29 +91,41 @@ def test_only_a_mixture_of_experts_has_expert_parallel_layouts():
     assert names[False] - names[True] == {"TP2", "TP2 PP2"}  # experts want sequence parallelism beside TP
 
 
+# algorithm -> the first quantity that differs, the layout, one that the fault leaves alone
+PLANTED = {
+    "AveragedPerMicroBatch": ("loss/total", "small micro-batches", "padded rows"),
+    "MaskShiftedUnderContextParallelism": ("loss/total", "CP2", "DP2"),
+    "MetricCountedTwice": ("policy/length", "CP2", "DP2"),
+    "WhitenedPerRank": ("advantages", "DP2", "CP2"),
+}
+
+
+def assert_found(report: object, first: str, layout: str, untouched: str) -> None:
+    assert f"FAULT: {first} is the first quantity that differs, on {layout}: " in str(report)
+    assert "DIFFERS" in marks(report, layout)
+    assert marks(report, untouched) == ["same"] * 4
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("algorithm", "first", "layout", "untouched"),
-    [
-        ("AveragedPerMicroBatch", "loss/total", "small micro-batches", "padded rows"),
-        ("MaskShiftedUnderContextParallelism", "loss/total", "CP2", "DP2"),
-        ("MetricCountedTwice", "policy/length", "CP2", "DP2"),
-        ("WhitenedPerRank", "advantages", "DP2", "CP2"),
-    ],
-)
-def test_a_planted_fault_is_found_and_its_first_quantity_named(algorithm, first, layout, untouched):
-    done = doctor("--algorithm", f"{FAULTS}:{algorithm}")
-    assert done.returncode == 1, done.stdout + done.stderr[-2000:]
-    assert f"FAULT: {first} is the first quantity that differs, on {layout}: " in done.stdout
-    assert "DIFFERS" in marks(done.stdout, layout)
-    assert marks(done.stdout, untouched) == ["same"] * 4
+@pytest.mark.parametrize("algorithm", PLANTED)
+def test_a_planted_fault_is_found_and_its_first_quantity_named(algorithm):
+    report = doctor(algorithm=f"{FAULTS}:{algorithm}")
+    assert not report.healthy
+    assert_found(report, *PLANTED[algorithm])
+
+
+@pytest.mark.distributed
+def test_the_command_prints_the_fault_that_ranks_of_torchrun_have_and_ends_with_1():
+    done = command("--algorithm", f"{FAULTS}:WhitenedPerRank")
+    assert done.code == 1, done.out + done.err[-2000:]
+    assert_found(done.out, *PLANTED["WhitenedPerRank"])
 
 
 @pytest.mark.distributed
 def test_an_algorithm_that_cannot_run_is_no_fault_of_the_layout():
-    done = doctor("--algorithm", f"{FAULTS}:Raising")
-    assert done.returncode == 2
-    assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in done.stderr
+    done = command("--algorithm", f"{FAULTS}:Raising")
+    assert done.code == 2
+    assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in done.err
 
 
 ONE_CALL = {
@@ -126,9 +160,9 @@ def test_options_of_one_call_that_change_the_update_reach_the_doctor():
 
 @pytest.mark.distributed
 def test_the_shipped_kto_is_healthy_on_every_layout():
-    done = doctor(config=ROOT / "examples" / "kto_binary" / "config.yaml")
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "KTO on random preference pairs" in done.stdout
+    report = doctor(config=ROOT / "examples" / "kto_binary" / "config.yaml")
+    assert report.healthy, str(report)
+    assert "KTO on random preference pairs" in str(report)
 
 
 def measurement(**changes: object) -> Measured:

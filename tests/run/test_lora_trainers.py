@@ -24,8 +24,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder, stories_model) -> dict:
-    out = run_ranks(PROGRAM, 2, str(stories_model), str(folder), timeout=500, PYTHONPATH=PATHS)
+def results(folder, seeded_model) -> dict:
+    out = run_ranks(PROGRAM, 2, str(seeded_model), str(folder), timeout=500, PYTHONPATH=PATHS)
     (line,) = [line for line in out.splitlines() if line.startswith("RESULT ")]
     return json.loads(line.removeprefix("RESULT "))
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from small_run import ROOT, flip_a_bit, metrics_of, write_run
 from torchrun import run_torchrun
 
@@ -33,7 +34,7 @@ def free_port() -> int:
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[int, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("whole")
     config = write_run(folder)
-    run_torchrun(PROGRAM, 2, str(config), "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
+    run_ranks(PROGRAM, 2, str(config), "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
     return folder, metrics_of(folder / "out")
 
 

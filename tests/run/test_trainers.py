@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from small_run import ROOT, write_run
+from forked import run_alone
+from small_run import write_run
 from test_resume import environment
 
 PROGRAM = Path(__file__).with_name("trainers_program.py")
@@ -18,12 +17,8 @@ PROGRAM = Path(__file__).with_name("trainers_program.py")
 def result(tmp_path_factory) -> dict[str, dict[str, float]]:
     folder = tmp_path_factory.mktemp("trainers")
     write_run(folder)
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder)], env=environment(), cwd=ROOT, capture_output=True, text=True,
-        timeout=400, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    out = run_alone(PROGRAM, folder, timeout=400, PYTHONPATH=environment()["PYTHONPATH"])
+    return json.loads(out.splitlines()[-1])
 
 
 def test_dpo_learns_to_prefer_and_exports(result):

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from torchrun import ROOT
+from forked import run_alone
 
 from megatron_rl.trainer import TrainerSettings
 
@@ -24,12 +21,6 @@ def test_length_of_a_run_is_given_in_steps_or_in_passes_over_the_data(settings, 
 
 def test_a_checkpoint_written_in_the_background_is_completed_while_training_goes_on(tmp_path):
     program = Path(__file__).with_name("async_save_program.py")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, str(program), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(run_alone(program, tmp_path, timeout=200).splitlines()[-1])
     assert result["seen_at"] > 1
     assert result["left"] == ["step_000001"]

@@ -59,10 +59,10 @@ def test_a_reward_model_stays_the_classifier_that_it_is(tmp_path) -> None:
     assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")).__name__.startswith("Llama")
 
 
-def test_a_real_model_keeps_its_tokenizer_and_its_words(stories_model, tmp_path) -> None:
-    convert(stories_model, tmp_path / "megatron", "megatron")
+def test_a_real_model_keeps_its_tokenizer_and_its_words(llama_folder, tmp_path) -> None:
+    convert(llama_folder, tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "back", "hf")
-    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (stories_model, tmp_path / "back"))
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (llama_folder, tmp_path / "back"))
     ids = AutoTokenizer.from_pretrained(tmp_path / "back")("Once upon a time", return_tensors="pt").input_ids
     assert torch.equal(old.generate(ids, max_new_tokens=20), new.generate(ids, max_new_tokens=20))
     assert new.generation_config.eos_token_id == [1, 2]

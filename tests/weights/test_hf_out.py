@@ -121,11 +121,11 @@ def test_scaled_rotary_embeddings_survive_both_spellings(tmp_path) -> None:
     assert AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == rope
 
 
-def test_the_models_own_config_tokenizer_and_generation_settings_travel(stories_model, tmp_path) -> None:
-    a, config = read_architecture(stories_model), LlamaConfig.from_pretrained(stories_model)
+def test_the_models_own_config_tokenizer_and_generation_settings_travel(llama_folder, tmp_path) -> None:
+    a, config = read_architecture(llama_folder), LlamaConfig.from_pretrained(llama_folder)
     layout = megatron_layout(a, RankGrid(ParallelSizes(), 1), 512)
     tensors = empty_tensors(layout, 0, torch.float32)
-    load_folder(stories_model, layout, 0, tensors)
+    load_folder(llama_folder, layout, 0, tensors)
     save_hf(
         layout,
         tensors,
@@ -134,10 +134,10 @@ def test_the_models_own_config_tokenizer_and_generation_settings_travel(stories_
         rank=0,
         transport=LocalTransport(),
         hf_config=config.to_dict(),
-        tokenizer=AutoTokenizer.from_pretrained(stories_model),
-        generation_config=GenerationConfig.from_pretrained(stories_model),
+        tokenizer=AutoTokenizer.from_pretrained(llama_folder),
+        generation_config=GenerationConfig.from_pretrained(llama_folder),
     )
-    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (stories_model, tmp_path / "m"))
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (llama_folder, tmp_path / "m"))
     assert new.generation_config.eos_token_id == [1, 2]
     ids = AutoTokenizer.from_pretrained(tmp_path / "m")("Once upon a time", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_alone
+from weights.fault_program import CASES
 
-TESTS = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.distributed
-def test_every_fault_is_named_in_bounded_time_no_mixture_is_served_and_the_next_push_heals() -> None:
-    environment = os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, str(TESTS / "weights" / "fault_program.py")]
-    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-6000:]}"
-    assert [line[:3] for line in ended.stdout.splitlines()] == ["ok "] * 30
+@pytest.fixture(scope="module")
+def ended_well() -> list[str]:
+    out = run_alone(Path(__file__).with_name("fault_program.py"), timeout=280)
+    return [line.removeprefix("ok ").rsplit(": ", 1)[0] for line in out.splitlines() if line.startswith("ok ")]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_fault_is_named_in_bounded_time_no_mixture_is_served_and_the_next_push_heals(case, ended_well) -> None:
+    assert ended_well.count(case.name) == 1
+    assert len(ended_well) == 30

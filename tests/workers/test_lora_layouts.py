@@ -57,8 +57,8 @@ def results(model: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def found(stories_model) -> dict[str, dict[str, Any]]:
-    return results(str(stories_model))
+def found(seeded_model) -> dict[str, dict[str, Any]]:
+    return results(str(seeded_model))
 
 
 def alone(case: str) -> str:
@@ -122,8 +122,8 @@ def test_engine_samples_with_merged_weights(found, case):
 
 
 @pytest.mark.parametrize("case", [case for case in SAME_ADAPTERS if case in DENSE])
-def test_exported_weights_are_the_merged_ones(found, case, stories_model):
-    base, one, other = load_file(stories_model / "model.safetensors"), found["one"]["exported"], found[case]["exported"]
+def test_exported_weights_are_the_merged_ones(found, case, seeded_model):
+    base, one, other = load_file(seeded_model / "model.safetensors"), found["one"]["exported"], found[case]["exported"]
     assert one.keys() == other.keys() == base.keys()
     for name in base:
         adapted = name.endswith("proj.weight")
@@ -132,9 +132,9 @@ def test_exported_weights_are_the_merged_ones(found, case, stories_model):
 
 
 @pytest.mark.parametrize("case", DENSE)
-def test_adapters_alone_are_the_difference_of_the_exported_weights(found, case, stories_model):
+def test_adapters_alone_are_the_difference_of_the_exported_weights(found, case, seeded_model):
     """As PEFT reads them: W + lora_alpha / r * B A, one pair for each Hugging Face weight."""
-    base, exported, adapters = load_file(stories_model / "model.safetensors"), found[case]["exported"], {}
+    base, exported, adapters = load_file(seeded_model / "model.safetensors"), found[case]["exported"], {}
     for name, tensor in found[case]["adapters"].items():
         assert name.startswith("base_model.model.model.layers.")
         weight, letter = name.removeprefix("base_model.model.").rsplit(".lora_", 1)

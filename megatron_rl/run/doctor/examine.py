@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +72,10 @@ class Report:
         ]
 
 
+# (arguments of `python`, number of ranks, file for all output, seconds) -> exit code; None where it took longer
+Launch = Callable[[Sequence[str], int, Path, float], int | None]
+
+
 def examine(
     config: RunConfig,
     algorithm: str | None = None,
@@ -79,6 +83,7 @@ def examine(
     max_ranks: int = 2,
     timeout: float = 300.0,
     progress: Callable[[str], None] = lambda line: None,
+    launch: Launch | None = None,
 ) -> Report:
     """Run one update of the configured algorithm on every layout, and compare all with one process.
 
@@ -87,6 +92,7 @@ def examine(
         max_ranks: processes of the largest world.
         timeout: seconds for all layouts of one world size.
         progress: told what runs.
+        launch: starts the ranks; None: `torchrun`.
 
     Raises:
         ConfigError: the configuration is wrong, or an update failed; the message says on which layout.
@@ -107,7 +113,7 @@ def examine(
         results: dict[Variant, Measured] = {}
         for ranks, variants in worlds.items():
             progress(f"{ranks} rank{'s' * (ranks > 1)}: {', '.join(variant.name for variant in variants)}")
-            run_world(plan, ranks, timeout)
+            run_world(plan, ranks, timeout, launch or torchrun)
             results |= read_world(plan, ranks, variants, small)
     base = next(results[variant] for variant in results if variant.name == BASE)
     found = {v: list(differences(base, result)) for v, result in results.items() if v.name != BASE}
@@ -131,26 +137,33 @@ def configured_architecture(config: RunConfig) -> Architecture:
     return architecture_from_hf(read_hf_config(folder)) if (folder / "config.json").is_file() else PLAIN
 
 
-def run_world(plan: Plan, ranks: int, timeout: float) -> None:
-    """All variants of one world size in one torchrun, on this machine's CPUs.
-
-    Raises:
-        ConfigError: it failed, or took longer than ``timeout`` seconds.
-    """
+def torchrun(arguments: Sequence[str], ranks: int, log: Path, timeout: float) -> int | None:
+    """A `Launch` on this machine's CPUs, by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "megatron_rl.run.doctor.measure", str(plan.folder / "plan.json"), str(ranks)]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    log = plan.folder / f"log_{ranks}"
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=output, stderr=output, start_new_session=True
+        )
         try:
-            code = process.wait(timeout)
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
-            code = None
+            return None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+def run_world(plan: Plan, ranks: int, timeout: float, launch: Launch) -> None:
+    """All variants of one world size in one launch.
+
+    Raises:
+        ConfigError: it failed, or took longer than ``timeout`` seconds.
+    """
+    log = plan.folder / f"log_{ranks}"
+    arguments = ["-m", "megatron_rl.run.doctor.measure", str(plan.folder / "plan.json"), str(ranks)]
+    code = launch(arguments, ranks, log, timeout)
     if code == 0:
         return
     running = plan.folder / "running"
