@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from forked import run_ranks
-from reshard.exchange_program import ABSENT, all_cases
+from reshard.exchange_program import ABSENT, MEMORY, all_cases
 
-CASES = [*(case.name for case in all_cases()), ABSENT]
+CASES = [*(case.name for case in all_cases()), MEMORY, ABSENT]
 
 pytestmark = pytest.mark.distributed
 
