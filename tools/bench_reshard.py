@@ -7,10 +7,10 @@ each round. ``wall_s``: of the slowest rank, median over rounds. ``cpu_s``: of a
 ``wire_bytes``: received from other ranks, over all ranks. ``peak_extra_bytes``: growth of the resident set of the worst
 rank during a run, from rounds of its own (buffers that `gather` keeps between runs are not in it). All ways plan in a
 first run that is not counted, and what they bring is compared bit for bit. The figures beside the keys are for
-TP2 PP2 -> TP4; the other layouts are under ``layouts``.
+TP2 PP2 -> TP4; the other layouts are under ``layouts``, pushes into a real server under ``sglang`` (`push_to_sglang`).
 
     make bench-reshard
-    python tools/bench_reshard.py [--rounds 9]
+    python tools/bench_reshard.py [--rounds 9] [--sglang PYTHON|URL [--only-sglang]]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from push_to_sglang import measure as measure_pushes
 from reshard_ways import Gathered, MegatronCore, Planned, Way
 from torch import Tensor
 
@@ -151,21 +152,31 @@ def measure(sizes: ParallelSizes, rollout_tp: int, rounds: int) -> dict:
     return figures
 
 
+def measure_sglang(python: str, rounds: int) -> dict:
+    """Pushes into a real server, at several limits on extra memory."""
+    context, model = build(ParallelSizes(**LAYOUTS[MAIN][0]), seed=1)
+    return measure_pushes(ARCHITECTURE, context, VOCAB, chunk_tensors([model]), python, rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--sglang", default="", help="Python of SGLang's environment, or the url of a server at TP2")
+    parser.add_argument("--only-sglang", action="store_true")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-        sys.exit(subprocess.run([*command, __file__, *sys.argv[1:]], timeout=900, check=False).returncode)
+        sys.exit(subprocess.run([*command, __file__, *sys.argv[1:]], timeout=1800, check=False).returncode)
     current_platform().init_process_group(timeout=120)
     layouts = {}
-    for name, (sizes, rollout_tp) in LAYOUTS.items():
+    for name, (sizes, rollout_tp) in () if arguments.only_sglang else LAYOUTS.items():
         layouts[name] = measure(ParallelSizes(**sizes), rollout_tp, rounds)
         if dist.get_rank() == 0:
             print(name, json.dumps(layouts[name]), flush=True)
+    pushes = measure_sglang(arguments.sglang, rounds) if arguments.sglang else {}
     if dist.get_rank() == 0:
-        print(json.dumps(layouts.pop(MAIN) | {"layouts": layouts}), flush=True)
+        print(json.dumps(layouts.pop(MAIN, {}) | {"layouts": layouts, "sglang": pushes}), flush=True)
     dist.destroy_process_group()
 
 

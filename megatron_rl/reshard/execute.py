@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy as shallow_copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from megatron_rl.reshard.binding import SOURCE, TARGET, Binding, CopyCall
+from megatron_rl.reshard.buckets import Bucket, split_plan
 from megatron_rl.reshard.derived import Readable
-from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan
 from megatron_rl.reshard.schedule import Exchange, Message, Pace, build_schedule, messages
 from megatron_rl.reshard.staging import StagingPool
@@ -85,11 +87,40 @@ class Resharder:
         self.rank, self.max_staging_bytes = rank, max_staging_bytes
         self.plan: RankPlan = plan.for_rank(rank)
         self._shards = {SOURCE: source.shards(rank), TARGET: target.shards(rank)}
-        self._transport = transport
+        self._transport, self._ranks = transport, plan.ranks
         self._pace = make_pace(plan, self.wire, max_staging_bytes)
-        self._schedule = build_schedule(self.plan, plan.ranks, self.wire, self._pace)
         self._signature: tuple | None = None
         self._program: _Program | None = None
+
+    @functools.cached_property
+    def _schedule(self) -> tuple[Exchange, ...]:
+        return build_schedule(self.plan, self._ranks, self.wire, self._pace)
+
+    def split(self, buckets: Sequence[Bucket]) -> list[Resharder]:
+        """One resharder for each bucket of the target, to be run in their order by all ranks. What they do together is
+        what this one does: each byte has the same sender."""
+        shards_of: dict[str, dict[str, Shard]] = {}
+        for shard in self._shards[SOURCE]:
+            for span in shard.spans:
+                shards_of.setdefault(span.tensor, {})[shard.name] = shard
+        parts = []
+        for bucket, plan in zip(buckets, split_plan(self.plan, buckets), strict=True):
+            part = shallow_copy(self)
+            part.__dict__.pop("_schedule", None)
+            sources = {n: s for tensor in bucket.tensors for n, s in shards_of.get(tensor, {}).items()}
+            targets = tuple(shard for shard in self._shards[TARGET] if shard.name in bucket.shards)
+            part.plan, part._shards = plan, {SOURCE: tuple(sources.values()), TARGET: targets}
+            parts.append(part)
+        return parts
+
+    def check(self, source_tensors: Mapping[str, Readable]) -> None:
+        """Raise ValueError unless ``source_tensors`` fit the source layout."""
+        Binding({SOURCE: self._shards[SOURCE], TARGET: ()}, {SOURCE: source_tensors, TARGET: {}})
+
+    def make_pool(self, device: torch.device) -> StagingPool:
+        """Buffers that several resharders of one `split` may use one after the other."""
+        largest = max(self._pace.chunk_bytes, self.wire.widest)
+        return StagingPool(-(-largest // ALIGNMENT) * ALIGNMENT, self.max_staging_bytes, device)
 
     def run(self, source_tensors: Mapping[str, Readable], target_tensors: Mapping[str, Tensor]) -> TransferReport:
         """Fill ``target_tensors`` from ``source_tensors`` (shard name -> this rank's contiguous tensor;
@@ -105,9 +136,15 @@ class Resharder:
         return self.bind(source_tensors, target_tensors)()
 
     def bind(
-        self, source_tensors: Mapping[str, Readable], target_tensors: Mapping[str, Tensor]
+        self,
+        source_tensors: Mapping[str, Readable],
+        target_tensors: Mapping[str, Tensor],
+        pool: StagingPool | None = None,
     ) -> Callable[[], TransferReport]:
         """What `run` does before it needs another rank: check the tensors. Call the result to run.
+
+        Args:
+            pool: from `make_pool`; None = buffers of its own.
 
         Raises:
             ValueError: tensors that do not fit the layouts.
@@ -117,8 +154,9 @@ class Resharder:
         if self._program is None or fresh:
             self._program = _compile(self.plan, self._schedule, binding, self.wire, self._pace)
             self._signature = binding.signature
-        run = _Run(self._program, binding, self._transport, self.max_staging_bytes, check=fresh)
-        return functools.partial(run.run, self.plan)
+        device = binding.device or torch.device("cpu")
+        pool = pool or StagingPool(self._program.buffer_bytes, self.max_staging_bytes, device)
+        return functools.partial(_Run(self._program, binding, self._transport, pool, check=fresh).run, self.plan)
 
 
 def make_pace(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -> Pace:
@@ -208,11 +246,10 @@ class _Run:
     """One replay of a program: exchanges are posted and completed in the order of the schedule."""
 
     def __init__(
-        self, program: _Program, binding: Binding, transport: Transport, max_staging_bytes: int, check: bool
+        self, program: _Program, binding: Binding, transport: Transport, pool: StagingPool, check: bool
     ) -> None:
         self._program, self._binding, self._transport, self._check = program, binding, transport, check
-        device = binding.device or torch.device("cpu")
-        self._pool = StagingPool(program.buffer_bytes, max_staging_bytes, device)
+        self._pool = pool
         self._flights: deque[_Flight] = deque()
         self._local_done = False
         self._sent = self._received = self._in_place = 0

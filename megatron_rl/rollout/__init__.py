@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
+from megatron_rl.rollout.base import (
+    ENGINES,
+    Completion,
+    RolloutEngine,
+    SamplingParams,
+    ServersLostError,
+    WeightCheck,
+    sample_seed,
+)
 from megatron_rl.rollout.local.engine import LocalEngine
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.rollout.sglang.engine import SGLangEngine
@@ -15,6 +23,7 @@ __all__ = [
     "RolloutPlacement",
     "SGLangEngine",
     "SamplingParams",
+    "ServersLostError",
     "WeightCheck",
     "sample_seed",
 ]

@@ -72,11 +72,23 @@ class WeightCheck:
     faults: tuple[str, ...] = ()  # one for each server that holds others: which it is, and what differs
 
 
+class ServersLostError(RuntimeError):
+    """No server holds the weights any more, and only a push can bring them back: push the same version again, and then
+    ask for what is not in ``answers`` (index of the prompt -> its completions)."""
+
+    def __init__(self, message: str, answers: Mapping[int, list[Completion]]) -> None:
+        super().__init__(message)
+        self.answers = dict(answers)
+
+
 class RolloutEngine(ABC):
     """Generates completions, and serves exactly the version of the weights that was committed last.
 
     An engine is a context manager: leaving it closes it.
     """
+
+    streams = False  # its weights live in another process and get there bucket by bucket; the same on every rank
+    bucket_copies = 2  # of an engine that streams: how often a bucket may lie in one rank's memory, the next included
 
     @classmethod  # noqa: B027  not every engine has something to check
     def check_options(cls, options: Mapping[str, Any]) -> None:
@@ -116,7 +128,7 @@ class RolloutEngine(ABC):
     @abstractmethod
     def targets(self) -> Mapping[str, torch.Tensor]:
         """This rank's own parameter storage by shard name, to be written in place between `begin_update` and
-        `commit_update`; empty where the weights live in another process, which `stage_shards` then reaches."""
+        `commit_update`; empty where the weights live in another process (`streams`), which `write_shards` reaches."""
 
     @abstractmethod
     def begin_update(self) -> None:
@@ -124,13 +136,27 @@ class RolloutEngine(ABC):
         again after an update that was neither committed nor aborted."""
 
     @abstractmethod
-    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
-        """Inside an update: hand over every shard of this rank, by name, in the layout's shapes, and return once the
-        engine provably holds them. They are served from `commit_update` on. Weight sync calls it for engines without
-        `targets`, whose ranks may wait for one another here.
+    def write_shards(self, shards: Mapping[str, torch.Tensor], fault: str = "") -> None:
+        """Inside an update: put some of this rank's shards into the engine, by name, in the layout's shapes; each comes
+        once. Weight sync calls it for engines that stream, whose ranks call it together.
+
+        Args:
+            shards: read until the next call has returned; without any the call waits for just that.
+            fault: why this rank's must not be written: raised on all ranks of the engine.
 
         Raises:
-            ValueError: a shard is missing, unknown or of another shape; nothing was written.
+            ValueError: a shard is unknown, of another shape, or comes again.
+            RuntimeError: an earlier bucket failed, or there is a fault, on any rank.
+        """
+
+    @abstractmethod
+    def finish_update(self) -> str:
+        """After the last `write_shards`: return once the engine provably holds every shard, to be served from
+        `commit_update` on. "" = proved; otherwise why it cannot be, which the engine logs.
+
+        Raises:
+            ValueError: shards are missing.
+            RuntimeError: the engine holds something else.
         """
 
     @abstractmethod
@@ -147,7 +173,7 @@ class RolloutEngine(ABC):
         engine goes on refusing, until a later update is committed. Nothing to do where none is under way.
 
         Args:
-            intact: nothing was written since `begin_update`, neither into `targets` nor by `stage_shards`.
+            intact: nothing was written since `begin_update`, neither into `targets` nor by `write_shards`.
         """
 
     def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
@@ -158,9 +184,10 @@ class RolloutEngine(ABC):
         """
         self.begin_update()
         try:
-            self.stage_shards(shards)
-        except BaseException as error:
-            self.abort_update(intact=isinstance(error, ValueError))
+            self.write_shards(shards)
+            self.finish_update()
+        except BaseException:
+            self.abort_update(intact=False)
             raise
         self.commit_update(version)
 
@@ -183,6 +210,7 @@ class RolloutEngine(ABC):
         Raises:
             ValueError: a prompt that is empty, too long, or has a token outside the vocabulary.
             RuntimeError: no weights are committed, or an update is under way.
+            ServersLostError: on every rank of the engine.
         """
 
     def verify_weights(self) -> WeightCheck:

@@ -8,6 +8,7 @@ holds, repeated parts too, with it. Padding must be zero. Layouts decide what is
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.reshard import Layout, Readable, ReshardPlan, Shard, WireFormat
+from megatron_rl.reshard.buckets import Bucket
 from megatron_rl.reshard.derived import Derived, read
 from megatron_rl.reshard.layout import matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle, cross, disjoint_parts
@@ -75,14 +77,29 @@ class Attestor:
     def __init__(self, plan: ReshardPlan, rank: int, wire: WireFormat) -> None:
         self.rank, self.wire, self.slots = rank, wire, Slots(plan)
         self.sent = tuple(_sent(plan, rank, self.slots))
-        self.held = tuple(_held(plan.target, rank, self.slots))
         self._sums = Checksums(self.sent, self.slots.count, wire)
-        self._found = Checksums(
-            [piece._replace(slot=number) for number, piece in enumerate(self.held)], len(self.held), wire
-        )
-        self._held_slots = torch.tensor([piece.slot for piece in self.held], dtype=torch.int64)
         self._held_shapes = {shard.name: shard.shape for shard in plan.target.shards(rank)}
         self._padding = {shard.name: parts for shard in plan.target.shards(rank) if (parts := _padding(shard))}
+        self._hold(_held(plan.target, rank, self.slots))
+
+    def _hold(self, held: Iterable[Piece]) -> None:
+        self.held = tuple(held)
+        pieces = [piece._replace(slot=number) for number, piece in enumerate(self.held)]
+        self._found = Checksums(pieces, len(pieces), self.wire)
+        self._held_slots = torch.tensor([piece.slot for piece in self.held], dtype=torch.int64)
+
+    def split(self, buckets: Iterable[Bucket]) -> list[Attestor]:
+        """One attestor for the rollout shards of each bucket."""
+        pieces: dict[str, list[Piece]] = {}
+        for piece in self.held:
+            pieces.setdefault(piece.spot.shard, []).append(piece)
+        parts = []
+        for bucket in buckets:
+            part = copy.copy(self)
+            part._padding = {name: where for name, where in self._padding.items() if name in bucket.shards}
+            part._hold(piece for name in self._held_shapes if name in bucket.shards for piece in pieces.get(name, ()))
+            parts.append(part)
+        return parts
 
     def part(self, tensors: Mapping[str, Readable]) -> Tensor:
         """What this rank's trainer ``tensors`` (by shard name) add to the expected sums: [num_slots] int64, CPU."""

@@ -1,18 +1,19 @@
 """`WeightSync`: the push of a trainer's weights into a rollout engine, again and again, as a two-phase commit.
 
-    begin --all ready?--> transfer --attest: all equal?--> stage --all hold it?--> commit
+    begin --all ready?--> for each bucket: transfer, attest, write --all hold it?--> commit
       '-- no: the old version serves on      '------ no: nobody commits, what is half written refuses to serve
 
-The first push plans; later ones replay the plan. An engine serves one version whole, or refuses: whatever dies in
-between, the survivors learn of it within the transport's timeout, and the next push writes everything anew.
+An engine with storage in this process is written in place, in one bucket (`targets`); others get a stream of buckets
+(`stream`). The first push plans; later ones replay the plan. An engine serves one version whole, or refuses: whatever
+dies in between, the survivors learn of it within the transport's timeout, and the next push writes everything anew.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import ParamSpec
 
 import torch
@@ -28,14 +29,15 @@ from megatron_rl.reshard import (
     Readable,
     Resharder,
     ReshardPlan,
-    Shard,
     Topology,
     TransferReport,
     Transport,
+    TransportError,
     WireFormat,
 )
 from megatron_rl.weights.attestation import Attestor
 from megatron_rl.weights.diagnosis import AttestationError, Fault, faults
+from megatron_rl.weights.stream import BucketStream, message_bytes
 from megatron_rl.weights.target import WeightTarget
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ MAX_STAGING_BYTES = 64 << 20
 # That a push waits for another rank: servers may have to start meanwhile. A rank that has died is noticed at once where
 # its connections close with it, as those of gloo do.
 PUSH_SECONDS = 1800.0
+ATTEMPTS = 3  # of one push, where servers are lost while they are written
 
 P = ParamSpec("P")
 
@@ -55,13 +58,18 @@ class SyncReport:
     version: int
     plan_s: float  # seconds spent on planning; 0.0 after the first push
     attest_s: float  # seconds spent on checksums and their sum over the ranks; 0.0 where they are switched off
-    stage_s: float  # seconds until engines in other processes held the weights
+    write_s: float  # seconds that an engine in another process was waited for
     total_s: float  # seconds of the whole push
     transfer: TransferReport
+    peak_bytes: int  # extra memory of this rank, counted as it is allocated
+    num_buckets: int = 1
+    num_oversized: int = 0  # of the buckets, those that passed the limit on extra memory: single shards that do
+    unverified: str = ""  # why the engine could not prove that it holds the weights; "" = it did, or lies here
 
     def __str__(self) -> str:
-        parts = f"planning {self.plan_s:.3f} s, attestation {self.attest_s:.3f} s, staging {self.stage_s:.3f} s"
-        return f"weights version {self.version} in {self.total_s:.3f} s ({parts}): {self.transfer}"
+        parts = f"planning {self.plan_s:.3f} s, attestation {self.attest_s:.3f} s, writing {self.write_s:.3f} s"
+        memory = f"{self.num_buckets} buckets ({self.num_oversized} over the limit), {self.peak_bytes:,} B of memory"
+        return f"weights version {self.version} in {self.total_s:.3f} s ({parts}; {memory}): {self.transfer}"
 
 
 class WeightSync:
@@ -75,7 +83,7 @@ class WeightSync:
             timeout is the longest that a push waits for a rank that has died.
         wire_dtype: what the values travel in, equal on all ranks: the engine's dtype moves the fewest bytes. None takes
             that of the engine's tensors, which every rank of ``source`` must then hold.
-        max_staging_bytes: limit on extra memory during a push, apart from the shards of an engine without `targets`.
+        max_staging_bytes: limit on extra memory of a rank during a push; see `BucketStream` on shards that are larger.
         topology: which ranks share a node; None puts all on one.
         attest: compare checksums of both sides before a version is committed; equal on all ranks.
         device: where the ranks' votes must lie while they travel: NCCL wants them on the GPU.
@@ -102,7 +110,7 @@ class WeightSync:
         self._resharder: Resharder | None = None
         self._attestor: Attestor | None = None
         self._previous: Tensor | None = None  # the expected checksums of the last push
-        self._staged: dict[str, Tensor] = {}
+        self._stream: BucketStream | None = None
         self._takes_part = rank in target.layout.cells
         ranks = sorted(source.cells.keys() | target.layout.cells.keys())
         peers = self._transport.peers(ranks, rank, device)
@@ -120,27 +128,71 @@ class WeightSync:
             PeerError: another rank failed, or ranks push different versions or formats.
             TransportError: another rank is gone.
         """
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self._push(tensors, version, last=attempt == ATTEMPTS)
+            except _TryAgainError as failure:
+                logger.warning("weights did not reach all servers; trying again (%s)", failure.__cause__)
+        raise AssertionError("the last attempt raises or returns")
+
+    def _push(self, tensors: Mapping[str, Readable], version: int, last: bool) -> SyncReport:
         start, first = time.perf_counter(), self._resharder is None
         own, written, self._begun = self.target.targets(), False, False
+        sums: list[Tensor] = []
         try:
             with self._together.attempt() as attempt:
                 attempt.run(self._plan, own)
                 plan_s = time.perf_counter() - start if first else 0.0
                 attempt.statement = self._statement(version)
                 attempt.run(self._begin, tensors, own)
-            written = bool(own)
-            transfer = self._transfer()
-            attest_s = self._timed(self._attest, tensors, own or self._staged)
-            if not own:
-                written = self._takes_part
-            stage_s = self._timed(self._stage, own)
+                if self._stream is not None:
+                    attempt.run(self._add_up, tensors, sums)
+            written = bool(own) or self._stream is not None
+            moved = self._send_buckets(tensors, sums, last) if self._stream else self._fill(tensors, own)
             self._commit(version)
+        except _TryAgainError:
+            raise
         except BaseException:
             self._abort(intact=not written)
             raise
-        report = SyncReport(version, plan_s, attest_s, stage_s, time.perf_counter() - start, transfer)
+        report = replace(moved, version=version, plan_s=plan_s, total_s=time.perf_counter() - start)
         logger.debug("%s", report)
         return report
+
+    def _fill(self, tensors: Mapping[str, Readable], own: Mapping[str, Tensor]) -> SyncReport:
+        """Transfer into the engine's own storage, and attest."""
+        transfer = self._transfer()
+        attest_s = self._timed(self._attest, tensors, own)
+        return SyncReport(0, 0.0, attest_s, 0.0, 0.0, transfer, transfer.peak_staging_bytes)
+
+    def _send_buckets(self, tensors: Mapping[str, Readable], sums: Sequence[Tensor], last: bool) -> SyncReport:
+        """Stream the buckets, and vote on whether all engines hold all of them.
+
+        Raises:
+            _TryAgainError: engines failed, and nothing else: on all ranks.
+        """
+        assert self._stream is not None
+        start = time.perf_counter()
+        expected = self._together.total(sums[0].to(self._device)).cpu() if sums else None
+        attest_s = time.perf_counter() - start if sums else 0.0
+        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+        moved = self._stream.run(tensors, expected, self._previous, device)
+        try:
+            with self._together.attempt() as attempt:
+                attempt.error = moved.error
+        except TransportError:
+            raise
+        except Exception as error:
+            objections = self._together.total(torch.tensor([int(not moved.may_retry)]).to(self._device))
+            if last or int(objections):
+                raise
+            raise _TryAgainError from error
+        self._previous = expected
+        assert moved.transfer is not None
+        seconds = (moved.attest_s + attest_s, moved.write_s)
+        stream = self._stream
+        counts = (len(stream.buckets), stream.num_oversized, moved.unverified)
+        return SyncReport(0, 0.0, *seconds, 0.0, moved.transfer, moved.peak_bytes, *counts)
 
     def verify(self) -> list[Fault] | None:
         """What this rank's engine, one with `targets`, holds otherwise than it was pushed last: a pass over all of its
@@ -161,10 +213,13 @@ class WeightSync:
             )
         plan = ReshardPlan(self.source, self.target.layout, self._topology)
         cap = self._max_staging_bytes
+        messages = message_bytes(cap) if self.target.streams else cap
         resharder = Resharder(
-            self.source, self.target.layout, self.rank, self._transport, wire, cap, self._topology, plan
+            self.source, self.target.layout, self.rank, self._transport, wire, messages, self._topology, plan
         )
         self._attestor = Attestor(plan, self.rank, resharder.wire) if self._attested else None
+        if self.target.streams:
+            self._stream = BucketStream(self.target, self.rank, resharder, cap, self._attestor)
         self._resharder = resharder
         logger.info("weights: %s -> %s; %s", self.source.name, self.target.layout.name, resharder.plan)
 
@@ -172,24 +227,32 @@ class WeightSync:
         """What all ranks must agree on before anything moves."""
         wire = self._resharder.wire if self._resharder else self._wire
         checks = "attested" if self._attested else "not attested"
-        return f"version {version} of {self.source.name} for {self.target.layout.name}, sent as {wire}, {checks}"
+        buckets = f"{len(self._stream.buckets)} buckets" if self._stream else "one bucket"
+        what = f"version {version} of {self.source.name} for {self.target.layout.name}"
+        return f"{what}, sent as {wire} in {buckets}, {checks}"
 
     def _begin(self, tensors: Mapping[str, Readable], own: Mapping[str, Tensor]) -> None:
         assert self._resharder is not None
-        if not own and self._takes_part and not self._staged:
-            device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-            self._staged = _empty(self.target.layout.shards(self.rank), self._resharder.wire, device)
-        self._transfer = self._resharder.bind(tensors, own or self._staged)
-        if self._attestor is not None:
-            self._attestor.check_dtypes(own or self._staged)
+        if self._stream is not None:
+            self._resharder.check(tensors)
+        else:
+            self._transfer = self._resharder.bind(tensors, own)
+            if self._attestor is not None:
+                self._attestor.check_dtypes(own)
         if self._takes_part:
             self._begun = True
             self.target.begin_update()
 
+    def _add_up(self, tensors: Mapping[str, Readable], sums: list[Tensor]) -> None:
+        """This rank's part of the checksums that engines are compared with, before anything moves."""
+        if self._attestor is not None:
+            sums.append(self._attestor.part(tensors))
+
     def _attest(self, tensors: Mapping[str, Readable], held: Mapping[str, Tensor]) -> None:
         attestor = self._attestor
         if attestor is None:
-            return
+            with self._together.attempt():  # that the transfer ended everywhere
+                return
         sums = [torch.zeros(attestor.slots.count, dtype=torch.int64)]
         with self._together.attempt() as attempt:
             attempt.run(lambda: sums.append(attestor.part(tensors)))
@@ -201,11 +264,6 @@ class WeightSync:
         found = faults(attestor, held, expected, self._previous)
         if found:
             raise AttestationError(self.rank, found)
-
-    def _stage(self, own: Mapping[str, Tensor]) -> None:
-        with self._together.attempt() as attempt:
-            if self._takes_part and not own:
-                attempt.run(self.target.stage_shards, self._staged)
 
     def _commit(self, version: int) -> None:
         """From here on an engine that fails is on its own: the others have been told to serve."""
@@ -228,10 +286,8 @@ class WeightSync:
         return time.perf_counter() - start
 
 
-def _empty(shards: Iterable[Shard], wire: WireFormat, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for each shard, in the dtype that its values travel in."""
-    dtypes = {shard.name: wire.of(shard.spans[0].tensor) if shard.spans else wire.dtype for shard in shards}
-    return {shard.name: torch.zeros(shard.shape, dtype=dtypes[shard.name], device=device) for shard in shards}
+class _TryAgainError(Exception):
+    """Servers were lost while they were written; all ranks know."""
 
 
 def default_transport() -> Transport:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
@@ -18,14 +19,33 @@ class WeightTarget(Protocol):
         """Where each rank's shards of the engine's weights sit, or are handed in."""
         ...
 
+    @property
+    def streams(self) -> bool:
+        """Whether its weights lie in another process and get there by `write_shards`. The same on every rank, also on
+        those that hold none of its shards."""
+        ...
+
+    @property
+    def bucket_copies(self) -> int:
+        """For an engine that streams: how often the bytes of a bucket may lie in one rank's memory, that of the next
+        bucket included; at least 2. The same on every rank."""
+        ...
+
     def targets(self) -> Mapping[str, Tensor]:
-        """This rank's own storage by shard name, padding zero; empty where the weights live in another process."""
+        """This rank's own storage by shard name, padding zero; empty for an engine that streams."""
         ...
 
     def begin_update(self) -> None: ...
 
-    def stage_shards(self, shards: Mapping[str, Tensor]) -> None:
-        """For an engine without `targets`: deliver all shards, to be served from `commit_update` on."""
+    def write_shards(self, shards: Mapping[str, Tensor], fault: str = "") -> None:
+        """For an engine that streams: put some of this rank's shards into it. They are read until the next call has
+        returned; a call without shards waits for that. ``fault``: why they must not be written, raised on all ranks of
+        the engine. Collective over those."""
+        ...
+
+    def finish_update(self) -> str:
+        """For an engine that streams: return once it provably holds all that was written; else why that cannot be
+        verified. Collective over its ranks."""
         ...
 
     def commit_update(self, version: int) -> None: ...
@@ -33,3 +53,22 @@ class WeightTarget(Protocol):
     def abort_update(self, intact: bool) -> None:
         """``intact``: nothing was written since `begin_update`."""
         ...
+
+
+def within(layout: Layout, ranks: Collection[int]) -> Layout:
+    """``layout`` as far as it concerns ``ranks``."""
+    return replace(layout, cells={rank: cell for rank, cell in layout.cells.items() if rank in ranks})
+
+
+class PartialTarget:
+    """An engine's handle for a push that concerns some of its ranks only: whole replicas."""
+
+    def __init__(self, target: WeightTarget, ranks: Collection[int]) -> None:
+        self.layout = within(target.layout, ranks)
+        self.streams, self.bucket_copies, self.targets = target.streams, target.bucket_copies, target.targets
+        self.begin_update, self.commit_update, self.abort_update = (
+            target.begin_update,
+            target.commit_update,
+            target.abort_update,
+        )
+        self.write_shards, self.finish_update = target.write_shards, target.finish_update

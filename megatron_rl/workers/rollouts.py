@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,16 +23,34 @@ from megatron_rl.engines.config import DTYPES
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
-from megatron_rl.rollout.base import ENGINES, Completion, RolloutEngine, SamplingParams, WeightCheck, sample_seed
+from megatron_rl.reshard import Layout, Transport
+from megatron_rl.rollout.base import (
+    ENGINES,
+    Completion,
+    RolloutEngine,
+    SamplingParams,
+    ServersLostError,
+    WeightCheck,
+    sample_seed,
+)
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.fingerprint import Fingerprint
-from megatron_rl.weights.sync import SyncReport, WeightSync
+from megatron_rl.weights.sync import SyncReport, WeightSync, default_transport
+from megatron_rl.weights.target import PartialTarget, WeightTarget, within
 from megatron_rl.workers.response_text import ResponseDecoder
 from megatron_rl.workers.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
 RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait for its ranks
+
+
+class _Reply(NamedTuple):
+    """What one rank tells the others of a call of its engine."""
+
+    answers: dict[int, list[Completion]]  # by index of the prompt; on the first rank of a rollout replica only
+    lost: str = ""  # what is wrong where servers have lost their weights
+    gave_up: int = 0  # the signal for which it was given up
 
 
 class Rollouts:
@@ -62,6 +80,8 @@ class Rollouts:
         self._pushed: dict[str, int] = {}  # checksums of this rank's weights when they were pushed
         self._engine = engine
         self._sync: WeightSync | None = None
+        self._transport: Transport | None = None
+        self._replica_sync: WeightSync | None = None  # among the ranks that share prompts
         self._asleep = False
         context = model.context
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
@@ -144,20 +164,25 @@ class Rollouts:
             engine.wake()
             self._asleep = False
         if self._sync is None:
-            self._sync = WeightSync(
-                self.model.layout,
-                engine,
-                rank=self.model.context.rank,
-                # An engine in another process has no tensors here that would tell.
-                wire_dtype=None if engine.targets() else self.dtype,
-                max_staging_bytes=self.settings.max_staging_bytes,
-                attest=self.settings.attest,
-                device=self.model.device,
-            )
+            self._transport = default_transport()  # making one can be collective over all ranks, which are here
+            self._sync = self._make_sync(self.model.layout, engine)
         report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
         self._pushed = self._fingerprint(self.model.tensors())
         return report
+
+    def _make_sync(self, source: Layout, target: WeightTarget) -> WeightSync:
+        return WeightSync(
+            source,
+            target,
+            rank=self.model.context.rank,
+            # An engine in another process has no tensors here that would tell.
+            wire_dtype=self.dtype if target.streams else None,
+            max_staging_bytes=self.settings.max_staging_bytes,
+            attest=self.settings.attest,
+            device=self.model.device,
+            transport=self._transport,
+        )
 
     def training_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
         """The seed of each prompt of this step; collective over all ranks. No two prompts of the global batch have the
@@ -196,27 +221,58 @@ class Rollouts:
         Raises:
             Abandoned: on every rank of this replica; others do not know of it yet.
         """
-        context, placement = self.model.context, self.placement
-        mine = placement.share(len(prompts), placement.replica(context.rank))
-        own = [seeds[i] for i in mine]
-        answers: list[list[Completion]] = []
-        gave_up = 0
-        engine = self.engine
-        try:
-            with abandonable(placement.tp == 1):
-                answers = engine.generate([prompts[i].token_ids for i in mine], params, own) if mine else []
-        except Abandoned as abandoned:
-            gave_up = abandoned.signal
-        share = answers if placement.tp_rank(context.rank) == 0 else None
-        shares = context.gather_objects((share, gave_up), "model")
-        if signal := max(number for _, number in shares):
-            raise Abandoned(signal)
-        merged = placement.merge([part for part, _ in shares if part is not None])
+        missing, answers = list(range(len(prompts))), dict[int, list[Completion]]()
+        while missing:
+            told = self.model.context.gather_objects(self._ask(prompts, params, seeds, missing), "model")
+            if signal := max(reply.gave_up for reply in told):
+                raise Abandoned(signal)
+            answers |= {index: group for reply in told for index, group in reply.answers.items()}
+            missing = [index for index in missing if index not in answers]
+            if missing:
+                self._push_again(next(reply.lost for reply in told if reply.lost))
+        merged = [answers[index] for index in range(len(prompts))]
         return [
             self._sample(prompt, completion, group)
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
             for completion in completions
         ]
+
+    def _ask(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], wanted: Sequence[int]
+    ) -> _Reply:
+        """What this rank's replica has to say to its share of the ``wanted`` prompts."""
+        rank, placement = self.model.context.rank, self.placement
+        mine = [index for index in placement.share(len(prompts), placement.replica(rank)) if index in set(wanted)]
+        engine = self.engine
+        if not mine:
+            return _Reply({})
+        try:
+            with abandonable(placement.tp == 1):
+                made = engine.generate([prompts[i].token_ids for i in mine], params, [seeds[i] for i in mine])
+        except Abandoned as abandoned:
+            return _Reply({}, gave_up=abandoned.signal)
+        except ServersLostError as error:
+            return _Reply({mine[i]: group for i, group in error.answers.items()}, lost=str(error))
+        return _Reply(dict(zip(mine, made, strict=True)) if placement.tp_rank(rank) == 0 else {})
+
+    def _push_again(self, why: str) -> None:
+        """Bring the newest weights back to servers that have lost them in the middle of a call. Only the ranks that
+        share the prompts are here: they hold all weights, unless experts are spread over data-parallel ranks.
+
+        Raises:
+            RuntimeError: these ranks do not hold all weights.
+        """
+        ranks = self.placement.ranks
+        logger.warning("weights version %s are pushed again: %s", self._served_version, why)
+        if self._replica_sync is None:
+            self._replica_sync = self._make_sync(within(self.model.layout, ranks), PartialTarget(self.engine, ranks))
+        try:
+            self._replica_sync.push(self.model.published(), self.trained_version)
+        except ValueError as error:
+            raise RuntimeError(
+                f"{why}, and the ranks that share its prompts do not hold all weights ({error}): start more servers "
+                f"for each replica with actor.rollout.options.servers, or resume from the last checkpoint"
+            ) from None
 
     def verify_weights(self) -> WeightCheck:
         """Whether all engines still hold what was pushed, and, where nothing is known to have changed it since, whether

@@ -32,10 +32,10 @@ from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport, P2PTransport
 from megatron_rl.rollout import SamplingParams, SGLangEngine
 from megatron_rl.rollout.sglang.client import SGLangClient
-from megatron_rl.rollout.sglang.delivery import DELIVERIES
-from megatron_rl.rollout.sglang.direct import DirectDelivery
-from megatron_rl.rollout.sglang.payload import named_tensors
 from megatron_rl.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS
+from megatron_rl.rollout.sglang.weight_transfer.sharded import ShardedTransfer
+from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
 from megatron_rl.weights.sync import WeightSync
@@ -64,6 +64,7 @@ PROMPTS = [[5, 9, 11, 40, 3], list(range(100, 130)), [7]]
 # run; up to 0.0078 was seen.
 TOLERANCE = 2.0**-6
 PADDED = 1024
+MAX_STAGING_BYTES = 1 << 20  # several buckets
 
 Models = dict[int, PreTrainedModel]  # by version
 Weights = dict[int, dict[str, torch.Tensor]]
@@ -102,15 +103,19 @@ class Job:
             self.architecture, target, rank, torch.bfloat16, tp_group=self.group, max_running=8, server=server
         )
         transport = P2PTransport() if world > 1 else LocalTransport()
-        self.sync = WeightSync(self.source, self.engine, rank, transport, torch.bfloat16)
+        self.sync = WeightSync(self.source, self.engine, rank, transport, torch.bfloat16, MAX_STAGING_BYTES)
 
     def push(self, version: int) -> float:
         tensors = empty_tensors(self.source, self.rank, torch.float32)
         fill(self.source, self.rank, tensors, in_memory(self.weights[version], hf_layout(self.architecture)))
-        return self.sync.push(tensors, version).stage_s
+        report = self.sync.push(tensors, version)
+        assert report.num_buckets > 1
+        assert report.num_oversized == 0
+        assert report.peak_bytes <= MAX_STAGING_BYTES
+        return report.write_s
 
     def deliver_by(self, name: str, **options: Any) -> None:
-        self.engine._delivery = DELIVERIES[name](
+        self.engine._transfer = TRANSFERS[name](
             loop=self.engine._loop,
             layout=self.engine.layout,
             rank=self.rank,
@@ -118,6 +123,7 @@ class Job:
             tp_group=self.group,
             **options,
         )
+        self.engine._membership._runs_loader = self.engine._transfer.runs_loader
 
     def check(self, version: int) -> float:
         """The largest error of a sampled token's log-probability against transformers in bf16."""
@@ -147,19 +153,19 @@ def checksums(url: str) -> dict[int, dict[str, str]]:
     return {rank["parallelism_info"][0]["tp_rank"]: rank["checksums"] for rank in ranks}
 
 
-class Assassin(DirectDelivery):
-    """Kills the server once, after the third bucket of the first attempt."""
+class Assassin(ShardedTransfer):
+    """Kills the server once, before the third request of the first attempt."""
 
     def __init__(self, victims: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._victims, self._posts = list(victims), 0
 
-    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[Sequence[str]]) -> None:
+    async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
         self._posts += 1
         if self._posts == 3:
             for victim in self._victims:
                 os.kill(victim, signal.SIGKILL)
-        super()._post(clients, payloads)
+        await super()._write(client, of_ranks)
 
 
 def say(job: Job, text: str) -> None:
@@ -181,7 +187,7 @@ def play(job: Job, python: str) -> None:
         if name == "direct" and job.rank == 0:  # as a trainer leaves a server that dies in the middle of a push
             job.engine._loop.run(job.engine._membership.members[0].client.begin_weight_update())
         seconds = job.push(version)
-        say(job, f"{name}: staged in {seconds:.2f} s, log-probabilities within {job.check(version):.4f}")
+        say(job, f"{name}: written in {seconds:.2f} s, log-probabilities within {job.check(version):.4f}")
     restarted(job)
 
 
@@ -203,17 +209,17 @@ def restarted(job: Job) -> None:
     say(job, f"wrong weights in the server were refused, the next push healed: within {job.check(7):.4f}")
 
 
-class Broken(DirectDelivery):
+class Broken(ShardedTransfer):
     """Writes one parameter wrongly into the server."""
 
-    def _post(self, clients: Sequence[SGLangClient], payloads: Sequence[Sequence[str]]) -> None:
-        super()._post(clients, payloads)
+    async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
+        await super()._write(client, of_ranks)
         spoiled = named_tensors({"model.norm.weight": torch.zeros(128, dtype=torch.bfloat16)})
-        super()._post(clients, [[spoiled]] * len(payloads))
+        await super()._write(client, [[[spoiled]]] * len(of_ranks))
 
 
-DELIVERIES.register("assassin")(Assassin)
-DELIVERIES.register("broken")(Broken)
+TRANSFERS.register("assassin")(Assassin)
+TRANSFERS.register("broken")(Broken)
 
 
 def parity(job: Job, python: str) -> None:

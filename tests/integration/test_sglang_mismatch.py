@@ -18,7 +18,7 @@ from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch
 from megatron_rl.rollout import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.rollout.sglang.client import SGLangClient
-from megatron_rl.rollout.sglang.payload import named_tensors
+from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 SPOILED = "model.layers.1.mlp.down_proj.weight"

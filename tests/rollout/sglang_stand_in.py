@@ -16,15 +16,17 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from megatron_rl.rollout import LocalEngine, SamplingParams
-from megatron_rl.rollout.sglang.verification import server_checksums
 
 Fault = Literal["500", "malformed", "hang", "drop", "die", "wrong tokens", "drip", "endless"]
 Generate = Callable[[list[int], dict[str, Any]], tuple[list[int], list[float], dict[str, Any]]]
@@ -66,9 +68,12 @@ class StandIn:
 
     generate: Generate = counting
     load: Callable[[Mapping[str, torch.Tensor]], None] = lambda weights: None
+    spoil: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor  # what a write makes of a tensor
     tp: int = 1
     port: int = 0
     sglang_version: str = "0.5.23"
+    device: str = "cpu"
+    options: dict[str, Any] = field(default_factory=dict)  # further fields of /server_info
     faults: deque[Fault] = field(default_factory=deque)  # one is taken by each /generate
     die_after: int | None = None  # answers; then it dies
     weight_version: str = "default"
@@ -131,7 +136,7 @@ class StandIn:
         return 200, {"weight_version": self.weight_version, "is_generation": True}
 
     def _server_info(self, body: Any) -> tuple[int, Any]:
-        return 200, {"version": self.sglang_version, "tp_size": self.tp}
+        return 200, {"version": self.sglang_version, "tp_size": self.tp, "device": self.device} | self.options
 
     def _health(self, body: Any) -> tuple[int, Any]:
         return (503 if "hang" in self.faults or self.paused else 200), b""
@@ -163,8 +168,14 @@ class StandIn:
         if not self.in_session or len(payloads) != self.tp or not self.paused:
             return 400, {"success": False, "message": f"session {self.in_session}, {len(payloads)} payloads"}
         for payload in payloads:
-            self.weights |= dict(pickle.loads(base64.b64decode(payload)))
+            sent = dict(pickle.loads(base64.b64decode(payload)))
+            self.weights |= {name: self.spoil(name, tensor.clone()) for name, tensor in sent.items()}
         self.load(self.weights)
+        return 200, {"success": True, "message": ""}
+
+    def _update_weights_from_disk(self, body: Any) -> tuple[int, Any]:
+        for path in sorted(Path(body["model_path"]).glob("*.safetensors")):
+            self.weights |= load_file(path)
         return 200, {"success": True, "message": ""}
 
     def _update_weight_version(self, body: Any) -> tuple[int, Any]:
@@ -172,7 +183,7 @@ class StandIn:
         return 200, {"success": True, "message": ""}
 
     def _weights_checker(self, body: Any) -> tuple[int, Any]:
-        sums = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in self.weights.items()}
+        sums = {name: checksum(tensor, self.device) for name, tensor in self.weights.items()}
         ranks = [{"parallelism_info": [{"tp_rank": rank}], "checksums": sums} for rank in range(self.tp)]
         return 200, {"success": True, "ranks": ranks}
 
@@ -310,19 +321,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
 
-class PlainDelivery:
-    """Named tensors, pickled, in one request: what a delivery must do at the least."""
+def checksum(tensor: torch.Tensor, device: str) -> str:
+    """As /weights_checker's, in plain numpy: SHA-256 on a CPU, `gpu_tensor_hash` of a CUDA tensor."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    if device != "cuda":
+        return hashlib.sha256(content).hexdigest()[:16]
+    words = np.frombuffer(content + b"\0" * (-len(content) % 4), np.uint32)
+    total = 0
+    for start in range(0, len(words), 8192):
+        tile, at = words[start : start + 8192], np.arange(start, min(start + 8192, len(words)), dtype=np.uint32)
+        halves = []
+        for seed, factor, turns in ((0x243F6A88, 0x27D4EB2D, 15), (0x02C74EE7, 0x165667B1, 13)):
+            key = tile ^ (at * np.uint32(factor) + np.uint32(seed)) ^ (at << turns | at >> (32 - turns))
+            added = np.array([int(_fmix32(key).sum(dtype=np.uint64)) & 0xFFFFFFFF], np.uint32)
+            halves.append(int(_fmix32(added ^ np.uint32(4 * len(words)))[0]))
+        total += halves[0] << 32 | halves[1]
+    x = total & (1 << 64) - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ x >> shift) * factor & (1 << 64) - 1
+    return f"{x ^ x >> 31:016x}"
 
-    def __init__(self, *, loop: Any, **_: Any) -> None:
-        self.loop, self.sums = loop, dict[str, Any]()
 
-    def attested(self, url: str) -> Any:
-        return self.sums.get(url)
-
-    def deliver(self, clients: Sequence[Any], shards: Mapping[str, torch.Tensor]) -> None:
-        payload = base64.b64encode(pickle.dumps([(name, tensor.clone()) for name, tensor in shards.items()])).decode()
-        for client in clients:
-            self.loop.run(client.begin_weight_update())
-            self.loop.run(client.update_weights_from_tensor([payload]))
-            self.loop.run(client.end_weight_update())
-            self.sums[client.url] = self.loop.run(server_checksums(client))
+def _fmix32(x: np.ndarray) -> np.ndarray:
+    x = (x ^ x >> 16) * np.uint32(0x85EBCA6B)
+    x = (x ^ x >> 13) * np.uint32(0xC2B2AE35)
+    return x ^ x >> 16

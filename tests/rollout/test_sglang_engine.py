@@ -12,16 +12,14 @@ import pytest
 import torch
 from rollout.engine_contract import EngineContract, Loaded
 from rollout.rollout_models import Cutter, architecture_of, layout_of, local_engine, random_model
-from rollout.sglang_stand_in import Fault, Generate, PlainDelivery, StandIn, counting, of_engine
+from rollout.sglang_stand_in import Fault, Generate, StandIn, counting, of_engine
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Experts, rollout_layout
 from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
 from megatron_rl.rollout.sglang.client import ABORT_SECONDS
-from megatron_rl.rollout.sglang.delivery import DELIVERIES
 
 pytestmark = pytest.mark.timeout(60)
-DELIVERIES.register("plain")(PlainDelivery)
 MODEL = random_model("llama")
 ARCHITECTURE = architecture_of(MODEL.config)
 SHARDS = {"model.norm.weight": torch.ones(32)}
@@ -30,9 +28,9 @@ SHORT = SamplingParams(max_tokens=4)
 
 def attached(*servers: StandIn, **options: Any) -> SGLangEngine:
     """An engine over stand-ins that holds one tensor, not loaded yet."""
-    quick = {"delivery": "plain", "recovery_timeout": 20.0, "request_timeout": 20.0} | options
+    quick = {"recovery_timeout": 20.0, "request_timeout": 20.0} | options
     urls = [server.url for server in servers]
-    return SGLangEngine(ARCHITECTURE, layout_of(SHARDS), urls=urls, **quick)
+    return SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, urls=urls, **quick)
 
 
 def loaded_over(*servers: StandIn, version: int = 1, **options: Any) -> SGLangEngine:
@@ -62,7 +60,7 @@ def loaded() -> Iterator[Loaded]:
     model = local_engine(MODEL, eos_token_ids=[2])
     server = StandIn(of_engine(model), load=lambda weights: model.load_shards(weights, 1))
     layout = rollout_layout(ARCHITECTURE, 1, [[0]])
-    options = {"urls": [server.url], "delivery": "plain", "eos_token_ids": [2]}
+    options = {"urls": [server.url], "eos_token_ids": [2]}
     with SGLangEngine(ARCHITECTURE, layout, dtype=torch.float32, **options) as engine:  # type: ignore[arg-type]
         engine.load_shards(shards, 7)
         yield Loaded(engine, MODEL, shards, vocab=100, eos=2)
@@ -314,7 +312,7 @@ def test_an_update_given_up_before_anything_was_written_serves_on(two: list[Stan
 def test_a_half_written_update_refuses_until_a_whole_one(two: list[StandIn]) -> None:
     with loaded_over(*two, version=4) as engine:
         engine.begin_update()
-        engine.stage_shards(SHARDS)
+        engine.write_shards(SHARDS)
         engine.abort_update(intact=False)
         with pytest.raises(RuntimeError, match="middle of a weight update"):
             engine.generate([[5, 6]], SHORT)
@@ -384,5 +382,5 @@ def test_options_are_checked() -> None:
         SGLangEngine.check_options({"server": {"python": "/nowhere"}})
     two_replicas = rollout_layout(ARCHITECTURE, 1, [[0], [1]])
     with pytest.raises(ConfigError, match="1 urls for 2 rollout replicas"):
-        SGLangEngine(ARCHITECTURE, two_replicas, urls=["http://x"], delivery="plain")
+        SGLangEngine(ARCHITECTURE, two_replicas, urls=["http://x"])
     assert ENGINES["sglang"] is SGLangEngine

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -146,10 +147,10 @@ class FaultySync(WeightSync):
             self._case.spoil(held, self._old)
         super()._attest(tensors, held)
 
-    def _stage(self, own: Mapping[str, Tensor]) -> None:
+    def _compare(self, *args: Any) -> None:
+        super()._compare(*args)
         if self._dies_at == "before prepared":
             die()
-        super()._stage(own)
 
     def _commit(self, version: int) -> None:
         if self._dies_at == "between prepared and commit":
@@ -233,7 +234,8 @@ class Nobody:
     def targets(self) -> dict[str, Tensor]:
         return {}
 
-    begin_update = stage_shards = commit_update = abort_update = None  # never called
+    streams = False
+    begin_update = commit_update = abort_update = None  # never called
 
 
 STEPS = ("after begin", "mid-transfer", "after the transfer", "before prepared", "between prepared and commit")

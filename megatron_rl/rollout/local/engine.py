@@ -111,10 +111,19 @@ class LocalEngine(RolloutEngine):
             raise RuntimeError("the rollout weights sleep: call wake(['weights']) before updating them")
         self._gate.begin()
 
-    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
+    def write_shards(self, shards: Mapping[str, torch.Tensor], fault: str = "") -> None:
+        if fault:
+            raise RuntimeError(fault)
+        check_shards(shards, {name: self._targets[name].shape for name in shards if name in self._targets})
+        for name, shard in shards.items():
+            self._targets[name].copy_(shard)
+
+    def finish_update(self) -> str:
+        return ""
+
+    def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
         check_shards(shards, {name: target.shape for name, target in self._targets.items()})
-        for name, target in self._targets.items():
-            target.copy_(shards[name])
+        super().load_shards(shards, version)
 
     def commit_update(self, version: int) -> None:
         self._gate.commit(version)

@@ -240,10 +240,14 @@ class SGLangClient:
         return answer
 
 
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Major, minor and patch number of an SGLang version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
 def check_version(version: str, url: str) -> None:
     """Raises ConfigError for a server that this client was not written for."""
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-    if not OLDEST_VERSION <= numbers < NEWEST_VERSION:
+    if not OLDEST_VERSION <= version_numbers(version) < NEWEST_VERSION:
         raise ConfigError(
             f"the server at {url} runs SGLang {version}, but supported is {SUPPORTED_VERSIONS} (0.5.23 is tested), "
             f"because the endpoints of weight updates differ: install such a version"

@@ -8,10 +8,11 @@ gets the newest weights again before it gets a request.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ from megatron_rl.rollout.base import (
     Progress,
     RolloutEngine,
     SamplingParams,
+    ServersLostError,
     WeightCheck,
     sample_seed,
 )
 from megatron_rl.rollout.gate import UpdateGate
-from megatron_rl.rollout.sglang.delivery import DELIVERIES
 from megatron_rl.rollout.sglang.dispatch import Dispatcher
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.generation import Request
@@ -44,6 +45,7 @@ from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
 from megatron_rl.rollout.sglang.server import server_python
 from megatron_rl.rollout.sglang.verification import check_members
+from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ WHERE = "actor.rollout.options"
 EXPERTS_EVERYWHERE = ("qwen3_moe",)  # families of which SGLang makes no dense layer (its Qwen3MoeDecoderLayer)
 POLL_SECONDS = 0.25  # between looks for servers that need weights, while requests run
 CALL_SECONDS = 20.0  # between signs of life to the other ranks, whose collectives have time limits
-DELIVERY_ATTEMPTS = 3
+WRITE_ATTEMPTS = 3
 
 
 @ENGINES.register("sglang")
@@ -67,6 +69,8 @@ class SGLangEngine(RolloutEngine):
     Raises:
         ConfigError: options are wrong, or the servers would hold another layout.
     """
+
+    streams = True
 
     def __init__(
         self,
@@ -90,8 +94,9 @@ class SGLangEngine(RolloutEngine):
         check_served(architecture, self.max_context)
         self.replica = Replica.of(layout, rank, tp_group)
         self._gate, self._asleep = UpdateGate(), set[str]()
-        self._shards: Mapping[str, torch.Tensor] = {}  # what the servers were given last
+        self._shards: Mapping[str, torch.Tensor] = {}  # the caller's, of `load_shards`
         self._shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
+        self._written: list[Member] | None = None  # by the update under way, once it has begun to write
         self._closing = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="megatron_rl-sglang-")
         self._loop = EventLoop()
@@ -102,17 +107,18 @@ class SGLangEngine(RolloutEngine):
             members = build_members(
                 self.options, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
             )
-        self._membership = Membership(members, self.options.patience, self.replica.tp)
-        self._dispatcher = Dispatcher(self._membership, self.options.pause == "in_place", self.options.stream)
-        self._delivery = DELIVERIES[self.options.delivery](
+        self._transfer = TRANSFERS[self.options.delivery](
             loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.options.delivery_options
         )
+        expected = ServerLayout.of(layout, dtype)
+        self._membership = Membership(members, self.options.patience, expected, self._transfer.runs_loader)
+        self._dispatcher = Dispatcher(self._membership, self.options.pause == "in_place", self.options.stream)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         parsed = SGLangOptions.parse(options, where=WHERE)
-        if parsed.delivery not in DELIVERIES:
-            raise ConfigError(f"{WHERE}.delivery={parsed.delivery!r} is not one of {list(DELIVERIES)}")
+        if parsed.delivery not in TRANSFERS:
+            raise ConfigError(f"{WHERE}.delivery={parsed.delivery!r} is not one of {list(TRANSFERS)}")
         if not parsed.urls:
             server_python(parsed.server)
 
@@ -145,6 +151,10 @@ class SGLangEngine(RolloutEngine):
     def targets(self) -> Mapping[str, torch.Tensor]:
         return {}
 
+    @property
+    def bucket_copies(self) -> int:  # type: ignore[override]
+        return self._transfer.bucket_copies
+
     # --- weights ---------------------------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
@@ -152,6 +162,7 @@ class SGLangEngine(RolloutEngine):
         if "weights" in self._asleep:
             raise RuntimeError("the rollout weights sleep: call wake(['weights']) before updating them")
         self._gate.begin()
+        self._shards, self._written = {}, None
         if self.replica.leads:
             self._loop.run(self._pause())
 
@@ -163,37 +174,60 @@ class SGLangEngine(RolloutEngine):
         if not membership.of(State.OUTDATED):
             raise RuntimeError(f"no server could be paused for a weight update: {membership.describe()}")
 
-    def stage_shards(self, shards: Mapping[str, torch.Tensor]) -> None:
-        check_shards(shards, self._shapes)
-        self._shards = shards
-        for attempt in range(1, DELIVERY_ATTEMPTS + 1):
+    def write_shards(self, shards: Mapping[str, torch.Tensor], fault: str = "") -> None:
+        with self._examined():
+            if self._written is None:
+                self._open()
+            self._transfer.write(shards, fault)
+
+    def finish_update(self) -> str:
+        with self._examined():
+            return self._transfer.close()
+
+    def _open(self) -> None:
+        self._written = self._membership.of(State.OUTDATED)
+        for member in self._written:
+            member.held = None
+        self._transfer.open([member.client for member in self._written])
+
+    @contextlib.contextmanager
+    def _examined(self) -> Iterator[None]:
+        """After a failure: find out which servers still answer, so that another `begin_update` starts with those."""
+        try:
+            yield
+        except RuntimeError:
+            if self.replica.leads:
+                for member in self._membership.of(State.OUTDATED):
+                    self._loop.run(self._membership.examine(member))
+            raise
+
+    def load_shards(self, shards: Mapping[str, torch.Tensor], version: int) -> None:
+        """As every engine does. ``shards`` are kept, for servers that come back without weights, until the next update
+        and must not change until then."""
+        for attempt in range(1, WRITE_ATTEMPTS + 1):
+            self.begin_update()
             try:
-                self._deliver()
-                return
-            except RuntimeError:
-                if attempt == DELIVERY_ATTEMPTS:
+                check_shards(shards, self._shapes)
+                self._write_all(shards)
+                break
+            except BaseException as error:
+                if attempt == WRITE_ATTEMPTS or not isinstance(error, RuntimeError):
+                    self.abort_update(intact=isinstance(error, ValueError))
                     raise
                 logger.warning("weights did not reach all servers; trying again", exc_info=True)
-                if self.replica.leads:
-                    self._loop.run(self._pause_survivors())
+        self._shards = shards
+        self.commit_update(version)
 
-    async def _pause_survivors(self) -> None:
-        """After a failed delivery: who still answers is paused anew, who does not will come back later."""
-        for member in self._membership.of(State.OUTDATED):
-            await self._membership.examine(member)
-        await self._pause()
-
-    def _deliver(self) -> None:
-        outdated = self._membership.of(State.OUTDATED)
-        for member in outdated:
-            member.held = None
-        self._delivery.deliver([member.client for member in outdated], self._shards)
+    def _write_all(self, shards: Mapping[str, torch.Tensor]) -> None:
+        self._open()
+        self.write_shards(shards)
+        self.finish_update()
 
     def commit_update(self, version: int) -> None:
         self._gate.commit(version)
         if self.replica.leads:
             self._membership.versions.append(version)
-            self._loop.run(self._serve(self._membership.of(State.OUTDATED)))
+            self._loop.run(self._serve([m for m in self._written or () if m.state is State.OUTDATED]))
 
     async def _serve(self, members: Sequence[Member]) -> None:
         """Let ``members``, which hold the version committed last, serve it."""
@@ -203,6 +237,7 @@ class SGLangEngine(RolloutEngine):
 
     def abort_update(self, intact: bool) -> None:
         self._gate.abort(intact)
+        self._transfer.drop()
         if intact and self.replica.leads and self._membership.versions and not self._membership.serving:
             self._loop.run(self._serve(self._membership.unchanged()))
 
@@ -210,7 +245,7 @@ class SGLangEngine(RolloutEngine):
         """The first rank asks the replica's servers; elsewhere, and while the engine sleeps, nothing is known."""
         if not self.replica.leads or not self._membership.versions:
             return WeightCheck()
-        return self._loop.run(check_members(self._membership, self._delivery.attested))
+        return self._loop.run(check_members(self._membership, self._transfer.proof))
 
     # --- generation ------------------------------------------------------------------------------------------------
 
@@ -221,7 +256,8 @@ class SGLangEngine(RolloutEngine):
         seeds: Sequence[int] | None = None,
         progress: Progress | None = None,
     ) -> list[list[Completion]]:
-        """As every engine does; the answers are returned on the replica's first rank only, elsewhere an empty list."""
+        """As every engine does; the answers are returned on the replica's first rank only, elsewhere an empty list, and
+        those of `ServersLostError` likewise."""
         self._gate.require_ready()
         if self._asleep:
             raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
@@ -242,7 +278,7 @@ class SGLangEngine(RolloutEngine):
                 progress(len(results) * params.n, len(prompts) * params.n)
 
         with self.replica.calling():
-            self._lead(requests, emit)
+            self._lead(requests, results, emit)
         return [results[index] for index in range(len(prompts))]
 
     def _request(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
@@ -257,14 +293,18 @@ class SGLangEngine(RolloutEngine):
             routed_experts=(self.architecture.num_layers, experts.experts_per_token) if experts else None,
         )
 
-    def _lead(self, requests: Sequence[Request], emit: Any) -> None:
-        """Wait for the answers; whenever a server comes back without the newest weights, deliver them."""
+    def _lead(self, requests: Sequence[Request], results: dict[int, list[Completion]], emit: Any) -> None:
+        """Wait for the answers. A server that comes back without the newest weights gets those of `load_shards`; those
+        of a push have to be pushed again, which is worth it where no other server is left."""
         work = self._loop.submit(self._dispatcher.answer_all(requests, emit))
         try:
             while not concurrent.futures.wait([work], timeout=POLL_SECONDS).done:
                 self.replica.sign_of_life(CALL_SECONDS)
-                if self._membership.serving and self._membership.of(State.OUTDATED):
-                    self._redeliver()
+                outdated = self._membership.of(State.OUTDATED) if self._membership.serving else []
+                if outdated and self._shards:
+                    self._rewrite(outdated)
+                elif outdated and not self._membership.of(State.READY):
+                    raise ServersLostError(f"no server holds the weights: {self._membership.describe()}", results)
             work.result()
         except concurrent.futures.CancelledError:
             raise RuntimeError("the engine was closed while it generated") from None
@@ -273,28 +313,25 @@ class SGLangEngine(RolloutEngine):
             self._loop.run(self._dispatcher.settled())  # nobody generates on, whatever comes next
             raise
 
-    def _redeliver(self) -> None:
-        self.replica.call("deliver")
-        outdated = self._membership.of(State.OUTDATED)
-        logger.warning("delivering weights anew to %s", ", ".join(member.client.url for member in outdated))
+    def _rewrite(self, outdated: Sequence[Member]) -> None:
+        self.replica.call("rewrite")
+        logger.warning("writing weights anew to %s", ", ".join(member.client.url for member in outdated))
         self._loop.run(self._membership.stop(outdated, "abort"))
         try:
-            self._deliver()
+            self._write_all(self._shards)
         except RuntimeError as error:  # it may have gone again
-            logger.warning("weights could not be delivered anew: %s", error)
-            for member in outdated:
-                self._loop.run(self._membership.examine(member))
+            logger.warning("weights could not be written anew: %s", error)
             return
         self._loop.run(self._membership.go_on([m for m in outdated if m.state is State.OUTDATED]))
 
     def _follow(self) -> None:
         """The other ranks' part in `generate`: bring their shards when they are called for."""
         for call in self.replica.calls():
-            if call == "deliver":
+            if call == "rewrite":
                 try:
-                    self._deliver()
+                    self._write_all(self._shards)
                 except RuntimeError as error:
-                    logger.warning("weights could not be delivered anew: %s", error)
+                    logger.warning("weights could not be written anew: %s", error)
 
     # --- memory and end --------------------------------------------------------------------------------------------
 

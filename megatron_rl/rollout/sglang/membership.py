@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rl.config import ConfigError
 from megatron_rl.rollout.sglang.client import (
     Json,
     PauseMode,
@@ -24,6 +23,7 @@ from megatron_rl.rollout.sglang.client import (
 )
 from megatron_rl.rollout.sglang.routing import Place, State
 from megatron_rl.rollout.sglang.server import SGLangServer
+from megatron_rl.rollout.sglang.weight_transfer import ServerLayout
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,10 @@ class Member(Place):
 class Membership:
     """The servers of one replica. The conditions of `changed` are states, loads and `serving`."""
 
-    def __init__(self, members: Sequence[Member], patience: Patience, tp: int) -> None:
-        self.members, self.patience, self.tp = list(members), patience, tp
+    def __init__(
+        self, members: Sequence[Member], patience: Patience, layout: ServerLayout, runs_loader: bool = False
+    ) -> None:
+        self.members, self.patience, self._layout, self._runs_loader = list(members), patience, layout, runs_loader
         self.versions: list[int] = []  # committed so far; the last one is served
         self.serving = False  # False from `stop` to `serve`
         self.changed = asyncio.Condition()
@@ -110,11 +112,7 @@ class Membership:
 
     def _verify(self, member: Member, info: Json) -> None:
         check_version(str(info.get("version")), member.client.url)
-        if info.get("tp_size") != self.tp:
-            raise ConfigError(
-                f"the server at {member.client.url} runs with tp={info.get('tp_size')}, expected {self.tp}: start it "
-                f"with --tp {self.tp}, or set actor.rollout.tp"
-            )
+        self._layout.check(info, member.client.url, self._runs_loader)
 
     async def bring_back(self, member: Member) -> None:
         """One try to make a member that is down answer again; a server of ours that has ended is started anew.

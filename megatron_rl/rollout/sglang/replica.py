@@ -1,6 +1,6 @@
 """`Replica`: one rank's place among the ranks that share servers, and how the first of them calls the others.
 
-While the first rank waits for answers, the others wait for its calls: to deliver weights again, or that all is done.
+While the first rank waits for answers, the others wait for its calls: to write weights again, or that all is done.
 A call comes at least every so often, because collectives give up after a time.
 """
 
@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from megatron_rl.config import ConfigError
 from megatron_rl.reshard import Layout
+from megatron_rl.rollout.base import ServersLostError
 
-Call = Literal["wait", "deliver", "done", "failed"]
+Call = Literal["wait", "rewrite", "done", "lost", "failed"]
 
 
 @dataclass
@@ -83,6 +84,9 @@ class Replica:
         self._called = time.monotonic()
         try:
             yield
+        except ServersLostError:
+            self.call("lost")
+            raise
         except BaseException:
             self.call("failed")
             raise
@@ -92,11 +96,14 @@ class Replica:
         """On the other ranks: each call, until the last.
 
         Raises:
+            ServersLostError: the first rank's servers hold no weights.
             RuntimeError: the first rank failed.
         """
         while True:
             received: list[Call] = ["wait"]
             dist.broadcast_object_list(received, src=self.ranks[0], group=self.group)
+            if received[0] == "lost":
+                raise ServersLostError(f"the servers of rank {self.ranks[0]} hold no weights any more", {})
             if received[0] == "failed":
                 raise RuntimeError(f"rank {self.ranks[0]}, which talks to the servers, failed: see its message")
             if received[0] == "done":

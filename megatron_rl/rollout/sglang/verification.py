@@ -1,4 +1,4 @@
-"""Do the servers still hold what they were given? Their own checksums now, against those right after the delivery.
+"""Do the servers still hold what they were given? Their own checksums now, against those right after the push.
 
 Something else may have written to a server: another job that is attached to it, a hand at its endpoints, a fault of
 its memory. The names of its weights do not tell that, its checksums do; a server hashes each parameter of each rank.
@@ -6,30 +6,15 @@ its memory. The names of its weights do not tell that, its checksums do; a serve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
-from megatron_rl.rollout.sglang.generation import ANSWER_FAULTS
 from megatron_rl.rollout.sglang.membership import Membership
 from megatron_rl.rollout.sglang.routing import State
+from megatron_rl.rollout.sglang.weight_transfer import RankSums, server_checksums
 
 MAX_NAMED = 4  # parameters that a fault names
-
-RankSums = Mapping[int, Mapping[str, str]]  # tensor-parallel rank of the server -> parameter -> checksum
-
-
-async def server_checksums(client: SGLangClient) -> dict[int, dict[str, str]]:
-    """What a server's ranks hold now; one pass over all of its weights.
-
-    Raises:
-        ServerError, RequestError: it does not say.
-    """
-    answer = await client.check_weights()
-    try:
-        return {rank["parallelism_info"][0]["tp_rank"]: dict(rank["checksums"]) for rank in answer["ranks"]}
-    except ANSWER_FAULTS as error:
-        raise ServerError(f"{client.url} gave no checksums ({type(error).__name__}: {error!s:.100})") from None
 
 
 async def check_members(membership: Membership, attested: Callable[[str], RankSums | None]) -> WeightCheck:

@@ -1,13 +1,16 @@
-"""`FullTensors`: whole Hugging Face tensors on the first rank of a replica, a bucket at a time.
+"""Transfers of whole Hugging Face tensors, which the server cuts itself: slower than "direct", for what that cannot do.
 
-For the ways into a server that cut tensors there. The shards that the replica's ranks hold are one layout, whole
-tensors on one rank another: each bucket is a small reshard between the two.
+`FullTensors` brings them together on the first rank of a replica, a bucket at a time: the shards that the replica's
+ranks hold are one layout, whole tensors on one rank another, and each bucket is a small reshard between the two.
+"flattened_bucket" posts them over HTTP, to each tensor-parallel rank the same payload.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +18,58 @@ from torch import Tensor
 
 from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span
 from megatron_rl.reshard.layout import restricted
-from megatron_rl.rollout.sglang.handover import buckets
+from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS, WeightTransfer
+from megatron_rl.rollout.sglang.weight_transfer.wire import flattened_bucket, requests, serialize
+
+
+class FullTransfer(WeightTransfer):
+    """Collects whole tensors on the replica's first rank; subclasses post each request."""
+
+    runs_loader = True
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._collectors: dict[frozenset[str], FullTensors] = {}
+        # The shards of two buckets, and on the first rank the whole tensors, once more as they travel.
+        self.bucket_copies = 2 + 2 * len(set(self.layout.cells.values()))
+
+    def send(self, shards: Mapping[str, Tensor]) -> None:
+        for tensors in self._collector(frozenset(shards)).collect(shards):
+            self.lead(lambda tensors=tensors: self.send_whole(tensors))  # type: ignore[misc]
+
+    @abstractmethod
+    def send_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        """One request, on the first rank: return when servers have read it."""
+
+    def _collector(self, names: frozenset[str]) -> FullTensors:
+        if names not in self._collectors:
+            layout = self.layout
+
+            def emit(cell: Hashable) -> list[Shard]:
+                return [shard for shard in layout.shards_of(cell) if shard.name in names]
+
+            part = Layout(layout.name, layout.cells, emit)
+            self._collectors[names] = FullTensors(
+                part, self.ranks, self.rank, self.group, self.dtype, self.bucket_bytes
+            )
+        return self._collectors[names]
+
+
+@TRANSFERS.register("flattened_bucket")
+class BucketTransfer(FullTransfer):
+    """See the module."""
+
+    def send_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        bucket, once = flattened_bucket(tensors), ""
+        if not self.shared:
+            once = serialize(bucket)
+
+        async def post(client: SGLangClient) -> None:
+            payloads = [once or serialize(bucket, shared=True) for _ in self.ranks]
+            await client.update_weights_from_tensor(payloads, load_format="flattened_bucket")
+
+        self.each(post)
 
 
 class FullTensors:
@@ -61,7 +115,7 @@ class FullTensors:
     def _planned(self) -> list[tuple[list[str], Resharder]]:
         if not self._resharders:
             sizes = {name: _numel(shape) * self._dtype.itemsize for name, shape in self._shapes.items()}
-            for names in buckets(sizes, self._bucket_bytes):
+            for names in requests(sizes, self._bucket_bytes):
                 whole = [_whole(name, self._shapes[name]) for name in names]
                 target = Layout("whole tensors", {self._leader: 0}, lambda cell, whole=whole: whole)  # type: ignore[misc]
                 source = restricted(self._layout, set(names))

@@ -1,4 +1,4 @@
-"""What deliveries to SGLang are made of, without a server: buckets, payloads, whole tensors, checksums compared."""
+"""What transfers to SGLang are made of, without a server: requests, payloads, whole tensors, checksums."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
 from models.oracle import ALL, random_logical
 from rollout.rollout_models import random_model
+from rollout.sglang_stand_in import checksum
 
 from megatron_rl.models import Architecture, hf_layout, rollout_layout
 from megatron_rl.rollout.sglang.client import ServerError
-from megatron_rl.rollout.sglang.full_tensors import FullTensors
-from megatron_rl.rollout.sglang.handover import _compare_rank, _hashes, buckets
-from megatron_rl.rollout.sglang.payload import flattened_bucket, named_tensors, serialize
+from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
+from megatron_rl.rollout.sglang.weight_transfer.full import FullTensors
+from megatron_rl.rollout.sglang.weight_transfer.proof import compare
+from megatron_rl.rollout.sglang.weight_transfer.wire import flattened_bucket, named_tensors, requests, serialize
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
 
@@ -26,10 +29,10 @@ def opened(payload: str) -> object:
     return pickle.load(io.BytesIO(base64.b64decode(payload)))
 
 
-def test_buckets_keep_the_order_and_the_limit_except_for_what_is_larger_alone() -> None:
+def test_requests_keep_the_order_and_the_limit_except_for_what_is_larger_alone() -> None:
     sizes = {"a": 4, "b": 4, "c": 3, "d": 20, "e": 1}
-    assert buckets(sizes, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
-    assert buckets(sizes, 100) == [["a", "b", "c", "d", "e"]]
+    assert requests(sizes, 8) == [["a", "b"], ["c"], ["d"], ["e"]]
+    assert requests(sizes, 100) == [["a", "b", "c", "d", "e"]]
 
 
 def test_a_payload_carries_each_tensor_and_not_the_rest_of_its_storage() -> None:
@@ -86,13 +89,48 @@ def test_whole_tensors_are_those_of_the_trainer_whatever_the_buckets(
 
 def test_checksums_that_differ_are_missing_or_are_derived_name_the_parameter() -> None:
     state = {name: tensor for name, tensor in random_model("llama").state_dict().items() if "norm" in name}
-    held = _hashes(state)
-    _compare_rank("here", held, held)
+
+    def sums(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        return {name: server_checksum(tensor, "cpu") for name, tensor in weights.items()}
+
+    held = sums(state)
+    compare("here", held, held)
     name = "model.layers.1.input_layernorm.weight"
     with pytest.raises(ServerError, match=f"1 parameters differ .'{name}'"):
-        _compare_rank("here", held, _hashes(state | {name: state[name] + 1}))
+        compare("here", held, sums(state | {name: state[name] + 1}))
     without = {other: value for other, value in held.items() if other != name}
     with pytest.raises(ServerError, match=f"1 are missing .'{name}'"):
-        _compare_rank("here", without, held)
+        compare("here", without, held)
     with pytest.raises(ServerError, match=f"holds .'{name}'. beside the weights delivered: derived"):
-        _compare_rank("here", held, without)
+        compare("here", held, without)
+
+
+# Of `gpu_tensor_hash` itself (SGLang 0.5.23; the same in 0.5.21), run by Triton's interpreter.
+KERNEL_HASHES = [
+    ((1,), torch.bfloat16, "474f33088a9ec636"),
+    ((3, 5), torch.bfloat16, "15dccbd14e014f5c"),
+    ((33,), torch.float32, "902405b178328113"),
+    ((8192,), torch.float32, "14ca1fff05776db3"),
+    ((8193,), torch.float32, "a82b7201dbfa9d8f"),
+    ((97, 1021), torch.bfloat16, "ca288f8403325ee8"),
+    ((3, 64, 700), torch.float32, "c7384ca5e3fc510f"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "expected"), KERNEL_HASHES, ids=lambda v: str(v).replace(" ", ""))
+def test_the_checksum_of_a_cuda_server_is_that_of_its_own_kernel(
+    shape: tuple[int, ...], dtype: torch.dtype, expected: str
+) -> None:
+    numel = torch.Size(shape).numel()
+    tensor = (torch.arange(numel, dtype=torch.float32) * 0.37 - 5).sin().to(dtype).view(shape)
+    assert server_checksum(tensor, "cuda") == checksum(tensor, "cuda") == expected
+    changed = tensor.clone()
+    changed.view(-1)[numel // 2] += 1
+    assert server_checksum(changed, "cuda") == checksum(changed, "cuda") != expected
+    assert server_checksum(tensor, "cpu") == checksum(tensor, "cpu")
+
+
+def test_what_a_cuda_server_would_hash_in_several_launches_is_hashed_alike() -> None:
+    tensor = torch.randn(5 * 8192 * 3 + 7)
+    assert server_checksum(tensor, "cuda") == checksum(tensor, "cuda")
+    assert server_checksum(torch.empty(0), "cuda") == f"{0:016x}"

@@ -28,7 +28,7 @@ DEVICE_ARGUMENT = 6  # of torch.multiprocessing.reductions.rebuild_cuda_tensor
 
 def named_tensors(tensors: Mapping[str, Tensor], shared: bool = False) -> str:
     """What load_format=None and "direct" take; ``shared``: see `serialize`."""
-    return serialize([(name, _alone(tensor)) for name, tensor in tensors.items()], shared)
+    return serialize([(name, t.detach() if shared else _alone(t)) for name, t in tensors.items()], shared)
 
 
 def flattened_bucket(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -68,9 +68,28 @@ def serialize(content: Any, shared: bool = False) -> str:
     return base64.b64encode(buffer.getbuffer()).decode()
 
 
-def fits_shared_memory(num_bytes: int) -> bool:
-    """Whether that much more fits: a process that writes beyond it is killed."""
-    return os.path.isdir(SHARED_MEMORY) and shutil.disk_usage(SHARED_MEMORY).free > num_bytes + MARGIN
+def requests(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Names in their order, cut where a request would pass ``max_bytes``; a larger tensor goes alone."""
+    cut: list[list[str]] = []
+    filled = max_bytes
+    for name, size in sizes.items():
+        if not cut or filled + size > max_bytes:
+            cut.append([])
+            filled = 0
+        cut[-1].append(name)
+        filled += size
+    return cut
+
+
+def free_shared_memory() -> int:
+    """Bytes that may still be shared: a process that writes beyond what there is would be killed."""
+    return max(shutil.disk_usage(SHARED_MEMORY).free - MARGIN, 0) if os.path.isdir(SHARED_MEMORY) else 0
+
+
+def unshared_bytes(tensors: Iterable[Tensor]) -> int:
+    """What would move to shared memory with ``tensors``: all of the memory that they lie in."""
+    storages = [tensor.untyped_storage() for tensor in tensors if not tensor.is_cuda and not tensor.is_shared()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class _HandlePickler(ForkingPickler):

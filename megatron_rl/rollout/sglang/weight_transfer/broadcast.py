@@ -1,7 +1,9 @@
-"""`UpdateGroups`: process groups that join this process (rank 0) with all tensor-parallel ranks of each server.
+"""Transfer "distributed": whole tensors, broadcast over process groups that servers join, for servers that share
+neither machine nor disk with the trainer.
 
-The group is made as SGLang makes its own end (`sglang.srt.utils.common.init_custom_process_group`): beside the default
-group, of ranks that are in no common world.
+`UpdateGroups` joins this process (rank 0) with all tensor-parallel ranks of each server. A group is made as SGLang
+makes its own end (`sglang.srt.utils.common.init_custom_process_group`): beside the default group, of ranks that are in
+no common world.
 """
 
 from __future__ import annotations
@@ -21,6 +23,10 @@ from torch.distributed import distributed_c10d as c10d
 
 from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS
+from megatron_rl.rollout.sglang.weight_transfer.full import FullTransfer
+
+TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +99,21 @@ def _own_address(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((parts.hostname or "127.0.0.1", parts.port or 80))
         return str(probe.getsockname()[0])
+
+
+@TRANSFERS.register("distributed")
+class BroadcastTransfer(FullTransfer):
+    """See the module.
+
+    Args:
+        address: of this machine, as the servers reach it; None = found out.
+        timeout: seconds that a server may take to join, and one broadcast.
+    """
+
+    def __init__(self, address: str | None = None, timeout: float = TIMEOUT, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._groups = UpdateGroups(self.loop, len(self.ranks), address, timeout)
+
+    def send_whole(self, tensors: Mapping[str, Tensor]) -> None:
+        self._groups.join(self.clients, next(iter(tensors.values())).device)
+        self._groups.broadcast(self.clients, tensors)

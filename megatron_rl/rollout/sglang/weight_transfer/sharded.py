@@ -1,0 +1,36 @@
+"""Transfer "direct": each tensor-parallel rank of a server gets exactly its own shards, by SGLang's own names.
+
+No rank ever holds a full tensor. SGLang's loader "direct" copies each tensor into the parameter of its name, so there
+is nothing to fuse or cut there. What a model derives from its weights would be stale; the checksums refuse that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.weight_transfer.base import INLINE_BYTES, TRANSFERS, WeightTransfer
+from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors, requests
+
+
+@TRANSFERS.register("direct")
+class ShardedTransfer(WeightTransfer):
+    """See `WeightTransfer`. Servers read a bucket while this process goes on."""
+
+    def send(self, shards: Mapping[str, Tensor]) -> None:
+        limit = self.bucket_bytes if self.shared else min(self.bucket_bytes, INLINE_BYTES)
+        # A handle counts its one reader, so each server gets one of its own.
+        count = self.num_servers if self.shared else 1
+        cut = requests({name: tensor.nbytes for name, tensor in shards.items()}, limit)
+        mine = [[named_tensors({n: shards[n] for n in names}, self.shared) for _ in range(count)] for names in cut]
+        of_ranks = self.gather(mine)
+        self.post(lambda client: self._write(client, of_ranks))
+
+    async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
+        """``of_ranks``: rank -> request -> server -> payload."""
+        number = next(i for i, other in enumerate(self.clients) if other is client)
+        for texts in zip(*of_ranks, strict=True):
+            payloads = [of_servers[number % len(of_servers)] for of_servers in texts]
+            await client.update_weights_from_tensor(payloads, load_format="direct")
