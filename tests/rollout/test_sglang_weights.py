@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.oracle import LLAMA, random_logical
+from models.oracle import LLAMA, QWEN3_MOE, random_logical
 from rollout.sglang_stand_in import StandIn
 
 from megatron_rl.config import ConfigError
@@ -186,3 +186,10 @@ def test_each_way_of_transfer_says_what_a_bucket_costs_in_memory() -> None:
     common: dict[str, Any] = {"loop": None, "layout": two, "rank": 0, "dtype": torch.bfloat16, "tp_group": None}
     copies = {name: TRANSFERS[name](**common).bucket_copies for name in TRANSFERS}
     assert copies == {"direct": 2, "flattened_bucket": 6, "disk": 6, "distributed": 6}
+
+
+@pytest.mark.parametrize(("tp", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2)])
+def test_what_a_server_must_be_started_with_is_read_off_the_layout(tp: int, ep: int) -> None:
+    layout = rollout_layout(QWEN3_MOE, tp, [list(range(tp))], ep)
+    assert ServerLayout.of(layout, torch.bfloat16) == ServerLayout(tp, ep, True, "bfloat16")
+    assert ServerLayout.of(LAYOUT, torch.float32) == ServerLayout(1, 1, False, "float32")

@@ -58,9 +58,9 @@ class ServerLayout:
         name = str(dtype).removeprefix("torch.")
         if first is None:
             return cls(len(cells), 1, False, name)
-        held = (shard for cell in cells for shard in layout.shards_of(cell) if shard.name == first.name)
-        experts = {span.tensor for shard in held for span in shard.spans if "gate_proj" in span.tensor}
-        return cls(len(cells), len(experts) // first.shape[0], True, name)
+        held = [shard for cell in cells for shard in layout.shards_of(cell) if shard.name == first.name]
+        everywhere = {span.tensor for shard in held for span in shard.spans}
+        return cls(len(cells), len(everywhere) // len({span.tensor for span in first.spans}), True, name)
 
     def differences(self, info: Mapping[str, Any]) -> list[str]:
         """What makes the server with /server_info ``info`` hold its parameters otherwise; empty when nothing does."""
