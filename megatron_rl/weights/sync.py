@@ -173,7 +173,7 @@ class WeightSync:
         """
         assert self._stream is not None
         start = time.perf_counter()
-        expected = self._together.total(sums[0].to(self._device)).cpu() if sums else None
+        expected = self._together.peers.total(sums[0]) if sums else None
         attest_s = time.perf_counter() - start if sums else 0.0
         device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         moved = self._stream.run(tensors, expected, self._previous, device)
@@ -183,16 +183,24 @@ class WeightSync:
         except TransportError:
             raise
         except Exception as error:
-            objections = self._together.total(torch.tensor([int(not moved.may_retry)]).to(self._device))
+            objections = self._together.peers.total(torch.tensor([int(not moved.may_retry)]))
             if last or int(objections):
                 raise
             raise _TryAgainError from error
         self._previous = expected
         assert moved.transfer is not None
-        seconds = (moved.attest_s + attest_s, moved.write_s)
-        stream = self._stream
-        counts = (len(stream.buckets), stream.num_oversized, moved.unverified)
-        return SyncReport(0, 0.0, *seconds, 0.0, moved.transfer, moved.peak_bytes, *counts)
+        return SyncReport(
+            version=0,
+            plan_s=0.0,
+            attest_s=moved.attest_s + attest_s,
+            write_s=moved.write_s,
+            total_s=0.0,
+            transfer=moved.transfer,
+            peak_bytes=moved.peak_bytes,
+            num_buckets=len(self._stream.buckets),
+            num_oversized=self._stream.num_oversized,
+            unverified=moved.unverified,
+        )
 
     def verify(self) -> list[Fault] | None:
         """What this rank's engine, one with `targets`, holds otherwise than it was pushed last: a pass over all of its

@@ -23,7 +23,7 @@ from megatron_rl.engines.config import DTYPES
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
-from megatron_rl.reshard import Layout, Transport
+from megatron_rl.reshard import Layout, P2PTransport, Transport
 from megatron_rl.rollout.base import (
     ENGINES,
     Completion,
@@ -35,7 +35,7 @@ from megatron_rl.rollout.base import (
 )
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.fingerprint import Fingerprint
-from megatron_rl.weights.sync import SyncReport, WeightSync, default_transport
+from megatron_rl.weights.sync import PUSH_SECONDS, SyncReport, WeightSync, default_transport
 from megatron_rl.weights.target import PartialTarget, WeightTarget, within
 from megatron_rl.workers.response_text import ResponseDecoder
 from megatron_rl.workers.settings import RolloutSettings
@@ -165,13 +165,21 @@ class Rollouts:
             self._asleep = False
         if self._sync is None:
             self._transport = default_transport()  # making one can be collective over all ranks, which are here
-            self._sync = self._make_sync(self.model.layout, engine)
+            self._sync = self._make_sync(self.model.layout, engine, self._transport)
         report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
         self._pushed = self._fingerprint(self.model.tensors())
         return report
 
-    def _make_sync(self, source: Layout, target: WeightTarget) -> WeightSync:
+    def _replica_transport(self) -> Transport | None:
+        """Between the ranks that share prompts."""
+        context = self.model.context
+        if context.world_size == len(self.placement.ranks):
+            return self._transport
+        group = context.host_model_group if self.model.device.type == "cpu" else context.collection.mp
+        return P2PTransport(group, PUSH_SECONDS)
+
+    def _make_sync(self, source: Layout, target: WeightTarget, transport: Transport | None) -> WeightSync:
         return WeightSync(
             source,
             target,
@@ -181,7 +189,7 @@ class Rollouts:
             max_staging_bytes=self.settings.max_staging_bytes,
             attest=self.settings.attest,
             device=self.model.device,
-            transport=self._transport,
+            transport=transport,
         )
 
     def training_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
@@ -265,7 +273,8 @@ class Rollouts:
         ranks = self.placement.ranks
         logger.warning("weights version %s are pushed again: %s", self._served_version, why)
         if self._replica_sync is None:
-            self._replica_sync = self._make_sync(within(self.model.layout, ranks), PartialTarget(self.engine, ranks))
+            source, target = within(self.model.layout, ranks), PartialTarget(self.engine, ranks)
+            self._replica_sync = self._make_sync(source, target, self._replica_transport())
         try:
             self._replica_sync.push(self.model.published(), self.trained_version)
         except ValueError as error:

@@ -18,8 +18,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout_layout
 from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.parallel.agreement import PeerError
 from megatron_rl.reshard import Layout, Transport, TransportError
-from megatron_rl.weights.agreement import PeerError
 from megatron_rl.weights.diagnosis import AttestationError
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
