@@ -19,6 +19,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.log import leave_out
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.mlp import DenseMLP
+from megatron_rl.models.description import ModelDescription
 from megatron_rl.models.family import describe
 from megatron_rl.models.layer_spec import layer_spec, use_transformer_engine
 from megatron_rl.models.pipeline import chunk_layout, is_uneven, padded_vocab, stage_layers
@@ -148,10 +149,21 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         "add_qkv_bias": model.shared(lambda layer: layer.attention.qkv_bias, "biases"),
         "qk_layernorm": model.shared(lambda layer: layer.attention.q_norm is not None, "query and key norms"),
         "normalization": "RMSNorm",
+        "layernorm_zero_centered_gamma": _zero_centered(model),
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
     }
+
+
+def _zero_centered(model: ModelDescription) -> bool:
+    """Norms multiply with ``1 + weight``; Megatron-Core wants the same of all that a model has."""
+    layers = model.shared(lambda layer: (layer.attention_norm.offset, layer.mlp_norm.offset), "offsets of norms")
+    heads = [norm.offset for layer in model.layers for norm in (layer.attention.q_norm, layer.attention.k_norm) if norm]
+    offsets = {model.final_norm.offset, *layers, *heads}
+    if len(offsets) > 1 or not offsets <= {0.0, 1.0}:
+        raise ConfigError(f"norms of this {model.family} model have offsets {sorted(offsets)}; expected all 0 or all 1")
+    return offsets == {1.0}
 
 
 def _parallel_fields(architecture: Architecture, sizes: ParallelSizes) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard.layout import Alike, Layout, Shard
+from megatron_rl.reshard.layout import Alike, Held, Layout, Shard
 
 EVERYWHERE = "everywhere"  # the one cell of a layout in which all ranks hold the same
 
@@ -160,7 +160,13 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
                 yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
 
     alike = Alike(_RolloutKind(describe(architecture), ep), emit)
-    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike)
+    held = {
+        prefix + name: Held(add=parameter.rollout_add)
+        for prefix, parameter in describe(architecture).parameters()
+        if parameter.rollout_add
+        for name, _ in parameter.logical()
+    }
+    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike, held)
 
 
 class _RolloutKind:

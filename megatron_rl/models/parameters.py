@@ -43,6 +43,8 @@ class Place:
 class Parameter(ABC):
     """One or more logical tensors that every system places together."""
 
+    rollout_add = 0.0
+
     @abstractmethod
     def logical(self) -> Iterable[tuple[str, Shape]]:
         """Names, without the layer's prefix, and shapes of the logical tensors."""
@@ -102,6 +104,7 @@ class Replicated(Parameter):
     megatron_name: str
     fused_name: str = ""  # Megatron's name where TransformerEngine fuses the norm into the linear layer behind it
     transformers_name: str = ""  # in memory, where it differs from the file's
+    rollout_add: float = 0.0  # what the rollout engine's values are more than the file's
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         return [(self.hf, self.shape)]

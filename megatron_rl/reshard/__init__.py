@@ -4,9 +4,9 @@
 """
 
 from megatron_rl.reshard.certificate import Certificate, Measure
-from megatron_rl.reshard.derived import Derived, Readable
+from megatron_rl.reshard.derived import Derived, Readable, shifted
 from megatron_rl.reshard.execute import Resharder, TransferReport
-from megatron_rl.reshard.layout import Alike, Layout, Shard, Span, block, stack_rows
+from megatron_rl.reshard.layout import Alike, Held, Layout, Shard, Span, block, stack_rows
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
 from megatron_rl.reshard.topology import Topology
@@ -24,6 +24,7 @@ __all__ = [
     "Alike",
     "Certificate",
     "Derived",
+    "Held",
     "Layout",
     "LinkLoad",
     "LinkSpeeds",
@@ -48,5 +49,6 @@ __all__ = [
     "block",
     "link_load",
     "plan_transfers",
+    "shifted",
     "stack_rows",
 ]

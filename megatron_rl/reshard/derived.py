@@ -6,11 +6,13 @@ A frozen weight with its adapter merged is one: each is made as its turn comes t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_rl.reshard.layout import Layout
 
 KEPT = 2  # neighbouring messages share a tensor, and a message often spans two
 
@@ -41,6 +43,29 @@ Readable = Tensor | Derived
 def read(tensor: Readable) -> Tensor:
     """The values, without a gradient."""
     return (tensor.compute() if isinstance(tensor, Derived) else tensor).detach()
+
+
+def shifted(tensors: Mapping[str, Readable], source: Layout, target: Layout, rank: int) -> Mapping[str, Readable]:
+    """This rank's ``tensors`` of layout ``source`` with the values that ``target`` holds: `Derived` where these differ
+    (`Layout.held`), computed in the source's dtype.
+
+    Raises:
+        ValueError: tensors that share a shard need different values.
+    """
+    if not source.held and not target.held:
+        return tensors
+    result = dict(tensors)
+    for shard in source.shards(rank):
+        adds = {target.added(span.tensor) - source.added(span.tensor) for span in shard.spans}
+        if len(adds) > 1:
+            raise ValueError(f"{shard.name}: {target.name!r} holds parts of it with {sorted(adds)} added, expected one")
+        if adds and adds != {0.0} and shard.name in tensors:
+            result[shard.name] = _plus(tensors[shard.name], adds.pop())
+    return result
+
+
+def _plus(tensor: Readable, add: float) -> Derived:
+    return Derived(tensor.like if isinstance(tensor, Derived) else tensor, lambda: read(tensor) + add)
 
 
 class Kept:

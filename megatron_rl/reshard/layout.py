@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,20 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How a system holds the values of a logical tensor, where it does not hold them as they are.
+
+    Args:
+        add: what its values are more than the logical ones: 1.0 of norms that hold ``1 + weight``.
+    """
+
+    add: float = 0.0
+
+
+AS_IT_IS = Held()
+
+
 @dataclass(frozen=True)
 class Alike:
     """The symmetry of a layout.
@@ -85,12 +99,18 @@ class Layout:
         cells: global rank -> cell, for every rank that takes part.
         emit: cell -> the shards of a rank in that cell.
         alike: what lets a planner of a large model look at a few tensors only; None makes it look at all.
+        held: logical tensor -> how this system holds its values; those that are missing as they are.
     """
 
     name: str
     cells: Mapping[int, Hashable]
     emit: Callable[[Hashable], Iterable[Shard]]
     alike: Alike | None = None
+    held: Mapping[str, Held] = field(default_factory=dict)
+
+    def added(self, tensor: str) -> float:
+        """What this system's values of logical ``tensor`` are more than the logical ones."""
+        return self.held.get(tensor, AS_IT_IS).add
 
     def shards(self, rank: int) -> tuple[Shard, ...]:
         """The shards of ``rank``; empty when the rank takes no part."""
@@ -121,7 +141,7 @@ def restricted(layout: Layout, tensors: Collection[str]) -> Layout:
             if spans:
                 yield replace(shard, spans=spans)
 
-    return Layout(layout.name, layout.cells, emit)
+    return Layout(layout.name, layout.cells, emit, held=layout.held)
 
 
 def block(size: int, index: int, count: int, what: str = "dimension") -> tuple[int, int]:

@@ -48,7 +48,8 @@ def fill(layout: Layout, rank: int, tensors: Mapping[str, Tensor], source: Tenso
                 matrix.zero_()
             for span in shard.spans:
                 part = matrix[span.row : span.row + span.num_rows, span.col : span.col + span.num_cols]
-                part.copy_(source.read(span))
+                values, added = source.read(span), layout.added(span.tensor)
+                part.copy_(values + added if added else values)
 
 
 def check_tensors(layout: Layout, rank: int, tensors: Mapping[str, Readable]) -> None:

@@ -66,6 +66,7 @@ class LayoutSource:
     def __init__(
         self, layout: Layout, ranks: Iterable[int], load: Callable[[int, Shard], Tensor], keep: int = 2
     ) -> None:
+        self._added = layout.added
         self._load = functools.lru_cache(keep)(load)
         self._places: dict[str, list[Place]] = {}
         seen = set()
@@ -98,7 +99,8 @@ class LayoutSource:
         held = place.span
         row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
         matrix = self._load(place.rank, place.shard).detach().reshape(place.shard.matrix_shape)
-        return matrix[row : row + wanted.num_rows, col : col + wanted.num_cols]
+        values, added = matrix[row : row + wanted.num_rows, col : col + wanted.num_cols], self._added(held.tensor)
+        return values - added if added else values
 
 
 def _overlap(a: Span, b: Span) -> Span:
@@ -116,7 +118,7 @@ def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> L
     present = [shard for shard in layout.shards(rank) if shard.name in tensors]
     for shard in present:
         check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
-    held = Layout(layout.name, {0: 0}, lambda cell: present)
+    held = Layout(layout.name, {0: 0}, lambda cell: present, held=layout.held)
     return LayoutSource(held, (0,), lambda rank, shard: tensors[shard.name], keep=0)
 
 

@@ -34,6 +34,7 @@ from megatron_rl.reshard import (
     Transport,
     TransportError,
     WireFormat,
+    shifted,
 )
 from megatron_rl.weights.attestation import Attestor
 from megatron_rl.weights.diagnosis import AttestationError, Fault, faults
@@ -137,6 +138,7 @@ class WeightSync:
 
     def _push(self, tensors: Mapping[str, Readable], version: int, last: bool) -> SyncReport:
         start, first = time.perf_counter(), self._resharder is None
+        tensors = shifted(tensors, self.source, self.target.layout, self.rank)
         own, written, self._begun = self.target.targets(), False, False
         sums: list[Tensor] = []
         try:

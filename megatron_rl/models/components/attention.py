@@ -23,6 +23,7 @@ class GroupedQueryAttention:
     q_norm: Norm | None = None  # over each query head; always together with k_norm
     k_norm: Norm | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it
+    fused_in_file: bool = False  # the Hugging Face file has one qkv_proj, queries above keys above values
 
     def parameters(self) -> Iterator[Parameter]:
         """Names lack the layer's prefix."""
@@ -43,5 +44,8 @@ class GroupedQueryAttention:
     def _rows(self, suffix: str) -> tuple[Rows, Rows, Rows]:
         """Where queries, keys and values lie in the Hugging Face file."""
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        if self.fused_in_file:
+            qkv = f"self_attn.qkv_proj.{suffix}"
+            return Rows(qkv, 0, queries), Rows(qkv, queries, keys), Rows(qkv, queries + keys, keys)
         q, k, v = (f"self_attn.{letter}_proj.{suffix}" for letter in "qkv")
         return Rows(q, 0, queries), Rows(k, 0, keys), Rows(v, 0, keys)

@@ -15,6 +15,7 @@ class DenseMLP:
 
     hidden: int
     ffn: int
+    fused_in_file: bool = False  # the Hugging Face file has one gate_up_proj, the gate above
 
     fused_norm: ClassVar[str] = "mlp.linear_fc1.layer_norm_weight"  # Megatron's norm before it, where fused into fc1
 
@@ -25,4 +26,7 @@ class DenseMLP:
 
     def _rows(self) -> tuple[Rows, Rows]:
         """Where both halves lie in the Hugging Face file."""
+        if self.fused_in_file:
+            both = "mlp.gate_up_proj.weight"
+            return Rows(both, 0, self.ffn), Rows(both, self.ffn, self.ffn)
         return Rows("mlp.gate_proj.weight", 0, self.ffn), Rows("mlp.up_proj.weight", 0, self.ffn)

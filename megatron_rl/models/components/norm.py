@@ -9,11 +9,16 @@ from megatron_rl.models.parameters import Parameter, Replicated
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """``x / sqrt(mean(x^2) + eps) * weight``."""
+    """``x / sqrt(mean(x^2) + eps) * (offset + weight)``.
+
+    Megatron holds the weight as the file has it (``layernorm_zero_centered_gamma``); a rollout engine holds
+    ``offset + weight`` and computes a plain norm, as SGLang's Gemma 1 does.
+    """
 
     hf: str
     size: int
     eps: float
+    offset: float = 0.0
 
     def parameter(self, megatron_name: str, fused_name: str = "") -> Parameter:
         """Its weight.
@@ -21,4 +26,4 @@ class Norm:
         Args:
             fused_name: Megatron's name where TransformerEngine fuses the norm into the linear layer behind it.
         """
-        return Replicated(self.hf, (self.size,), megatron_name, fused_name)
+        return Replicated(self.hf, (self.size,), megatron_name, fused_name, rollout_add=self.offset)
