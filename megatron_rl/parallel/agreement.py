@@ -154,6 +154,8 @@ class Agreement:
         attempt = Attempt()
         try:
             yield attempt
+        except TransportError:
+            raise  # a rank is gone, so a vote would only wait for it once more
         except (Exception, Abandoned) as failure:
             attempt.error = failure if isinstance(failure, Abandoned) else attempt.error or failure
         failure_elsewhere = self._vote(attempt)
