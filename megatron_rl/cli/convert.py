@@ -80,11 +80,11 @@ def convert(
     with clear_errors(rank):
         import torch
 
-        from megatron_rl.config import ConfigError
+        from megatron_rl.config import ConfigError, masked
         from megatron_rl.parallel import ParallelSizes
         from megatron_rl.weights.convert import convert as convert_weights
 
-        configure_logging(rank)
+        configure_logging(rank, rewrite=masked)
         if config is not None and not config.exists():
             raise ConfigError(f"--config {config}: no such file or folder; expected a Hugging Face config.json")
         sizes = ParallelSizes(tp=tp, pp=pp, ep=ep, etp=etp)

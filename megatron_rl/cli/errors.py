@@ -6,12 +6,13 @@ import contextlib
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 import typer
 
 from megatron_rl.config.credentials import masked
-from megatron_rl.devices.launch import join_launcher
+from megatron_rl.devices.launch import LaunchError, join_launcher
 
 FULL_DISK = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 EXIT_CODE = 2  # of a mistake in configuration, data or user code
@@ -19,13 +20,17 @@ EXIT_CODE = 2  # of a mistake in configuration, data or user code
 
 @contextlib.contextmanager
 def clear_errors(rank: int = 0) -> Iterator[None]:
-    """Print a mistake of the user as one line, on every rank that meets it, and end this process with `EXIT_CODE`."""
+    """Print a mistake of the user as one line, on every rank that meets it, and end this process with `EXIT_CODE`.
+
+    What else is raised ends it with its traceback and code 1. Neither shows credentials.
+    """
     try:
         yield
     except Exception as error:
         full = any(reason in str(error) for reason in FULL_DISK)
         if not isinstance(error, mistakes()) and not full:
-            raise
+            typer.echo(masked(traceback.format_exc()), err=True)
+            raise SystemExit(1) from None
         sys.stdout.flush()
         kind = "disk full" if full and isinstance(error, OSError) else type(error).__name__
         typer.echo(f"[rank {rank}] {kind}: {masked(' '.join(str(error).split()))}", err=True)
@@ -48,6 +53,16 @@ def mistakes() -> tuple[type[Exception], ...]:
 
     told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
     return *told, CheckpointError, NotFiniteError, FloatingPointError
+
+
+def environment_world_size() -> int | None:
+    """Ranks of this run, as torchrun, a scheduler or the user says; None where nobody does."""
+    given = os.environ.get("WORLD_SIZE", "")
+    if not given:
+        return None
+    if not given.isdecimal() or not 1 <= int(given) < 2**31:
+        raise LaunchError(f"WORLD_SIZE={given!r} in the environment is no number of ranks: expected 1 or more")
+    return int(given)
 
 
 def environment_rank() -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from megatron_rl.cli.errors import clear_errors, environment_rank
+from megatron_rl.cli.errors import clear_errors, environment_rank, environment_world_size
 from megatron_rl.log import configure_logging
 
 EPILOG = """
@@ -24,6 +24,9 @@ Two nodes of 8, the same command on each; restarted runs continue from the newes
 `torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d
 --rdzv-endpoint HOST:29500 -m megatron_rl train CONFIG` (more in docs/multi_node.md)
 
+What is wrong, all at once and without a device, for a run on 16 ranks:
+`WORLD_SIZE=16 megatron-rl train CONFIG --check`
+
 Every key is described in docs/configuration.md.
 """
 
@@ -32,7 +35,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file.")] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Check the configuration, print it with its defaults, and stop.")
+        bool, typer.Option("--check", help="Check all that needs no device, print the configuration, and stop.")
     ] = False,
 ) -> None:
     """Train as a YAML file says."""
@@ -46,8 +49,12 @@ def train(
         if check:
             from megatron_rl.run.check import check_run
 
-            check_run(run)
-            typer.echo(json.dumps(masked_values(run.model_dump(mode="json")), indent=2))
+            world_size = environment_world_size()
+            if rank == 0:
+                notes = check_run(run, world_size)
+                typer.echo(json.dumps(masked_values(run.model_dump(mode="json")), indent=2))
+                for note in notes:
+                    typer.echo(f"note: {masked(note)}", err=True)
             return
         from megatron_rl.run.execute import execute
 

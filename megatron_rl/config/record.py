@@ -17,6 +17,8 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 from pydantic._internal._model_construction import ModelMetaclass  # no public name
 
+from megatron_rl.config.credentials import masked
+
 MAX_SHOWN = 120  # characters of a value in a message
 
 
@@ -134,7 +136,7 @@ def _explain(record: type[BaseModel], error: ValidationError, where: str) -> str
         elif problem["type"] == "missing":
             lines.append(f"{key!r} is required but not given")
         else:
-            lines.append(f"{key} = {shown(problem.get('input'))}: {_plainly(problem['msg'])}")
+            lines.append(masked(f"{key} = {shown(problem.get('input'))}") + f": {_plainly(problem['msg'])}")
     return f"{where}: " + "; ".join(lines)
 
 

@@ -100,7 +100,7 @@ def data_files(pattern: str) -> list[Path]:
     if not found:
         raise DataError(f"data file {pattern!r} does not exist (working directory: {Path.cwd()})")
     for path in found:
-        if not path.name.endswith(SUFFIXES) or path.is_dir():
+        if not path.name.endswith(SUFFIXES) or not path.is_file():  # folders, and pipes, which nobody may write to
             raise DataError(f"{str(path)!r} is no data file: expected one that ends in {', '.join(SUFFIXES)}")
     return found
 
@@ -114,7 +114,7 @@ def _read_file(path: Path) -> list[tuple[str, Row]]:
             if not isinstance(rows, list):
                 raise DataError(f"{path} holds a {type(rows).__name__}, expected a list of objects")
             return _numbered(path, rows)
-        with gzip.open(path, "rt", encoding=ENCODING) if path.suffix == ".gz" else path.open(encoding=ENCODING) as file:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             return [(f"{path}:{n}", _parse(path, n, line)) for n, line in enumerate(file, start=1) if line.strip()]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
@@ -124,9 +124,18 @@ def _read_file(path: Path) -> list[tuple[str, Row]]:
         raise DataError(f"{path} cannot be read: {error}") from None
 
 
-def _parse(path: Path, number: int, line: str) -> Row:
+def _parse(path: Path, number: int, line: bytes) -> Row:
     try:
-        return json.loads(line)
+        text = line.decode(ENCODING if number == 1 else "utf-8")
+        row = json.loads(text)
+        if "\\ud" in text.lower():  # a character beyond 16 bits, or half of one
+            json.dumps(row, ensure_ascii=False).encode()
+        return row
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{path}:{number}: a lone surrogate {error.object[error.start]!r}, half of a character, which no tokenizer "
+            "can encode: mend or drop the row"
+        ) from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; nesting as deep
@@ -139,7 +148,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, TypeError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from None
 
 

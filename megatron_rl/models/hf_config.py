@@ -15,21 +15,9 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import family_of
+from megatron_rl.models.hf_fields import HFFields
 
 GENERATION_FILE = "generation_config.json"
-SIZES = {"num_hidden_layers": 10_000} | dict.fromkeys(
-    (
-        *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
-        *(
-            "max_position_embeddings",
-            "moe_intermediate_size",
-            "num_experts",
-            "num_local_experts",
-            "num_experts_per_tok",
-        ),
-    ),
-    2**31 - 1,
-)  # fields of config.json that count something, with the largest number that makes sense
 
 HFConfig = PretrainedConfig  # for rooms that hold these objects without importing transformers
 HFModel = PreTrainedModel
@@ -44,35 +32,39 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: expected a Hugging Face model folder, with config.json")
+    fields = read_json_object(path)
     try:
-        fields = json.loads(path.read_text())
-        model_type = fields.get("model_type")
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a JSON object ({error!s:.200}): restore the file") from None
-    family_of(str(model_type))  # before transformers, whose message would not name our families
-    _check_fields(fields, path)
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:  # wrong types raise whatever transformers meets first
-        brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"{path} is not the config of a {model_type} model ({brief}): restore the file") from None
-
-
-def _check_fields(fields: dict[str, Any], path: Path) -> None:
-    """Before transformers, which makes a list of a trillion layers where a config asks for them."""
-    for name, largest in SIZES.items():
-        value = fields.get(name)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-            shown = f"{value!r:.60}" if not isinstance(value, int) else f"a number of {value.bit_length()} bits"
-            given = str(value) if isinstance(value, int) and abs(value) < 2**63 else shown
-            raise ConfigError(f"{path}: {name} is {given}, expected a whole number from 1 to {largest}")
+        family = family_of(str(fields.get("model_type")))  # before transformers, which does not know what we support
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    HFFields.parse(fields, str(path))
     if isinstance(fields.get("auto_map"), dict) and any("Model" in key for key in fields["auto_map"]):
         raise ConfigError(
             f"{path} names code of its own (auto_map: {fields['auto_map']}), which would be trained and exported "
             "as the stock model: use a model of the stock class, or add its family in megatron_rl/models"
         )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # wrong types raise whatever transformers meets first
+        brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(
+            f"{path} is not the config of a {family.model_type} model ({brief}): restore the file"
+        ) from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not a JSON object ({error!s:.200}): restore the file") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path} is not a JSON object, but holds a {type(fields).__name__}: restore the file")
+    return fields
 
 
 class GenerationFile(GenerationConfig):

@@ -41,6 +41,7 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrain
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
+        _check_types(tokenizer)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser meets
         raise ConfigError(
             f"no tokenizer could be loaded from {source} ({_brief(error)}): give a folder that has one"
@@ -65,6 +66,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
             f"model's own tokenizer, or resize the model first (transformers: model.resize_token_embeddings({needed}), "
             "which gives new rows the mean of the old ones; model.save_pretrained(FOLDER)) and start from that folder"
         )
+
+
+def _check_types(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise TypeError for fields of tokenizer_config.json that `transformers` takes as they come."""
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, (int, float)):
+        raise TypeError(f"model_max_length is {tokenizer.model_max_length!r}, expected a number")
+    if not isinstance(tokenizer.chat_template, (str, dict, type(None))):
+        raise TypeError(f"chat_template is a {type(tokenizer.chat_template).__name__}, expected a text")
 
 
 def align_tokenizer(

@@ -6,17 +6,20 @@ folder comes last, so that a run that cannot start leaves nothing behind.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from megatron_rl.algorithms import ALGORITHMS, PPO, BaseAlgorithm
+from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
 from megatron_rl.config import ConfigError, load_user_object
 from megatron_rl.data import PromptDataset, PromptLoader
+from megatron_rl.engines.build import size_of
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.config import RunConfig
 from megatron_rl.run.evaluation import Evaluation
+from megatron_rl.run.parts import check_layout, check_parts, unused_parts, uses_reference
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
@@ -24,6 +27,8 @@ from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 from megatron_rl.workers.limits import model_limits
+
+logger = logging.getLogger(__name__)
 
 USER_CODE = "python:"
 
@@ -35,11 +40,13 @@ def build_trainer(config: RunConfig) -> Trainer:
         ConfigError, DataError: what cannot work, said once and clearly, on every rank.
     """
     algorithm_type, algorithm_config = find_algorithm(config)
+    check_parts(config, algorithm_type, algorithm_config)
     check_engine(config)
     checkpoint_folder = Path(config.trainer.output_dir) / "checkpoints"
     find_checkpoint(checkpoint_folder, config.trainer.resume)
     model = starting_model(config)
     described = model.tokenizer_folder if isinstance(model, MegatronCheckpoint) else model
+    size_of(model, 0)  # before the tokenizer, which reads config.json too and would be blamed for its faults
     tokenizer = load_tokenizer(config.tokenizer or described, config.pad_token)
     limits = model_limits(model, tokenizer, config.actor, config.actor.sampling.max_tokens)
     prompts = PromptDataset(None, tokenizer, config.data, limits)
@@ -47,14 +54,18 @@ def build_trainer(config: RunConfig) -> Trainer:
     reward = build_reward(config.rewards)
     check_answers(reward, [*prompts, *(held_out or ())])
     callbacks = [load_callback(name) for name in config.callbacks]
+    for line in unused_parts(config, algorithm_type, algorithm_config):
+        logger.warning("%s", line)
     context = ParallelContext.create(config.parallel, seed=config.seed)
+    check_layout(config, context.grid.world_size)
     loader = PromptLoader(prompts, config.prompts_per_step, context, seed=config.seed, shuffle=config.shuffle)
 
     steps = config.trainer.total_steps(loader.steps_per_epoch)
     steps *= algorithm_config.num_epochs * algorithm_config.num_mini_batches
     actor = build_actor(config, context, tokenizer, num_optimizer_steps=steps)
     critic = _critic(config, actor, num_optimizer_steps=steps)
-    algorithm = algorithm_type(actor, _reference(config, actor), critic, algorithm_config)
+    reference = _reference(config, actor) if uses_reference(config, algorithm_type, algorithm_config) else None
+    algorithm = algorithm_type(actor, reference, critic, algorithm_config)
     scorer = RewardModel(reward)
     sample = actor.sample(parts=config.rollout_parts, then=scorer.begin if config.rollout_parts > 1 else None)
     scored = filled(sample, scorer.score(), algorithm, loader, context)
@@ -87,8 +98,6 @@ def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorith
             found = ALGORITHMS[name]
         except ValueError as error:
             raise ConfigError(f"algorithm.name: {error}") from None
-    if config.critic is not None and name in ALGORITHMS and not issubclass(found, PPO):
-        raise ConfigError(f"the section critic is given, but algorithm {name!r} has no value model: leave critic out")
     return found, found.Config.parse(values, where="algorithm")
 
 

@@ -14,63 +14,83 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
 from megatron_rl.models.builder import transformer_config
-from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
-from megatron_rl.models.tokenizer import check_vocabulary, load_tokenizer
-from megatron_rl.rewards import RewardError, build_reward
+from megatron_rl.models.hf_config import architecture_from_hf, read_generation, read_hf_config
+from megatron_rl.models.layouts import check_rollout, logical_tensors
+from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
+from megatron_rl.rewards import RewardError, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
 from megatron_rl.run.config import RunConfig
+from megatron_rl.run.parts import check_layout, check_parts, smallest_world, unused_parts
 from megatron_rl.tracking import build_tracker
 from megatron_rl.trainer.restart_point import find_checkpoint
-from megatron_rl.weights.hf_in import resolve_folder
+from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_rl.weights.source import SafetensorsFolder
+from megatron_rl.workers.limits import model_limits
 
 MISTAKES = (ConfigError, DataError, RewardError)
 OTHER_RANK = 1  # on which trackers are checked, but not opened
 
 
-def check_run(config: RunConfig) -> None:
-    """Check names, files, columns and sizes.
+class Attempts:
+    """Runs checks and collects what they find."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __call__(self, check: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        """The result of ``check``; None where it found a mistake."""
+        try:
+            return check(*arguments, **named)
+        except MISTAKES as error:
+            self.found.append(str(error))
+            return None
+
+    def report(self) -> None:
+        """Raise ConfigError where anything was found."""
+        found = list(dict.fromkeys(self.found))
+        if len(found) == 1:
+            raise ConfigError(found[0])
+        if found:
+            numbered = "; ".join(f"({number}) {message}" for number, message in enumerate(found, start=1))
+            raise ConfigError(f"{len(found)} mistakes: {numbered}")
+
+
+def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
+    """Check names, files, columns and sizes: all that needs no device.
+
+    Args:
+        world_size: ranks that the run will have; None = not known, so that only sizes of one replica are checked.
+
+    Returns:
+        What the user should know though it is no mistake, a line each.
 
     Raises:
         ConfigError: everything that is wrong, numbered where it is more than one thing.
     """
-    found: list[str] = []
-
-    def attempt(check: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
-        try:
-            return check(*arguments, **named)
-        except MISTAKES as error:
-            found.append(str(error))
-            return None
-
-    output = Path(config.trainer.output_dir)
-    attempt(find_algorithm, config)
+    attempt, output = Attempts(), Path(config.trainer.output_dir)
+    algorithm = attempt(find_algorithm, config)
+    if algorithm is not None:
+        attempt(check_parts, config, *algorithm)
     attempt(check_engine, config)
     attempt(find_checkpoint, output / "checkpoints", config.trainer.resume)
-    attempt(build_reward, config.rewards)
     attempt(build_tracker, config.tracking, output, rank=OTHER_RANK)
     for name in config.callbacks:
         attempt(load_callback, name)
     attempt(check_writable, output)
-    folder = attempt(_model_folder, config)
-    if folder is not None:
-        attempt(_check_model, folder, config)
-    tokenizer = None
-    if folder is not None or config.tokenizer is not None:
-        tokenizer = attempt(load_tokenizer, config.tokenizer or folder, config.pad_token)
-    if folder is not None and tokenizer is not None:
-        attempt(_check_vocabulary, folder, tokenizer)
-    for section in (config.data, config.evaluation.data if config.evaluation else None):
-        if section is not None and tokenizer is not None:
-            attempt(PromptDataset, None, tokenizer, section)
-        elif section is not None:
-            attempt(_require_file, section.path)
-    if len(found) == 1:
-        raise ConfigError(found[0])
-    if found:
-        numbered = "; ".join(f"({number}) {message}" for number, message in enumerate(dict.fromkeys(found), start=1))
-        raise ConfigError(f"{len(dict.fromkeys(found))} mistakes: {numbered}")
+    if world_size is not None:
+        attempt(check_layout, config, world_size)
+    _check_models(attempt, config)
+    attempt.report()
+    notes = unused_parts(config, *algorithm)
+    if world_size is None:
+        notes.append(
+            f"the number of ranks is not known here, and was not checked: it must be a multiple of "
+            f"{smallest_world(config.parallel)} ({config.parallel}). Check it with WORLD_SIZE=N in front of this "
+            "command, or under torchrun"
+        )
+    return notes
 
 
 def check_writable(folder: Path) -> None:
@@ -80,7 +100,37 @@ def check_writable(folder: Path) -> None:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         what = "is no folder" if not place.is_dir() else "cannot be written to"
-        raise ConfigError(f"trainer.output_dir={str(folder)!r}: {place} {what}: choose another")
+        raise ConfigError(f"output_dir={str(folder)!r}: {place} {what}: choose another")
+
+
+def _check_models(attempt: Attempts, config: RunConfig) -> None:
+    """The models, and what is made of their tokenizer: prompts, and rewards over their answers."""
+    reward = attempt(build_reward, config.rewards)
+    for other in (config.critic, config.reference):
+        if other is not None and other.model is not None:
+            attempt(lambda name: _check_sizes(resolve_folder(name), config), other.model)
+    folder = attempt(_model_folder, config)
+    sound = folder is not None and attempt(_check_sizes, folder, config)
+    tokenizer = None
+    if sound:
+        attempt(_check_weights, folder, config)
+    if sound or config.tokenizer is not None:
+        tokenizer = attempt(load_tokenizer, config.tokenizer or folder, config.pad_token)
+    if tokenizer is None:
+        for section in _data_sections(config):
+            attempt(_require_file, section.path)
+        return
+    limits = None
+    if sound:
+        attempt(_check_special_tokens, folder, tokenizer)
+        limits = attempt(model_limits, folder, tokenizer, config.actor, config.actor.sampling.max_tokens)
+    read = [attempt(PromptDataset, None, tokenizer, section, limits) for section in _data_sections(config)]
+    if reward is not None and None not in read:
+        attempt(check_answers, reward, [prompt for dataset in read for prompt in dataset])
+
+
+def _data_sections(config: RunConfig) -> list[PromptDataset.Config]:
+    return [config.data, *([config.evaluation.data] if config.evaluation else [])]
 
 
 def _model_folder(config: RunConfig) -> Path:
@@ -88,15 +138,24 @@ def _model_folder(config: RunConfig) -> Path:
     return model.hf_folder if isinstance(model, MegatronCheckpoint) else resolve_folder(model)
 
 
-def _check_model(folder: Path, config: RunConfig) -> None:
+def _check_sizes(folder: Path, config: RunConfig) -> bool:
     architecture = architecture_from_hf(read_hf_config(folder))
     transformer_config(architecture, config.parallel)
+    check_rollout(architecture, config.actor.rollout.tp, 1)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
         ENGINES[config.actor.rollout.engine].check_model(architecture)
+    return True
 
 
-def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
-    check_vocabulary(tokenizer, architecture_from_hf(read_hf_config(folder)).vocab)
+def _check_weights(folder: Path, config: RunConfig) -> None:
+    """What the headers of the files say; weights of a Megatron checkpoint are not beside its description."""
+    if not isinstance(starting_model(config), MegatronCheckpoint):
+        with SafetensorsFolder(folder) as source:
+            check_folder(source, logical_tensors(architecture_from_hf(read_hf_config(folder))))
+
+
+def _check_special_tokens(folder: Path, tokenizer: Any) -> None:
+    align_tokenizer(tokenizer, read_hf_config(folder), generation=read_generation(folder))
 
 
 def _require_file(path: str) -> None:

@@ -34,13 +34,14 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.rewards import check_answers
 from megatron_rl.rollout.base import SamplingParams
+from megatron_rl.run.arguments import TrainArguments, check_callbacks, check_model_and_tokenizer, record_of
+from megatron_rl.run.check import check_writable
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.offline_evaluation import OfflineEvaluation
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
-from megatron_rl.trainer.settings import TrainerSettings
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
@@ -88,44 +89,47 @@ class OneCallTrainer:
         reference_cache: str | Path | None = None,
         optimizer: Any = None,
         parallel_state: Any = None,
-        parallel: ParallelSizes | None = None,
+        parallel: ParallelSizes | Mapping[str, Any] | None = None,
         settings: WorkerSettings | Mapping[str, Any] | None = None,
         lora: LoraSettings | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
+        trainer = type(self).__name__
+        check_model_and_tokenizer(model, tokenizer, trainer)
         data_fields = self.dataset_type.Config.model_fields
         own = {name: value for name, value in options.items() if name in data_fields}
         self.options = {name: value for name, value in options.items() if name not in data_fields}
-        _refuse_unknown(type(self).__name__, self.options, self.algorithm_type.Config, self.dataset_type.Config)
-        self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
-        _refuse_precomputed(type(self).__name__, self.options)
-        columns = self.dataset_type.Config.parse(own, where="dataset")
-        self.settings = WorkerSettings.of(settings, type(self).__name__)
+        _refuse_unknown(trainer, self.options, self.algorithm_type.Config, self.dataset_type.Config)
+        self.algorithm_type.Config.parse(self.options, where=trainer)
+        _refuse_precomputed(trainer, self.options)
+        columns = self.dataset_type.Config.parse(own, where=f"{trainer}, dataset")
+        self.settings = record_of(WorkerSettings, settings, f"{trainer}: settings") or WorkerSettings()
         limits = model_limits(model, tokenizer, self.settings, self.max_tokens)
         self.dataset = self.dataset_type(dataset, tokenizer, columns, limits)
         self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns, limits)
         self.reference_cache = reference_cache
         self.model, self.tokenizer, self.optimizer = model, tokenizer, optimizer
-        self.parallel_state, self.parallel = parallel_state, parallel
+        self.parallel_state = parallel_state
+        self.parallel = record_of(ParallelSizes, parallel, f"{trainer}: parallel")
         if lora is not None:
-            lora = lora if isinstance(lora, LoraSettings) else LoraSettings.parse(lora, where="lora")
-            self.settings = self.settings.model_copy(update={"lora": lora})
-        self.callbacks = callbacks
+            adapters = record_of(LoraSettings, lora, f"{trainer}: lora")
+            self.settings = self.settings.model_copy(update={"lora": adapters})
+        self.callbacks = check_callbacks(callbacks, f"{trainer}: callbacks")
 
     def train(
         self,
         num_train_epochs: float = 1.0,
         per_device_train_batch_size: int = 8,
         learning_rate: float = 1e-6,
-        output_dir: str = "outputs/run",
+        output_dir: str | Path = "outputs/run",
         *,
         max_steps: int | None = None,
         warmup_steps: int = 0,
         evaluate_every: int = 0,
         save_every: int = 0,
         resume: str = "auto",
-        tracking: TrackerGroup.Config | None = None,
+        tracking: TrackerGroup.Config | Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Train, and leave a Hugging Face folder at ``<output_dir>/hf``. Collective under torchrun.
 
@@ -138,23 +142,22 @@ class OneCallTrainer:
             The newest metrics.
 
         Raises:
-            ConfigError: a batch that the algorithm cannot train on, or settings of the run that cannot work.
+            ConfigError: an argument out of its range, a batch that the algorithm cannot train on, or an output folder
+                that cannot be written to.
         """
+        given = {name: value for name, value in locals().items() if name in TrainArguments.model_fields}
+        arguments = TrainArguments.of(type(self).__name__, given)
+        trackers = record_of(TrackerGroup.Config, tracking, f"{type(self).__name__}.train: tracking")
+        check_writable(Path(arguments.output_dir))
         config = self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
         rates = self.settings.optimizer.model_copy(
-            update={"learning_rate": learning_rate, "warmup_steps": warmup_steps}
+            update={"learning_rate": arguments.learning_rate, "warmup_steps": arguments.warmup_steps}
         )
-        run = TrainerSettings(
-            output_dir=output_dir,
-            num_steps=max_steps,
-            num_epochs=num_train_epochs,
-            evaluate_every=evaluate_every,
-            save_every=save_every,
-            resume=resume,
-        )
+        run = arguments.settings
         at = job_context(self.parallel_state, self.parallel, self.settings.seed)
-        self.check_batches(per_device_train_batch_size, at.dp_size)
-        loader = self.loader_type(self.dataset, per_device_train_batch_size * at.dp_size, at, seed=self.settings.seed)
+        per_replica = arguments.per_device_train_batch_size
+        self.check_batches(per_replica, at.dp_size)
+        loader = self.loader_type(self.dataset, per_replica * at.dp_size, at, seed=self.settings.seed)
         steps = run.total_steps(loader.steps_per_epoch) * config.num_epochs * config.num_mini_batches
         settings = self.settings.model_copy(update={"optimizer": rates}).over(steps)
         worker = self.make_worker(at, settings)
@@ -163,12 +166,17 @@ class OneCallTrainer:
             self.make_flow(worker, algorithm, loader),
             loader,  # type: ignore[arg-type]  # each loader_type has next_batch
             run,
-            tracking=tracking,
+            tracking=trackers,
             evaluate=None if self.held_out is None else self.make_evaluation(worker, algorithm),
             callbacks=self.callbacks,
-            params={"trainer": type(self).__name__, **self.options, **run.model_dump()},
+            params={"trainer": type(self).__name__, **self.plain_options(), **run.model_dump()},
         )
         return trainer.train()
+
+    def plain_options(self) -> dict[str, Any]:
+        """The algorithm's options as plain data."""
+        config = self.algorithm_type.Config.parse(self.options)
+        return config.model_dump(mode="json", include=set(self.options))
 
     def check_batches(self, per_replica: int, dp_size: int) -> None:
         """Raises ConfigError for batches that the algorithm cannot use; called before any model is loaded."""
@@ -266,7 +274,7 @@ class GRPOTrainer(OneCallTrainer):
     """Prompts and a reward: ``GRPOTrainer(model, tokenizer, dataset, reward=fn, n=8, max_tokens=256)``.
 
     Args:
-        reward: a function of one `Sample`, a `Reward`, or a mapping of names to these.
+        reward: a `RewardModel`, or what makes one: a function of one `Sample`, a `Reward`, a mapping of names to these.
         n, max_tokens, temperature: of sampling.
     """
 
@@ -285,12 +293,12 @@ class GRPOTrainer(OneCallTrainer):
         temperature: float = 1.0,
         **options: Any,
     ) -> None:
-        self.max_tokens = max_tokens
-        super().__init__(model, tokenizer, dataset, **options)
-        self.reward = RewardModel(reward)
-        check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])
         self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
         SamplingParams.parse(self.sampling, where=type(self).__name__)
+        self.max_tokens = max_tokens
+        super().__init__(model, tokenizer, dataset, **options)
+        self.reward = reward if isinstance(reward, RewardModel) else RewardModel(reward)
+        check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:
         return Reference(actor) if self.options.get("kl_coefficient") else None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config import masked
 from megatron_rl.tracking.tracker import Tracker
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class Delivery(Tracker):
                 return
             except Exception as error:
                 self.num_failed_tries += 1
-                self._last_error = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                self._last_error = masked(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
                 if self._thread is None or not self.tracker.is_outage(error) or self._is_over():
                     self._lose(what)
                     return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigRecord, masked
+from megatron_rl.devices.this_machine import reach_directly
 from megatron_rl.tracking.names import LegalNames
 from megatron_rl.tracking.tracker import TRACKERS, TrackedRun, Tracker
 
@@ -61,6 +62,7 @@ class MlflowTracker(Tracker):
         from mlflow.tracking import MlflowClient
 
         self.uri = self.config.uri or f"sqlite:///{run.output_dir / DATABASE}"
+        reach_directly(self.uri)
         self._client = MlflowClient(self.uri)
         self.run_id = ""  # start() sets it
         self._names, self._param_names = LegalNames(ILLEGAL, MAX_NAME_CHARS), LegalNames(ILLEGAL, MAX_NAME_CHARS)

@@ -111,7 +111,7 @@ def check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ..
             "the download is incomplete, or config.json belongs to another model"
         )
     for name, shape in expected.items():
-        source.check_shape(name, shape)
+        source.check(name, shape)
     if HEAD not in expected and SCORE not in expected and HEAD in source and EMBEDDING in expected:
         _check_tied(source, expected[EMBEDDING])
     # Two harmless kinds of surplus: a tied head that was stored all the same, and buffers that are recomputed.
@@ -122,7 +122,7 @@ def check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ..
 
 def _check_tied(source: SafetensorsFolder, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where a stored head is not the embedding that takes its place, compared in parts."""
-    source.check_shape(HEAD, shape)
+    source.check(HEAD, shape)
     for start in range(0, shape[0], ROWS):
         stop = min(shape[0], start + ROWS)
         head, embedding = (source.read(Span(n, start, stop, 0, shape[1], 0, 0)) for n in (HEAD, EMBEDDING))

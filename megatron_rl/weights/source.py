@@ -149,11 +149,7 @@ class SafetensorsFolder:
         return self.files.keys()
 
     def read(self, span: Span) -> Tensor:
-        path = self.files[span.tensor]
-        try:
-            part = self._handle(path).get_slice(span.tensor)
-        except SafetensorError as error:
-            raise ConfigError(f"{path} holds no readable {span.tensor!r} ({error}): restore the file") from None
+        path, part = self.files[span.tensor], self._slice(span.tensor)
         shape = tuple(part.get_shape())
         rows, cols = matrix_shape(shape)
         if len(shape) > 2 or span.row_stop > rows or span.col_stop > cols:
@@ -166,14 +162,12 @@ class SafetensorsFolder:
             chosen = part[span.row_start : span.row_stop, span.col_start : span.col_stop]
         return chosen.reshape(span.num_rows, span.num_cols)
 
-    def check_shape(self, tensor: str, expected: tuple[int, ...]) -> None:
-        """Raise ConfigError unless ``tensor`` has exactly this shape; more rows than the config has are no less wrong
-        than fewer."""
+    def check(self, tensor: str, expected: tuple[int, ...]) -> None:
+        """Raise ConfigError unless ``tensor`` holds numbers that need no scales of their own, in exactly this shape;
+        more rows than the config has are no less wrong than fewer."""
         path = self.files[tensor]
-        try:
-            shape = tuple(self._handle(path).get_slice(tensor).get_shape())
-        except SafetensorError as error:
-            raise ConfigError(f"{path} holds no readable {tensor!r} ({error}): restore the file") from None
+        self.dtype(tensor)
+        shape = tuple(self._slice(tensor).get_shape())
         if shape != expected:
             raise ConfigError(
                 f"{path}: {tensor} has shape {list(shape)}, but config.json describes {list(expected)}: config.json "
@@ -188,10 +182,19 @@ class SafetensorsFolder:
         """
         if tensor not in self.files:
             raise ConfigError(f"{self.folder} lacks {tensor!r}: is it a language model's folder?")
-        stored = self._handle(self.files[tensor]).get_slice(tensor).get_dtype()
+        stored = self._slice(tensor).get_dtype()
         if stored not in DTYPES:
-            raise ConfigError(f"{self.folder}: {tensor} is stored as {stored}, expected one of {', '.join(DTYPES)}")
+            raise ConfigError(
+                f"{self.files[tensor]}: {tensor} is stored as {stored}, expected one of {', '.join(DTYPES)}"
+            )
         return DTYPES[stored]
+
+    def _slice(self, tensor: str) -> Any:
+        path = self.files[tensor]
+        try:
+            return self._handle(path).get_slice(tensor)
+        except SafetensorError as error:
+            raise ConfigError(f"{path} holds no readable {tensor!r} ({error}): restore the file") from None
 
     def _handle(self, path: Path) -> Any:
         if path not in self._open:
@@ -208,13 +211,17 @@ def _open_safetensors(path: Path) -> Any:
         raise ConfigError(f"{path} is not a readable safetensors file ({error}): download it again") from None
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and bool(name) and Path(name).name == name
+
+
 def _weight_map(folder: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            wrong = [f"{n!r}: {f!r}" for n, f in weight_map.items() if not isinstance(f, str) or Path(f).name != f]
+            wrong = [f"{n!r}: {f!r}" for n, f in weight_map.items() if not _is_file_name(f)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{index} is not a safetensors index ({error!r:.200}): restore the file") from None
         if wrong:

@@ -34,11 +34,12 @@ Command = Callable[..., Ended]
 
 @pytest.fixture(scope="session")
 def command() -> Command:
-    """``command("train", config, "parallel.tp=2")`` in a process of its own."""
+    """``command("train", config, "parallel.tp=2", WORLD_SIZE=4)`` in a process of its own."""
     path = f"{TESTS.parent}:{TESTS / 'run'}"
 
-    def run(*arguments: object) -> Ended:
-        ended = forked.run_forked("-m", "megatron_rl", *arguments, timeout=120, PYTHONPATH=path)
+    def run(*arguments: object, **variables: object) -> Ended:
+        given = {name: str(value) for name, value in variables.items()}
+        ended = forked.run_forked("-m", "megatron_rl", *arguments, timeout=120, PYTHONPATH=path, **given)
         return Ended(ended.code, ended.out, ended.err)
 
     return run

@@ -69,6 +69,21 @@ MISTAKES = {
     "no output folder": (["trainer.output_dir=''"], ["trainer.output_dir = ''"]),
     "an output folder below a file": (["trainer.output_dir=/dev/null/out"], ["/dev/null is no folder"]),
     "a critic that nobody asks": (["critic={}"], ["critic", "grpo", "leave critic out"]),
+    "a critic beside one on the actor's weights": (
+        ["critic={}", "algorithm={name: ppo, shared_critic: true}", "actor.value_head=true"],
+        ["section critic", "shared_critic=true", "leave one of them out"],
+    ),
+    "a shared critic without its head": (
+        ["algorithm={name: ppo, shared_critic: true}"],
+        ["shared_critic=true needs actor.value_head=true"],
+    ),
+    "PPO without a critic": (["algorithm={name: ppo}"], ["'ppo' needs a value model", "section critic"]),
+    "a KL without a reference": (["reference=null"], ["kl_coefficient=0.01 needs a reference", "section reference"]),
+    "an algorithm on fixed data": (["algorithm={name: dpo}"], ["'dpo' learns from given responses", "DPOTrainer"]),
+    "options of a tracker that is not used": (
+        ["tracking.options={mlflow: {uri: 'http://h'}}"],
+        ["tracking.options has 'mlflow'"],
+    ),
     "a key into a list": (["rewards.name=x"], ["rewards.name=x", "does not fit"]),
     "a log level that is none": (["log_level=LOUD"], ["log_level", "'WARNING'"]),
 }
@@ -121,10 +136,12 @@ def test_train_asks_for_a_pad_token_where_nobody_names_one(command, tmp_path):
 
 
 def test_a_check_prints_the_whole_configuration_and_runs_nothing(command, run_folder):
-    ended = command("train", run_folder / "config.yaml", "--check", "parallel.tp=4")
+    ended = command("train", run_folder / "config.yaml", "--check", "parallel.tp=2", "parallel.pp=2")
     assert ended.code == 0
     shown = json.loads(ended.out)
-    assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (4, 0.9)
+    assert (shown["parallel"]["tp"], shown["actor"]["optimizer"]["beta1"]) == (2, 0.9)
+    assert "the number of ranks is not known here" in ended.err
+    assert "a multiple of 4 (TP2 x PP2)" in ended.err
     assert not (run_folder / "out").exists()
 
 
@@ -153,7 +170,56 @@ def test_dense_layers_among_experts_are_refused_for_sglang_before_a_server_start
     sglang = ["actor.rollout.engine=sglang", "actor.rollout.options={urls: ['http://127.0.0.1:9']}"]
     ended = command("train", run_folder / "config.yaml", "--check", *model, *sglang)
     assert_refused(ended, run_folder, [f"layers {layers} of this qwen3_moe", "set actor.rollout.engine=local"])
-    assert command("train", run_folder / "config.yaml", "--check", *model).code == 0
+    local = command("train", run_folder / "config.yaml", "--check", *model)
+    assert "incomplete" in local.error  # the layers are no matter there: only the weights of such a model are missing
+    assert "sglang" not in local.error.lower()
+
+
+def test_a_check_knows_the_number_of_ranks_that_is_in_the_environment(command, run_folder):
+    def check(ranks: object, *overrides: str, rank: int = 0):
+        return command("train", run_folder / "config.yaml", "--check", *overrides, WORLD_SIZE=ranks, RANK=rank)
+
+    fits = check(8, "parallel.tp=2", "parallel.pp=2")
+    assert (fits.code, fits.err) == (0, "")
+    other = check(8, rank=3)
+    assert (other.code, other.out, other.err) == (0, "", "")
+    assert_refused(check(6, "parallel.tp=2", "parallel.pp=2"), run_folder, ["tp=2 * pp=2 * cp=1 = 4", "started 6"])
+    assert_refused(check(8, "actor.rollout.tp=2"), run_folder, ["rollout tp=2 does not divide the 1 ranks"])
+    assert_refused(check(3), run_folder, ["prompts_per_step=8", "3 data-parallel ranks", "a multiple of 3"])
+    for nonsense in ("many", -1, 0, 10**12):
+        assert_refused(check(nonsense), run_folder, [f"WORLD_SIZE='{nonsense}'"])
+
+
+NOT_USED = {
+    "the section reference": ["algorithm.kl_coefficient=0"],
+    "reference.offload": ["reference={model: '${model}', offload: true}"],
+    "actor.value_head": ["actor.value_head=true"],
+    "actor.seed": ["actor.seed=5", "seed=7"],
+    "trainer.evaluate_every": ["trainer.evaluate_every=2"],
+    "trainer.num_epochs": ["trainer.num_epochs=3"],
+}
+
+
+@pytest.mark.parametrize("part", NOT_USED)
+def test_a_part_that_is_not_used_is_named(part, command, run_folder):
+    ended = command("train", run_folder / "config.yaml", "--check", *NOT_USED[part], WORLD_SIZE=1)
+    assert ended.code == 0
+    assert ended.err.startswith(f"note: {part} is given, but not used: ")
+    assert ended.err.count("\n") == 1
+
+
+def test_a_reference_that_no_kl_reads_is_not_loaded(command, tmp_path):
+    config = write_run(tmp_path)
+    ended = command("train", config, "algorithm.kl_coefficient=0", "reference.model=/nowhere", "trainer.num_steps=1")
+    assert ended.code == 0
+    assert "the section reference is given, but not used: algorithm.kl_coefficient is 0" in ended.err
+
+
+def test_a_copy_of_the_whole_configuration_is_not_taken_for_wishes(command, run_folder):
+    shown = command("train", run_folder / "config.yaml", "--check").out
+    (run_folder / "whole.yaml").write_text(shown)
+    ended = command("train", run_folder / "whole.yaml", "--check", WORLD_SIZE=1)
+    assert (ended.code, ended.err) == (0, "")
 
 
 def test_a_check_names_all_mistakes_at_once(command, run_folder):
@@ -175,6 +241,24 @@ def test_a_check_names_all_mistakes_at_once(command, run_folder):
         "/nowhere/model",
     ]
     assert_refused(ended, run_folder, expected)
+
+
+def test_a_check_looks_into_the_model_and_the_data(command, tmp_path):
+    config = write_run(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    tokenizer = tmp_path / "model" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({k: v for k, v in json.loads(tokenizer.read_text()).items() if k != "pad_token"}))
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(rows.read_text().replace('"answer": "2', '"answer": "x'))
+    wrong = ["rewards=[{name: number}]", "actor.rollout.tp=3", "parallel.tp=3", "evaluation.data.path=/nowhere.jsonl"]
+    assert_refused(command("train", config, "--check", *wrong[2:3]), tmp_path, ["tp=3 does not divide num_heads=4"])
+    ended = command("train", config, "--check", wrong[0], wrong[3], "actor.sampling.max_tokens=99", WORLD_SIZE=1)
+    assert_refused(
+        ended, tmp_path, ["model.safetensors is not a readable safetensors file", "max_tokens=99", "nowhere"]
+    )
+    ended = command("train", config, "--check", "critic.model=/nowhere/critic", "algorithm={name: ppo}")
+    assert_refused(ended, tmp_path, ["2 mistakes", "/nowhere/critic", "model.safetensors"])
 
 
 def test_a_check_masks_credentials_and_a_run_keeps_them_to_itself(command, run_folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,17 @@ def test_blank_lines_are_passed_over_and_line_numbers_stay_right(tmp_path: Path)
         ("x.jsonl", b'{"a": 1}\n{"a": \n', "x.jsonl:2: not valid JSON"),
         ("x.jsonl", b"", "has no rows"),
         ("x.jsonl", b"[1]\n", "x.jsonl:1 is a list, expected an object"),
-        ("x.jsonl", b"\xff\xfe\n", "x.jsonl cannot be read"),
+        ("x.jsonl", b"\xff\xfe\n", "x.jsonl:1: cannot be read"),
+        ("x.jsonl", b'{"a": 1}\n{"a": "\xe9"}\n', "x.jsonl:2: cannot be read"),
+        ("x.jsonl", b'{"a": 1}\n' + b"[" * 100_000 + b"\n", "x.jsonl:2: cannot be read"),
+        ("x.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 5000 + b"}\n", "x.jsonl:2: cannot be read"),
+        ("x.jsonl", b'{"a": 1}\n{"a": {"b": ["\\uD83D x"]}}\n', "x.jsonl:2: a lone surrogate"),
+        ("x.jsonl", gzip.compress(b'{"a": 1}\n'), "x.jsonl:1: cannot be read"),
+        ("x.json", b"[" * 100_000, "x.json cannot be read"),
+        ("x.json", b"[" + b"7" * 5000 + b"]", "x.json cannot be read"),
+        ("x.parquet", b"", "x.parquet cannot be read as Parquet"),
+        ("x.parquet", b"PAR1" + b"x" * 100 + b"PAR1", "x.parquet cannot be read as Parquet"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-20], "x.jsonl.gz cannot be read"),
         ("x.json", b'{"a": 1}', "holds a dict, expected a list of objects"),
         ("x.json", b"[1,\n,2]", "x.json:2: not valid JSON"),
         ("x.jsonl.gz", b"no gzip at all", "x.jsonl.gz cannot be read"),
@@ -104,3 +115,27 @@ def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
         file.write(mark + line + b"\n" + line)
     for name in ("a.jsonl", "a.json", "a.jsonl.gz"):
         assert list(read_records(tmp_path / name).rows) == [{"prompt": "é"}] * 2, name
+
+
+def test_whole_characters_may_be_written_as_surrogate_pairs(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": "\\ud83d\\ude00 \\\\ud83d"}\n')
+    assert read_records(tmp_path / "x.jsonl").rows == [{"a": "😀 \\ud83d"}]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/nowhere")], ids=["d", "p", "l"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path: Path, make) -> None:
+    make(tmp_path / "x.jsonl")
+    with pytest.raises(DataError, match=r"x\.jsonl' is no data file"):
+        read_records(tmp_path / "x.jsonl")
+
+
+def test_a_parquet_file_with_text_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\1\0\0\0"), pyarrow.py_buffer(b"\xff")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet cannot be read as Parquet"):
+        read_records(tmp_path / "x.parquet")

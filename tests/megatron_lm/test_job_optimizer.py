@@ -88,7 +88,8 @@ def final(actor: Actor) -> torch.Tensor:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_torch_optimizer_takes_the_steps_of_megatrons_own(precision):
     """The same update rule, clipped alike, whether the chunks came bare or wrapped. Norms add up in another order, so a
-    last bit may differ; in half precision that is a rounding of the weight."""
+    last bit may differ; in half precision that is a rounding of the weight. Where a gradient is as small as Adam's
+    epsilon that bit counts for more: 1e-6 is a ten-thousandth of a step."""
     args = replace(SMALL, **PRECISIONS[precision])
     made = {}
     for kind in ("own", "bare", "wrapped"):
@@ -103,7 +104,7 @@ def test_a_torch_optimizer_takes_the_steps_of_megatrons_own(precision):
         made[kind] = (final(actor), batch.metrics["optimizer/gradient_norm"], batch.metrics["optimizer/learning_rate"])
     assert made["own"][1] > CLIP  # so that clipping has done something
     for kind in ("bare", "wrapped"):
-        torch.testing.assert_close(made[kind][0], made["own"][0], rtol=ROUNDING[precision], atol=1e-7)
+        torch.testing.assert_close(made[kind][0], made["own"][0], rtol=ROUNDING[precision], atol=1e-6)
         assert made[kind][1:] == pytest.approx(made["own"][1:], rel=10 * ROUNDING[precision])
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 def answer_key(*parts: Any) -> str:
     """A digest of everything that the answer depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=repr)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 class AnswerCache:

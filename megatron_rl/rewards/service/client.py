@@ -23,6 +23,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
+from megatron_rl.config.credentials import MASK, masked
 from megatron_rl.rewards.service.proxies import reached_directly
 from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers
 
@@ -72,7 +73,7 @@ class ServiceClient:
         if config.ca_file is not None:
             trust = ssl.create_default_context(cafile=config.ca_file)
         self._http = httpx.AsyncClient(
-            headers=bearer_headers(config, name),
+            headers={"Content-Type": "application/json", **bearer_headers(config, name)},
             verify=trust,
             timeout=httpx.Timeout(config.timeout),
             limits=httpx.Limits(max_connections=config.concurrency),
@@ -113,19 +114,30 @@ class ServiceClient:
 
     async def _once(self, path: str, body: Any) -> Any:
         url = self.config.url + path
+        shown = masked(url)  # in messages, which end where the caller's errors end
+        try:
+            sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate, NaN, an object
+            raise RejectedError(f"the request to {shown} cannot be written as JSON: {error!s:.100}") from None
         try:
             async with asyncio.timeout(self.config.timeout):  # httpx bounds each read, not their sum
-                async with self._http.stream("POST", url, json=body) as response:
-                    content = await self._content(url, response)
+                async with self._http.stream("POST", url, content=sent) as response:
+                    content = await self._content(shown, response)
         except TimeoutError:
-            raise PassingError(f"{url} did not answer within {self.config.timeout:g} s") from None
+            raise PassingError(f"{shown} did not answer within {self.config.timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise PassingError(f"{url}: {type(error).__name__}: {error}") from None
-        _check_status(url, response.status_code, content, response.headers.get("retry-after"))
+            raise PassingError(f"{shown}: {type(error).__name__}: {error}") from None
+        content = self._without_token(content)
+        _check_status(shown, response.status_code, content, response.headers.get("retry-after"))
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise PassingError(f"{url} answered with what is not JSON: {_head(content)}") from None
+            raise PassingError(f"{shown} answered with what is not JSON: {_head(content)}") from None
+
+    def _without_token(self, content: bytes) -> bytes:
+        """What a server says of our request must not carry the token into messages."""
+        token = self._http.headers.get("Authorization", "").removeprefix("Bearer ")
+        return content.replace(token.encode(), MASK.encode()) if token else content
 
     async def _content(self, url: str, response: httpx.Response) -> bytes:
         limit = self.config.max_response_bytes

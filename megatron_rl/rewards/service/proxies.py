@@ -8,33 +8,22 @@ with or without a port, and "*" (as curl's CURLOPT_NOPROXY; httpx alone knows no
 from __future__ import annotations
 
 import ipaddress
-import socket
 from collections.abc import Mapping
 
 import httpx
+
+from megatron_rl.devices.this_machine import is_this_machine
 
 
 def reached_directly(url: str, environ: Mapping[str, str]) -> bool:
     """Whether no proxy is to be used for ``url``."""
     parsed = httpx.URL(url)
     host = parsed.host.rstrip(".").casefold()
-    if _is_this_machine(host):
+    if is_this_machine(host):
         return True
     excepted = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
     port = parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
     return any(_covers(entry.strip().casefold(), host, port) for entry in excepted.replace(" ", ",").split(","))
-
-
-def _is_this_machine(host: str) -> bool:
-    if host in ("localhost", "ip6-localhost", "localhost.localdomain", socket.gethostname().casefold()):
-        return True
-    if host.endswith(".localhost"):
-        return True
-    address = _address(host)
-    if address is None:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback or address.is_unspecified
 
 
 def _covers(entry: str, host: str, port: int | None) -> bool:

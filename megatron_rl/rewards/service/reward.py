@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 from megatron_rl.batch import Sample
+from megatron_rl.config import masked
 from megatron_rl.rewards.reward import NoReward, Reward, RewardError, describe
 from megatron_rl.rewards.service.cache import AnswerCache, answer_key
 from megatron_rl.rewards.service.client import (
@@ -203,11 +204,11 @@ class ServiceReward(Reward):
             outcomes = [_finite(outcome) for outcome in self.read(answer, samples)]
         except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
             raise PassingError(
-                f"{self.config.url}: no reward in the answer ({type(error).__name__}: {error!s:.100})"
+                f"{masked(self.config.url)}: no reward in the answer ({type(error).__name__}: {error!s:.100})"
             ) from None
         lost = [outcome.reason for outcome in outcomes if isinstance(outcome, NoReward)]
         if len(lost) == len(samples):
-            raise PassingError(f"{self.config.url}: no reward in the answer: {lost[0]}")
+            raise PassingError(f"{masked(self.config.url)}: no reward in the answer: {lost[0]}")
         return outcomes
 
 

@@ -1,0 +1,119 @@
+"""`HFFields`: the fields of a Hugging Face ``config.json`` that are read here, with the types and ranges they can have.
+
+Checked before `transformers` sees the file: it makes a list of a trillion layers where a config asks for them, and
+what it lets through is met much later, as an error in the middle of building a model. Other fields are its business.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import ConfigDict, Field, field_validator
+
+from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import Positive
+
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+Layer = Annotated[int, Field(ge=0, le=10_000)]
+AnyToken = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 is some configs' word for none
+
+
+class _Fields(ConfigRecord):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class RopeFields(_Fields):
+    """``rope_parameters``, or ``rope_scaling`` as it was called before."""
+
+    rope_theta: Positive | None = Field(default=None, le=1e15)
+    """Base of the wavelengths."""
+    rope_type: str | None = None
+    """Kind of scaling."""
+    type: str | None = None
+    """Its older name."""
+    factor: Positive | None = Field(default=None, le=1e6)
+    """By how much positions are stretched."""
+    low_freq_factor: Positive | None = None
+    """Of Llama 3's scaling."""
+    high_freq_factor: Positive | None = None
+    """Of Llama 3's scaling."""
+    original_max_position_embeddings: Size | None = None
+    """Context before the stretching."""
+
+
+class HFFields(_Fields):
+    """``config.json``."""
+
+    architectures: list[str] | None = None
+    """Classes of `transformers`."""
+    num_hidden_layers: int | None = Field(default=None, ge=1, le=10_000)
+    """Decoder layers."""
+    hidden_size: Size | None = None
+    """Width."""
+    intermediate_size: Size | None = None
+    """Width inside the MLP."""
+    num_attention_heads: Size | None = None
+    """Query heads."""
+    num_key_value_heads: Size | None = None
+    """Key and value heads."""
+    head_dim: Size | None = None
+    """Width of a head."""
+    vocab_size: Size | None = None
+    """Rows of the embedding."""
+    max_position_embeddings: Size | None = None
+    """Context, tokens."""
+    moe_intermediate_size: Size | None = None
+    """Width inside an expert."""
+    num_experts: Size | None = None
+    """Experts of a layer."""
+    num_local_experts: Size | None = None
+    """Experts of a layer, under another name."""
+    num_experts_per_tok: Size | None = None
+    """Experts that a token goes to."""
+    decoder_sparse_step: Size | None = None
+    """Every so many layers one has experts."""
+    mlp_only_layers: list[Layer] | None = None
+    """Layers without experts."""
+    norm_topk_prob: bool | None = None
+    """Weights of the chosen experts sum to 1."""
+    hidden_act: str | None = None
+    """Activation of the MLP."""
+    rms_norm_eps: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Epsilon of the norms."""
+    rope_theta: Positive | None = Field(default=None, le=1e15)
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeFields | None = None
+    """Rotary scaling."""
+    rope_parameters: RopeFields | None = None
+    """Rotary base and scaling."""
+    tie_word_embeddings: bool | None = None
+    """Whether the output layer is the embedding."""
+    attention_bias: bool | None = None
+    """Biases in attention."""
+    mlp_bias: bool | None = None
+    """Biases in the MLP."""
+    sliding_window: Size | None = None
+    """Context of attention, tokens."""
+    dtype: str | None = None
+    """What weights are stored in."""
+    torch_dtype: str | None = None
+    """Its older name."""
+    bos_token_id: AnyToken | None = None
+    """First token of texts."""
+    eos_token_id: AnyToken | list[AnyToken] | None = None
+    """Last tokens of texts."""
+    pad_token_id: AnyToken | None = None
+    """Token that pads."""
+    num_labels: Size | None = None
+    """Of a classifier."""
+    id2label: dict[str, Any] | None = None
+    """Of a classifier."""
+
+    @field_validator("dtype", "torch_dtype")
+    @classmethod
+    def _floating(cls, name: str | None) -> str | None:
+        found = getattr(torch, name.removeprefix("torch."), None) if name not in (None, "auto") else torch.float32
+        if not (isinstance(found, torch.dtype) and found.is_floating_point):
+            raise ValueError("expected the name of a floating dtype, such as bfloat16")
+        return name

@@ -1,0 +1,99 @@
+"""`TrainArguments`: what `train(...)` of the one-call trainers takes, in its words, with the ranges of a YAML file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.config.bounds import NonNegative
+from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.settings import TrainerSettings
+
+Record = TypeVar("Record", bound=ConfigRecord)
+
+
+class TrainArguments(ConfigRecord):
+    """Arguments of `OneCallTrainer.train`."""
+
+    num_train_epochs: float = Field(gt=0, le=1e9)
+    """Passes over the data."""
+    per_device_train_batch_size: int = Field(ge=1)
+    """Records a step on each data-parallel replica."""
+    learning_rate: NonNegative
+    """Peak learning rate."""
+    output_dir: str
+    """Folder for everything that is written."""
+    max_steps: int | None = Field(default=None, ge=0)
+    """Steps of the run, in place of num_train_epochs."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Steps between evaluations."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints."""
+    resume: str = "auto"
+    """As in `TrainerSettings`."""
+
+    @classmethod
+    def of(cls, trainer: str, values: Mapping[str, Any]) -> TrainArguments:
+        """The arguments of a call of ``trainer``.
+
+        Raises:
+            ConfigError: one is of the wrong type or out of its range; the message names it.
+        """
+        paths = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return cls.parse(paths, where=f"{trainer}.train")
+
+    @property
+    def settings(self) -> TrainerSettings:
+        """The same as settings of the loop."""
+        return TrainerSettings(
+            output_dir=self.output_dir,
+            num_steps=self.max_steps,
+            num_epochs=self.num_train_epochs,
+            evaluate_every=self.evaluate_every,
+            save_every=self.save_every,
+            resume=self.resume,
+        )
+
+
+def record_of(kind: type[Record], given: Any, where: str) -> Record | None:
+    """``given`` as a record of settings: as it is, or made of its fields.
+
+    Raises:
+        ConfigError: it is something else, or its fields are wrong.
+    """
+    if given is None or isinstance(given, kind):
+        return given
+    if isinstance(given, Mapping):
+        return kind.parse(given, where=where)
+    raise ConfigError(f"{where} is a {type(given).__name__}, expected a {kind.__qualname__} or a mapping of its fields")
+
+
+def check_callbacks(callbacks: Any, where: str) -> Sequence[Callback]:
+    """Raises ConfigError unless these are `Callback` objects."""
+    found = list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
+    for callback in found:
+        if not isinstance(callback, Callback):
+            raise ConfigError(f"{where}: {callback!r:.100} is no Callback object: give a list of them")
+    return found
+
+
+def check_model_and_tokenizer(model: Any, tokenizer: Any, trainer: str) -> None:
+    """Raises ConfigError for what cannot be either; what a model really is, is found out when it is read."""
+    if isinstance(model, (str, Path)) and not str(model).strip():
+        raise ConfigError(f"{trainer}: model is an empty text: give a Hugging Face folder or id")
+    if model is None or isinstance(model, (bool, int, float, bytes, dict, set)):
+        raise ConfigError(
+            f"{trainer}: model is {model!r:.100}, expected a Hugging Face folder, id or model, or Megatron chunks"
+        )
+    if not hasattr(tokenizer, "encode") or isinstance(tokenizer, (str, bytes)):
+        raise ConfigError(
+            f"{trainer}: tokenizer is {tokenizer!r:.100}, expected a tokenizer object: "
+            "AutoTokenizer.from_pretrained(...) loads one"
+        )

@@ -1,0 +1,113 @@
+"""Which parts of a configuration a run uses: what its algorithm needs and lacks, and what is given and never read."""
+
+from __future__ import annotations
+
+from megatron_rl.algorithms import ALGORITHMS, PPO, BaseAlgorithm, OfflineAlgorithm, PolicyGradient
+from megatron_rl.algorithms.roles import NoWorker
+from megatron_rl.config import ConfigError
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.rollout.placement import RolloutPlacement
+from megatron_rl.run.config import RunConfig
+from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.workers.settings import WorkerSettings
+
+
+def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> None:
+    """Raise ConfigError where the algorithm cannot be run from prompts and rewards, lacks a section that it needs, or
+    has no use for the value model that one describes. Algorithms of one's own may do with a critic what they like."""
+    name = config.algorithm.get("name", "grpo")
+    if issubclass(algorithm, OfflineAlgorithm):
+        raise ConfigError(
+            f"algorithm {name!r} learns from given responses, and a run samples its own: call its trainer instead "
+            "(DPOTrainer, KTOTrainer, SFTTrainer, RewardTrainer; see docs/trainers.md)"
+        )
+    if name not in ALGORITHMS:
+        return
+    if issubclass(algorithm, PPO):
+        shared = bool(getattr(settings, "shared_critic", False))
+        if shared and config.critic is not None:
+            raise ConfigError(
+                "the section critic is given, but algorithm.shared_critic=true has the actor's own weights give the "
+                "values: leave one of them out"
+            )
+        if shared and not config.actor.value_head:
+            raise ConfigError("algorithm.shared_critic=true needs actor.value_head=true")
+        if not shared and config.critic is None:
+            raise ConfigError(f"algorithm {name!r} needs a value model: add the section critic ({{}} will do)")
+    elif config.critic is not None:
+        raise ConfigError(f"the section critic is given, but algorithm {name!r} has no value model: leave critic out")
+    coefficient = getattr(settings, "kl_coefficient", None)
+    if coefficient and config.reference is None:
+        raise ConfigError(
+            f"algorithm.kl_coefficient={coefficient} needs a reference: add the section reference ({{}} "
+            "will do), or set it to 0"
+        )
+
+
+def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> bool:
+    """Whether the reference's log-probabilities are read; taken for granted of an algorithm of one's own."""
+    if config.reference is None:
+        return False
+    if config.algorithm.get("name", "grpo") not in ALGORITHMS or not issubclass(algorithm, PolicyGradient):
+        return True
+    made = algorithm.without_workers(settings)
+    made.reference = NoWorker()
+    return made.with_kl
+
+
+def unused_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> list[str]:
+    """What is given and has no effect, a line each."""
+    found: list[str] = []
+    reference, trainer = config.reference, config.trainer
+
+    def note(unused: object, key: str, why: str) -> None:
+        if unused:
+            found.append(f"{key} is given, but not used: {why}")
+
+    note(
+        reference and not uses_reference(config, algorithm, settings),
+        "the section reference",
+        "algorithm.kl_coefficient is 0, so no reference is loaded",
+    )
+    note(
+        reference and reference.model and reference.offload,
+        "reference.offload",
+        "it is about a copy of the actor's weights, and reference.model names a model of its own",
+    )
+    shared = issubclass(algorithm, PPO) and bool(getattr(settings, "shared_critic", False))
+    note(
+        config.actor.value_head and not shared and config.algorithm.get("name", "grpo") in ALGORITHMS,
+        "actor.value_head",
+        "it is for algorithm.shared_critic=true",
+    )
+    default_seed = WorkerSettings.model_fields["seed"].default
+    note(config.actor.seed not in (default_seed, config.seed), "actor.seed", f"the run's seed={config.seed} counts")
+    note(
+        trainer.evaluate_every and config.evaluation is None,
+        "trainer.evaluate_every",
+        "there is nothing to evaluate on without the section evaluation",
+    )
+    default_epochs = TrainerSettings.model_fields["num_epochs"].default
+    note(
+        trainer.num_steps is not None and trainer.num_epochs != default_epochs,
+        "trainer.num_epochs",
+        f"trainer.num_steps={trainer.num_steps} counts",
+    )
+    return found
+
+
+def check_layout(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError unless the sizes fit ``world_size`` ranks: of the model, its rollout replicas, and a step."""
+    grid = RankGrid(config.parallel, world_size)
+    RolloutPlacement(grid.ranks(dp=0), config.actor.rollout.tp)
+    if config.prompts_per_step % grid.dp:
+        raise ConfigError(
+            f"prompts_per_step={config.prompts_per_step} cannot be shared evenly by {grid.dp} data-parallel ranks "
+            f"({world_size} ranks, {config.parallel}): use a multiple of {grid.dp}"
+        )
+
+
+def smallest_world(sizes: ParallelSizes) -> int:
+    """Ranks that the number of ranks must be a multiple of."""
+    model, experts = sizes.tp * sizes.pp * sizes.cp, sizes.etp * sizes.ep * sizes.pp
+    return next(n for n in range(model, model * experts + 1, model) if n % experts == 0)
