@@ -102,8 +102,11 @@ class Job:
         self.engine = SGLangEngine(
             self.architecture, target, rank, torch.bfloat16, tp_group=self.group, max_running=8, server=server
         )
-        transport = P2PTransport() if world > 1 else LocalTransport()
-        self.sync = WeightSync(self.source, self.engine, rank, transport, torch.bfloat16, MAX_STAGING_BYTES)
+        self.transport = P2PTransport() if world > 1 else LocalTransport()
+        self.sync = self.new_sync()
+
+    def new_sync(self) -> WeightSync:
+        return WeightSync(self.source, self.engine, self.rank, self.transport, torch.bfloat16, MAX_STAGING_BYTES)
 
     def push(self, version: int) -> float:
         tensors = empty_tensors(self.source, self.rank, torch.float32)
