@@ -77,7 +77,11 @@ def test_a_run_hides_passwords_and_tokens_and_uses_them(command, tmp_path, serve
     }
     config = write_run(tmp_path, rewards=[rater(server, "/rate")], tracking=tracking)
     few = ("trainer.num_steps=2", "trainer.save_every=1", "trainer.export=true")
-    ended = command("train", config, *few, RATER_TOKEN=TOKEN, MLFLOW_HTTP_REQUEST_MAX_RETRIES=0)
+    behind = {
+        "http_proxy": "http://127.0.0.1:9",
+        "no_proxy": "",
+    }  # nothing answers there
+    ended = command("train", config, *few, RATER_TOKEN=TOKEN, MLFLOW_HTTP_REQUEST_MAX_RETRIES=0, **behind)
     assert ended.code == 0, ended.err
     assert_hidden(tmp_path / "out", ended.out, ended.err)
     basic = "Basic " + base64.b64encode(f"bob:{SECRET}".encode()).decode()
