@@ -114,7 +114,7 @@ class Job:
         report = self.sync.push(tensors, version)
         assert report.num_buckets > 1
         assert report.num_oversized == 0
-        assert report.peak_bytes <= MAX_STAGING_BYTES
+        assert report.peak_bytes <= MAX_STAGING_BYTES, report
         return report.write_s
 
     def deliver_by(self, name: str, **options: Any) -> None:
@@ -126,6 +126,7 @@ class Job:
             tp_group=self.group,
             **options,
         )
+        self.sync = self.new_sync()  # buckets are cut for the copies that a way of writing makes
         self.engine._membership._runs_loader = self.engine._transfer.runs_loader
 
     def check(self, version: int) -> float:
