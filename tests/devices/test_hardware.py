@@ -7,7 +7,7 @@ import random
 import numpy
 import pytest
 import torch
-import torch.distributed as dist
+from forked import run_alone
 
 from megatron_rl.devices import Platform, current_platform
 
@@ -29,15 +29,22 @@ def test_local_rank_picks_the_gpu_and_too_many_processes_are_an_error(monkeypatc
         current_platform()
 
 
-def test_without_torchrun_the_world_is_this_process(monkeypatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    CPU.init_process_group(timeout=30)
-    try:
-        assert (dist.get_rank(), dist.get_world_size(), dist.get_backend()) == (0, 1, "gloo")
-        group = dist.new_group([0])
-        dist.all_reduce(torch.ones(1), group=group)
-    finally:
-        dist.destroy_process_group()
+ALONE = """
+import torch
+import torch.distributed as dist
+from megatron_rl.devices import Platform
+
+Platform("cpu", "gloo", torch.device("cpu")).init_process_group(timeout=30)
+print(dist.get_rank(), dist.get_world_size(), dist.get_backend())
+dist.all_reduce(torch.ones(1), group=dist.new_group([0]))
+dist.destroy_process_group()
+"""
+
+
+def test_without_torchrun_the_world_is_this_process(tmp_path) -> None:
+    program = tmp_path / "alone.py"  # other tests of this process may have a world already
+    program.write_text(ALONE)
+    assert run_alone(program, timeout=100) == "0 1 gloo\n"
 
 
 def draw() -> tuple[float, float, float]:
