@@ -158,7 +158,7 @@ def checksums(url: str) -> dict[int, dict[str, str]]:
 
 
 class Assassin(ShardedTransfer):
-    """Kills the server once, before the third request of the first attempt."""
+    """Kills the server once, before the second request of the first attempt."""
 
     def __init__(self, victims: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -166,7 +166,7 @@ class Assassin(ShardedTransfer):
 
     async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
         self._posts += 1
-        if self._posts == 3:
+        if self._posts == 2:
             for victim in self._victims:
                 os.kill(victim, signal.SIGKILL)
         await super()._write(client, of_ranks)
