@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -52,6 +53,17 @@ def ask_in_vain(engine: SGLangEngine, failures: list[BaseException], **more: Any
     return asking
 
 
+def wait_for_all(urls: Sequence[str], requests: int) -> None:
+    """Until each server has had so many at once; not all servers at the same moment, since quick ones finish some."""
+    full: set[str] = set()
+
+    def all_have_come() -> bool:
+        full.update(url for url in urls if url not in full and working(url) == requests)
+        return len(full) == len(urls)
+
+    wait_for(all_have_come, 60.0)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("end", ["interrupt", "failure", "close"])
 def test_what_ends_early_leaves_no_request_on_the_servers(loaded: Loaded, end: str, stream: bool) -> None:
@@ -69,7 +81,7 @@ def test_what_ends_early_leaves_no_request_on_the_servers(loaded: Loaded, end: s
             engine.replica.sign_of_life = strike  # type: ignore[method-assign]
         asking = ask_in_vain(engine, failures)
         # All have come: one that came behind its abort would end only when the server looks for its client.
-        wait_for(lambda: all(working(url) == 100 for url in urls), 60.0)
+        wait_for_all(urls, 100)
         busy.set()
         if end == "close":
             engine.close()
@@ -105,9 +117,9 @@ class Ledger:
             client = make(url)
             generate = client.generate
 
-            async def watched(body: Json) -> Any:
+            async def watched(body: Json, max_bytes: int) -> Any:
                 self.held.append(await client.weight_version())
-                return await generate(body)
+                return await generate(body, max_bytes)
 
             client.generate = watched  # type: ignore[method-assign]
             return client
