@@ -54,11 +54,17 @@ def ask_in_vain(engine: SGLangEngine, failures: list[BaseException], **more: Any
 
 
 def wait_for_all(urls: Sequence[str], requests: int) -> None:
-    """Until each server has had so many at once; not all servers at the same moment, since quick ones finish some."""
+    """Until each server has got so many: it has them all, or fewer than before, for the first end long after the last
+    has come."""
+    most = dict.fromkeys(urls, 0)
     full: set[str] = set()
 
     def all_have_come() -> bool:
-        full.update(url for url in urls if url not in full and working(url) == requests)
+        for url in set(urls) - full:
+            number = working(url)
+            if number == requests or number < most[url]:
+                full.add(url)
+            most[url] = max(most[url], number)
         return len(full) == len(urls)
 
     wait_for(all_have_come, 60.0)
