@@ -274,18 +274,22 @@ def test_every_kind_of_service_takes_a_wrong_form_for_no_answer(server: Contract
     assert all(isinstance(value, NoReward) for value in rewards)
 
 
+def send_packed(handler: Handler, content: bytes) -> bool:
+    """Answer with ``content``, which is said to be gzip."""
+    handler.send_response(200)
+    handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(content)))
+    handler.end_headers()
+    handler.wfile.write(content)
+    return True
+
+
 def test_what_is_not_the_gzip_it_claims_is_no_answer(server: ContractServer) -> None:
     good = gzip.compress(of_rows({"embedding": [1.0]}, {"embedding": [2.0]}))
     contents = [b"not packed at all", good[: len(good) // 2], good]
 
     def packed(handler: Handler, number: int) -> bool:
-        content = contents[min(number, 3) - 1]
-        handler.send_response(200)
-        handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-        return True
+        return send_packed(handler, contents[min(number, 3) - 1])
 
     server.fault = packed
     assert service(server)(samples(2)) == [1.0, 2.0]
@@ -295,15 +299,7 @@ def test_what_is_not_the_gzip_it_claims_is_no_answer(server: ContractServer) -> 
 def test_what_is_packed_is_measured_unpacked(server: ContractServer) -> None:
     content = gzip.compress(b" " * 10_000_000)
 
-    def packed(handler: Handler, number: int) -> bool:
-        handler.send_response(200)
-        handler.send_header("Content-Encoding", "gzip")
-        handler.send_header("Content-Length", str(len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-        return True
-
-    server.fault = packed
+    server.fault = lambda handler, number: send_packed(handler, content)
     with pytest.raises(RewardError, match="more than 20000 bytes"):
         service(server)(samples(1))
 
