@@ -55,7 +55,8 @@ class GlobalBatchLoader(Generic[T]):
             one process takes all.
 
     Raises:
-        ConfigError: ``batch_size`` is not a positive multiple of the data-parallel size.
+        ConfigError: ``replica`` is something else, or ``batch_size`` is not a positive multiple of the data-parallel
+            size.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class GlobalBatchLoader(Generic[T]):
         shuffle: bool = True,
     ) -> None:
         context: Any = getattr(replica, "context", replica)
+        if context is not None and not hasattr(context, "coordinates"):
+            raise ConfigError(
+                f"replica={replica!r} is no place among data-parallel ranks: give the actor, or its context"
+            )
         dp_rank, dp_size = (context.coordinates.dp, context.dp_size) if context is not None else (0, 1)
         if batch_size < 1 or batch_size % dp_size:
             raise ConfigError(

@@ -88,6 +88,12 @@ def test_no_records_are_an_error() -> None:
         GlobalBatchLoader([], 2)
 
 
+@pytest.mark.parametrize("wrong", [0, 1, "actor"])
+def test_what_is_no_replica_is_refused(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="give the actor"):
+        GlobalBatchLoader(range(4), 2, wrong)  # type: ignore[arg-type]
+
+
 def test_epochs_and_steps_are_counted() -> None:
     loader = GlobalBatchLoader(range(10), 4)
     assert loader.steps_per_epoch == 3
