@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -384,3 +385,13 @@ def test_options_are_checked() -> None:
     with pytest.raises(ConfigError, match="1 urls for 2 rollout replicas"):
         SGLangEngine(ARCHITECTURE, two_replicas, urls=["http://x"])
     assert ENGINES["sglang"] is SGLangEngine
+
+
+def test_waiting_for_a_server_that_is_not_there_is_said_and_ends(caplog) -> None:
+    engine = SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, urls=["http://127.0.0.1:9"])
+    with contextlib.closing(engine), pytest.raises(RuntimeError, match=r"did not answer within 4 s: .*127\.0\.0\.1:9"):
+        engine._loop.run(engine._membership.gather_in(4.0))
+    said = [record for record in caplog.records if "more for servers" in record.message]
+    assert len(said) == 1
+    assert "127.0.0.1:9" in said[0].message
+    assert said[0].levelname == "WARNING"

@@ -28,6 +28,7 @@ from megatron_rl.rollout.sglang.weight_transfer import ServerLayout
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 1.0  # between looks at servers that are down
+FIRST_WORD_SECONDS, WORD_SECONDS = 2.0, 30.0  # of waiting for servers before it is logged, and between such lines
 FAILED_HEALTH_CHECKS = 2  # in a row, that give a server's requests up
 
 
@@ -145,15 +146,20 @@ class Membership:
         Raises:
             RuntimeError: none answers within ``patience`` seconds, or one of ours does not start.
         """
-        deadline = asyncio.get_running_loop().time() + patience
+        clock = asyncio.get_running_loop().time
+        deadline, next_word = clock() + patience, clock() + FIRST_WORD_SECONDS
         while True:
             for member in self.of(State.DOWN):
                 await self.bring_back(member)
             starting = [m for m in self.of(State.DOWN) if m.server is not None and not self._is_hopeless(m)]
             if not starting and len(self.of(State.DOWN)) < len(self.members):
                 return
-            if asyncio.get_running_loop().time() > deadline:
+            if clock() > deadline:
                 raise RuntimeError(f"servers did not answer within {patience:.0f} s: {self.describe()}")
+            if clock() > next_word:
+                level = logging.INFO if starting else logging.WARNING  # nothing here starts the others
+                logger.log(level, "waiting up to %.0f s more for servers: %s", deadline - clock(), self.describe())
+                next_word = clock() + WORD_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
 
     @contextlib.asynccontextmanager
