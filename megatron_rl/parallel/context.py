@@ -241,6 +241,12 @@ class ParallelContext:
         return self.coordinates.pp == self.sizes.pp - 1
 
     @property
+    def leads_replica(self) -> bool:
+        """Whether this is the first rank of its replica, all of whose ranks hold the same samples."""
+        at = self.coordinates
+        return at.tp == at.pp == at.cp == 0
+
+    @property
     def is_output_rank(self) -> bool:
         """True where logits and losses exist: on the last pipeline stage."""
         return self.is_last_stage

@@ -28,16 +28,11 @@ class SharedReward(Reward):
         self.context = context
         self.name = reward.name
 
-    @property
-    def is_leader(self) -> bool:
-        at = self.context.coordinates
-        return at.tp == at.pp == at.cp == 0
-
     def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
         outcome: tuple[list[float | NoReward], list[dict[str, float]]] | None = None
         try:
             with self.context.model_agreement.attempt(f"reward {self.name!r}"):
-                if self.is_leader:
+                if self.context.leads_replica:
                     outcome = self.reward(samples), [sample.reward_parts for sample in samples]
         except PeerError as error:  # the same kind of error on every rank of the replica
             raise RewardError(str(error)) from None
@@ -50,11 +45,11 @@ class SharedReward(Reward):
         self.reward.check_answer(answer)
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        if self.is_leader:
+        if self.context.leads_replica:
             self.reward.begin(samples)
 
     def take_metrics(self) -> dict[str, float]:
-        return self.reward.take_metrics() if self.is_leader else {}
+        return self.reward.take_metrics() if self.context.leads_replica else {}
 
 
 def share(reward: Reward, context: ParallelContext) -> Reward:

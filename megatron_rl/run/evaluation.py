@@ -71,9 +71,8 @@ class Evaluation:
             for part, value in sample.reward_parts.items():
                 sums[part] = sums.get(part, 0.0) + value
         # Every rank of a model replica has the same samples: one of them reports.
-        at = context.coordinates
-        first = at.tp == at.pp == at.cp == 0
-        reports = context.gather_objects((sums, len(scored), len(samples), counted) if first else ({}, 0, 0, {}))
+        own = (sums, len(scored), len(samples), counted) if context.leads_replica else ({}, 0, 0, {})
+        reports = context.gather_objects(own)
         count, asked = sum(report[1] for report in reports), sum(report[2] for report in reports)
         if count == 0:
             raise RewardError(f"evaluation: reward {self.reward.name!r} could not be had for any sample")

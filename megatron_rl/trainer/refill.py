@@ -85,9 +85,8 @@ class Refill:
     def _gather(self, samples: Sequence[Sample]) -> tuple[list[Group], list[Group]]:
         """Groups that are kept and groups that are not, of all data-parallel ranks, in the order of the ranks."""
         split = split_groups(samples, self.algorithm.keep_samples(samples))
-        at = self.context.coordinates
-        own = split if at.tp == at.pp == at.cp == 0 else ([], [])  # a replica's ranks hold the same samples
-        parts = self.context.gather_objects((at.dp, own))
+        own = split if self.context.leads_replica else ([], [])
+        parts = self.context.gather_objects((self.context.coordinates.dp, own))
         ordered = [found for _, found in sorted(parts, key=lambda part: part[0])]
         good = [group for found in ordered for group in found[0]]
         return good, [group for found in ordered for group in found[1]]
