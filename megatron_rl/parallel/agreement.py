@@ -10,8 +10,11 @@ A vote is one all-gather of 24 bytes a rank; texts travel only when something fa
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +31,7 @@ from megatron_rl.parallel.abandon import Abandoned
 P = ParamSpec("P")
 
 TEXT_BYTES = 2048  # of a message; what is longer is cut
+SETTLE_SECONDS = 0.2  # at the end of a process, for gloo's threads
 SUCCEEDED, FAILED, MISTAKEN = 0, 1, 2  # the first number of a vote; MISTAKEN: by a ConfigError
 ABANDONED = 64  # and more: by this much less, the signal
 
@@ -86,6 +90,7 @@ class GroupPeers(Peers):
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device | str = "cpu", timeout: float | None = None
     ) -> None:
+        _settle_at_exit()
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self._group, self._device, self._timeout = group, torch.device(device), timeout
 
@@ -109,6 +114,13 @@ class GroupPeers(Peers):
                 work.wait()
         except RuntimeError as error:
             raise TransportError(f"a rank of {list(self.ranks)} failed or did not answer in time: {error}") from error
+
+
+@functools.cache
+def _settle_at_exit() -> None:
+    """A thread of gloo gives a collective's tensors back a moment after it was waited for, and needs Python's lock for
+    it. Where Python has ended by then, the thread ends the process with SIGABRT (seen with torch 2.13)."""
+    atexit.register(time.sleep, SETTLE_SECONDS)
 
 
 class Attempt:
