@@ -23,6 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(CpuTime(config))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Bytes are named by their number: content may hold a time, and both workers must give a test the same name."""
+    return f"{len(val)}bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first, so that what fails in seconds does not wait for minutes; none that lacks its data."""
     items.sort(key=lambda item: max((SLOW.index(m.name) + 1 for m in item.iter_markers() if m.name in SLOW), default=0))
