@@ -3,6 +3,7 @@
 Nodes are network namespaces whose links are shaped (root and iproute2 needed); flat and hybrid take turns, figures are
 medians. ``bound`` is the ratio that the links alone allow: bytes that leave the busiest node by a ring over all ranks,
 over those of the hierarchical exchange. On the unshaped loopback the selector should leave the library alone.
+``simulated`` is what `megatron-rl plan --all-reduce` says of the same cluster, its speeds taken from the 2x2 one.
 
     make bench-allreduce
     python tools/bench_allreduce.py [--rounds 5] [--only 2x2]
@@ -15,9 +16,14 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from simulated_cluster import Cluster, why_not
 
+from megatron_rl.collectives.cost_model import Cost
+from megatron_rl.collectives.simulator import ClusterConfig, LinkConfig, hierarchical, library
+
+MB = 2**20
 PROGRAM = Path(__file__).with_name("allreduce_ranks.py")
 
 
@@ -49,7 +55,7 @@ CASES = (
 )
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, object]]:
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     """The reports of one cluster."""
     command = [sys.executable, str(PROGRAM), "--rounds", str(rounds), "--counted", *case.links]
     command += ["--sizes-mb", *map(str, case.sizes_mb), "--links", *(case.links if len(case.links) > 1 else ())]
@@ -62,6 +68,45 @@ def measure(case: Case, rounds: int) -> list[dict[str, object]]:
     return [json.loads(line) | {"bound": case.bound} for line in outputs[0][0].splitlines()]
 
 
+def calibrated(reports: list[dict[str, Any]]) -> ClusterConfig:
+    """The machine's speeds, from flat and hybrid times of one cluster of 2 x 2 ranks.
+
+    Flat gloo gives latency and rate of the links by two sizes. What the hybrid path takes beyond its links at the
+    largest size is work in node memory, of which half a chunk's worth is not hidden.
+    """
+    small, large = min(reports, key=_size), max(reports, key=_size)
+    flat = Cost.fitted([(int(_size(r) * MB), r["flat_ms"] / 1e3) for r in (small, large)])
+    link = LinkConfig(gbytes_per_s=1.5 / flat.seconds_per_byte / 1e9, latency_us=flat.latency / 6 * 1e6)
+    base = ClusterConfig(ranks_per_node=2, inside=LinkConfig(gbytes_per_s=20), between=link, library="ring")
+    best, error = base, float("inf")
+    for gbytes_per_s in (0.05 * 1.1**k for k in range(80)):
+        guess = base.model_copy(update={"host_memory_gbytes_per_s": gbytes_per_s})
+        off = abs(hierarchical(guess, 2, _size(large) * MB).seconds - large["hybrid_ms"] / 1e3)
+        if off <= error:
+            best, error = guess, off
+    return best
+
+
+def simulated(speeds: ClusterConfig, case: Case, size_mb: float) -> dict[str, float]:
+    """Milliseconds of both ways on another cluster of the same machine."""
+    rates = [int(rate.removesuffix("mbit")) for rate in case.links.values()]
+    order = "interleaved" if case.interleaved else "by_node"
+    cluster = speeds.model_copy(update={"ranks_per_node": case.ranks, "rank_order": order})
+    if len(rates) > 1:
+        first = cluster.between
+        second = first.model_copy(update={"gbytes_per_s": first.gbytes_per_s * rates[1] / rates[0]})
+        cluster = cluster.model_copy(update={"second": second})
+    ways = {
+        "flat": library(cluster, case.nodes, size_mb * MB),
+        "hybrid": hierarchical(cluster, case.nodes, size_mb * MB, second=len(rates) > 1),
+    }
+    return {way: path.seconds * 1e3 for way, path in ways.items()}
+
+
+def _size(report: dict[str, Any]) -> float:
+    return report["size_mb"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,15 +114,23 @@ def main() -> None:
     args = parser.parse_args()
     if reason := why_not():
         sys.exit(f"no simulated cluster here: {reason}")
-    cases = []
+    cases: list[dict[str, Any]] = []
+    speeds = None
     for case in CASES:
         if args.only not in case.name:
             continue
-        for report in measure(case, args.rounds):
-            cases.append(report)
-            print(
+        reports = measure(case, args.rounds)
+        speeds = speeds or (calibrated(reports) if case.name == "2x2" else None)
+        for report in reports:
+            line = (
                 f"{report['topology']:18} {report['size_mb']:>5} MB  {report['ratio']:.2f} x (bound {case.bound:.2f})"
             )
+            if speeds is not None and all(case.links.values()):
+                report["simulated"] = simulated(speeds, case, report["size_mb"])
+                off = (f"{way} {report['simulated'][way] / report[f'{way}_ms'] - 1:+.0%}" for way in ("flat", "hybrid"))
+                line += f"  simulated: {', '.join(off)}"
+            cases.append(report)
+            print(line, flush=True)
     print(json.dumps({"benchmark": "allreduce", "cases": cases}))
 
 

@@ -1,4 +1,4 @@
-"""``megatron-rl plan``: what a weight sync costs on any cluster, worked out on one CPU."""
+"""``megatron-rl plan``: what a weight sync or a gradient all-reduce costs on any cluster, worked out on one CPU."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ EPILOG = """
 Engines on 64 nodes of their own, as JSON: `megatron-rl plan my-model --train tp=8,pp=8 --rollout tp=8 --nodes 512
 --rollout-nodes 64 --json`
 
+Gradient all-reduce, library against hierarchical paths, on the cluster that a file describes (docs/all_reduce.md):
+`megatron-rl plan --all-reduce cluster.yaml`
+
 Bytes are exact: a run counts the same ones. Each stands beside the least that any plan could reach. Seconds are an
 estimate from link speeds alone.
 """
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Hugging Face folder or config.json; weights are not read.")],
-    train: Annotated[str, typer.Option(help="Training layout: tp, pp, vpp, cp, ep, etp; the rest is data parallel.")],
+    model: Annotated[
+        Path | None, typer.Argument(help="Hugging Face folder or config.json; weights are not read.")
+    ] = None,
+    train: Annotated[
+        str, typer.Option(help="Training layout: tp, pp, vpp, cp, ep, etp; the rest is data parallel.")
+    ] = "",
     rollout: Annotated[str, typer.Option(help="Layout of one rollout engine: tp, ep.")] = "tp=1",
     nodes: Annotated[int, typer.Option(min=1, help="Training nodes.")] = 1,
     rollout_nodes: Annotated[
@@ -38,10 +45,16 @@ def plan(
     max_staging_mib: Annotated[float, typer.Option(min=1, help="Cap on extra memory of a rank, in MiB.")] = 64,
     intra_node: Annotated[float, typer.Option(help="GB/s of a rank inside its node, each direction.")] = 400,
     inter_node: Annotated[float, typer.Option(help="GB/s of a rank to other nodes, each direction.")] = 50,
+    all_reduce: Annotated[
+        Path | None, typer.Option(help="YAML file of a cluster: plan a gradient all-reduce instead; no MODEL.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Dry run of a weight sync: bytes and their minimum, link loads, memory, estimated time."""
     with clear_errors():
+        if all_reduce is not None:
+            _plan_all_reduce(all_reduce, model, train, as_json)
+            return
         import torch
 
         from megatron_rl.config import ConfigError
@@ -51,6 +64,8 @@ def plan(
         from megatron_rl.reshard import LinkSpeeds
         from megatron_rl.run.forecast import Cluster, RolloutSizes, forecast
 
+        if model is None or not train:
+            raise ConfigError("give MODEL and --train tp=..,pp=.. for a weight sync, or --all-reduce FILE")
         if min(intra_node, inter_node) <= 0:
             raise ConfigError(f"--intra-node {intra_node:g} --inter-node {inter_node:g}: expected more than 0 GB/s")
         found = forecast(
@@ -63,6 +78,16 @@ def plan(
             LinkSpeeds(intra_node * 1e9, inter_node * 1e9),
         )
         typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _plan_all_reduce(cluster: Path, model: Path | None, train: str, as_json: bool) -> None:
+    from megatron_rl.collectives.simulator import ClusterConfig, simulate
+    from megatron_rl.config import ConfigError, load_config
+
+    if model is not None or train:
+        raise ConfigError("--all-reduce FILE takes neither MODEL nor --train: the file describes the whole cluster")
+    found = simulate(load_config(ClusterConfig, cluster))
+    typer.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
 def _sizes(text: str, option: str) -> dict[str, int]:

@@ -85,3 +85,52 @@ def test_impossible_clusters_are_refused(command, model, options, expected) -> N
     assert ended.code == 2
     for part in expected:
         assert part in ended.error
+
+
+CLUSTER = """
+nodes: [2, 8]
+ranks_per_node: 8
+megabytes: [64]
+inside: {gbytes_per_s: 20}
+between: {gbytes_per_s: 3, latency_us: 30}
+second: {gbytes_per_s: 3}
+library: ring
+"""
+
+
+def test_all_reduce_of_a_cluster_in_a_file(command, tmp_path) -> None:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    ended = command("plan", "--all-reduce", tmp_path / "cluster.yaml", "--json")
+    assert ended.code == 0, ended.error
+    found = json.loads(ended.out)
+    eight = found["cases"][1]
+    assert (eight["nodes"], eight["ranks"], eight["choice"]) == (8, 64, "hierarchical + second link")
+    assert eight["library"]["node_bytes"] == pytest.approx(2 * 63 / 64 * 64 * 2**20)
+    assert eight["paths"][0]["node_bytes"] == pytest.approx(2 * 7 / 8 * 64 * 2**20)
+    assert found["second_link_for_37_percent"][1] == [8, pytest.approx(0.41, abs=0.005)]
+    table = command("plan", "--all-reduce", tmp_path / "cluster.yaml").out
+    assert "hierarchical + second link" in table
+    assert "8 nodes (64 ranks)" in table
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--all-reduce", "none.yaml"], "'none.yaml' does not exist"),
+        (["model", "--all-reduce", "none.yaml"], "takes neither MODEL nor --train"),
+        ([], "give MODEL and --train"),
+        (["model"], "give MODEL and --train"),
+    ],
+)
+def test_what_is_missing_or_too_much_is_one_line(command, arguments, expected) -> None:
+    ended = command("plan", *arguments)
+    assert ended.code != 0
+    assert expected in ended.error
+
+
+def test_a_wrong_key_of_a_cluster_is_named(command, tmp_path) -> None:
+    (tmp_path / "cluster.yaml").write_text(CLUSTER.replace("second:", "secnd:"))
+    ended = command("plan", "--all-reduce", tmp_path / "cluster.yaml")
+    assert ended.code != 0
+    assert "secnd" in ended.error
+    assert "second" in ended.error

@@ -17,6 +17,7 @@ from small_run import digits, write_run
 from transformers import AutoTokenizer
 
 from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
+from megatron_rl.collectives.simulator import ClusterConfig, simulate
 from megatron_rl.models.family import ModelFamily
 from megatron_rl.registry import Registry
 from megatron_rl.rewards import REWARDS
@@ -112,7 +113,11 @@ def test_python_runs(page, number, text, folder, monkeypatch):
 
 @pytest.mark.parametrize(("page", "number", "text"), all_blocks("yaml"))
 def test_yaml_is_a_configuration(page, number, text):
-    run = RunConfig.parse(REQUIRED | yaml.safe_load(text), where=f"{page}-{number}")
+    values = yaml.safe_load(text)
+    if "ranks_per_node" in values:
+        assert simulate(ClusterConfig.parse(values, where=f"{page}-{number}")).cases
+        return
+    run = RunConfig.parse(REQUIRED | values, where=f"{page}-{number}")
     for reward in run.rewards:
         if not reward.name.startswith("python:"):
             REWARDS[reward.name].Config.parse(reward.options, where=reward.name)
