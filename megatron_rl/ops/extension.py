@@ -3,6 +3,9 @@
 `load_cpu()` and `load_cuda()` make `torch.ops.megatron_rl_cpu` and `torch.ops.megatron_rl_cuda` exist, or raise
 `UnavailableError` with the reason. A build is cached under a hash of its sources, compiler, flags and torch version;
 ranks that start together wait on a file lock, so that one of them compiles and the others load.
+
+Not `torch.utils.cpp_extension.load`: its lock file outlives a killed rank and is then waited for without end, and ranks
+that waited for a failed compilation get no compiler error (docs/adding_things.md has the comparison).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -107,7 +111,9 @@ def _compiler(variable: str, names: tuple[str, ...]) -> str:
         path = shutil.which(name) if name else None
         if path:
             return path
-    raise UnavailableError(f"no compiler: none of {', '.join(names)} found, and ${variable} names none")
+    raise UnavailableError(
+        f"no compiler: none of {', '.join(names)} is on PATH. Install one, or set ${variable} to its path"
+    )
 
 
 def requires_cpu(device_type: str) -> None:
@@ -193,7 +199,7 @@ def built(build: Build, timeout: float = BUILD_SECONDS) -> Path:
 
 @contextlib.contextmanager
 def _locked(path: Path, deadline: float) -> Iterator[None]:
-    """The lock is the kernel's: it is released when its holder dies, so a killed rank blocks nobody."""
+    """Hold an flock, which the operating system releases when the process dies: a killed rank blocks nobody."""
     with path.open("w") as file:
         while True:
             try:
@@ -203,11 +209,16 @@ def _locked(path: Path, deadline: float) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise UnavailableError(f"another process still builds after the time limit ({path})") from None
                 time.sleep(0.05)
+            except OSError as error:
+                # Lustre and NFS can be mounted without locks. Each rank then compiles, and renames a complete library.
+                logger.warning("no file lock in %s (%s): every rank compiles its own", path.parent, error)
+                break
         yield
 
 
 def _compile(build: Build, library: Path, deadline: float) -> None:
-    partial = library.with_suffix(f".{os.getpid()}.partial")
+    # On a shared file system two nodes can have the same process id.
+    partial = library.with_suffix(f".{socket.gethostname()}.{os.getpid()}.partial")
     start = time.monotonic()
     try:
         result = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -93,6 +94,15 @@ def test_waiting_for_another_process_is_bounded(tmp_path, cache):
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(UnavailableError, match="another process still builds"):
             built(build, timeout=0.2)
+
+
+def test_a_file_system_without_locks_costs_a_compilation_not_the_start(tmp_path, cache, monkeypatch, caplog):
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(extension.fcntl, "flock", unsupported)
+    assert built(compiler(tmp_path)).read_text() == "library\n"
+    assert "No locks available" in caplog.text
 
 
 def test_a_changed_source_flag_or_compiler_is_another_library(tmp_path, cache):
