@@ -85,9 +85,9 @@ def in_rollout_names(model: torch.nn.Module, tp: int) -> dict[str, Tensor]:
     rank = dist.get_rank()
     grid = RankGrid(ParallelSizes(tp=tp), WORLD)
     source = megatron_layout(ARCHITECTURE, grid, VOCAB)
-    alone = Layout("theirs", {0: source.cells[rank]}, source.emit)
+    alone = Layout("theirs", {0: source.replica_of[rank]}, source.emit)
     full = rollout_layout(ARCHITECTURE, tp, [range(tp)])
-    target = Layout("renamed", {0: full.cells[rank % tp]}, full.emit)
+    target = Layout("renamed", {0: full.replica_of[rank % tp]}, full.emit)
     into = empty_tensors(target, 0, torch.bfloat16)
     Resharder(alone, target, 0, LocalTransport()).run(chunk_tensors([model]), into)
     return into

@@ -19,9 +19,9 @@ from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard.layout import Alike, Held, Layout, Shard
+from megatron_rl.reshard.layout import Held, Layout, Shard, Symmetry
 
-EVERYWHERE = "everywhere"  # the one cell of a layout in which all ranks hold the same
+EVERYWHERE = "everywhere"  # the one replica group of a layout in which all ranks hold the same
 
 
 def logical_tensors(architecture: Architecture) -> dict[str, Shape]:
@@ -36,14 +36,14 @@ def hf_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout
     return Layout(
         "huggingface",
         dict.fromkeys(ranks, EVERYWHERE),
-        lambda cell: [whole(name, name, shape) for name, shape in tensors.items()],
+        lambda replica: [whole(name, name, shape) for name, shape in tensors.items()],
     )
 
 
 def transformers_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout:
     """Each of ``ranks`` holds a whole `transformers` model: as `hf_layout`, but experts are stacked."""
 
-    def emit(cell: Hashable) -> Iterator[Shard]:
+    def emit(replica: Hashable) -> Iterator[Shard]:
         for prefix, parameter in describe(architecture).parameters():
             yield from parameter.transformers(Place(hf=prefix, local=prefix))
 
@@ -51,7 +51,7 @@ def transformers_layout(architecture: Architecture, ranks: Iterable[int] = (0,))
 
 
 @dataclass(frozen=True, slots=True)
-class MegatronCell:
+class MegatronReplica:
     """Ranks with equal indices hold the same parameters: data and context parallel ranks are replicas."""
 
     tp: int
@@ -81,16 +81,16 @@ def megatron_layout(
     check_megatron(architecture, sizes, padded_vocab)
     emit = _MegatronStage(architecture, sizes, padded_vocab, naming or MegatronNaming(), output_layer)
     mixes = architecture.experts is not None
-    cells = {}
+    replica_of = {}
     for rank in range(grid.world_size):
         at = grid.coordinates(rank)
-        cells[rank] = MegatronCell(at.tp, at.pp, at.ep if mixes else 0, at.etp if mixes else 0)
-    return Layout(f"megatron {sizes}", cells, emit)
+        replica_of[rank] = MegatronReplica(at.tp, at.pp, at.ep if mixes else 0, at.etp if mixes else 0)
+    return Layout(f"megatron {sizes}", replica_of, emit)
 
 
 @dataclass(frozen=True)
 class _MegatronStage:
-    """Cell -> shards: the chunks of one pipeline stage, in order."""
+    """Replica -> shards: the chunks of one pipeline stage, in order."""
 
     architecture: Architecture
     sizes: ParallelSizes
@@ -98,18 +98,18 @@ class _MegatronStage:
     naming: MegatronNaming
     output_layer: bool
 
-    def __call__(self, cell: Hashable) -> Iterator[Shard]:
-        assert isinstance(cell, MegatronCell)
+    def __call__(self, replica: Hashable) -> Iterator[Shard]:
+        assert isinstance(replica, MegatronReplica)
         for chunk in range(self.sizes.vpp):
             place = Place(
                 local=chunk_prefix(chunk, self.sizes.vpp),
-                tp=Axis(cell.tp, self.sizes.tp),
-                ep=Axis(cell.ep, self.sizes.ep),
-                expert_tp=Axis(cell.etp, self.sizes.etp),
+                tp=Axis(replica.tp, self.sizes.tp),
+                ep=Axis(replica.ep, self.sizes.ep),
+                expert_tp=Axis(replica.etp, self.sizes.etp),
                 padded_vocab=self.padded_vocab,
                 naming=self.naming,
             )
-            yield from self._chunk(cell.pp, chunk, place)
+            yield from self._chunk(replica.pp, chunk, place)
 
     def _chunk(self, stage: int, chunk: int, place: Place) -> Iterator[Shard]:
         model, sizes = describe(self.architecture), self.sizes
@@ -137,36 +137,36 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
         ConfigError: the sizes do not fit the architecture, or an engine has not ``tp`` ranks.
     """
     check_rollout(architecture, tp, ep)
-    cells: dict[int, Hashable] = {}
+    replica_of: dict[int, Hashable] = {}
     for ranks in replicas:
         if len(ranks) != tp:
             raise ConfigError(f"a rollout engine on ranks {list(ranks)} has {len(ranks)} ranks, expected tp={tp}")
         for index, rank in enumerate(ranks):
-            if rank in cells:
+            if rank in replica_of:
                 raise ConfigError(f"rank {rank} is in two rollout engines: give each rank to one engine")
-            cells[rank] = index
+            replica_of[rank] = index
 
-    def emit(cell: Hashable, only: Collection[str] | None = None) -> Iterator[Shard]:
-        assert isinstance(cell, int)
+    def emit(replica: Hashable, only: Collection[str] | None = None) -> Iterator[Shard]:
+        assert isinstance(replica, int)
         expert_tp = tp // ep
         place = Place(
-            tp=Axis(cell, tp),
-            ep=Axis(cell // expert_tp, ep),
-            expert_tp=Axis(cell % expert_tp, expert_tp),
+            tp=Axis(replica, tp),
+            ep=Axis(replica // expert_tp, ep),
+            expert_tp=Axis(replica % expert_tp, expert_tp),
             padded_vocab=rollout_vocab(architecture.vocab, tp),
         )
         for prefix, parameter in describe(architecture).parameters():
             if only is None or any(name.startswith(prefix) for name in only):
                 yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
 
-    alike = Alike(_RolloutKind(describe(architecture), ep), emit)
+    symmetry = Symmetry(_RolloutKind(describe(architecture), ep), emit)
     held = {
         prefix + name: Held(add=parameter.rollout_add)
         for prefix, parameter in describe(architecture).parameters()
         if parameter.rollout_add
         for name, _ in parameter.logical()
     }
-    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), cells, emit, alike, held)
+    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held)
 
 
 class _RolloutKind:

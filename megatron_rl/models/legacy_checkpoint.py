@@ -111,12 +111,12 @@ class LegacyCheckpoint:
             )
         self.arguments: Namespace = found
         self.grid = LegacyGrid.of(found)
-        self.cells = self.grid.ranks()
+        self.coordinates = self.grid.ranks()
 
     @property
     def ranks(self) -> tuple[int, ...]:
         """The ranks of `layout` that hold something."""
-        return tuple(self.cells)
+        return tuple(self.coordinates)
 
     @property
     def padded_vocab(self) -> int:
@@ -182,7 +182,7 @@ class LegacyCheckpoint:
     @functools.cache  # noqa: B019  a reader lives as long as one conversion
     def tensors_of(self, rank: int) -> dict[str, Tensor]:
         """What all pipeline stages of a tensor- and expert-parallel rank hold, layers numbered through the model."""
-        tp, ep = self.cells[rank]
+        tp, ep = self.coordinates[rank]
         files = [self._load(self.grid.folder(tp, pp, ep)) for pp in range(self.grid.pp)]
         tensors: dict[str, Tensor] = {}
         first_layer = 0

@@ -39,7 +39,7 @@ class ReferenceLayer:
     def layout(self, rank: int) -> Layout:
         """``rank`` holds the layer's tensors as `transformers` names them in a model of this layer alone."""
 
-        def emit(cell: Hashable) -> Iterator[Shard]:
+        def emit(replica: Hashable) -> Iterator[Shard]:
             prefix = f"model.layers.{self.index}."
             for shard in transformers_layout(self.alone).shards_of(EVERYWHERE):
                 if shard.name.startswith(LAYER):

@@ -4,9 +4,9 @@
 """
 
 from megatron_rl.reshard.certificate import Certificate, Measure
-from megatron_rl.reshard.derived import Derived, Readable, shifted
 from megatron_rl.reshard.execute import Resharder, TransferReport
-from megatron_rl.reshard.layout import Alike, Held, Layout, Shard, Span, block, stack_rows
+from megatron_rl.reshard.layout import Held, Layout, Shard, Span, Symmetry, block, stack_rows
+from megatron_rl.reshard.lazy_tensor import LazyTensor, Readable, shifted
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
 from megatron_rl.reshard.topology import Topology
@@ -21,11 +21,10 @@ from megatron_rl.reshard.transport import (
 from megatron_rl.reshard.wire import WireFormat
 
 __all__ = [
-    "Alike",
     "Certificate",
-    "Derived",
     "Held",
     "Layout",
+    "LazyTensor",
     "LinkLoad",
     "LinkSpeeds",
     "LocalCopy",
@@ -40,6 +39,7 @@ __all__ = [
     "Resharder",
     "Shard",
     "Span",
+    "Symmetry",
     "Topology",
     "Transfer",
     "TransferReport",

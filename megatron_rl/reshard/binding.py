@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.copy_spans import copy_spans
-from megatron_rl.reshard.derived import Derived, Kept, Readable
 from megatron_rl.reshard.layout import Shard
+from megatron_rl.reshard.lazy_tensor import Kept, LazyTensor, Readable
+from megatron_rl.reshard.offsets import Offset
 from megatron_rl.reshard.plan import LocalCopy
 from megatron_rl.reshard.schedule import Message
-from megatron_rl.reshard.spots import Spot
 
 SOURCE, TARGET = "source", "target"
 
@@ -31,7 +31,7 @@ class Slot(NamedTuple):
     group: Group
     number: int
     stride: int
-    derived: bool = False
+    lazy: bool = False
 
 
 class CopyCall(NamedTuple):
@@ -48,15 +48,15 @@ class Binding:
     Args:
         shards: side -> the shards of this rank there.
         tensors: side -> shard name -> local tensor, contiguous, of the shard's shape; those of the source side may be
-            `Derived`.
+            `LazyTensor`.
 
     Raises:
         ValueError: a tensor is missing, has another shape, is not contiguous, or lies on another device.
     """
 
     def __init__(self, shards: Mapping[str, Iterable[Shard]], tensors: Mapping[str, Mapping[str, Readable]]) -> None:
-        self.groups: dict[Group, list[Tensor]] = {}  # of a derived tensor: what it is like
-        self._derived: dict[Group, dict[int, Derived]] = {}
+        self.groups: dict[Group, list[Tensor]] = {}  # of a lazy tensor: what it is like
+        self._lazy: dict[Group, dict[int, LazyTensor]] = {}
         self._kept = Kept()
         self._slots: dict[tuple[str, str], Slot] = {}
         self.device: torch.device | None = None
@@ -69,8 +69,8 @@ class Binding:
         if shard.name not in tensors:
             raise ValueError(f"{side} tensors lack {shard.name} {list(shard.shape)}: got {sorted(tensors)[:8]}...")
         given = tensors[shard.name]
-        derived = isinstance(given, Derived)
-        tensor = (given.like if isinstance(given, Derived) else given).detach()
+        lazy = isinstance(given, LazyTensor)
+        tensor = (given.like if isinstance(given, LazyTensor) else given).detach()
         if tuple(tensor.shape) != shard.shape or not tensor.is_contiguous():
             raise ValueError(
                 f"{side} tensor {shard.name}: expected a contiguous tensor of {list(shard.shape)}, got "
@@ -80,9 +80,9 @@ class Binding:
         if tensor.device != self.device:
             raise ValueError(f"{side} tensor {shard.name} is on {tensor.device}, the others on {self.device}")
         group = self.groups.setdefault(Group(side, tensor.dtype), [])
-        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1], derived)
-        if isinstance(given, Derived):
-            self._derived.setdefault(slot.group, {})[slot.number] = given
+        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1], lazy)
+        if isinstance(given, LazyTensor):
+            self._lazy.setdefault(slot.group, {})[slot.number] = given
         group.append(tensor)
         self._slots[side, shard.name] = slot
 
@@ -96,23 +96,23 @@ class Binding:
 
     def in_place(self, side: str, message: Message) -> Tensor | None:
         """The part of a local tensor that is, bit for bit, the message; None where packing is needed, as it is for
-        a derived tensor: a message under way would keep it."""
+        a lazy tensor: a message under way would keep it."""
         if len(message.pieces) != 1:
             return None
         piece = message.pieces[0]
-        slot = self.slot(TARGET if piece.forwarded else side, piece.spot.shard)
-        if slot.derived or slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
+        slot = self.slot(TARGET if piece.forwarded else side, piece.offset.shard)
+        if slot.lazy or slot.group.dtype != message.dtype or (piece.rows > 1 and piece.cols != slot.stride):
             return None
-        start = piece.spot.row * slot.stride + piece.spot.col
+        start = piece.offset.row * slot.stride + piece.offset.col
         return self.groups[slot.group][slot.number].view(-1)[start : start + piece.numel]
 
     def packing(self, message: Message) -> list[CopyCall]:
         """Calls that fill the message from source shards and, for what is passed on, from target shards."""
         jobs: dict[Group, list[list[int]]] = {}
         for piece in message.pieces:
-            slot = self.slot(TARGET if piece.forwarded else SOURCE, piece.spot.shard)
-            begin = piece.spot.row * slot.stride + piece.spot.col
-            row = [slot.number, 0, begin, piece.offset, piece.rows, piece.cols, slot.stride, piece.cols]
+            slot = self.slot(TARGET if piece.forwarded else SOURCE, piece.offset.shard)
+            begin = piece.offset.row * slot.stride + piece.offset.col
+            row = [slot.number, 0, begin, piece.start, piece.rows, piece.cols, slot.stride, piece.cols]
             jobs.setdefault(slot.group, []).append(row)
         return [CopyCall(group, None, torch.tensor(rows)) for group, rows in jobs.items()]
 
@@ -120,9 +120,9 @@ class Binding:
         """Calls that lay the message out in target shards."""
         jobs: dict[Group, list[list[int]]] = {}
         for piece in message.pieces:
-            slot = self.slot(TARGET, piece.spot.shard)
-            begin = piece.spot.row * slot.stride + piece.spot.col
-            row = [0, slot.number, piece.offset, begin, piece.rows, piece.cols, piece.cols, slot.stride]
+            slot = self.slot(TARGET, piece.offset.shard)
+            begin = piece.offset.row * slot.stride + piece.offset.col
+            row = [0, slot.number, piece.start, begin, piece.rows, piece.cols, piece.cols, slot.stride]
             jobs.setdefault(slot.group, []).append(row)
         return [CopyCall(None, group, torch.tensor(rows)) for group, rows in jobs.items()]
 
@@ -131,7 +131,7 @@ class Binding:
         jobs: dict[tuple[Group, Group], list[list[int]]] = {}
         for copy in copies:
             src, dst = self.slot(side, copy.src.shard), self.slot(TARGET, copy.dst.shard)
-            begin, end = _offset(copy.src, src), _offset(copy.dst, dst)
+            begin, end = _start(copy.src, src), _start(copy.dst, dst)
             shape = (copy.rectangle.num_rows, copy.rectangle.num_cols)
             row = [src.number, dst.number, begin, end, *shape, src.stride, dst.stride]
             jobs.setdefault((src.group, dst.group), []).append(row)
@@ -146,24 +146,24 @@ class Binding:
                 copy_spans(sources, destinations, jobs, checked=check)
 
     def _read(self, group: Group, jobs: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """The jobs with the tensors that they read; derived ones one by one."""
-        derived = self._derived.get(group)
-        if not derived:
+        """The jobs with the tensors that they read; lazy ones one by one."""
+        lazy = self._lazy.get(group)
+        if not lazy:
             yield self.groups[group], jobs
             return
         numbers = jobs[:, 0]
-        computed = torch.isin(numbers, torch.tensor(list(derived)))
+        computed = torch.isin(numbers, torch.tensor(list(lazy)))
         if not computed.all():
             yield self.groups[group], jobs[~computed]
         for number in numbers[computed].unique().tolist():
             own = jobs[numbers == number]
             own[:, 0] = 0
-            yield [self._kept.read((group, number), derived[number])], own
+            yield [self._kept.read((group, number), lazy[number])], own
 
     def release(self) -> None:
-        """Drop derived tensors that are kept for the next call."""
+        """Drop lazy tensors that are kept for the next call."""
         self._kept.clear()
 
 
-def _offset(spot: Spot, slot: Slot) -> int:
-    return spot.row * slot.stride + spot.col
+def _start(offset: Offset, slot: Slot) -> int:
+    return offset.row * slot.stride + offset.col

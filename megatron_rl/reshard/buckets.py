@@ -43,8 +43,8 @@ def cut_buckets(layout: Layout, wire: WireFormat, max_bytes: int) -> list[Bucket
     """Neighbouring shards of up to ``max_bytes`` on each rank, in the order of the layout. What cannot be cut further
     (a shard with all that shares a logical tensor with it) is a bucket of its own where it is larger."""
     units = _Units()
-    for number, cell in enumerate(layout.replicas):
-        for shard in layout.emit(cell):
+    for number, replica in enumerate(layout.replicas):
+        for shard in layout.emit(replica):
             units.add(number, shard, shard_bytes(shard, wire))
     buckets: list[Bucket] = []
     for unit in units.merged():
@@ -61,11 +61,11 @@ class _Units:
     def __init__(self) -> None:
         self._parent: dict[str, str] = {}  # of each shard name, up to the first of its unit
         self._home: dict[str, str] = {}  # logical tensor -> a shard that holds some of it
-        self._sizes: dict[str, dict[int, int]] = {}  # shard name -> number of the cell -> bytes
+        self._sizes: dict[str, dict[int, int]] = {}  # shard name -> number of the replica group -> bytes
 
-    def add(self, cell: int, shard: Shard, num_bytes: int) -> None:
+    def add(self, replica: int, shard: Shard, num_bytes: int) -> None:
         self._parent.setdefault(shard.name, shard.name)
-        self._sizes.setdefault(shard.name, {})[cell] = num_bytes
+        self._sizes.setdefault(shard.name, {})[replica] = num_bytes
         for span in shard.spans:
             home = self._home.setdefault(span.tensor, shard.name)
             if home != shard.name:
@@ -81,8 +81,8 @@ class _Units:
         for root, names in shards.items():
             held: dict[int, int] = {}
             for name in names:
-                for cell, num_bytes in self._sizes[name].items():
-                    held[cell] = held.get(cell, 0) + num_bytes
+                for replica, num_bytes in self._sizes[name].items():
+                    held[replica] = held.get(replica, 0) + num_bytes
             yield Bucket(frozenset(names), frozenset(tensors.get(root, ())), max(held.values()))
 
     def _root(self, name: str) -> str:
@@ -95,7 +95,7 @@ def split_plan(plan: RankPlan, buckets: Sequence[Bucket]) -> list[RankPlan]:
     """The part of ``plan`` that fills each bucket."""
     number = {tensor: number for number, bucket in enumerate(buckets) for tensor in bucket.tensors}
     fields = []
-    for jobs in (plan.sends, plan.receives, plan.copies, plan.echoes):
+    for jobs in (plan.sends, plan.receives, plan.copies, plan.duplicates):
         parts: list[list[Any]] = [[] for _ in buckets]
         for job in jobs:
             parts[number[job.tensor]].append(job)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from megatron_rl.reshard.index import CellRanks, Cells, Pattern
+from megatron_rl.reshard.index import Pattern, ReplicaRanks, Replicas
 from megatron_rl.reshard.rectangle import cross, uncovered
 from megatron_rl.reshard.route import Route
 from megatron_rl.reshard.wire import WireFormat
@@ -98,7 +98,7 @@ def certify(plan: ReshardPlan, wire: WireFormat) -> Certificate:
 class _Auditor:
     def __init__(self, plan: ReshardPlan, wire: WireFormat) -> None:
         self._plan, self._wire = plan, wire
-        self._holders, self._needers = CellRanks(plan.source), CellRanks(plan.target)
+        self._holders, self._needers = ReplicaRanks(plan.source), ReplicaRanks(plan.target)
         self._at = {rank: i for i, rank in enumerate(plan.ranks)}
         self._nodes = np.array([plan.topology.node(rank) for rank in plan.ranks])
         self._sent = np.zeros(len(plan.ranks), np.int64)
@@ -106,7 +106,7 @@ class _Auditor:
         self._received = np.zeros(len(plan.ranks), np.int64)
         self._sent_outside = np.zeros(len(plan.ranks), np.int64)
         self._received_outside = np.zeros(len(plan.ranks), np.int64)
-        self._group_sent: Counter[Cells] = Counter()
+        self._group_sent: Counter[Replicas] = Counter()
         self._totals: Counter[str] = Counter()
         self._max_depth = 0
         self._chains: dict[tuple[Route, int], list[_Chain]] = {}
@@ -148,8 +148,8 @@ class _Auditor:
             if (held, wanted) not in proved:
                 self._prove(tensor, held, wanted)
                 proved.add((held, wanted))
-            for rectangle, cells in zip(wanted.rectangles, wanted.cells, strict=True):
-                self._totals["distinct"] += rectangle.numel * len(self._needers[cells])
+            for rectangle, replicas in zip(wanted.rectangles, wanted.replicas, strict=True):
+                self._totals["distinct"] += rectangle.numel * len(self._needers[replicas])
             classes[_Class(held, shares, wanted, self._wire.of(tensor).itemsize)] += 1
         return classes
 
@@ -158,9 +158,9 @@ class _Auditor:
         areas = [0] * len(wanted.rectangles)
         for crossing in cross(held.rectangles, wanted.rectangles):
             areas[crossing.right] += crossing.rectangle.numel
-        for rectangle, cells, area in zip(wanted.rectangles, wanted.cells, areas, strict=True):
+        for rectangle, replicas, area in zip(wanted.rectangles, wanted.replicas, areas, strict=True):
             if area != rectangle.numel:
-                rank = self._needers[cells][0]
+                rank = self._needers[replicas][0]
                 hole = uncovered(rectangle, held.rectangles) or rectangle
                 raise ValueError(
                     f"{self._plan.target.name}: rank {rank} needs {tensor}{hole}, which no rank of "
@@ -169,7 +169,7 @@ class _Auditor:
 
     def _count(self, kind: _Class, count: int) -> None:
         for left, right, rectangle in cross(kind.held.rectangles, kind.wanted.rectangles):
-            held_by, needed_by = kind.held.cells[left], kind.wanted.cells[right]
+            held_by, needed_by = kind.held.replicas[left], kind.wanted.replicas[right]
             route = self._plan.route(held_by, needed_by)
             numel = rectangle.numel * count
             num_bytes = numel * kind.itemsize
@@ -211,13 +211,13 @@ class _Auditor:
 
     def _even_egress(self) -> int:
         """The busiest holder cannot send less than the average over any set of ranks that must send something alone."""
-        groups = {frozenset(cells): num_bytes for cells, num_bytes in self._group_sent.items() if num_bytes}
-        single = {next(iter(cells)): num_bytes for cells, num_bytes in groups.items() if len(cells) == 1}
-        shared = {cells: num_bytes for cells, num_bytes in groups.items() if len(cells) > 1}
+        groups = {frozenset(replicas): num_bytes for replicas, num_bytes in self._group_sent.items() if num_bytes}
+        single = {next(iter(replicas)): num_bytes for replicas, num_bytes in groups.items() if len(replicas) == 1}
+        shared = {replicas: num_bytes for replicas, num_bytes in groups.items() if len(replicas) > 1}
         least = 0
-        for cells in groups:
-            inside = sum(single.get(cell, 0) for cell in cells)
-            inside += sum(num_bytes for other, num_bytes in shared.items() if other <= cells)
-            ranks = len(self._holders[tuple(sorted(cells))])
+        for replicas in groups:
+            inside = sum(single.get(replica, 0) for replica in replicas)
+            inside += sum(num_bytes for other, num_bytes in shared.items() if other <= replicas)
+            ranks = len(self._holders[tuple(sorted(replicas))])
             least = max(least, -(-inside // ranks))
         return least

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from megatron_rl.reshard.binding import SOURCE, TARGET, Binding, CopyCall
 from megatron_rl.reshard.buckets import Bucket, split_plan
-from megatron_rl.reshard.derived import Readable
 from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.lazy_tensor import Readable
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan
-from megatron_rl.reshard.schedule import Exchange, Message, Pace, build_schedule, messages
+from megatron_rl.reshard.schedule import Chunking, Exchange, Message, build_schedule, messages
 from megatron_rl.reshard.staging import StagingPool
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import Pending, Transport
@@ -88,13 +88,13 @@ class Resharder:
         self.plan: RankPlan = plan.for_rank(rank)
         self._shards = {SOURCE: source.shards(rank), TARGET: target.shards(rank)}
         self._transport, self._ranks = transport, plan.ranks
-        self._pace = make_pace(plan, self.wire, max_staging_bytes)
+        self._chunking = make_chunking(plan, self.wire, max_staging_bytes)
         self._signature: tuple | None = None
         self._program: _Program | None = None
 
     @functools.cached_property
     def _schedule(self) -> tuple[Exchange, ...]:
-        return build_schedule(self.plan, self._ranks, self.wire, self._pace)
+        return build_schedule(self.plan, self._ranks, self.wire, self._chunking)
 
     def split(self, buckets: Sequence[Bucket]) -> list[Resharder]:
         """One resharder for each bucket of the target, to be run in their order by all ranks. What they do together is
@@ -119,12 +119,12 @@ class Resharder:
 
     def make_pool(self, device: torch.device) -> StagingPool:
         """Buffers that several resharders of one `split` may use one after the other."""
-        largest = max(self._pace.chunk_bytes, self.wire.widest)
+        largest = max(self._chunking.chunk_bytes, self.wire.widest)
         return StagingPool(-(-largest // ALIGNMENT) * ALIGNMENT, self.max_staging_bytes, device)
 
     def run(self, source_tensors: Mapping[str, Readable], target_tensors: Mapping[str, Tensor]) -> TransferReport:
         """Fill ``target_tensors`` from ``source_tensors`` (shard name -> this rank's contiguous tensor;
-        a source may be `Derived`).
+        a source may be `LazyTensor`).
 
         Collective: every rank of the plan must call it. Padding, that is elements of the target under no span, is left
         as it is: zero it once, when the tensors are allocated. Source and target must not share memory.
@@ -152,14 +152,14 @@ class Resharder:
         binding = Binding(self._shards, {SOURCE: source_tensors, TARGET: target_tensors})
         fresh = binding.signature != self._signature
         if self._program is None or fresh:
-            self._program = _compile(self.plan, self._schedule, binding, self.wire, self._pace)
+            self._program = _compile(self.plan, self._schedule, binding, self.wire, self._chunking)
             self._signature = binding.signature
         device = binding.device or torch.device("cpu")
         pool = pool or StagingPool(self._program.buffer_bytes, self.max_staging_bytes, device)
         return functools.partial(_Run(self._program, binding, self._transport, pool, check=fresh).run, self.plan)
 
 
-def make_pace(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -> Pace:
+def make_chunking(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -> Chunking:
     """Chunks of which two exchanges in both directions fit under the limit; rounds short enough that the last replica
     of a chain waits about half a full transfer longer than the first."""
     chunk = max(min(max_staging_bytes // 4, MAX_CHUNK_BYTES) // ALIGNMENT * ALIGNMENT, ALIGNMENT)
@@ -167,10 +167,10 @@ def make_pace(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -> Pa
     total = max(plan.source_index.num_elements, 1)
     replicas = max((len(ranks) for ranks in groups.values()), default=1)
     if replicas == 1:
-        return Pace(chunk, total)
+        return Chunking(chunk, total)
     per_rank = chunk // wire.widest
     shortest = min(MIN_EPOCH, per_rank) * len(groups)
-    return Pace(chunk, max(min(4 * per_rank * len(groups), total // (2 * replicas)), shortest, 1))
+    return Chunking(chunk, max(min(4 * per_rank * len(groups), total // (2 * replicas)), shortest, 1))
 
 
 class _Step(NamedTuple):
@@ -191,11 +191,13 @@ class _Program(NamedTuple):
     steps: list[_Step]
     copies: list[CopyCall]
     rounded: list[tuple[Message, list[CopyCall], list[CopyCall]]]  # local copies that pass through the wire dtype
-    echoes: list[CopyCall]
+    duplicates: list[CopyCall]
     buffer_bytes: int
 
 
-def _compile(plan: RankPlan, schedule: Iterable[Exchange], binding: Binding, wire: WireFormat, pace: Pace) -> _Program:
+def _compile(
+    plan: RankPlan, schedule: Iterable[Exchange], binding: Binding, wire: WireFormat, chunking: Chunking
+) -> _Program:
     steps = []
     for exchange in schedule:
         send, receive = exchange.send, exchange.receive
@@ -203,13 +205,13 @@ def _compile(plan: RankPlan, schedule: Iterable[Exchange], binding: Binding, wir
         unpack = binding.unpacking(receive) if receive and binding.in_place(TARGET, receive) is None else None
         steps.append(_Step(exchange, pack, unpack))
     direct = [copy for copy in plan.copies if not _rounds(copy, binding, wire)]
-    rounded = list(_rounded([copy for copy in plan.copies if _rounds(copy, binding, wire)], binding, wire, pace))
+    rounded = list(_rounded([copy for copy in plan.copies if _rounds(copy, binding, wire)], binding, wire, chunking))
     sizes = [step.exchange.send.num_bytes for step in steps if step.exchange.send and step.packing is not None]
     sizes += [step.exchange.receive.num_bytes for step in steps if step.exchange.receive and step.unpacking is not None]
     sizes += [message.num_bytes for message, _, _ in rounded]
     buffer_bytes = -(-max(sizes, default=0) // ALIGNMENT) * ALIGNMENT
-    echoes = binding.copying(TARGET, plan.echoes)
-    return _Program(steps, binding.copying(SOURCE, direct), rounded, echoes, buffer_bytes)
+    duplicates = binding.copying(TARGET, plan.duplicates)
+    return _Program(steps, binding.copying(SOURCE, direct), rounded, duplicates, buffer_bytes)
 
 
 def _rounds(copy: LocalCopy, binding: Binding, wire: WireFormat) -> bool:
@@ -220,14 +222,14 @@ def _rounds(copy: LocalCopy, binding: Binding, wire: WireFormat) -> bool:
 
 
 def _rounded(
-    copies: list[LocalCopy], binding: Binding, wire: WireFormat, pace: Pace
+    copies: list[LocalCopy], binding: Binding, wire: WireFormat, chunking: Chunking
 ) -> Iterable[tuple[Message, list[CopyCall], list[CopyCall]]]:
     for dtype in sorted({wire.of(copy.tensor) for copy in copies}, key=str):
         mine = [copy for copy in copies if wire.of(copy.tensor) == dtype]
         shapes = [(copy.rectangle.num_rows, copy.rectangle.num_cols) for copy in mine]
         ends = [
-            messages(dtype, ((spot, False, *shape) for spot, shape in zip(spots, shapes, strict=True)), pace)
-            for spots in ([copy.src for copy in mine], [copy.dst for copy in mine])
+            messages(dtype, ((offset, False, *shape) for offset, shape in zip(offsets, shapes, strict=True)), chunking)
+            for offsets in ([copy.src for copy in mine], [copy.dst for copy in mine])
         ]
         for out, into in zip(*ends, strict=True):
             yield out, binding.packing(out), binding.unpacking(into)
@@ -260,7 +262,7 @@ class _Run:
             self._post(step)
         while self._flights or not self._local_done:
             self._advance()
-        self._call(self._program.echoes)
+        self._call(self._program.duplicates)
         self._binding.release()
         return TransferReport(
             rank=plan.rank,

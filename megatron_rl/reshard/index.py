@@ -1,6 +1,6 @@
-"""Finding tensors in a layout: which rectangles of each logical tensor exist, and in which cells.
+"""Finding tensors in a layout: which rectangles of each logical tensor exist, and in which replica groups.
 
-The index is built per distinct cell, not per rank, and tensors that are cut alike share one `Pattern`, so that its size
+The index is built per replica group, not per rank, and tensors that are cut alike share one `Pattern`, so that its size
 and the planner's work grow with the number of different cuts rather than with ranks or layers.
 """
 
@@ -12,27 +12,27 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.offsets import check_shard
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts
-from megatron_rl.reshard.spots import check_shard
 
 MIN_SHARE = 1 << 16
 """Elements. Replicas share the sending of a piece only when every part is at least this large."""
 
-Cells = tuple[int, ...]
-"""Numbers of cells, in the order of `Layout.replicas`, ascending: cheaper to compare than the cells themselves."""
+Replicas = tuple[int, ...]
+"""Numbers of replica groups, in the order of `Layout.replicas`, ascending: cheaper to compare than their keys."""
 
 Places = dict[str, list[tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pattern:
-    """How tensors that are cut alike are cut: disjoint rectangles, and the cells that hold each. Compared by identity;
-    an index hands out one object per distinct cut."""
+    """How equally cut tensors are cut: disjoint rectangles, and the replica groups that hold each. Compared by
+    identity; an index hands out one object per distinct cut."""
 
     rectangles: tuple[Rectangle, ...]
-    cells: tuple[Cells, ...]
+    replicas: tuple[Replicas, ...]
     sizes: tuple[int, ...]  # elements of each rectangle
-    offsets: tuple[int, ...]  # elements of the pattern before each rectangle
+    starts: tuple[int, ...]  # elements of the pattern before each rectangle
     numel: int
 
 
@@ -42,34 +42,34 @@ class PatternStore:
     def __init__(self) -> None:
         self._known: dict[tuple, Pattern] = {}
 
-    def pattern(self, rectangles: tuple[Rectangle, ...], cells: tuple[Cells, ...]) -> Pattern:
-        key = (rectangles, cells)
+    def pattern(self, rectangles: tuple[Rectangle, ...], replicas: tuple[Replicas, ...]) -> Pattern:
+        key = (rectangles, replicas)
         if key not in self._known:
             sizes = tuple(rectangle.numel for rectangle in rectangles)
-            *offsets, numel = itertools.accumulate(sizes, initial=0)
-            self._known[key] = Pattern(rectangles, cells, sizes, tuple(offsets), numel)
+            *starts, numel = itertools.accumulate(sizes, initial=0)
+            self._known[key] = Pattern(rectangles, replicas, sizes, tuple(starts), numel)
         return self._known[key]
 
 
-class CellRanks:
-    """The ranks of any set of cells of a layout, ascending."""
+class ReplicaRanks:
+    """The ranks of any set of replica groups of a layout, ascending."""
 
     def __init__(self, layout: Layout) -> None:
         self._replicas = tuple(layout.replicas.values())
-        self._known: dict[Cells, tuple[int, ...]] = {}
+        self._known: dict[Replicas, tuple[int, ...]] = {}
 
-    def __getitem__(self, cells: Cells) -> tuple[int, ...]:
-        if cells not in self._known:
-            self._known[cells] = tuple(sorted(rank for cell in cells for rank in self._replicas[cell]))
-        return self._known[cells]
+    def __getitem__(self, replicas: Replicas) -> tuple[int, ...]:
+        if replicas not in self._known:
+            self._known[replicas] = tuple(sorted(rank for replica in replicas for rank in self._replicas[replica]))
+        return self._known[replicas]
 
 
 class LayoutIndex:
     """Logical tensor -> `Pattern`, in order of first appearance.
 
     Args:
-        only: index these tensors alone, which takes less than all where the layout has `Alike`.
-        writable: also check that no element of a shard lies under two spans (`spots.check_shard`).
+        only: index these tensors alone, which costs less than all where the layout has a `Symmetry`.
+        writable: also check that no element of a shard lies under two spans (`offsets.check_shard`).
     """
 
     def __init__(self, layout: Layout, only: Collection[str] | None = None, writable: bool = False) -> None:
@@ -84,12 +84,12 @@ class LayoutIndex:
             self.patterns[tensor] = known[key]
 
     def _places(self, layout: Layout, only: Collection[str] | None, writable: bool) -> Places:
-        """Tensor -> (cell number, rectangle edges) of each span. Goes past the layout's cache of shards: the index of
-        a large layout would otherwise keep millions of spans alive."""
+        """Tensor -> (number of the replica group, rectangle edges) of each span. Does not use the layout's cache of
+        shards: the index of a large layout would otherwise keep millions of spans alive."""
         found: Places = {}
         shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-        for number, (cell, ranks) in enumerate(layout.replicas.items()):
-            for shard in _emitted(layout, cell, only):
+        for number, (replica, ranks) in enumerate(layout.replicas.items()):
+            for shard in _emitted(layout, replica, only):
                 if writable:
                     check_shard(shard, f"{layout.name}, rank {ranks[0]}")
                 for span in shard.spans:
@@ -102,18 +102,18 @@ class LayoutIndex:
 
     def _pattern(self, places: tuple[tuple[int, ...], ...]) -> Pattern:
         holders: dict[Rectangle, dict[int, None]] = {}
-        for cell, *edges in places:
-            holders.setdefault(Rectangle(*edges), {})[cell] = None
+        for replica, *edges in places:
+            holders.setdefault(Rectangle(*edges), {})[replica] = None
         parts = disjoint_parts(tuple(holders))
         who = list(holders.values())
-        owners = tuple(tuple(sorted({cell for i in part.inside for cell in who[i]})) for part in parts)
+        owners = tuple(tuple(sorted({replica for i in part.inside for replica in who[i]})) for part in parts)
         return self.store.pattern(tuple(part.rectangle for part in parts), owners)
 
 
 def patterns_of(layout: Layout, tensors: Iterable[str]) -> dict[str, Pattern]:
-    """The patterns of those of ``tensors`` that ``layout`` holds; of tensors that are `Alike`, one is looked at."""
-    assert layout.alike is not None
-    kinds = {tensor: layout.alike.kind(tensor) for tensor in tensors}
+    """The patterns of those of ``tensors`` that ``layout`` holds; one of each kind is looked at."""
+    assert layout.symmetry is not None
+    kinds = {tensor: layout.symmetry.kind(tensor) for tensor in tensors}
     samples: dict[Hashable, str] = {}
     for tensor, kind in kinds.items():
         samples.setdefault(kind, tensor)
@@ -121,10 +121,10 @@ def patterns_of(layout: Layout, tensors: Iterable[str]) -> dict[str, Pattern]:
     return {tensor: found[samples[kind]] for tensor, kind in kinds.items() if samples[kind] in found}
 
 
-def _emitted(layout: Layout, cell: Hashable, only: Collection[str] | None) -> Iterable[Shard]:
-    if only is None or layout.alike is None:
-        return layout.emit(cell)
-    return layout.alike.emit_some(cell, only)
+def _emitted(layout: Layout, replica: Hashable, only: Collection[str] | None) -> Iterable[Shard]:
+    if only is None or layout.symmetry is None:
+        return layout.emit(replica)
+    return layout.symmetry.emit_some(replica, only)
 
 
 class SourceTensor(NamedTuple):
@@ -145,11 +145,11 @@ class SourceIndex(LayoutIndex):
 
     def __init__(self, layout: Layout, min_share: int = MIN_SHARE) -> None:
         super().__init__(layout)
-        self._ranks = CellRanks(layout)
-        self._totals: dict[Cells, int] = {}
+        self._ranks = ReplicaRanks(layout)
+        self._totals: dict[Replicas, int] = {}
         for pattern in self.patterns.values():
-            for cells, size in zip(pattern.cells, pattern.sizes, strict=True):
-                self._totals[cells] = self._totals.get(cells, 0) + size
+            for replicas, size in zip(pattern.replicas, pattern.sizes, strict=True):
+                self._totals[replicas] = self._totals.get(replicas, 0) + size
         self._done = dict.fromkeys(self._totals, 0)
         self._min_share = max(min_share, 1)
         self.tensors: dict[str, SourceTensor] = {}
@@ -161,18 +161,18 @@ class SourceIndex(LayoutIndex):
 
     def _shared(self, pattern: Pattern, position: int) -> SourceTensor:
         pieces = [
-            (piece, cells, share)
-            for rectangle, size, cells in zip(pattern.rectangles, pattern.sizes, pattern.cells, strict=True)
-            for piece, share in self._shares(rectangle, size, cells)
+            (piece, replicas, share)
+            for rectangle, size, replicas in zip(pattern.rectangles, pattern.sizes, pattern.replicas, strict=True)
+            for piece, share in self._shares(rectangle, size, replicas)
         ]
         if len(pieces) != len(pattern.rectangles):
             pattern = self.store.pattern(tuple(p[0] for p in pieces), tuple(p[1] for p in pieces))
         return SourceTensor(pattern, position, tuple(p[2] for p in pieces))
 
-    def _shares(self, rectangle: Rectangle, size: int, cells: Cells) -> Iterator[tuple[Rectangle, int]]:
+    def _shares(self, rectangle: Rectangle, size: int, replicas: Replicas) -> Iterator[tuple[Rectangle, int]]:
         """Cut ``rectangle`` between rows where the line of its holders passes from one of them to the next."""
-        holders, total, start = len(self._ranks[cells]), self._totals[cells], self._done[cells]
-        self._done[cells] = start + size
+        holders, total, start = len(self._ranks[replicas]), self._totals[replicas], self._done[replicas]
+        self._done[replicas] = start + size
         first, last = start * holders // total, (start + size - 1) * holders // total
         if first == last or size < self._min_share * (last - first + 1):
             yield rectangle, first

@@ -76,13 +76,13 @@ AS_IT_IS = Held()
 
 
 @dataclass(frozen=True)
-class Alike:
+class Symmetry:
     """The symmetry of a layout.
 
     Args:
-        kind: logical tensor -> its kind. The same cells hold the same rectangles of all tensors of one kind (say an
-            expert's down_proj in every layer); shard names and places inside shards may differ.
-        emit_some: (cell, tensors) -> those shards of the cell that hold one of ``tensors``, and possibly others.
+        kind: logical tensor -> its kind. Each replica group holds the same rectangles of all tensors of one kind (an
+            expert's down_proj in every layer, say); shard names and offsets inside shards may differ.
+        emit_some: (replica group, tensors) -> those of its shards that hold one of ``tensors``, and possibly others.
     """
 
     kind: Callable[[str], Hashable]
@@ -91,21 +91,21 @@ class Alike:
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds what. Ranks with the same *cell* (say the same (tp, pp) coordinate) hold the same shards: they are
-    replicas of one another. A pure function of configuration: no rank needs to ask another.
+    """Who holds what. Ranks of one *replica group* (those with the same (tp, pp) coordinates, say) hold equal shards.
+    A pure function of configuration: no rank needs to ask another.
 
     Args:
         name: for people, "megatron TP2 PP2".
-        cells: global rank -> cell, for every rank that takes part.
-        emit: cell -> the shards of a rank in that cell.
-        alike: what lets a planner of a large model look at a few tensors only; None makes it look at all.
+        replica_of: global rank -> the key of its replica group, for every rank that takes part.
+        emit: replica group -> the shards of each of its ranks.
+        symmetry: lets the planner of a large model look at a few tensors only; None makes it look at all.
         held: logical tensor -> how this system holds its values; those that are missing as they are.
     """
 
     name: str
-    cells: Mapping[int, Hashable]
+    replica_of: Mapping[int, Hashable]
     emit: Callable[[Hashable], Iterable[Shard]]
-    alike: Alike | None = None
+    symmetry: Symmetry | None = None
     held: Mapping[str, Held] = field(default_factory=dict)
 
     def added(self, tensor: str) -> float:
@@ -114,34 +114,34 @@ class Layout:
 
     def shards(self, rank: int) -> tuple[Shard, ...]:
         """The shards of ``rank``; empty when the rank takes no part."""
-        return self.shards_of(self.cells[rank]) if rank in self.cells else ()
+        return self.shards_of(self.replica_of[rank]) if rank in self.replica_of else ()
 
-    def shards_of(self, cell: Hashable) -> tuple[Shard, ...]:
-        return self._emitted(cell)
+    def shards_of(self, replica: Hashable) -> tuple[Shard, ...]:
+        return self._emitted(replica)
 
     @functools.cached_property
     def _emitted(self) -> Callable[[Hashable], tuple[Shard, ...]]:
-        return functools.cache(lambda cell: tuple(self.emit(cell)))
+        return functools.cache(lambda replica: tuple(self.emit(replica)))
 
     @functools.cached_property
     def replicas(self) -> dict[Hashable, tuple[int, ...]]:
-        """Cell -> the ranks in it, ascending."""
+        """Replica group -> the ranks in it, ascending."""
         groups: dict[Hashable, list[int]] = {}
-        for rank in sorted(self.cells):
-            groups.setdefault(self.cells[rank], []).append(rank)
-        return {cell: tuple(ranks) for cell, ranks in groups.items()}
+        for rank in sorted(self.replica_of):
+            groups.setdefault(self.replica_of[rank], []).append(rank)
+        return {replica: tuple(ranks) for replica, ranks in groups.items()}
 
 
 def restricted(layout: Layout, tensors: Collection[str]) -> Layout:
     """``layout`` with only the spans of ``tensors``: a plan for a part of a model need not walk all of it."""
 
-    def emit(cell: Hashable) -> Iterator[Shard]:
-        for shard in layout.shards_of(cell):
+    def emit(replica: Hashable) -> Iterator[Shard]:
+        for shard in layout.shards_of(replica):
             spans = tuple(span for span in shard.spans if span.tensor in tensors)
             if spans:
                 yield replace(shard, spans=spans)
 
-    return Layout(layout.name, layout.cells, emit, held=layout.held)
+    return Layout(layout.name, layout.replica_of, emit, held=layout.held)
 
 
 def block(size: int, index: int, count: int, what: str = "dimension") -> tuple[int, int]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from megatron_rl.reshard.certificate import Certificate, certify
-from megatron_rl.reshard.index import MIN_SHARE, CellRanks, Cells, LayoutIndex, Pattern, SourceIndex, patterns_of
+from megatron_rl.reshard.index import MIN_SHARE, LayoutIndex, Pattern, ReplicaRanks, Replicas, SourceIndex, patterns_of
 from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.offsets import Offset, Offsets
 from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
 from megatron_rl.reshard.route import Hop, Route
-from megatron_rl.reshard.spots import Spot, Spots
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.wire import WireFormat
 
@@ -32,7 +32,7 @@ class Transfer(NamedTuple):
     rectangle: Rectangle  # of the logical tensor; the same at both ends
     position: int  # orders the transfers between two ranks, alike at both ends
     depth: int  # 0: the sender holds it in a source shard; n: it arrived by n hops, in a target shard
-    spot: Spot  # where it sits at this end: in a source shard (sender, depth 0) or a target shard
+    offset: Offset  # where it sits at this end: in a source shard (sender, depth 0) or a target shard
 
     @property
     def numel(self) -> int:
@@ -44,8 +44,8 @@ class LocalCopy(NamedTuple):
 
     tensor: str
     rectangle: Rectangle
-    src: Spot
-    dst: Spot  # in a target shard
+    src: Offset
+    dst: Offset  # in a target shard
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class RankPlan:
     sends: tuple[Transfer, ...]
     receives: tuple[Transfer, ...]
     copies: tuple[LocalCopy, ...]  # from source shards to target shards
-    echoes: tuple[LocalCopy, ...]  # from target shards to target shards, for what a rank stores twice; after receiving
+    duplicates: tuple[LocalCopy, ...]  # between target shards, of what a rank stores twice; after receiving
 
     @property
     def sent_elements(self) -> int:
@@ -68,7 +68,7 @@ class RankPlan:
 
     @property
     def copied_elements(self) -> int:
-        return sum(copy.rectangle.numel for copy in (*self.copies, *self.echoes))
+        return sum(copy.rectangle.numel for copy in (*self.copies, *self.duplicates))
 
     @property
     def forwarded_elements(self) -> int:
@@ -100,8 +100,8 @@ class ReshardPlan:
         self.source, self.target = source, target
         self.topology = topology or Topology()
         self._min_share = min_share
-        self._holders, self._needers = CellRanks(source), CellRanks(target)
-        self._routes: dict[tuple[Cells, Cells], Route] = {}
+        self._holders, self._needers = ReplicaRanks(source), ReplicaRanks(target)
+        self._routes: dict[tuple[Replicas, Replicas], Route] = {}
 
     @functools.cached_property
     def source_index(self) -> SourceIndex:
@@ -114,9 +114,9 @@ class ReshardPlan:
     @functools.cached_property
     def ranks(self) -> tuple[int, ...]:
         """All ranks that take part, ascending."""
-        return tuple(sorted({*self.source.cells, *self.target.cells}))
+        return tuple(sorted({*self.source.replica_of, *self.target.replica_of}))
 
-    def route(self, held_by: Cells, needed_by: Cells) -> Route:
+    def route(self, held_by: Replicas, needed_by: Replicas) -> Route:
         key = (held_by, needed_by)
         if key not in self._routes:
             self._routes[key] = Route(self._holders[held_by], self._needers[needed_by], self.topology)
@@ -124,7 +124,7 @@ class ReshardPlan:
 
     def wanted(self, tensors: Iterable[str]) -> Mapping[str, Pattern]:
         """At least the patterns of those of ``tensors`` that the target holds."""
-        if self.target.alike is None or "target_index" in self.__dict__:
+        if self.target.symmetry is None or "target_index" in self.__dict__:
             return self.target_index.patterns
         return patterns_of(self.target, tensors)
 
@@ -148,8 +148,8 @@ class ReshardPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.source.name} on {len(self.source.cells)} ranks ({len(self.source.replicas)} different) -> "
-            f"{self.target.name} on {len(self.target.cells)} ranks ({len(self.target.replicas)} different): "
+            f"{self.source.name} on {len(self.source.replica_of)} ranks ({len(self.source.replicas)} different) -> "
+            f"{self.target.name} on {len(self.target.replica_of)} ranks ({len(self.target.replicas)} different): "
             f"{len(self.source_index.tensors):,} tensors, {self.source_index.num_elements:,} elements"
         )
 
@@ -175,7 +175,7 @@ class _Step(NamedTuple):
     """What a rank does about one piece of all tensors that are cut and shared alike."""
 
     rectangle: Rectangle
-    offset: int  # elements of the tensor before it, in the order of positions
+    before: int  # elements of the tensor before it, in the order of positions
     resident: bool
     hops: tuple[Hop, ...]
 
@@ -185,14 +185,15 @@ class _RankPlanner:
 
     def __init__(self, plan: ReshardPlan, rank: int) -> None:
         self._plan, self._rank = plan, rank
-        self._held = Spots(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
-        self._wanted = Spots(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
-        self._held_cell, self._wanted_cell = _cell_number(plan.source, rank), _cell_number(plan.target, rank)
+        self._held = Offsets(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
+        self._wanted = Offsets(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
+        self._held_replica = _replica_number(plan.source, rank)
+        self._wanted_replica = _replica_number(plan.target, rank)
         self._steps: dict[tuple[Pattern, Pattern, tuple[int, ...]], list[_Step]] = {}
         self._sends: list[Transfer] = []
         self._receives: list[Transfer] = []
         self._copies: list[LocalCopy] = []
-        self._echoes: list[LocalCopy] = []
+        self._duplicates: list[LocalCopy] = []
 
     def plan(self) -> RankPlan:
         tensors = self._plan.source_index.tensors
@@ -204,37 +205,38 @@ class _RankPlanner:
             if tensor in patterns:
                 self._tensor(tensor, patterns[tensor])
         sends, receives = (tuple(sorted(part, key=_position)) for part in (self._sends, self._receives))
-        return RankPlan(self._rank, sends, receives, tuple(self._copies), tuple(self._echoes))
+        return RankPlan(self._rank, sends, receives, tuple(self._copies), tuple(self._duplicates))
 
     def _tensor(self, tensor: str, wanted: Pattern) -> None:
         pattern, start, shares = self._plan.source_index.tensors[tensor]
         key = (pattern, wanted, shares)
         if key not in self._steps:
             self._steps[key] = list(self._steps_for(tensor, pattern, wanted, shares))
-        for rectangle, offset, resident, hops in self._steps[key]:
+        for rectangle, before, resident, hops in self._steps[key]:
             if resident:
                 src, targets = self._held.find(tensor, rectangle)[0], self._wanted.find(tensor, rectangle)
                 self._copies += [LocalCopy(tensor, rectangle, src, dst) for dst in targets]
             for hop in hops:
-                self._hop(hop, tensor, rectangle, start + offset)
+                self._hop(hop, tensor, rectangle, start + before)
 
     def _steps_for(self, tensor: str, pattern: Pattern, wanted: Pattern, shares: tuple[int, ...]) -> Iterator[_Step]:
         for left, right, rectangle in self._crossings(tensor, pattern, wanted):
-            route = self._plan.route(pattern.cells[left], wanted.cells[right])
+            route = self._plan.route(pattern.replicas[left], wanted.replicas[right])
             piece = pattern.rectangles[left]
             row, col = rectangle.row_start - piece.row_start, rectangle.col_start - piece.col_start
-            offset = pattern.offsets[left] + row * piece.num_cols + col
-            yield _Step(rectangle, offset, self._rank in route.residents, route.hops_of(self._rank, shares[left]))
+            before = pattern.starts[left] + row * piece.num_cols + col
+            yield _Step(rectangle, before, self._rank in route.residents, route.hops_of(self._rank, shares[left]))
 
     def _crossings(self, tensor: str, pattern: Pattern, wanted: Pattern) -> tuple[Crossing, ...]:
         """The crossings that touch this rank, after checking that all it wants is covered."""
         mine = [
             crossing
             for crossing in cross(pattern.rectangles, wanted.rectangles)
-            if self._wanted_cell in wanted.cells[crossing.right] or self._held_cell in pattern.cells[crossing.left]
+            if self._wanted_replica in wanted.replicas[crossing.right]
+            or self._held_replica in pattern.replicas[crossing.left]
         ]
         for j, rectangle in enumerate(wanted.rectangles):
-            if self._wanted_cell in wanted.cells[j]:
+            if self._wanted_replica in wanted.replicas[j]:
                 covered = sum(crossing.rectangle.numel for crossing in mine if crossing.right == j)
                 if covered != rectangle.numel:
                     self._refuse(tensor, uncovered(rectangle, pattern.rectangles) or rectangle)
@@ -248,11 +250,11 @@ class _RankPlanner:
             self._sends.append(transfer)
         else:
             self._receives.append(transfer)
-            self._echoes += [LocalCopy(tensor, rectangle, first, other) for other in others]
+            self._duplicates += [LocalCopy(tensor, rectangle, first, other) for other in others]
 
     def _refuse(self, tensor: str, rectangle: Rectangle) -> None:
-        spots = self._wanted.find(tensor, rectangle)
-        shard = spots[0].shard if spots else "?"
+        offsets = self._wanted.find(tensor, rectangle)
+        shard = offsets[0].shard if offsets else "?"
         raise ValueError(
             f"{self._plan.target.name}: {shard} on rank {self._rank} needs {tensor}{rectangle}, which no rank of "
             f"{self._plan.source.name} holds: check that both layouts describe the same model"
@@ -263,6 +265,6 @@ def _position(transfer: Transfer) -> int:
     return transfer.position
 
 
-def _cell_number(layout: Layout, rank: int) -> int:
-    """The number of the rank's cell in `index.Cells`; -1 when it takes no part."""
-    return tuple(layout.replicas).index(layout.cells[rank]) if rank in layout.cells else -1
+def _replica_number(layout: Layout, rank: int) -> int:
+    """The number of the rank's replica group in `index.Replicas`; -1 when it takes no part."""
+    return tuple(layout.replicas).index(layout.replica_of[rank]) if rank in layout.replica_of else -1

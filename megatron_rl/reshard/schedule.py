@@ -14,19 +14,19 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_rl.reshard.offsets import Offset
 from megatron_rl.reshard.plan import RankPlan, Transfer
-from megatron_rl.reshard.spots import Spot
 from megatron_rl.reshard.wire import WireFormat
 
 
 class Piece(NamedTuple):
     """A rectangle inside a message."""
 
-    spot: Spot  # at this end
+    offset: Offset  # at this end
     forwarded: bool  # the sender reads it from a target shard
     rows: int
     cols: int
-    offset: int  # elements of the message before it
+    start: int  # elements of the message before it
 
     @property
     def numel(self) -> int:
@@ -62,7 +62,7 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class Chunking:
     """The figures by which all ranks cut alike. Must be equal on all of them.
 
     Attributes:
@@ -78,15 +78,17 @@ class Pace:
         return transfer.position // self.epoch_elements + transfer.depth
 
 
-def build_schedule(plan: RankPlan, ranks: tuple[int, ...], wire: WireFormat, pace: Pace) -> tuple[Exchange, ...]:
+def build_schedule(
+    plan: RankPlan, ranks: tuple[int, ...], wire: WireFormat, chunking: Chunking
+) -> tuple[Exchange, ...]:
     """The exchanges of ``plan.rank`` in the order it takes them up.
 
     Args:
         ranks: all ranks of the job (`ReshardPlan.ranks`), the same at every rank.
     """
     number = {rank: i for i, rank in enumerate(ranks)}
-    sends = _streams(((t.dst_rank, t) for t in plan.sends), wire, pace)
-    receives = _streams(((t.src_rank, t) for t in plan.receives), wire, pace)
+    sends = _streams(((t.dst_rank, t) for t in plan.sends), wire, chunking)
+    receives = _streams(((t.src_rank, t) for t in plan.receives), wire, chunking)
     exchanges = []
     for round_, peer in {**sends, **receives}:
         slot = (number[plan.rank] + number[peer]) % len(ranks)
@@ -98,18 +100,18 @@ def build_schedule(plan: RankPlan, ranks: tuple[int, ...], wire: WireFormat, pac
 
 
 def _streams(
-    transfers: Iterable[tuple[int, Transfer]], wire: WireFormat, pace: Pace
+    transfers: Iterable[tuple[int, Transfer]], wire: WireFormat, chunking: Chunking
 ) -> dict[tuple[int, int], list[Message]]:
     """(round, peer) -> messages."""
     grouped: dict[tuple[int, int], dict[torch.dtype, list[Transfer]]] = {}
     for peer, transfer in transfers:
-        by_dtype = grouped.setdefault((pace.round_of(transfer), peer), {})
+        by_dtype = grouped.setdefault((chunking.round_of(transfer), peer), {})
         by_dtype.setdefault(wire.of(transfer.tensor), []).append(transfer)
     return {
         key: [
             message
             for dtype in sorted(by_dtype, key=str)
-            for message in messages(dtype, ((t.spot, t.depth > 0, *_shape(t)) for t in by_dtype[dtype]), pace)
+            for message in messages(dtype, ((t.offset, t.depth > 0, *_shape(t)) for t in by_dtype[dtype]), chunking)
         ]
         for key, by_dtype in grouped.items()
     }
@@ -119,20 +121,22 @@ def _shape(transfer: Transfer) -> tuple[int, int]:
     return transfer.rectangle.num_rows, transfer.rectangle.num_cols
 
 
-def messages(dtype: torch.dtype, rectangles: Iterable[tuple[Spot, bool, int, int]], pace: Pace) -> Iterator[Message]:
-    """Pack ``(spot, forwarded, rows, cols)`` in order. A rectangle of a quarter chunk or more travels alone, so that
+def messages(
+    dtype: torch.dtype, rectangles: Iterable[tuple[Offset, bool, int, int]], chunking: Chunking
+) -> Iterator[Message]:
+    """Pack ``(offset, forwarded, rows, cols)`` in order. A rectangle of a quarter chunk or more travels alone, so that
     its receiver can take it in place."""
-    limit = max(pace.chunk_bytes // dtype.itemsize, 1)
+    limit = max(chunking.chunk_bytes // dtype.itemsize, 1)
     pieces: list[Piece] = []
     filled = 0
-    for spot, forwarded, rows, cols in rectangles:
+    for offset, forwarded, rows, cols in rectangles:
         if rows * cols * 4 >= limit:
-            yield from (_alone(dtype, piece) for piece in _cut(spot, forwarded, rows, cols, limit))
+            yield from (_alone(dtype, piece) for piece in _cut(offset, forwarded, rows, cols, limit))
             continue
         if filled + rows * cols > limit:
             yield Message(dtype, filled, tuple(pieces))
             pieces, filled = [], 0
-        pieces.append(Piece(spot, forwarded, rows, cols, filled))
+        pieces.append(Piece(offset, forwarded, rows, cols, filled))
         filled += rows * cols
     if pieces:
         yield Message(dtype, filled, tuple(pieces))
@@ -142,16 +146,16 @@ def _alone(dtype: torch.dtype, piece: Piece) -> Message:
     return Message(dtype, piece.numel, (piece,))
 
 
-def _cut(spot: Spot, forwarded: bool, rows: int, cols: int, limit: int) -> Iterator[Piece]:
+def _cut(offset: Offset, forwarded: bool, rows: int, cols: int, limit: int) -> Iterator[Piece]:
     """Bands of rows of about equal size; where one row exceeds ``limit``, bands of columns of each row."""
     if cols <= limit:
         bands = -(-rows // (limit // cols))
         for start, stop in _bands(rows, bands):
-            yield Piece(spot._replace(row=spot.row + start), forwarded, stop - start, cols, 0)
+            yield Piece(offset._replace(row=offset.row + start), forwarded, stop - start, cols, 0)
         return
     for row in range(rows):
         for start, stop in _bands(cols, -(-cols // limit)):
-            yield Piece(Spot(spot.shard, spot.row + row, spot.col + start), forwarded, 1, stop - start, 0)
+            yield Piece(Offset(offset.shard, offset.row + row, offset.col + start), forwarded, 1, stop - start, 0)
 
 
 def _bands(size: int, count: int) -> Iterator[tuple[int, int]]:

@@ -156,7 +156,7 @@ def forecast(
         load=link_load(certificate),
         speeds=speeds or LinkSpeeds(),
         num_replicas=len(replicas),
-        train_bytes=max(_num_bytes(source, cell, dtype) for cell in source.replicas),
+        train_bytes=max(_num_bytes(source, replica, dtype) for replica in source.replicas),
         rollout_bytes=_num_bytes(target, some_engine_rank, dtype),
         max_staging_bytes=max_staging_bytes,
     )
@@ -175,8 +175,8 @@ def _replicas(grid: RankGrid, rollout: RolloutSizes, cluster: Cluster) -> list[S
     return [ranks[start : start + rollout.tp] for start in range(0, len(ranks), rollout.tp)]
 
 
-def _num_bytes(layout: Layout, cell: Any, dtype: torch.dtype) -> int:
-    return sum(math.prod(shard.shape) for shard in layout.shards_of(cell)) * dtype.itemsize
+def _num_bytes(layout: Layout, replica: Any, dtype: torch.dtype) -> int:
+    return sum(math.prod(shard.shape) for shard in layout.shards_of(replica)) * dtype.itemsize
 
 
 def _mib(num_bytes: int) -> str:

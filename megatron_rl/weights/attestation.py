@@ -21,10 +21,10 @@ from torch import Tensor
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.reshard import Layout, Readable, ReshardPlan, Shard, WireFormat
 from megatron_rl.reshard.buckets import Bucket
-from megatron_rl.reshard.derived import Derived, read
 from megatron_rl.reshard.layout import matrix_shape
+from megatron_rl.reshard.lazy_tensor import LazyTensor, read
+from megatron_rl.reshard.offsets import Offset, Offsets
 from megatron_rl.reshard.rectangle import Rectangle, cross, disjoint_parts
-from megatron_rl.reshard.spots import Spot, Spots
 
 CONVERTED_ELEMENTS = 1 << 20  # widened to the wire dtype at a time
 
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
     tensor: str
     rectangle: Rectangle
-    spot: Spot
+    offset: Offset
     slot: int
 
 
@@ -92,7 +92,7 @@ class Attestor:
         """One attestor for the rollout shards of each bucket."""
         pieces: dict[str, list[Piece]] = {}
         for piece in self.held:
-            pieces.setdefault(piece.spot.shard, []).append(piece)
+            pieces.setdefault(piece.offset.shard, []).append(piece)
         parts = []
         for bucket in buckets:
             part = copy.copy(self)
@@ -108,10 +108,10 @@ class Attestor:
     def check_dtypes(self, shards: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless this rank's rollout ``shards`` have the dtypes that their values travel in."""
         for piece in self.held:
-            have, want = shards[piece.spot.shard].dtype, self.wire.of(piece.tensor)
+            have, want = shards[piece.offset.shard].dtype, self.wire.of(piece.tensor)
             if have != want:
                 raise ValueError(
-                    f"wrong dtype: rollout rank {self.rank} holds {piece.spot.shard} in {have}, but {piece.tensor} "
+                    f"wrong dtype: rollout rank {self.rank} holds {piece.offset.shard} in {have}, but {piece.tensor} "
                     f"travels in {want}: start the engine in {want}, or push in {have}"
                 )
 
@@ -137,14 +137,14 @@ class Checksums:
 
     def __init__(self, pieces: Sequence[Piece], num_slots: int, wire: WireFormat) -> None:
         self._pieces, self._num_slots, self._wire = pieces, num_slots, wire
-        self._names = list(dict.fromkeys(piece.spot.shard for piece in pieces))
+        self._names = list(dict.fromkeys(piece.offset.shard for piece in pieces))
         self._signature: list[tuple[torch.dtype, torch.Size, bool]] = []
         self._groups: list[_Group] = []
 
     def __call__(self, tensors: Mapping[str, Readable]) -> Tensor:
         """[num_slots] int64, on the CPU; ``tensors`` by shard name."""
         given = [tensors[name] for name in self._names]
-        signature = [(tensor.dtype, tensor.shape, isinstance(tensor, Derived)) for tensor in given]
+        signature = [(tensor.dtype, tensor.shape, isinstance(tensor, LazyTensor)) for tensor in given]
         fresh = signature != self._signature
         if fresh:
             self._groups, self._signature = _grouped(self._pieces, tensors, self._wire), signature
@@ -172,12 +172,12 @@ class _Group(NamedTuple):
 def _grouped(pieces: Iterable[Piece], tensors: Mapping[str, Readable], wire: WireFormat) -> list[_Group]:
     groups: dict[tuple[torch.dtype, torch.dtype, str], list[Piece]] = {}
     for piece in pieces:
-        tensor = tensors[piece.spot.shard]
-        alone = piece.spot.shard if isinstance(tensor, Derived) else ""  # computed one at a time
+        tensor = tensors[piece.offset.shard]
+        alone = piece.offset.shard if isinstance(tensor, LazyTensor) else ""  # computed one at a time
         groups.setdefault((tensor.dtype, wire.of(piece.tensor), alone), []).append(piece)
     made = []
     for (have, travels, _), members in groups.items():
-        names = list(dict.fromkeys(piece.spot.shard for piece in members))
+        names = list(dict.fromkeys(piece.offset.shard for piece in members))
         table = None
         if have == travels or travels.itemsize < have.itemsize:
             numbers = {name: number for number, name in enumerate(names)}
@@ -190,23 +190,27 @@ def _row(
     piece: Piece, numbers: Mapping[str, int], tensors: Mapping[str, Readable], dtype: torch.dtype
 ) -> tuple[int, ...]:
     """The columns of `ops.span_checksum.SPAN_COLUMNS`."""
-    stride = matrix_shape(tuple(tensors[piece.spot.shard].shape))[1]
-    at, spot = piece.rectangle, piece.spot
-    offset = spot.row * stride + spot.col
+    stride = matrix_shape(tuple(tensors[piece.offset.shard].shape))[1]
+    at, offset = piece.rectangle, piece.offset
+    start = offset.row * stride + offset.col
     size = (at.num_rows, at.num_cols, stride)
-    return (numbers[spot.shard], piece.slot, _key(piece.tensor, dtype), at.row_start, at.col_start, offset, *size)
+    return (numbers[offset.shard], piece.slot, _key(piece.tensor, dtype), at.row_start, at.col_start, start, *size)
 
 
 def _widened(tensors: Mapping[str, Tensor], pieces: list[Piece], num_slots: int, dtype: torch.dtype) -> Tensor:
     """Checksums of values that travel wider than they are held, a few rows at a time to bound the memory."""
     sums = torch.zeros(num_slots, dtype=torch.int64)
     for piece in pieces:
-        at, spot = piece.rectangle, piece.spot
-        matrix = tensors[spot.shard].detach().view(matrix_shape(tuple(tensors[spot.shard].shape)))
+        at, offset = piece.rectangle, piece.offset
+        matrix = tensors[offset.shard].detach().view(matrix_shape(tuple(tensors[offset.shard].shape)))
         step = max(1, CONVERTED_ELEMENTS // at.num_cols)
         for row in range(0, at.num_rows, step):
             stop = min(row + step, at.num_rows)
-            part = matrix[spot.row + row : spot.row + stop, spot.col : spot.col + at.num_cols].to(dtype).contiguous()
+            part = (
+                matrix[offset.row + row : offset.row + stop, offset.col : offset.col + at.num_cols]
+                .to(dtype)
+                .contiguous()
+            )
             size = (stop - row, at.num_cols, at.num_cols)
             place = (0, piece.slot, _key(piece.tensor, dtype), at.row_start + row, at.col_start, 0)
             sums += span_checksum([part], torch.tensor([[*place, *size]]), num_slots).cpu()
@@ -220,35 +224,35 @@ def _key(tensor: str, dtype: torch.dtype) -> int:
 
 def _sent(plan: ReshardPlan, rank: int, slots: Slots) -> Iterator[Piece]:
     """The pieces whose checksum ``rank`` contributes: of equal holders, the one whose turn it is to send."""
-    if rank not in plan.source.cells:
+    if rank not in plan.source.replica_of:
         return
-    held = Spots(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
-    cells = {cell: number for number, cell in enumerate(plan.source.replicas)}
-    mine, replicas = cells[plan.source.cells[rank]], list(plan.source.replicas.values())
+    held = Offsets(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
+    numbers = {replica: number for number, replica in enumerate(plan.source.replicas)}
+    mine, replicas = numbers[plan.source.replica_of[rank]], list(plan.source.replicas.values())
     for tensor in held:
         source = plan.source_index.tensors[tensor]
         if tensor not in slots.patterns:
             continue
         for left, right, rectangle in cross(source.pattern.rectangles, slots.patterns[tensor].rectangles):
-            holding = source.pattern.cells[left]
+            holding = source.pattern.replicas[left]
             if mine in holding:
-                ranks = sorted(holder for cell in holding for holder in replicas[cell])
+                ranks = sorted(holder for replica in holding for holder in replicas[replica])
                 if ranks[source.shares[left]] == rank:
                     yield Piece(tensor, rectangle, held.find(tensor, rectangle)[0], slots.first[tensor] + right)
 
 
 def _held(target: Layout, rank: int, slots: Slots) -> Iterator[Piece]:
     """Everything that ``rank`` holds of the rollout weights, what it holds twice included."""
-    if rank not in target.cells:
+    if rank not in target.replica_of:
         return
-    spots = Spots(target.shards(rank), f"{target.name}, rank {rank}")
-    mine = tuple(target.replicas).index(target.cells[rank])
-    for tensor in spots:
+    offsets = Offsets(target.shards(rank), f"{target.name}, rank {rank}")
+    mine = tuple(target.replicas).index(target.replica_of[rank])
+    for tensor in offsets:
         pattern = slots.patterns[tensor]
-        for number, (rectangle, cells) in enumerate(zip(pattern.rectangles, pattern.cells, strict=True)):
-            if mine in cells:
-                for spot in spots.find(tensor, rectangle):
-                    yield Piece(tensor, rectangle, spot, slots.first[tensor] + number)
+        for number, (rectangle, replicas) in enumerate(zip(pattern.rectangles, pattern.replicas, strict=True)):
+            if mine in replicas:
+                for offset in offsets.find(tensor, rectangle):
+                    yield Piece(tensor, rectangle, offset, slots.first[tensor] + number)
 
 
 def _padding(shard: Shard) -> list[Rectangle]:

@@ -93,7 +93,7 @@ class _Diagnosis:
     def fault(self, mismatch: Mismatch) -> Fault:
         piece = mismatch.piece
         kind, other = self._kind(mismatch)
-        return Fault(kind, self._attestor.rank, piece.spot.shard, piece.tensor, piece.rectangle, other)
+        return Fault(kind, self._attestor.rank, piece.offset.shard, piece.tensor, piece.rectangle, other)
 
     def _kind(self, mismatch: Mismatch) -> tuple[FaultKind, str]:
         piece = mismatch.piece
@@ -110,7 +110,7 @@ class _Diagnosis:
     def _candidates(self, piece: Piece) -> Iterator[Piece]:
         """The same memory read as each other rectangle of its shape, those of the same tensor first."""
         alike = [
-            Piece(tensor, rectangle, piece.spot, slot)
+            Piece(tensor, rectangle, piece.offset, slot)
             for slot, tensor, rectangle in self._attestor.slots
             if slot != piece.slot and _shape(rectangle) == _shape(piece.rectangle)
         ]
@@ -122,9 +122,9 @@ class _Diagnosis:
 
 
 def _content(shards: Mapping[str, Tensor], piece: Piece) -> Tensor:
-    spot, (rows, cols) = piece.spot, _shape(piece.rectangle)
-    shard = shards[spot.shard].detach()
-    return shard.view(matrix_shape(tuple(shard.shape)))[spot.row : spot.row + rows, spot.col : spot.col + cols]
+    offset, (rows, cols) = piece.offset, _shape(piece.rectangle)
+    shard = shards[offset.shard].detach()
+    return shard.view(matrix_shape(tuple(shard.shape)))[offset.row : offset.row + rows, offset.col : offset.col + cols]
 
 
 def _shape(rectangle: Rectangle) -> tuple[int, int]:

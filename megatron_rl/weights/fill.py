@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
-from megatron_rl.reshard.derived import Readable
 from megatron_rl.reshard.layout import Layout
+from megatron_rl.reshard.lazy_tensor import Readable
 from megatron_rl.weights.source import TensorSource, check_shape
 
 

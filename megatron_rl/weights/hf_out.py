@@ -69,7 +69,7 @@ def save_hf(
     some = next(iter(tensors.values()))
     description = HFDescription(architecture, hf_config, tokenizer, generation_config)
     writer = HFFolderWriter(folder, description, dtype or some.dtype, max_shard_bytes, overwrite)
-    ranks = tuple(sorted(layout.cells))
+    ranks = tuple(sorted(layout.replica_of))
     together = Agreement(transport.peers(ranks, rank, some.device), "nothing was published")
     with together.attempt():
         check_tensors(layout, rank, tensors)
@@ -121,16 +121,16 @@ def _gather(
 def _wave_layout(wave: Mapping[int, HFFile]) -> Layout:
     """Each rank holds the tensors of its file."""
 
-    def emit(cell: Hashable) -> Iterator[Shard]:
-        assert isinstance(cell, int)
-        return (whole(name, name, shape) for name, shape in wave[cell].tensors.items())
+    def emit(replica: Hashable) -> Iterator[Shard]:
+        assert isinstance(replica, int)
+        return (whole(name, name, shape) for name, shape in wave[replica].tensors.items())
 
     return Layout("huggingface files", {rank: rank for rank in wave}, emit)
 
 
 def check_complete(layout: Layout, tensors: Iterable[str]) -> None:
     """Raise ConfigError unless some rank of ``layout`` holds a part of each of ``tensors``."""
-    held = {span.tensor for cell in layout.replicas for shard in layout.shards_of(cell) for span in shard.spans}
+    held = {span.tensor for replica in layout.replicas for shard in layout.shards_of(replica) for span in shard.spans}
     missing = [name for name in tensors if name not in held]
     if missing:
         raise ConfigError(

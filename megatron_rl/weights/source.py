@@ -118,7 +118,7 @@ def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> L
     present = [shard for shard in layout.shards(rank) if shard.name in tensors]
     for shard in present:
         check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
-    held = Layout(layout.name, {0: 0}, lambda cell: present, held=layout.held)
+    held = Layout(layout.name, {0: 0}, lambda replica: present, held=layout.held)
     return LayoutSource(held, (0,), lambda rank, shard: tensors[shard.name], keep=0)
 
 

@@ -66,7 +66,7 @@ class BucketStream:
     ) -> None:
         layout, wire = target.layout, resharder.wire
         self._target, self._rank, self._wire, self._resharder = target, rank, wire, resharder
-        self._takes_part = rank in layout.cells
+        self._takes_part = rank in layout.replica_of
         spare = max_bytes - message_bytes(max_bytes)
         self.limit = spare // target.bucket_copies
         self.buckets = cut_buckets(layout, wire, self.limit)
@@ -83,7 +83,7 @@ class BucketStream:
         alone = [bucket for bucket in self.buckets if bucket.num_bytes > self.limit]
         self.num_oversized = sum(bucket.num_bytes * (self._target.bucket_copies - 1) > spare for bucket in alone)
         logger.info("weights: %d buckets of up to %d bytes for %s", len(self.buckets), self.limit, layout.name)
-        if self.num_oversized and self._rank == min(layout.cells):
+        if self.num_oversized and self._rank == min(layout.replica_of):
             largest = max(alone, key=lambda bucket: bucket.num_bytes)
             logger.warning(
                 "%d of %d buckets pass max_staging_bytes=%d: the engine takes whole shards, and %s needs %d bytes on a "

@@ -112,8 +112,8 @@ class WeightSync:
         self._attestor: Attestor | None = None
         self._previous: Tensor | None = None  # the expected checksums of the last push
         self._stream: BucketStream | None = None
-        self._takes_part = rank in target.layout.cells
-        ranks = sorted(source.cells.keys() | target.layout.cells.keys())
+        self._takes_part = rank in target.layout.replica_of
+        ranks = sorted(source.replica_of.keys() | target.layout.replica_of.keys())
         peers = self._transport.peers(ranks, rank, device)
         self._together = Agreement(peers, "no engine serves the new version, and the next push starts anew")
 
@@ -215,7 +215,7 @@ class WeightSync:
         if self._resharder is not None:
             return
         wire = self._wire or next((tensor.dtype for tensor in own.values()), None)
-        apart = self.source.cells.keys() - self.target.layout.cells.keys()
+        apart = self.source.replica_of.keys() - self.target.layout.replica_of.keys()
         if wire is None or (self._wire is None and apart):
             raise ConfigError(
                 "wire_dtype must be given where some ranks hold no rollout weights, since they cannot know the "

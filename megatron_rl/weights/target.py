@@ -57,7 +57,7 @@ class WeightTarget(Protocol):
 
 def within(layout: Layout, ranks: Collection[int]) -> Layout:
     """``layout`` as far as it concerns ``ranks``."""
-    return replace(layout, cells={rank: cell for rank, cell in layout.cells.items() if rank in ranks})
+    return replace(layout, replica_of={rank: replica for rank, replica in layout.replica_of.items() if rank in ranks})
 
 
 class PartialTarget:

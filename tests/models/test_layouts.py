@@ -72,7 +72,7 @@ def test_megatron_layout_equals_slicing_by_hand(architecture: Architecture, size
         assert_same(filled(layout, rank, full, architecture), expected)
 
 
-def test_replicas_share_a_cell_and_nobody_else_does() -> None:
+def test_ranks_with_equal_shards_share_a_replica_group_and_others_do_not() -> None:
     layout = megatron_layout(LLAMA, RankGrid(ParallelSizes(tp=2, pp=2, cp=2), 16), padded_vocab=64)
     grid = RankGrid(ParallelSizes(tp=2, pp=2, cp=2), 16)
     expected = sorted(grid.ranks(tp=tp, pp=pp) for tp in range(2) for pp in range(2))

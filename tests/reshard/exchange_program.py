@@ -71,7 +71,7 @@ class CountingTransport(P2PTransport):
 
 def megatron(architecture: Architecture, world: int = 4, first: int = 0, **sizes: int) -> Layout:
     layout = megatron_layout(architecture, RankGrid(ParallelSizes(**sizes), world), padded_vocab=1024)
-    return replace(layout, cells={first + rank: cell for rank, cell in layout.cells.items()})
+    return replace(layout, replica_of={first + rank: replica for rank, replica in layout.replica_of.items()})
 
 
 def family_cases() -> Iterator[Case]:
@@ -144,7 +144,7 @@ def check_absent_peer(rank: int) -> None:
     group = dist.new_group()
     if rank == 0:
         spans = [Shard("w", (4,), (Span("w", 0, 4, 0, 1, 0, 0),))]
-        source, target = (Layout(name, {r: 0}, lambda cell: spans) for name, r in (("a", 3), ("b", 0)))
+        source, target = (Layout(name, {r: 0}, lambda replica: spans) for name, r in (("a", 3), ("b", 0)))
         resharder = Resharder(source, target, 0, P2PTransport(group, timeout=1))
         with pytest.raises(TransportError, match="the exchange with rank 3 failed or took longer than 1 s"):
             resharder.run({}, {"w": torch.zeros(4, dtype=torch.bfloat16)})

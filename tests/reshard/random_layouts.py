@@ -22,29 +22,29 @@ def random_shapes(rng: Random) -> dict[str, tuple[int, int]]:
 def random_layout(
     rng: Random, name: str, shapes: Mapping[str, tuple[int, int]], ranks: list[int], complete: bool, overlaps: bool
 ) -> Layout:
-    """Each tensor is cut by a grid; each block goes to some of the cells.
+    """Each tensor is cut by a grid; each block goes to some of the replicas.
 
     Args:
-        complete: every element is held by at least one cell.
-        overlaps: some cells also hold rectangles that do not follow the grid.
+        complete: every element is held by at least one replica.
+        overlaps: some replicas also hold rectangles that do not follow the grid.
     """
     num_cells = rng.randint(1, len(ranks))
     order = [*range(num_cells), *(rng.randrange(num_cells) for _ in range(len(ranks) - num_cells))]
     rng.shuffle(order)
-    cells = {rank: f"cell{cell}" for rank, cell in zip(ranks, order, strict=True)}
-    blocks: dict[str, list[tuple[str, tuple[int, int, int, int]]]] = {cell: [] for cell in cells.values()}
+    replica_of = {rank: f"replica{replica}" for rank, replica in zip(ranks, order, strict=True)}
+    blocks: dict[str, list[tuple[str, tuple[int, int, int, int]]]] = {replica: [] for replica in replica_of.values()}
     for tensor, (rows, cols) in shapes.items():
         for block in _grid(rng, rows, cols):
             low = 1 if complete else 0
             holders = rng.sample(sorted(blocks), rng.randint(low, len(blocks)))
-            for cell in holders:
-                blocks[cell].append((tensor, block))
+            for replica in holders:
+                blocks[replica].append((tensor, block))
         if overlaps:
             top, left = rng.randrange(rows), rng.randrange(cols)
             extra = (top, rng.randint(top + 1, rows), left, rng.randint(left + 1, cols))
             blocks[rng.choice(sorted(blocks))].append((tensor, extra))
-    shards = {cell: _shards(rng, name, held) for cell, held in blocks.items()}
-    return Layout(name, cells, lambda cell: shards[cell])
+    shards = {replica: _shards(rng, name, held) for replica, held in blocks.items()}
+    return Layout(name, replica_of, lambda replica: shards[replica])
 
 
 def _grid(rng: Random, rows: int, cols: int) -> list[tuple[int, int, int, int]]:
@@ -148,7 +148,7 @@ def rows_layout(name: str, ranks: Iterable[int], parts: int, rows: int = 8, cols
     """Tensor ``w`` in ``parts`` equal blocks of rows; ranks beyond the first ``parts`` are replicas."""
     size = rows // parts
 
-    def emit(cell: int) -> list[Shard]:
-        return [Shard(f"{name}.w", (size, cols), (Span(tensor, cell * size, (cell + 1) * size, 0, cols, 0, 0),))]
+    def emit(replica: int) -> list[Shard]:
+        return [Shard(f"{name}.w", (size, cols), (Span(tensor, replica * size, (replica + 1) * size, 0, cols, 0, 0),))]
 
     return Layout(name, {rank: i % parts for i, rank in enumerate(ranks)}, emit)

@@ -27,7 +27,7 @@ def local(source: Layout, target: Layout, **options) -> Resharder:
 
 
 def test_padding_of_the_target_is_left_alone() -> None:
-    padded = Layout("padded", {0: 0}, lambda cell: [Shard("p", (9, 5), (Span("w", 0, 8, 0, 4, 0, 0),))])
+    padded = Layout("padded", {0: 0}, lambda replica: [Shard("p", (9, 5), (Span("w", 0, 8, 0, 4, 0, 0),))])
     out = torch.full((9, 5), 7.0)
     local(rows_layout("a", [0], 1), padded, wire_dtype=torch.float32).run({"a.w": FULL["w"]}, {"p": out})
     assert_bitwise_equal(out[:8, :4].contiguous(), FULL["w"], "values")

@@ -31,9 +31,9 @@ def test_rows_are_stacked_below_one_another() -> None:
 def test_ranks_of_a_cell_are_replicas_and_a_cell_is_emitted_once() -> None:
     emitted = []
 
-    def emit(cell: object) -> list[Shard]:
-        emitted.append(cell)
-        return [Shard(f"{cell}", (1,), ())]
+    def emit(replica: object) -> list[Shard]:
+        emitted.append(replica)
+        return [Shard(f"{replica}", (1,), ())]
 
     layout = Layout("two", {3: "b", 1: "a", 2: "b"}, emit)
     assert layout.replicas == {"a": (1,), "b": (2, 3)}

@@ -49,7 +49,7 @@ def test_a_target_tensor_unknown_to_the_source_is_refused_by_name() -> None:
     ],
 )
 def test_a_shard_that_would_be_written_twice_or_outside_is_refused(spans: tuple[Span, ...], message: str) -> None:
-    broken = Layout("broken", {0: 0}, lambda cell: [Shard("b", (8, 4), spans)])
+    broken = Layout("broken", {0: 0}, lambda replica: [Shard("b", (8, 4), spans)])
     plan = ReshardPlan(rows_layout("trainer", [0], 1), broken)
     for check in (lambda: plan.for_rank(0), plan.certificate):
         with pytest.raises(ValueError, match=message):
@@ -79,10 +79,10 @@ def test_many_replicas_cost_the_trainer_no_more_than_one() -> None:
 
 def test_what_a_rank_stores_twice_is_received_once() -> None:
     spans = [Shard(name, (8, 4), (Span("w", 0, 8, 0, 4, 0, 0),)) for name in ("embedding", "output")]
-    plan = ReshardPlan(rows_layout("a", [0], 1), Layout("tied", {1: 0}, lambda cell: spans))
+    plan = ReshardPlan(rows_layout("a", [0], 1), Layout("tied", {1: 0}, lambda replica: spans))
     part = plan.for_rank(1)
     assert part.received_elements == 32
-    assert [(copy.src.shard, copy.dst.shard) for copy in part.echoes] == [("embedding", "output")]
+    assert [(copy.src.shard, copy.dst.shard) for copy in part.duplicates] == [("embedding", "output")]
     assert plan.certificate().repeated == 32
 
 
@@ -107,13 +107,13 @@ def test_a_plan_that_looks_at_one_tensor_of_each_kind_is_the_same_plan(architect
     sizes = ParallelSizes(tp=2, pp=2, ep=2 if architecture.experts else 1)
     source = megatron_layout(architecture, RankGrid(sizes, 4), 64)
     target = rollout_layout(architecture, tp, [range(first, first + tp) for first in (2, 2 + tp)], ep)
-    assert target.alike is not None
+    assert target.symmetry is not None
     full = LayoutIndex(target).patterns
     sampled = patterns_of(target, full)
-    assert {t: (p.rectangles, p.cells) for t, p in sampled.items()} == {
-        t: (p.rectangles, p.cells) for t, p in full.items()
+    assert {t: (p.rectangles, p.replicas) for t, p in sampled.items()} == {
+        t: (p.rectangles, p.replicas) for t, p in full.items()
     }
-    plan, slow = ReshardPlan(source, target), ReshardPlan(source, replace(target, alike=None))
+    plan, slow = ReshardPlan(source, target), ReshardPlan(source, replace(target, symmetry=None))
     assert all(plan.for_rank(rank) == slow.for_rank(rank) for rank in plan.ranks)
 
 

@@ -79,7 +79,7 @@ def test_each_rank_receives_each_missing_element_exactly_once_and_both_ends_agre
 def test_certificate_figures_equal_counts_of_single_elements(case) -> None:
     plan, _ = case
     certificate = plan.certificate(WireFormat(torch.float32))
-    node, source_ranks = plan.topology.node, list(plan.source.cells)
+    node, source_ranks = plan.topology.node, list(plan.source.replica_of)
     held = {rank: held_elements(plan.source, rank) for rank in plan.ranks}
     wanted = {rank: held_elements(plan.target, rank) for rank in plan.ranks}
     missing = {rank: wanted[rank] - held[rank] for rank in plan.ranks}
@@ -101,7 +101,7 @@ def test_certificate_figures_equal_counts_of_single_elements(case) -> None:
     assert certificate.received_outside == {r: 4 * sum(t.numel for t in got) for r, got in entering.items()}
     own = sum(part.sent_elements - part.forwarded_elements for part in parts.values())
     assert certificate.holder_egress == (4 * own,) * 2
-    if plan.topology.ranks_per_node == 0 or set(plan.source.cells).isdisjoint(plan.target.cells):
+    if plan.topology.ranks_per_node == 0 or set(plan.source.replica_of).isdisjoint(plan.target.replica_of):
         everything = {element for rank in plan.ranks for element in missing[rank]}
         assert own >= len(everything)
     if plan.topology.ranks_per_node == 0:
@@ -147,6 +147,6 @@ def test_a_resharder_is_replayed_with_new_values(runs: int) -> None:
     target = random_layout(rng, "target", shapes, [1, 2, 3, 4], True, False)
     full = logical_values(shapes)
     received, _ = reshard_in_memory(ReshardPlan(source, target), full, runs=runs, wire_dtype=torch.float32)
-    for rank in target.cells:
+    for rank in target.replica_of:
         for name, expected in gather_and_slice(target, rank, full, padding=7.0).items():
             assert_bitwise_equal(received[rank][name], expected, name)

@@ -190,7 +190,7 @@ class Cutter:
 def layout_of(shards: dict[str, Tensor], ranks: int = 1) -> Layout:
     """A layout with these shapes on every rank; the local engine reads nothing else of it."""
     emitted = tuple(Shard(name, tuple(tensor.shape), ()) for name, tensor in shards.items())
-    return Layout("by hand", dict.fromkeys(range(ranks), 0), lambda cell: emitted)
+    return Layout("by hand", dict.fromkeys(range(ranks), 0), lambda replica: emitted)
 
 
 def local_engine(model: PreTrainedModel, version: int = 1, **options: object) -> LocalEngine:

@@ -67,12 +67,12 @@ class Case:
 
 def source_layout(case: Case) -> Layout:
     layout = megatron_layout(ARCHITECTURE, RankGrid(case.sizes, len(case.trainers)), VOCAB)
-    return replace(layout, cells=dict(zip(case.trainers, layout.cells.values(), strict=True)))
+    return replace(layout, replica_of=dict(zip(case.trainers, layout.replica_of.values(), strict=True)))
 
 
 def trained(layout: Layout, rank: int, version: int) -> dict[str, Tensor]:
     tensors = empty_tensors(layout, rank, torch.float32)
-    if rank in layout.cells:
+    if rank in layout.replica_of:
         fill(layout, rank, tensors, in_memory(MODELS[version].state_dict(), hf_layout(ARCHITECTURE)))
     return tensors
 

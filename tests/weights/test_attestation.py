@@ -34,12 +34,12 @@ class Job:
 
     def __post_init__(self) -> None:
         plan = ReshardPlan(self.source, self.target)
-        ranks = sorted({*self.source.cells, *self.target.cells})
+        ranks = sorted({*self.source.replica_of, *self.target.replica_of})
         self.attestors = {rank: Attestor(plan, rank, self.wire) for rank in ranks}
 
     def held(self, layout: Layout, rank: int, seed: int, dtype: torch.dtype) -> Shards:
         tensors = empty_tensors(layout, rank, dtype)
-        if rank in layout.cells:
+        if rank in layout.replica_of:
             fill(
                 layout, rank, tensors, in_memory(random_logical(self.architecture, seed), hf_layout(self.architecture))
             )

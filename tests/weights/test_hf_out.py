@@ -39,7 +39,7 @@ def save_from(a: Architecture, layout: Layout, folder: Path, full: dict[str, Ten
         tensors = local_tensors(a, layout, rank, full)
         return save_hf(layout, tensors, a, folder, rank=rank, transport=transport, **options)  # type: ignore[arg-type]
 
-    return on_ranks(len(layout.cells), work)
+    return on_ranks(len(layout.replica_of), work)
 
 
 def read_files(folder: Path) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Derived, Layout, Readable
+from megatron_rl.reshard import Layout, LazyTensor, Readable
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ class MegatronEngine(TrainingEngine):
         """Each adapter is merged when its weight is read, so never are two copies of the model held."""
         tensors = self.tensors()
         return tensors | {
-            name: Derived(tensors[name], functools.partial(adapter.merged, tensors[name]))
+            name: LazyTensor(tensors[name], functools.partial(adapter.merged, tensors[name]))
             for name, adapter in self.adapters.items()
         }
 

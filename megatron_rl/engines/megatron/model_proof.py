@@ -256,13 +256,15 @@ class _Parts:
 
     def _plain(self, names: Sequence[str], owner: int) -> Layout:
         return Layout(
-            "parts", {owner: EVERYWHERE}, lambda cell: [whole(name, name, self.shapes[name]) for name in names]
+            "parts", {owner: EVERYWHERE}, lambda replica: [whole(name, name, self.shapes[name]) for name in names]
         )
 
     def _fetch(self, target: Layout) -> dict[str, Tensor]:
         """The tensors of ``target`` that this rank holds there, fp32."""
         rank, model = self.model.context.rank, self.model
-        wanted = {span.tensor for cell in target.replicas for shard in target.shards_of(cell) for span in shard.spans}
+        wanted = {
+            span.tensor for replica in target.replicas for shard in target.shards_of(replica) for span in shard.spans
+        }
         filled = empty_tensors(target, rank, torch.float32, model.device)
         source = restricted(model.layout, wanted)
         Resharder(source, target, rank, self._transport, torch.float32).run(model.published(), filled)

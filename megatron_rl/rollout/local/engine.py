@@ -201,7 +201,7 @@ def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.devic
     shards = layout.shards(rank)
     if not shards:
         raise ValueError(
-            f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {sorted(layout.cells)})"
+            f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {sorted(layout.replica_of)})"
         )
     numel = sum(math.prod(shard.shape) for shard in shards)
     logger.info("rollout weights: %d tensors, %.1f MB", len(shards), numel * dtype.itemsize / 1e6)

@@ -41,10 +41,10 @@ class Replica:
         Raises:
             ConfigError: the rank takes no part, or the replica's ranks are on several machines.
         """
-        order = list(layout.cells)
-        if rank not in layout.cells:
+        order = list(layout.replica_of)
+        if rank not in layout.replica_of:
             raise ConfigError(f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {order})")
-        tp = len(set(layout.cells.values()))
+        tp = len(set(layout.replica_of.values()))
         index = order.index(rank) // tp
         replica = cls(index, len(order) // tp, tp, tuple(order[index * tp : (index + 1) * tp]), rank, group)
         hosts = replica.gather(socket.gethostname())

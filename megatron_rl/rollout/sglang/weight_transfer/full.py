@@ -32,7 +32,7 @@ class FullTransfer(WeightTransfer):
         super().__init__(**kwargs)
         self._collectors: dict[frozenset[str], FullTensors] = {}
         # The shards of two buckets, and on the first rank the whole tensors, once more as they travel.
-        self.bucket_copies = 2 + 2 * len(set(self.layout.cells.values()))
+        self.bucket_copies = 2 + 2 * len(set(self.layout.replica_of.values()))
 
     def send(self, shards: Mapping[str, Tensor]) -> None:
         for tensors in self._collector(frozenset(shards)).collect(shards):
@@ -46,10 +46,10 @@ class FullTransfer(WeightTransfer):
         if names not in self._collectors:
             layout = self.layout
 
-            def emit(cell: Hashable) -> list[Shard]:
-                return [shard for shard in layout.shards_of(cell) if shard.name in names]
+            def emit(replica: Hashable) -> list[Shard]:
+                return [shard for shard in layout.shards_of(replica) if shard.name in names]
 
-            part = Layout(layout.name, layout.cells, emit)
+            part = Layout(layout.name, layout.replica_of, emit)
             self._collectors[names] = FullTensors(
                 part, self.ranks, self.rank, self.group, self.dtype, self.bucket_bytes
             )
@@ -89,7 +89,7 @@ class FullTensors:
         dtype: torch.dtype,
         bucket_bytes: int,
     ) -> None:
-        self._layout = replace(layout, cells={r: layout.cells[r] for r in ranks}, alike=None)
+        self._layout = replace(layout, replica_of={r: layout.replica_of[r] for r in ranks}, symmetry=None)
         self._leader, self._rank, self._dtype, self._bucket_bytes = ranks[0], rank, dtype, bucket_bytes
         self._transport = LocalTransport() if group is None else P2PTransport(group)
         self._shapes = _shapes(self._layout)
@@ -117,7 +117,7 @@ class FullTensors:
             sizes = {name: _numel(shape) * self._dtype.itemsize for name, shape in self._shapes.items()}
             for names in requests(sizes, self._bucket_bytes):
                 whole = [_whole(name, self._shapes[name]) for name in names]
-                target = Layout("whole tensors", {self._leader: 0}, lambda cell, whole=whole: whole)  # type: ignore[misc]
+                target = Layout("whole tensors", {self._leader: 0}, lambda replica, whole=whole: whole)  # type: ignore[misc]
                 source = restricted(self._layout, set(names))
                 resharder = Resharder(source, target, self._rank, self._transport, self._dtype)
                 self._resharders.append((names, resharder))
@@ -128,8 +128,8 @@ def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
     """Hugging Face shapes, read off the spans of all ranks: vectors are matrices of one column."""
     rows: dict[str, int] = {}
     cols: dict[str, int] = {}
-    for cell in layout.replicas:
-        for shard in layout.shards_of(cell):
+    for replica in layout.replicas:
+        for shard in layout.shards_of(replica):
             for span in shard.spans:
                 rows[span.tensor] = max(rows.get(span.tensor, 0), span.row_stop)
                 cols[span.tensor] = max(cols.get(span.tensor, 0), span.col_stop)

@@ -53,14 +53,14 @@ class ServerLayout:
     @classmethod
     def of(cls, layout: Layout, dtype: torch.dtype) -> ServerLayout:
         """Read off a `rollout_layout`."""
-        cells = list(layout.replicas)
-        first = next((shard for shard in layout.shards_of(cells[0]) if shard.name.endswith(EXPERTS)), None)
+        replicas = list(layout.replicas)
+        first = next((shard for shard in layout.shards_of(replicas[0]) if shard.name.endswith(EXPERTS)), None)
         name = str(dtype).removeprefix("torch.")
         if first is None:
-            return cls(len(cells), 1, False, name)
-        held = [shard for cell in cells for shard in layout.shards_of(cell) if shard.name == first.name]
+            return cls(len(replicas), 1, False, name)
+        held = [shard for replica in replicas for shard in layout.shards_of(replica) if shard.name == first.name]
         everywhere = {span.tensor for shard in held for span in shard.spans}
-        return cls(len(cells), len(everywhere) // len({span.tensor for span in first.spans}), True, name)
+        return cls(len(replicas), len(everywhere) // len({span.tensor for span in first.spans}), True, name)
 
     def differences(self, info: Mapping[str, Any]) -> list[str]:
         """What makes the server with /server_info ``info`` hold its parameters otherwise; empty when nothing does."""

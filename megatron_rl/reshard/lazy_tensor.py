@@ -1,4 +1,4 @@
-"""`Derived`: a source tensor that is computed when it is read, so that a rank never holds all of them at once.
+"""`LazyTensor`: a source tensor that is computed when it is read, so that a rank never holds all of them at once.
 
 A frozen weight with its adapter merged is one: each is made as its turn comes to be sent, and dropped.
 """
@@ -18,7 +18,7 @@ KEPT = 2  # neighbouring messages share a tensor, and a message often spans two
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Derived:
+class LazyTensor:
     """What ``compute`` returns: a new contiguous tensor like ``like``, with the same bits at each call."""
 
     like: Tensor
@@ -37,17 +37,17 @@ class Derived:
         return self.like.device
 
 
-Readable = Tensor | Derived
+Readable = Tensor | LazyTensor
 
 
 def read(tensor: Readable) -> Tensor:
     """The values, without a gradient."""
-    return (tensor.compute() if isinstance(tensor, Derived) else tensor).detach()
+    return (tensor.compute() if isinstance(tensor, LazyTensor) else tensor).detach()
 
 
 def shifted(tensors: Mapping[str, Readable], source: Layout, target: Layout, rank: int) -> Mapping[str, Readable]:
-    """This rank's ``tensors`` of layout ``source`` with the values that ``target`` holds: `Derived` where these differ
-    (`Layout.held`), computed in the source's dtype.
+    """This rank's ``tensors`` of layout ``source`` with the values that ``target`` holds: a `LazyTensor` where these
+    differ (`Layout.held`), computed in the source's dtype.
 
     Raises:
         ValueError: tensors that share a shard need different values.
@@ -64,18 +64,18 @@ def shifted(tensors: Mapping[str, Readable], source: Layout, target: Layout, ran
     return result
 
 
-def _plus(tensor: Readable, add: float) -> Derived:
-    return Derived(tensor.like if isinstance(tensor, Derived) else tensor, lambda: read(tensor) + add)
+def _plus(tensor: Readable, add: float) -> LazyTensor:
+    return LazyTensor(tensor.like if isinstance(tensor, LazyTensor) else tensor, lambda: read(tensor) + add)
 
 
 class Kept:
-    """The derived tensors that were read last."""
+    """The lazy tensors that were read last."""
 
     def __init__(self, size: int = KEPT) -> None:
         self._size = size
         self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
 
-    def read(self, key: Hashable, tensor: Derived) -> Tensor:
+    def read(self, key: Hashable, tensor: LazyTensor) -> Tensor:
         """The values of ``tensor``, which is always the same for one ``key``."""
         if key not in self._tensors:
             while len(self._tensors) >= self._size:

@@ -15,13 +15,13 @@ from weights.test_sync import Engine, trained
 from megatron_rl.models import megatron_layout, rollout_layout
 from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard import Derived, LocalTransport, Readable, Resharder, Transport
+from megatron_rl.reshard import LazyTensor, LocalTransport, Readable, Resharder, Transport
 from megatron_rl.weights.fill import empty_tensors
 from megatron_rl.weights.sync import WeightSync
 
 
 class Alive:
-    """Counts the derived tensors whose memory somebody still holds."""
+    """Counts the lazy tensors whose memory somebody still holds."""
 
     def __init__(self) -> None:
         self.references: list[weakref.ref[object]] = []
@@ -30,7 +30,7 @@ class Alive:
     def count(self) -> int:
         return sum(reference() is not None for reference in self.references)
 
-    def derive(self, tensor: Tensor) -> Derived:
+    def make_lazy(self, tensor: Tensor) -> LazyTensor:
         """The values of ``tensor``, which lies in memory as another one."""
         hidden = -tensor
 
@@ -40,16 +40,16 @@ class Alive:
             self.most = max(self.most, self.count())
             return torch.from_numpy(memory)
 
-        return Derived(torch.full_like(tensor, torch.nan), compute)
+        return LazyTensor(torch.full_like(tensor, torch.nan), compute)
 
 
-def half_derived(tensors: Mapping[str, Tensor], derive: Callable[[Tensor], Derived]) -> dict[str, Readable]:
-    return {name: derive(t) if "linear" in name else t for name, t in tensors.items()}
+def half_lazy(tensors: Mapping[str, Tensor], make_lazy: Callable[[Tensor], LazyTensor]) -> dict[str, Readable]:
+    return {name: make_lazy(t) if "linear" in name else t for name, t in tensors.items()}
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16])
-def test_derived_weights_arrive_and_are_attested(tp: int, wire: torch.dtype) -> None:
+def test_lazy_weights_arrive_and_are_attested(tp: int, wire: torch.dtype) -> None:
     source = megatron_layout(LLAMA, RankGrid(ParallelSizes(tp=2, pp=2), 4), 64)
     target = rollout_layout(LLAMA, tp, [list(range(i, i + tp)) for i in range(0, 4, tp)])
 
@@ -58,7 +58,7 @@ def test_derived_weights_arrive_and_are_attested(tp: int, wire: torch.dtype) -> 
         sync = WeightSync(source, engine, rank, transport, max_staging_bytes=1 << 12)
         for version in (1, 2):  # the second push replays the tables of the first
             tensors = trained(LLAMA, source, rank, seed=version)
-            sync.push(half_derived(tensors, alive.derive), version)
+            sync.push(half_lazy(tensors, alive.make_lazy), version)
             assert alive.count() == 0, "nothing is kept between pushes"
         return engine, alive
 
@@ -69,12 +69,12 @@ def test_derived_weights_arrive_and_are_attested(tp: int, wire: torch.dtype) -> 
         assert 1 <= alive.most <= 2
 
 
-def test_tables_made_for_plain_tensors_are_not_replayed_for_derived_ones() -> None:
+def test_tables_made_for_plain_tensors_are_not_replayed_for_lazy_ones() -> None:
     source = megatron_layout(LLAMA, RankGrid(ParallelSizes(), 1), 64)
     target = rollout_layout(LLAMA, 1, [[0]])
     resharder = Resharder(source, target, 0, LocalTransport(), torch.float32)
     plain = trained(LLAMA, source, 0, seed=1)
-    for tensors in (plain, half_derived(plain, Alive().derive), plain):
+    for tensors in (plain, half_lazy(plain, Alive().make_lazy), plain):
         filled = empty_tensors(target, 0, torch.float32)
         resharder.run(tensors, filled)
         expected = rollout_by_hand(LLAMA, random_logical(LLAMA, 1), 0, 1, 1, rollout_vocab(LLAMA.vocab, 1))

@@ -10,7 +10,7 @@ from megatron_rl.reshard.layout import Shard
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts
 
 
-class Spot(NamedTuple):
+class Offset(NamedTuple):
     """The upper left corner of a rectangle, in the matrix of one local tensor. Units: elements."""
 
     shard: str
@@ -18,7 +18,7 @@ class Spot(NamedTuple):
     col: int
 
 
-class Spots:
+class Offsets:
     """Logical tensor -> the places of its spans in the local tensors ``shards``.
 
     Raises:
@@ -26,7 +26,7 @@ class Spots:
     """
 
     def __init__(self, shards: Iterable[Shard], whose: str) -> None:
-        self._places: dict[str, list[tuple[Rectangle, Spot]]] = {}
+        self._places: dict[str, list[tuple[Rectangle, Offset]]] = {}
         self.numel = 0
         for shard in shards:
             check_shard(shard, whose)
@@ -34,19 +34,19 @@ class Spots:
                 rectangle = Rectangle(span.row_start, span.row_stop, span.col_start, span.col_stop)
                 self.numel += rectangle.numel
                 if rectangle.numel:
-                    spot = Spot(shard.name, span.row, span.col)
-                    self._places.setdefault(span.tensor, []).append((rectangle, spot))
+                    offset = Offset(shard.name, span.row, span.col)
+                    self._places.setdefault(span.tensor, []).append((rectangle, offset))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
-    def find(self, tensor: str, wanted: Rectangle) -> list[Spot]:
+    def find(self, tensor: str, wanted: Rectangle) -> list[Offset]:
         """Every place of ``wanted``, a rectangle that lies inside at least one span of ``tensor``."""
         places = self._places.get(tensor, ())
         if len(places) == 1 and places[0][0] == wanted:
             return [places[0][1]]
         return [
-            Spot(shard, row + wanted.row_start - held.row_start, col + wanted.col_start - held.col_start)
+            Offset(shard, row + wanted.row_start - held.row_start, col + wanted.col_start - held.col_start)
             for held, (shard, row, col) in places
             if held.contains(wanted)
         ]
