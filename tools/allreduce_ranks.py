@@ -50,7 +50,7 @@ def main() -> None:
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
-    config = CollectivesConfig(all_reduce="hybrid", links=tuple(args.links))
+    config = CollectivesConfig(all_reduce="hybrid", reuse_calibration=False, links=tuple(args.links))
     store = dist.PrefixStore("hybrid", dist.distributed_c10d._get_default_store())
     hybrid = HybridAllReduce(store, dist.group.WORLD, config, torch.device("cpu"))
     hybrid.all_reduce(torch.zeros(1)).result()  # calibrates

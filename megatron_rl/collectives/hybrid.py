@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.collectives.calibrations import Calibrations
 from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY
 from megatron_rl.collectives.library_path import LibraryPath
 from megatron_rl.collectives.link_weights import weigh_links
@@ -52,6 +53,7 @@ class HybridAllReduce:
         self._order = StreamOrder(device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="collectives")
         self._selectors: dict[str, Selector] = {}
+        self._calibrations = Calibrations(self._topology()) if config.reuse_calibration else None
         self._weighed = len(config.links) < 2 or self.nodes.num_nodes == 1
 
     def all_reduce(self, tensor: Tensor, average: bool = False) -> Future[None]:
@@ -81,6 +83,15 @@ class HybridAllReduce:
         """Wait for what was begun, and end the threads."""
         self._thread.shutdown(wait=True)
         self._pipelines.close()
+
+    def _topology(self) -> str:
+        """All that the costs of the paths depend on, as rank 0 sees it."""
+        config = self.config
+        links = " and ".join(config.links) or "the default interface"
+        return (
+            f"{self.nodes} ({', '.join(self.nodes.hosts)}), {self.device.type}, over {links}, "
+            f"wire {config.wire_dtype}, chunks of {config.chunk_mb:g} MB, torch {torch.__version__}"
+        )
 
     # On the thread
 
@@ -113,6 +124,7 @@ class HybridAllReduce:
                 minimum_gain=self.config.minimum_gain,
                 deterministic=self.config.deterministic,
                 talks=self.rank == 0,
+                calibrations=self._calibrations,
             )
         return self._selectors[kind]
 

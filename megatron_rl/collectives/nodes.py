@@ -11,7 +11,7 @@ import functools
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class NodeMap:
     """Ranks of a group by node. ``nodes[i]`` are the group ranks of node i, ascending; nodes by their first rank."""
 
     nodes: tuple[tuple[int, ...], ...]
+    hosts: tuple[str, ...] = field(default=(), compare=False)  # name of each node's machine
 
     @classmethod
     def of(cls, identities: Sequence[str]) -> NodeMap:
@@ -38,7 +39,7 @@ class NodeMap:
         members: dict[str, list[int]] = {}
         for rank, name in enumerate(identities):
             members.setdefault(name, []).append(rank)
-        return cls(tuple(tuple(ranks) for ranks in members.values()))
+        return cls(tuple(tuple(ranks) for ranks in members.values()), tuple(name.split(" ")[0] for name in members))
 
     @classmethod
     def discover(cls, store: dist.Store, rank: int, size: int) -> NodeMap:

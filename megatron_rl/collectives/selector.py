@@ -1,7 +1,8 @@
 """`Selector`: measures the paths of one group, chooses one for each message, and measures again when it was wrong.
 
-Calibration takes a few seconds, at the first message of each kind. Every rank measures; rank 0's figures count, so all
-ranks choose alike. Each choice is logged once for each power of two of bytes.
+Calibration takes a few seconds, at the first message of each kind, unless an earlier run on the same topology left its
+figures. Every rank measures; rank 0's figures count, so all ranks choose alike. Each choice is logged once for each
+power of two of bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from statistics import median
 
 import torch
 
+from megatron_rl.collectives.calibrations import Calibrations
 from megatron_rl.collectives.cost_model import HIERARCHICAL, SIZES, Choice, Cost, choose
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ class Selector:
         name: of the kind, for the log.
         paths: a probe of each path, by its name in `cost_model`.
         agree: rank 0's fp64 tensor on all ranks, in place; collective.
-        talks: whether this rank writes to the log.
+        talks: whether this rank writes to the log, and to ``calibrations``.
+        calibrations: figures of earlier runs, kept for later ones; None measures in every run.
     """
 
     def __init__(
@@ -44,11 +47,12 @@ class Selector:
         minimum_gain: float,
         deterministic: bool,
         talks: bool,
+        calibrations: Calibrations | None = None,
     ) -> None:
         self.name, self.minimum_gain, self.deterministic = name, minimum_gain, deterministic
         self.costs: dict[str, Cost] = {}
         self.num_calibrations = 0
-        self._paths, self._agree, self._talks = paths, agree, talks
+        self._paths, self._agree, self._talks, self._calibrations = paths, agree, talks, calibrations
         self._told: set[tuple[str, int]] = set()
         self._ratios: deque[float] = deque(maxlen=CHECK_EVERY)
         self._count = 0
@@ -57,6 +61,8 @@ class Selector:
         """The path of the next message; collective, as it may calibrate."""
         if self.deterministic:
             return Choice(HIERARCHICAL, 0.0, 0.0)
+        if not self.costs:
+            self._recall()
         if not self.costs or self._were_wrong():
             self.calibrate()
         return choose(self.costs, num_bytes, self.minimum_gain)
@@ -83,9 +89,29 @@ class Selector:
         self._told.clear()
         self.num_calibrations += 1
         if self._talks:
-            for path, cost in self.costs.items():
-                rate = 1e-6 / cost.seconds_per_byte if cost.seconds_per_byte else float("inf")
-                logger.info("%s by %s: %.2f ms + bytes / %.0f MB/s", self.name, path, cost.latency * 1e3, rate)
+            self._log_costs("measured")
+            if self._calibrations is not None:
+                self._calibrations.save(self.name, self.costs)
+
+    def _recall(self) -> None:
+        """Take the figures that rank 0 finds of an earlier run, if it does; collective."""
+        if self._calibrations is None:
+            return
+        found = self._calibrations.load(self.name) if self._talks else None
+        rows = [found[path] for path in self._paths] if found and set(found) == set(self._paths) else []
+        figures = torch.full((len(self._paths), 2), float("nan"), dtype=torch.float64)
+        for at, cost in enumerate(rows):
+            figures[at] = torch.tensor([cost.latency, cost.seconds_per_byte])
+        self._agree(figures)
+        if not figures.isnan().any():
+            self.costs = {path: Cost(*row) for path, row in zip(self._paths, figures.tolist(), strict=True)}
+            if self._talks:
+                self._log_costs("known from an earlier run")
+
+    def _log_costs(self, source: str) -> None:
+        for path, cost in self.costs.items():
+            rate = 1e-6 / cost.seconds_per_byte if cost.seconds_per_byte else float("inf")
+            logger.info("%s by %s: %.2f ms + bytes / %.0f MB/s, %s", self.name, path, cost.latency * 1e3, rate, source)
 
     def _were_wrong(self) -> bool:
         """Whether rank 0's last predictions were off; a collective every `CHECK_EVERY` messages."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl import __version__
+from megatron_rl.collectives.calibrations import saved_choices
 from megatron_rl.devices import Platform, current_platform
 from megatron_rl.devices.cpu_face import KNOWN_VERSIONS
 from megatron_rl.models.layer_spec import use_transformer_engine
@@ -52,6 +53,8 @@ def describe_environment() -> str:
         "Accelerated parts": [str(part) for part in accelerated_parts(platform, rows)],
         f"Operations on {platform.name}": operation_lines(platform.name, rows),
     }
+    if choices := list(saved_choices()):
+        sections["Reductions of gradients (collectives.all_reduce: hybrid), as calibrated"] = choices
     return "\n\n".join("\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items())
 
 

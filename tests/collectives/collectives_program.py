@@ -7,10 +7,13 @@ Rank 0 prints a line for each case that held.
 from __future__ import annotations
 
 import itertools
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from megatron_rl.collectives import calibrations
 from megatron_rl.collectives.hierarchical import HierarchicalPath
 from megatron_rl.collectives.hybrid import HybridAllReduce
 from megatron_rl.collectives.nodes import NodeMap
@@ -98,7 +101,9 @@ def narrow_wire(rank: int) -> None:
 
 def process_group(rank: int) -> None:
     for deterministic in (False, True):
-        config = CollectivesConfig(all_reduce="hybrid", deterministic=deterministic, timeout_seconds=30)
+        config = CollectivesConfig(
+            all_reduce="hybrid", reuse_calibration=False, deterministic=deterministic, timeout_seconds=30
+        )
         group = dist.new_group(list(range(SIZE)), backend=register_backend(config))
         total = SIZE * (SIZE + 1) / 2
         for asynchronous in (False, True):
@@ -146,7 +151,7 @@ def many_at_once(rank: int) -> None:
     hybrid = HybridAllReduce(
         store(),
         library,
-        CollectivesConfig(all_reduce="hybrid", chunk_mb=0.05, minimum_gain=0.0),
+        CollectivesConfig(all_reduce="hybrid", reuse_calibration=False, chunk_mb=0.05, minimum_gain=0.0),
         torch.device("cpu"),
         NodeMap(MAPS[0]),
     )
@@ -160,6 +165,32 @@ def many_at_once(rank: int) -> None:
         assert (found.double() - exact).norm() <= 1e-6 * exact.norm()
     hybrid.close()
     say(rank, "many at once")
+
+
+def calibrated_before(rank: int) -> None:
+    """What the first engine measured the second one takes over, on all ranks; another topology is measured itself."""
+    library = dist.new_group(list(range(SIZE)))
+    with tempfile.TemporaryDirectory() as folder:
+        calibrations.cache_folder = lambda: Path(folder)
+        counts = []
+        for chunk_mb in (0.5, 0.5, 0.25):
+            config = CollectivesConfig(all_reduce="hybrid", chunk_mb=chunk_mb, timeout_seconds=30)
+            hybrid = HybridAllReduce(store(), library, config, torch.device("cpu"), NodeMap(MAPS[0], ("a", "b")))
+            x = torch.full((1000,), float(rank + 1))
+            hybrid.all_reduce(x).result(120)
+            assert (x == SIZE * (SIZE + 1) / 2).all()
+            counts.append(hybrid.selectors()["all_reduce"].num_calibrations)
+            hybrid.close()
+        assert counts == [1, 0, 1], counts
+        if rank == 0:
+            lines = list(calibrations.saved_choices())
+            assert (
+                sum(line.startswith("2 nodes of 2 ranks (a, b), cpu, over the default interface") for line in lines)
+                == 2
+            )
+            assert sum("all_reduce" in line and "predicted" in line for line in lines) == 10, lines
+        dist.barrier()
+    say(rank, "calibration of an earlier run")
 
 
 def finish(work: dist.Work | None) -> None:
@@ -176,7 +207,7 @@ def say(rank: int, what: str) -> None:
 def main() -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    for case in (every_division, narrow_wire, process_group, many_at_once):
+    for case in (every_division, narrow_wire, process_group, many_at_once, calibrated_before):
         case(rank)
     dist.barrier()
     dist.destroy_process_group()

@@ -15,6 +15,7 @@ CASES = [
     "process group, deterministic=False",
     "process group, deterministic=True",
     "many at once",
+    "calibration of an earlier run",
 ]
 
 pytestmark = pytest.mark.distributed

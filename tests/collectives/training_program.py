@@ -28,7 +28,7 @@ SHARDED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "over
 JOBS = {"plain": JobArguments(lr=0.1), "sharded": replace(JobArguments(lr=0.1), **SHARDED)}
 WAYS = {
     "library": {},
-    "hybrid": {"all_reduce": "hybrid"},
+    "hybrid": {"all_reduce": "hybrid", "reuse_calibration": False},
     "deterministic": {"all_reduce": "hybrid", "deterministic": True, "chunk_mb": 0.01},
 }
 

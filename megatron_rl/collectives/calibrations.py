@@ -1,0 +1,94 @@
+"""`Calibrations`: measured costs of the paths, kept from run to run in one file for each topology.
+
+Rank 0 reads and writes it, in the cache folder of the compiled operations. A run on the same nodes, links and devices
+starts from them instead of measuring for seconds; `Selector` measures again when they turn out wrong.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megatron_rl.collectives.cost_model import SIZES, Cost, choose
+from megatron_rl.ops.extension import cache_folder
+
+logger = logging.getLogger(__name__)
+
+SHOWN = tuple(SIZES[0] << shift for shift in (0, 2, 4, 6, 8))  # bytes of the messages in the table
+
+Costs = Mapping[str, Cost]  # of each path, by its name in `cost_model`
+
+
+@dataclass(frozen=True)
+class Calibrations:
+    """The file of one topology.
+
+    Args:
+        topology: all that decides the costs, for people and as the key: nodes, links, devices, settings.
+    """
+
+    topology: str
+
+    @property
+    def path(self) -> Path:
+        return _folder() / f"{hashlib.sha256(self.topology.encode()).hexdigest()[:16]}.json"
+
+    def load(self, collective: str) -> Costs | None:
+        """The costs of "all_reduce", .. that an earlier run measured; None where none did or the file is damaged."""
+        if not self.path.is_file():
+            return None
+        try:
+            return _read(self.path)[1].get(collective)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            logger.warning("%s holds no calibration (%s): measuring anew", self.path, error)
+            return None
+
+    def save(self, collective: str, costs: Costs) -> None:
+        """Add or replace one collective; where that cannot be, a warning: the next run can measure."""
+        try:
+            known = _read(self.path)[1] if self.path.is_file() else {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            known = {}
+        rows = {
+            name: {path: asdict(cost) for path, cost in each.items()}
+            for name, each in (known | {collective: costs}).items()
+        }
+        partial = self.path.with_suffix(f".{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"topology": self.topology, "costs": rows}, indent=1))
+            os.replace(partial, self.path)
+        except OSError as error:
+            logger.warning("the calibration of %s is not kept: %s", collective, error)
+
+
+def saved_choices(minimum_gain: float = 0.1) -> Iterator[str]:
+    """Lines of the table of choices of every topology that was calibrated on this machine, for `megatron-rl info`."""
+    for path in sorted(_folder().glob("*.json")):
+        try:
+            topology, collectives = _read(path)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            yield f"{path} is damaged: delete it"
+            continue
+        yield topology
+        for name, costs in sorted(collectives.items()):
+            picks = (f"{size >> 20} MB {choose(costs, size, minimum_gain)}" for size in SHOWN)
+            yield from (f"  {name:16}{pick}" for pick in picks)
+
+
+def _folder() -> Path:
+    return cache_folder() / "collectives"
+
+
+def _read(path: Path) -> tuple[str, dict[str, Costs]]:
+    content = json.loads(path.read_text())
+    costs: dict[str, Costs] = {
+        collective: {path: Cost(float(c["latency"]), float(c["seconds_per_byte"])) for path, c in paths.items()}
+        for collective, paths in content["costs"].items()
+    }
+    return str(content["topology"]), costs
