@@ -30,8 +30,8 @@ from torch import Tensor
 from megatron_rl import GRPO, Actor, RewardModel
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.models import Architecture
-from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.settings import RolloutSettings
 

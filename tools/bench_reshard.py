@@ -33,9 +33,9 @@ from reshard_ways import Gathered, MegatronCore, Planned, Way
 from torch import Tensor
 
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
+from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors
 from megatron_rl.models import Architecture, megatron_layout, rollout_layout
-from megatron_rl.models.builder import build_model, transformer_config
-from megatron_rl.models.local_tensors import chunk_tensors
 from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
 from megatron_rl.reshard import Layout, LocalTransport, Resharder, ReshardPlan, WireFormat
 from megatron_rl.weights.fill import empty_tensors

@@ -9,14 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import megatron_rl  # noqa: F401  installs the CPU face
-from megatron_rl.models.megatron_arguments import ARGUMENTS
+from megatron_rl.engines.megatron.adopted_architecture import ARGUMENTS
 from megatron_rl.models.megatron_fields import FREE, NEUTRAL, NEUTRAL_WITH_EXPERTS, TAKEN, Neutral
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "megatron_arguments.md"
 
 INTRODUCTION = """# Supported arguments of Megatron models
 
-<!-- Written by tools/document_arguments.py from megatron_rl/models/megatron_fields.py and megatron_arguments.py. -->
+<!-- Written by tools/document_arguments.py from megatron_fields.py (models) and adopted_architecture.py (engines). -->
 
 `Actor(model=chunks, ...)` and the other workers take over a job's own `GPTModel`, or refuse it by name before anything
 is trained. A field of `TransformerConfig` that stands nowhere on this page, from another version of Megatron-Core or a

@@ -26,7 +26,7 @@ from pairs_task import (
 from megatron_rl import DPO, Actor, Reference
 from megatron_rl.data import PairDataset
 from megatron_rl.data.preferences import PairLoader
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.models.tokenizer import load_tokenizer
 
 

@@ -29,7 +29,7 @@ from stories_task import (
 from megatron_rl import GRPO, Actor, Reference, RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.dataflow import Flow
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelSizes
 

@@ -81,8 +81,8 @@ def convert(
         import torch
 
         from megatron_rl.config import ConfigError, masked
+        from megatron_rl.engines.convert import convert as convert_weights
         from megatron_rl.parallel import ParallelSizes
-        from megatron_rl.weights.convert import convert as convert_weights
 
         configure_logging(rank, rewrite=masked)
         if config is not None and not config.exists():

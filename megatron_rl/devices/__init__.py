@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from megatron_rl.devices.cpu_face import install_cpu_face
 
 if TYPE_CHECKING:
-    from megatron_rl.devices.hardware import Platform, RngState, current_platform
+    from megatron_rl.devices.hardware import Platform, RngState, current_platform, use_transformer_engine
 
-__all__ = ["Platform", "RngState", "current_platform", "install_cpu_face"]
+__all__ = ["Platform", "RngState", "current_platform", "install_cpu_face", "use_transformer_engine"]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Platform", "RngState", "current_platform"):
+    if name in ("Platform", "RngState", "current_platform", "use_transformer_engine"):
         from megatron_rl.devices import hardware
 
         return getattr(hardware, name)

@@ -6,6 +6,7 @@ Everything that would otherwise read ``torch.cuda`` or name a backend asks this 
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import random
@@ -157,3 +158,8 @@ def current_platform() -> Platform:
             f"--nproc-per-node {visible}, or widen CUDA_VISIBLE_DEVICES"
         )
     return Platform("cuda", "nccl", torch.device("cuda", local_rank))
+
+
+def use_transformer_engine() -> bool:
+    """TransformerEngine is installed and this process has a GPU."""
+    return current_platform().name == "cuda" and importlib.util.find_spec("transformer_engine") is not None

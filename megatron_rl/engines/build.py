@@ -1,4 +1,4 @@
-"""`build_engine`: the training engine for whatever a role was given as its model."""
+"""The training engine for whatever a role was given as its model, and what else depends on the backend."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from typing import Any
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import TrainingEngine
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.engines.megatron.build import build, max_positions
+from megatron_rl.engines.megatron.checkpoint.storage import MegatronStorage
+from megatron_rl.engines.megatron.model.builder import transformer_config
+from megatron_rl.engines.state_storage import StateStorage
+from megatron_rl.models import Architecture
 from megatron_rl.models.hf_config import architecture_from_hf
-from megatron_rl.parallel import ParallelContext
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.weights.starting_model import hf_config_of, is_hf_model, resolved
 
 
@@ -85,3 +89,17 @@ def size_of(model: Any, vocab: int) -> tuple[int, int]:
         return architecture.vocab, architecture.max_positions
     chunks = list(model) if hasattr(model, "__len__") else [model]
     return vocab, max_positions(chunks)
+
+
+def check_sizes(architecture: Architecture, sizes: ParallelSizes) -> None:
+    """Raise ConfigError unless the backend can split this architecture over these parallel sizes."""
+    transformer_config(architecture, sizes)
+
+
+def build_storage(asynchronous: bool = False) -> StateStorage:
+    """How the state of engines is written and read.
+
+    Args:
+        asynchronous: write in a background process.
+    """
+    return MegatronStorage(asynchronous)

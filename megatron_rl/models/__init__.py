@@ -1,4 +1,4 @@
-"""Model families as data, and the Megatron-Core models built from them.
+"""Models as data: descriptions, families, layouts, and how Hugging Face and Megatron spell both.
 
 Importing this loads no framework; what needs Megatron-Core or transformers is loaded on first use.
 """
@@ -22,15 +22,12 @@ from megatron_rl.models.naming import MegatronNaming
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
-    from megatron_rl.models.local_tensors import chunk_tensors, naming_of
     from megatron_rl.models.megatron_architecture import architecture_from_megatron
 
 _LAZY = {
     "architecture_from_hf": "hf_config",
     "architecture_from_megatron": "megatron_architecture",
-    "chunk_tensors": "local_tensors",
     "hf_config_from": "hf_config",
-    "naming_of": "local_tensors",
 }
 
 __all__ = [
@@ -41,14 +38,12 @@ __all__ = [
     "ModelFamily",
     "architecture_from_hf",
     "architecture_from_megatron",
-    "chunk_tensors",
     "describe",
     "family_of",
     "hf_config_from",
     "hf_layout",
     "logical_tensors",
     "megatron_layout",
-    "naming_of",
     "rollout_layout",
     "transformers_layout",
 ]

@@ -67,7 +67,7 @@ def megatron_layout(
     naming: MegatronNaming | None = None,
     output_layer: bool = True,
 ) -> Layout:
-    """What each Megatron rank holds, named as `models/local_tensors.py` names them.
+    """What each Megatron rank holds, named as `engines/megatron/model/model_chunk.py` names them.
 
     Args:
         padded_vocab: rows of Megatron's embedding over all tensor-parallel ranks.

@@ -1,22 +1,18 @@
 """The `Architecture` of a model that a Megatron job built itself, read from its `TransformerConfig`.
 
-Everything the decoder of `models/family.py` does not compute is refused here (`models/megatron_fields.py` and
-`models/megatron_arguments.py` say what), so that an exported Hugging Face folder or a rollout engine never runs a
-different model in silence.
+Everything the decoder of `models/family.py` does not compute is refused (`models/megatron_fields.py` says what), so
+that an exported Hugging Face folder or a rollout engine never runs a different model in silence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.family import in_a_family
-from megatron_rl.models.megatron_arguments import frequencies_of, refused_arguments, scaling_of
 from megatron_rl.models.megatron_fields import Refusal, refused_fields
 
 
@@ -40,7 +36,7 @@ def architecture_from_megatron(
     Raises:
         ConfigError: the model is none that a supported Hugging Face family computes.
     """
-    _refuse(refused_fields(config))
+    refuse(refused_fields(config))
     architecture = Architecture(
         family="",
         num_layers=config.num_layers,
@@ -68,7 +64,7 @@ def _window(config: TransformerConfig) -> int | None:
         return None
     left, right = config.window_size
     if left < 0 or right != 0:
-        _refuse([Refusal("window_size", str(config.window_size), "None or (keys to the left, 0)")])
+        refuse([Refusal("window_size", str(config.window_size), "None or (keys to the left, 0)")])
     return left + 1
 
 
@@ -89,31 +85,8 @@ def _experts(config: TransformerConfig) -> Experts | None:
     )
 
 
-def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
-    """The architecture of a job's bare `GPTModel`, from its configuration and from what its arguments left on it.
-
-    Raises:
-        ConfigError: no supported Hugging Face family computes it; the message names each field and argument.
-    """
-    config = chunk.config
-    _refuse(refused_fields(config) + refused_arguments(chunk))
-    plain = architecture_from_megatron(
-        config,  # type: ignore[arg-type]
-        vocab=vocab,
-        tied=bool(chunk.share_embeddings_and_output_weights),
-        rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
-        max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
-    )
-    frequencies = frequencies_of(chunk)
-    scaling = None if frequencies is None else scaling_of(plain, frequencies)
-    if scaling is None:
-        given = f"frequencies that rotary_base={chunk.rotary_base} does not give"
-        expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both, over all channels of a head"
-        _refuse([Refusal("rotary_pos_emb", given, expected)])
-    return replace(plain, rope_scaling=scaling or ())
-
-
-def _refuse(refusals: Sequence[Refusal]) -> None:
+def refuse(refusals: Sequence[Refusal]) -> None:
+    """Raise ConfigError that names all of them, if there are any."""
     if refusals:
         given = ", ".join(f"{refusal.name}={refusal.given}" for refusal in refusals)
         supported = "; ".join(f"{refusal.name}: {refusal.expected}" for refusal in refusals)

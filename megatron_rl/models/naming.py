@@ -2,7 +2,7 @@
 
 Layouts name a rank's tensors as ``GPTModel.named_parameters()`` does. With interleaved pipelining a rank holds
 several chunks, and each name is preceded by its chunk: ``chunk1.decoder.layers.0.mlp.linear_fc1.weight``. With one
-chunk there is no prefix. `models/local_tensors.py` makes the same names from real model chunks.
+chunk there is no prefix. `engines/megatron/model/model_chunk.py` makes the same names from real model chunks.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_rl.config import ConfigError
 from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
-from megatron_rl.models.builder import transformer_config
+from megatron_rl.engines.build import check_sizes
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation, read_hf_config
 from megatron_rl.models.layouts import check_rollout, logical_tensors
 from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
@@ -140,7 +140,7 @@ def _model_folder(config: RunConfig) -> Path:
 
 def _check_sizes(folder: Path, config: RunConfig) -> bool:
     architecture = architecture_from_hf(read_hf_config(folder))
-    transformer_config(architecture, config.parallel)
+    check_sizes(architecture, config.parallel)
     check_rollout(architecture, config.actor.rollout.tp, 1)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
         ENGINES[config.actor.rollout.engine].check_model(architecture)

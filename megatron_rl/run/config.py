@@ -13,7 +13,7 @@ from pydantic import Field
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.bounds import Seed
 from megatron_rl.data import PromptDataset
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup

@@ -16,9 +16,8 @@ import torch
 
 from megatron_rl import __version__
 from megatron_rl.collectives.calibrations import saved_choices
-from megatron_rl.devices import Platform, current_platform
+from megatron_rl.devices import Platform, current_platform, use_transformer_engine
 from megatron_rl.devices.cpu_face import KNOWN_VERSIONS
-from megatron_rl.models.layer_spec import use_transformer_engine
 from megatron_rl.ops.registry import Availability, availability, choose, implementations, operations
 from megatron_rl.rollout import ENGINES
 

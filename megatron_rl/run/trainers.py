@@ -29,7 +29,7 @@ from megatron_rl.data.completions import CompletionLoader
 from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
-from megatron_rl.models.lora import LoraSettings
+from megatron_rl.engines.engine_config import LoraSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.registry import nearest
 from megatron_rl.rewards import check_answers

@@ -15,14 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.config import ConfigError
-from megatron_rl.devices import current_platform
-from megatron_rl.models.checkpoint_writer import CheckpointWriter
+from megatron_rl.engines.build import build_storage
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import TrainingLoop
 from megatron_rl.trainer.restart_point import CheckpointError, find_checkpoint, intact_checkpoint, told
@@ -87,7 +82,8 @@ class DistributedCheckpoints:
         self.verify = verify
         self._before: Before | None = None  # inside of a step
         self._writing: tuple[Path, Path] | None = None  # what the background process writes: its name, and its folder
-        self._queue = AsyncCallsQueue() if asynchronous else None
+        self._asynchronous = asynchronous
+        self._storage = build_storage(asynchronous)
 
     # Saving
 
@@ -116,7 +112,7 @@ class DistributedCheckpoints:
 
     def remember(self, trainer: TrainingLoop) -> None:
         """Keep what a step changes before its optimizer step: cursor, counters, generators."""
-        self._before = Before(self._small_state(trainer), rng_state(), self._num_updates())
+        self._before = Before(self._small_state(trainer), self._storage.rng_state(), self._num_updates())
 
     def forget(self) -> None:
         """The step is complete: `save` writes the present state again."""
@@ -138,23 +134,18 @@ class DistributedCheckpoints:
         self._complete_background(wait=True)
 
     def _complete_background(self, wait: bool) -> None:
-        if (queue := self._queue) is not None and self._writing is not None:
-            told(lambda: queue.maybe_finalize_async_calls(blocking=wait), *self._writing, self.context)
+        if self._writing is not None:
+            told(lambda: self._storage.poll(wait), *self._writing, self.context)
 
     def _write(self, trainer: TrainingLoop, partial: Path, final: Path) -> None:
-        writer = CheckpointWriter(partial)
-        request = writer.begin(self._sharded_state(trainer, loading=False))
-        request.add_finalize_fn(lambda: self._complete(writer, final))
-        if self._queue is None:
-            request.execute_sync()
-        else:
-            self._writing = final, partial
-            self._queue.schedule_async_request(request)
+        def published() -> None:
+            self._writing = None
+            logger.info("checkpoint %s is complete", final)
 
-    def _complete(self, writer: CheckpointWriter, final: Path) -> None:
-        writer.complete(self._describe, lambda: self._publish(writer.folder, final))
-        self._writing = None
-        logger.info("checkpoint %s is complete", final)
+        state = self._sharded_state(trainer, loading=False)
+        self._storage.save(state, partial, self._describe, lambda: self._publish(partial, final), published)
+        if self._asynchronous:
+            self._writing = final, partial
 
     def _publish(self, partial: Path, final: Path) -> None:
         """Give it its name, and take the oldest away; the order comes first, as the disk may have no room for it."""
@@ -191,7 +182,7 @@ class DistributedCheckpoints:
                 shutil.rmtree(left, ignore_errors=True)
         if found is None:
             return False
-        common = dist_checkpointing.load_common_state_dict(str(found))
+        common = self._storage.load_common(found)
         for name in [*self.models, *self.states]:
             if name not in common["parts"]:
                 raise ConfigError(
@@ -199,7 +190,7 @@ class DistributedCheckpoints:
                     "resume with the configuration that wrote it, or give another output folder"
                 )
         template = self._sharded_state(trainer, loading=True, with_rng=common["world_size"] == self.context.world_size)
-        state = dist_checkpointing.load(template, str(found))
+        state = self._storage.load(template, found)
         for name, part in self.models.items():
             part.load_state(
                 {key.removeprefix(f"{name}_"): state[key] for key in template if key.startswith(f"{name}_")}
@@ -208,7 +199,7 @@ class DistributedCheckpoints:
             stateful.load_state_dict(common["states"][name])
         trainer.load_state_dict(common["trainer"])
         if "rng" in state:
-            set_rng_state(state["rng"])
+            self._storage.set_rng_state(state["rng"])
         else:
             logger.warning(
                 "written by %d ranks, resumed by %d: generators start afresh",
@@ -236,24 +227,11 @@ class DistributedCheckpoints:
                 "layout": str(self.context.sizes),
             }
         if with_rng:
-            shape, place = (self.context.world_size,), (self.context.rank,)
-            state["rng"] = ShardedObject("rng", None if loading else self._rng(), shape, place)
+            state["rng"] = self._storage.per_rank("rng", None if loading else self._rng(), self.context)
         return state
 
     def _rng(self) -> dict[str, Any]:
-        return rng_state() if self._before is None else self._before.rng
+        return self._storage.rng_state() if self._before is None else self._before.rng
 
     def _barrier(self) -> None:
         torch.distributed.barrier(group=self.context.host_group)
-
-
-def rng_state() -> dict[str, Any]:
-    """Every generator of this process, Megatron's tracker included."""
-    state = current_platform().rng_state()
-    return {"platform": state, "tracker": get_cuda_rng_tracker().get_states()}
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """Restore what `rng_state` returned."""
-    current_platform().set_rng_state(state["platform"])
-    get_cuda_rng_tracker().set_states(state["tracker"])

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.state_storage import WriteError
 from megatron_rl.models.checkpoint_digests import find_damage
-from megatron_rl.models.checkpoint_writer import WriteError
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.retention import complete_checkpoints
 

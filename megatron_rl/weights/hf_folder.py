@@ -7,6 +7,7 @@ when all is on disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -27,6 +28,7 @@ from megatron_rl.models.family import family_of
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.safetensors_files import write_safetensors
+from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ class HFDescription:
             self.tokenizer.save_pretrained(folder)
 
     def write_into(self, checkpoint: Path, dtype: torch.dtype) -> None:
-        """Make a Megatron checkpoint say what model it holds; `weights.convert` reads it."""
+        """Make a Megatron checkpoint say what model it holds; `engines.convert` reads it."""
         folder = checkpoint / DESCRIPTION_FOLDER
         folder.mkdir()
         self.write(folder, dtype)
@@ -197,6 +199,19 @@ class HFFolderWriter:
     def abandon(self) -> None:
         """Remove what was written so far."""
         shutil.rmtree(self.partial, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writing(self, context: ParallelContext) -> Iterator[None]:
+        """Begin the hidden folder on rank 0, and remove it if the body fails. Collective."""
+        with context.agreement.attempt():
+            if context.rank == 0:
+                self.begin()
+        try:
+            yield
+        except BaseException:
+            if context.rank == 0:
+                self.abandon()
+            raise
 
     def shares(self, ranks: tuple[int, ...]) -> Iterator[dict[int, HFFile]]:
         """Waves of files, at most one for each rank at a time."""

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.checkpoint import CheckpointReader, checkpoint_folder, open_checkpoint
+from megatron_rl.models.checkpoint_reader import CheckpointReader, checkpoint_folder, open_checkpoint
 from megatron_rl.models.hf_config import (
     architecture_from_hf,
     hf_config_from,

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.engines.build import build_engine
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.assembly import place_of
 from megatron_rl.workers.outputs import Predict, value_output

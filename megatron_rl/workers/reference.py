@@ -18,7 +18,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.engines.build import build_engine, needs_vocab
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import place_of

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import NoReward, Reward, RewardError, as_reward, build_service, share
 from megatron_rl.workers.assembly import running_context

@@ -19,7 +19,7 @@ from megatron_rl.batch import Prompt, Sample
 from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import TrainingEngine
-from megatron_rl.engines.config import DTYPES
+from megatron_rl.engines.engine_config import DTYPES
 from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group

@@ -23,7 +23,7 @@ from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.data.text import encode
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.engines.build import build_engine, needs_vocab
-from megatron_rl.engines.config import DtypeName, EngineConfig
+from megatron_rl.engines.engine_config import DtypeName, EngineConfig
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import REWARDS, Reward

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.engines.config import DtypeName, EngineConfig
+from megatron_rl.engines.engine_config import DtypeName, EngineConfig
 from megatron_rl.rollout.base import SamplingParams
 
 

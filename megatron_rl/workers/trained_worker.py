@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.engines.base import Output, TrainingEngine
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.workers.balance import balance

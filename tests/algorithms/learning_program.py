@@ -19,7 +19,7 @@ from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.reward_modelling import ask_for_scores
 from megatron_rl.batch import Batch, Prompt
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 

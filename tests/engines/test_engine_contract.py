@@ -24,7 +24,7 @@ from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import MicroBatching, TrainingEngine
 from megatron_rl.engines.build import build_engine
-from megatron_rl.engines.config import EngineConfig, OptimizerSettings
+from megatron_rl.engines.engine_config import EngineConfig, OptimizerSettings
 from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.models import hf_layout
 from megatron_rl.models.hf_config import hf_config_from

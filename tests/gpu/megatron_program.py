@@ -12,8 +12,8 @@ import torch
 from megatron.core import package_info
 
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.models import Architecture
-from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 
 ARCHITECTURE = Architecture("llama", 2, 64, 128, 4, 2, 16, 128, tied=False, max_positions=64)

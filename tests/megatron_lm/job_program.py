@@ -28,8 +28,9 @@ from megatron_rl.algorithms import DPO, GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.models import chunk_tensors, megatron_layout, naming_of
-from megatron_rl.models.layer_spec import layer_spec
+from megatron_rl.engines.megatron.model.layer_spec import layer_spec
+from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of
+from megatron_rl.models import megatron_layout
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch
 from megatron_rl.weights.hf_in import load_folder, read_architecture

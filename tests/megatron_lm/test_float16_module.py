@@ -12,8 +12,8 @@ from megatron_lm.job import JobArguments, build, float16, get_model, initialize,
 import megatron_rl  # noqa: F401  (before megatron.core)
 from megatron_rl.algorithms import GRPO, PPO
 from megatron_rl.devices import current_platform
-from megatron_rl.models.hidden_states import hidden_states
-from megatron_rl.models.value_head import ValueHead
+from megatron_rl.engines.megatron.model.hidden_states import hidden_states
+from megatron_rl.engines.megatron.model.value_head import ValueHead
 from megatron_rl.run.doctor.random_data import NumberTokenizer, sampled_batch
 from megatron_rl.workers import Actor, Critic, Reference
 

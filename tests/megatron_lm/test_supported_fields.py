@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.build import build_engine
+from megatron_rl.engines.megatron.adopted_architecture import ARGUMENTS
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
-from megatron_rl.models.megatron_arguments import ARGUMENTS
 from megatron_rl.models.megatron_fields import NEUTRAL, NEUTRAL_WITH_EXPERTS, classified, refused_fields
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.assembly import running_context

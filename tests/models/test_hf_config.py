@@ -10,8 +10,8 @@ from models.oracle import ALL, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
 from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.megatron.model.builder import transformer_config
 from megatron_rl.models import Architecture, Experts
-from megatron_rl.models.builder import transformer_config
 from megatron_rl.models.family import family_of, in_a_family
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, read_hf_config
 from megatron_rl.models.megatron_architecture import architecture_from_megatron

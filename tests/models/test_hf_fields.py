@@ -15,10 +15,10 @@ from models.oracle import ALL, LLAMA
 from models.test_tokenizer import tokenizer as word_tokenizer
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.builder import transformer_config
+from megatron_rl.engines.megatron.model.builder import transformer_config
+from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, read_generation, read_hf_config
 from megatron_rl.models.hf_fields import HFFields
-from megatron_rl.models.rope import inverse_frequencies
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelSizes
 

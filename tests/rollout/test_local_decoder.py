@@ -10,7 +10,7 @@ import torch
 from rollout.rollout_models import CONFIGS, architecture_of, local_engine, random_model, reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rl.models.rope import inverse_frequencies
+from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.rollout import SamplingParams
 
 PROMPTS = [[5, 9, 11, 40, 3], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], [99, 98, 97]]

@@ -19,9 +19,9 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl import Actor, Callback, Critic, PPOTrainer
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
+from megatron_rl.engines.convert import convert
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.tracking import TrackerGroup
-from megatron_rl.weights.convert import convert
 from megatron_rl.workers.settings import WorkerSettings
 
 ROWS = [[5, 6, 14, 7, 8, 15], [9, 14, 3, 15, 12], [4, 4, 14, 4, 15, 8, 2]]

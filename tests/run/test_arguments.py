@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from megatron_rl import DPOTrainer, GRPOTrainer, KTOTrainer
 from megatron_rl.algorithms.correction import MismatchCorrection
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.run.arguments import TrainArguments
 from megatron_rl.trainer.settings import TrainerSettings
 

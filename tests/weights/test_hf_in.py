@@ -17,9 +17,9 @@ from megatron_rl.models import Architecture, logical_tensors, megatron_layout
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Span
-from megatron_rl.weights.convert import open_weights
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_in import load_folder, model_source, read_architecture, resolve_folder
+from megatron_rl.weights.opened_weights import open_weights
 from megatron_rl.weights.source import SafetensorsFolder
 
 GRID = RankGrid(ParallelSizes(tp=2, pp=2), 4)

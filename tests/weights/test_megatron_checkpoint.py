@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from stored_arguments import change_common, forget_arguments
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.convert import convert
 from megatron_rl.models import Architecture
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.models.inert_load import load_inert
@@ -25,7 +26,6 @@ from megatron_rl.models.job_arguments import (
     arguments_to_add,
 )
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.weights.convert import convert
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 
 SCALED = replace(LLAMA, rope_scaling=tuple(sorted(LLAMA3_SCALING.items())), rope_theta=5e5)

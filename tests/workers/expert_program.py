@@ -18,9 +18,10 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 
 from megatron_rl.algorithms import DPO, GRPO  # isort: skip
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.config import OptimizerSettings
-from megatron_rl.models import chunk_tensors, megatron_layout, naming_of
-from megatron_rl.models.builder import build_model, transformer_config
+from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
+from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of
+from megatron_rl.models import megatron_layout
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch

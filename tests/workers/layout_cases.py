@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.reference import Reference

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.megatron.model.lora_adapter import Adapter
 from megatron_rl.models import Architecture, Experts
-from megatron_rl.models.adapter import Adapter
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor

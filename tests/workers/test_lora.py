@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import LoraSettings, OptimizerSettings
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
+from megatron_rl.engines.megatron.model.lora import add_adapters
 from megatron_rl.models import Architecture
-from megatron_rl.models.adapter import merged
-from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.hf_config import hf_config_from
-from megatron_rl.models.lora import LoraSettings, add_adapters
+from megatron_rl.models.lora_update import merged
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 from megatron_rl.workers.loss import LossInputs, LossOutput

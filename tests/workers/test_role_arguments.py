@@ -8,7 +8,7 @@ import pytest
 
 from megatron_rl import Actor, Critic, Reference, RewardModel
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.config import EngineConfig
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.run.config import CriticConfig
 from megatron_rl.workers.settings import WorkerSettings
 

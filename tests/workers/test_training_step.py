@@ -16,7 +16,7 @@ from small_run import write_run
 from megatron_rl.algorithms import DPO, KTO, SFT
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.workers import Actor
 from megatron_rl.workers.loss import LossInputs, LossOutput
 

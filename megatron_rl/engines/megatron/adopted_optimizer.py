@@ -22,7 +22,7 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.engines.megatron.optimizer import (
     experts_reduced_as_dense,
     precision_fields,

@@ -12,7 +12,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.value_head import ValueHead
+from megatron_rl.engines.megatron.model.value_head import ValueHead
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout
 from megatron_rl.weights.fill import check_tensors
@@ -37,7 +37,7 @@ def check_place(chunks: Sequence[LanguageModule], context: ParallelContext, valu
     if chunks[-1].post_process and isinstance(chunks[-1].output_layer, ValueHead) != value_head:
         raise ConfigError(
             f"the output layer of the last model chunk is a {type(chunks[-1].output_layer).__name__}: a critic or "
-            "reward model needs models.value_head.ValueHead, a policy the vocabulary's"
+            "reward model needs megatron_rl.engines.megatron.model.value_head.ValueHead, a policy the vocabulary's"
         )
 
 

@@ -15,7 +15,8 @@ import torch
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, Origin
-from megatron_rl.engines.config import DTYPES, EngineConfig
+from megatron_rl.engines.engine_config import DTYPES, EngineConfig
+from megatron_rl.engines.megatron.adopted_architecture import architecture_of_chunk
 from megatron_rl.engines.megatron.adopted_optimizer import (
     as_megatron,
     ddp_config_of,
@@ -30,6 +31,9 @@ from megatron_rl.engines.megatron.adoption import (
 )
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.gradient_groups import use_hybrid_groups
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
+from megatron_rl.engines.megatron.model.lora import add_adapters
+from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.model_proof import prove
 from megatron_rl.engines.megatron.optimizer import (
     build_optimizer,
@@ -38,11 +42,7 @@ from megatron_rl.engines.megatron.optimizer import (
     wrap_data_parallel,
 )
 from megatron_rl.engines.megatron.starting_weights import fill_model
-from megatron_rl.models.builder import build_model, transformer_config
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation
-from megatron_rl.models.lora import add_adapters
-from megatron_rl.models.megatron_architecture import architecture_of_chunk
-from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
@@ -207,7 +207,7 @@ def _micro_batching(engine: MegatronEngine, config: EngineConfig) -> MicroBatchi
     if config.packing and not engine.packs:
         raise ConfigError(
             "packing=true, but this model's core attention does not take packed sequences: set "
-            "packing=false, or build the model with megatron_rl.models.layer_spec"
+            "packing=false, or build the model with megatron_rl.engines.megatron.model.layer_spec"
         )
     packing = engine.packs if config.packing is None else config.packing
     return MicroBatching(config.token_budget, packing, config.micro_batch_size)

@@ -25,13 +25,19 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import Alignment, MicroBatch
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngine
-from megatron_rl.engines.megatron.checkpoint_state import load_sharded_state, sharded_state
+from megatron_rl.engines.megatron.checkpoint.sharded_state import load_sharded_state, sharded_state
 from megatron_rl.engines.megatron.main_parameters import follow_weights
+from megatron_rl.engines.megatron.model.lora_adapter import Adapter
+from megatron_rl.engines.megatron.model.model_chunk import (
+    chunk_tensors,
+    layer_indices,
+    output_weight,
+    supports_packing,
+    unwrap,
+)
 from megatron_rl.engines.megatron.optimizer import can_fall, gradient_hooks, loss_scalers
-from megatron_rl.engines.megatron.schedule import run_schedule
-from megatron_rl.models import Architecture, MegatronNaming, chunk_tensors, megatron_layout
-from megatron_rl.models.adapter import Adapter
-from megatron_rl.models.megatron_chunk import layer_indices, output_weight, supports_packing, unwrap
+from megatron_rl.engines.megatron.pipeline_schedule import run_schedule
+from megatron_rl.models import Architecture, MegatronNaming, megatron_layout
 from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs

@@ -26,10 +26,10 @@ from megatron_rl.data.packing import MicroBatch
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching
 from megatron_rl.engines.megatron.engine import MegatronEngine
+from megatron_rl.engines.megatron.model.core_attention import zigzag_order
+from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.micro_batches import plan_micro_batches
-from megatron_rl.models.attention import zigzag_order
 from megatron_rl.models.layouts import EVERYWHERE, logical_tensors
-from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.models.reference_layer import ReferenceLayer

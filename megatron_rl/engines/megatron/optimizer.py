@@ -17,7 +17,7 @@ from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradS
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 
 
 def wrap_data_parallel(

@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.engine import MegatronEngine
-from megatron_rl.models.checkpoint import CheckpointReader
+from megatron_rl.engines.megatron.model.model_chunk import unwrap
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
-from megatron_rl.models.megatron_chunk import unwrap
 from megatron_rl.models.parameters import whole
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_in import SCORE, holds_scores, load_folder, model_source

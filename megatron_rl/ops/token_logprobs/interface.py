@@ -33,7 +33,7 @@ def token_logprobs(
     With a ``group`` the vocabulary is split over its ranks: values are of the whole vocabulary and equal on all ranks;
     the gradient of ``weight`` is that of the rank's rows; the gradient of ``hidden`` is what the rank's rows contribute
     (their sum over the group is the gradient: give the op hidden states whose backward takes that sum, as
-    `models.hidden_states` does).
+    `engines.megatron.model.hidden_states` does).
 
     Args:
         hidden: [tokens, hidden], fp32, bf16 or fp16.

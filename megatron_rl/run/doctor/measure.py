@@ -20,7 +20,7 @@ from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
 from megatron_rl.dataflow import Flow
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.config import RunConfig

@@ -1,0 +1,95 @@
+"""`convert`: a Hugging Face folder or a Megatron checkpoint into either of the two.
+
+To Hugging Face it streams: one parameter and one output file are in memory at a time, and under torchrun the ranks
+share the files. To Megatron each rank holds its part of the model in the asked-for layout, read straight from the
+source (`engines/megatron/checkpoint/converted.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_rl.config import ConfigError
+from megatron_rl.engines.megatron.checkpoint.converted import write_converted
+from megatron_rl.models.checkpoint_digests import find_damage
+from megatron_rl.models.layouts import hf_layout
+from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.reshard.layout import restricted
+from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFFolderWriter
+from megatron_rl.weights.opened_weights import OpenedWeights, open_weights
+from megatron_rl.weights.value_head_file import write_value_head
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: Literal["hf", "megatron"],
+    sizes: ParallelSizes | None = None,
+    *,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    verify: bool = True,
+) -> Path:
+    """Convert ``source`` into the folder ``target``, which appears complete or not at all. Collective under torchrun.
+
+    Args:
+        to: "hf" for a Hugging Face folder, "megatron" for a distributed checkpoint.
+        sizes: the layout that the ranks hold the model in while a checkpoint is written.
+        config: see `weights.opened_weights.open_weights`.
+        dtype: of the result; None keeps the source's.
+        max_shard_bytes: largest file of a Hugging Face folder.
+        overwrite: replace an existing target.
+        verify: compare a checkpoint's files with their digests first.
+
+    Returns:
+        The target.
+
+    Raises:
+        ConfigError: the source is neither of the two, or is damaged.
+    """
+    if to not in ("hf", "megatron"):
+        raise ConfigError(f"cannot convert to {to!r}: expected 'hf' or 'megatron'")
+    with open_weights(source, config) as opened:
+        writer = HFFolderWriter(target, opened.description, dtype or opened.dtype, max_shard_bytes, overwrite)
+        context = ParallelContext.create(sizes or ParallelSizes() if to == "megatron" else ParallelSizes())
+        if verify and opened.checkpoint is not None:
+            _refuse_damage(opened.checkpoint, context, tensors_only=config is not None)
+        if to == "hf":
+            _to_hf(opened, writer, context)
+        else:
+            write_converted(opened, writer, context)
+    return writer.folder
+
+
+def _refuse_damage(checkpoint: Path, context: ParallelContext, tensors_only: bool) -> None:
+    """Each rank reads its share of the files; raises ConfigError on all. Where the user describes the model, what the
+    checkpoint says of itself may have been changed."""
+    found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size, tensors_only))
+    if damage := next(filter(None, found), None):
+        raise ConfigError(
+            f"checkpoint {checkpoint} is damaged: {damage}: restore it from a copy, or convert another one "
+            "(--no-verify converts it as it is)"
+        )
+
+
+def _to_hf(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext) -> None:
+    together = context.agreement
+    layout = hf_layout(opened.description.architecture)
+    with writer.writing(context):
+        with together.attempt():
+            for file in writer.files[context.rank :: context.world_size]:
+                part = restricted(layout, set(file.tensors))
+                tensors = empty_tensors(part, 0, writer.dtype)
+                fill(part, 0, tensors, opened.tensors)
+                writer.write(file, tensors)
+        with together.attempt():
+            if context.rank == 0:
+                if opened.value_head is not None:
+                    write_value_head(writer.partial, opened.value_head)
+                writer.commit()

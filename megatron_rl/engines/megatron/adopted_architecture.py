@@ -1,0 +1,171 @@
+"""The `Architecture` of a job's own model chunk, and what is known of each argument of `GPTModel` and of its modules.
+
+A chunk does not keep its arguments: they are read off its attributes, its rotary frequencies, its modules and its
+parameters. As in `models/megatron_fields.py`, what is not known is refused by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_rl.engines.megatron.model.rope import inverse_frequencies
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.megatron_architecture import architecture_from_megatron, refuse
+from megatron_rl.models.megatron_fields import Refusal, refused_fields, shown
+
+# argument -> what becomes of it. `refused_arguments` and `scaling_of` hold the rules.
+ARGUMENTS: dict[str, str] = {
+    "config": "field by field, below",
+    "transformer_layer_spec": "checked by the classes of the modules and by the names of the parameters",
+    "vocab_size": "taken over: rows of the padded vocabulary",
+    "max_sequence_length": "taken over: max_position_embeddings",
+    "pre_process": "must be what the place in the pipeline says",
+    "post_process": "must be what the place in the pipeline says",
+    "fp16_lm_cross_entropy": "free: Megatron's own loss is not used",
+    "parallel_output": "free: the output layer is computed here",
+    "share_embeddings_and_output_weights": "taken over: tie_word_embeddings",
+    "position_embedding_type": "must be 'rope'",
+    "rotary_percent": "must be 1.0",
+    "rotary_base": "taken over: rope_theta",
+    "rope_scaling": "taken over: rope_type llama3 with Megatron-Core's bounds",
+    "rope_scaling_factor": "taken over: factor of rope_type llama3",
+    "seq_len_interpolation_factor": "taken over: factor of rope_type linear; not together with rope_scaling",
+    "scatter_embedding_sequence_parallel": "must be True with sequence_parallel",
+    "mtp_block_spec": "must be None",
+    "pg_collection": "free: read from parallel_state and checked",
+    "vp_stage": "must be what the place in the pipeline says",
+}
+
+# Megatron-Core RotaryEmbedding._apply_scaling, which takes the factor alone
+LLAMA3_BOUNDS: dict[str, object] = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+_OURS = "megatron_rl.engines.megatron.model."
+_TORCH = frozenset(
+    "torch.nn.modules." + name
+    for name in (
+        "container.ModuleList",
+        "container.ModuleDict",
+        "dropout.Dropout",
+        "normalization.RMSNorm",
+        "linear.Identity",
+    )
+)
+_MEGATRON_NAMES = """
+ColumnParallelLinear RowParallelLinear TEColumnParallelLinear TELayerNormColumnParallelLinear TERowParallelLinear
+TELinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear DotProductAttention TEDotProductAttention
+FusedScaleMaskSoftmax SelfAttention IdentityOp IdentityFuncOp MLP TEFusedMLP MoELayer TopKRouter SequentialMLP
+TEGroupedMLP TransformerLayer MoETransformerLayer TransformerBlock RotaryEmbedding VocabParallelEmbedding
+LanguageModelEmbedding GPTModel GroupedMLP
+"""  # GroupedMLP is refused with a message of its own
+_MEGATRON = frozenset(_MEGATRON_NAMES.split())
+_INSIDE = "transformer_engine."  # what Megatron's TE classes are made of
+
+
+def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
+    """The architecture of a job's bare `GPTModel`, from its configuration and from what its arguments left on it.
+
+    Raises:
+        ConfigError: no supported Hugging Face family computes it; the message names each field and argument.
+    """
+    config = chunk.config
+    refuse(refused_fields(config) + refused_arguments(chunk))
+    plain = architecture_from_megatron(
+        config,  # type: ignore[arg-type]
+        vocab=vocab,
+        tied=bool(chunk.share_embeddings_and_output_weights),
+        rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
+        max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
+    )
+    frequencies = frequencies_of(chunk)
+    scaling = None if frequencies is None else scaling_of(plain, frequencies)
+    if scaling is None:
+        given = f"frequencies that rotary_base={chunk.rotary_base} does not give"
+        expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both, over all channels of a head"
+        refuse([Refusal("rotary_pos_emb", given, expected)])
+    return replace(plain, rope_scaling=scaling or ())
+
+
+def refused_arguments(chunk: nn.Module) -> list[Refusal]:
+    """The arguments of a bare `GPTModel` that are not taken over as they are, and modules of unknown classes."""
+    found = []
+    kind = chunk.position_embedding_type
+    embedding = chunk._modules.get("embedding")
+    learned = embedding is not None and embedding.add_position_embedding
+    if kind != "rope" or learned:
+        given = "learned_absolute" if learned else kind
+        found.append(Refusal("position_embedding_type", shown(given), "'rope'"))
+    if chunk.rotary_percent != 1.0:
+        found.append(Refusal("rotary_percent", shown(chunk.rotary_percent), "1.0"))
+    if chunk._modules.get("mtp") is not None:
+        found.append(Refusal("mtp_block_spec", "multi-token prediction layers", "None"))
+    if embedding is not None and chunk.config.sequence_parallel and not embedding.scatter_to_sequence_parallel:  # type: ignore[union-attr]
+        found.append(Refusal("scatter_embedding_sequence_parallel", "False", "True with sequence_parallel"))
+    return found + _unknown_modules(chunk)
+
+
+def _unknown_modules(chunk: nn.Module) -> list[Refusal]:
+    found: dict[type, Refusal] = {}
+    for name, module in chunk.named_modules():
+        cls = type(module)
+        if cls not in found and not _known(cls):
+            given = f"{cls.__module__}.{cls.__qualname__}"
+            found[cls] = Refusal(
+                f"module {name or 'GPTModel'}", given, "the classes of Megatron-Core's GPT layer specs"
+            )
+    if any(type(module).__name__ == "GroupedMLP" for module in chunk.modules()):
+        expected = "SequentialMLP (moe_grouped_gemm=False) or TEGroupedMLP (TransformerEngine)"
+        return [*found.values(), Refusal("moe_grouped_gemm", "True with the legacy GroupedMLP", expected)]
+    return list(found.values())
+
+
+def _known(cls: type) -> bool:
+    """Itself, or a subclass that leaves the computation to a known class."""
+    for ancestor in cls.__mro__:
+        where = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        if where.startswith((_OURS, _INSIDE)) or where in _TORCH:
+            return True
+        if ancestor.__module__.startswith("megatron.core."):
+            return ancestor.__name__ in _MEGATRON
+        if "forward" in vars(ancestor) or "__call__" in vars(ancestor):
+            return False
+    return False
+
+
+def frequencies_of(chunk: nn.Module) -> Tensor | None:
+    """Radians per position of each pair of channels, ``[pairs]`` fp32 on the CPU; None = the chunk rotates nothing."""
+    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
+        table = getattr(layer.self_attention.core_attention, "rotary", None)  # type: ignore[union-attr]
+        if table is not None:  # `model.rope.rotate_in_attention`
+            return table.frequencies.float().cpu()
+    rotary: Any = chunk._modules.get("rotary_pos_emb")
+    if getattr(rotary, "inv_freq", None) is None:
+        return None
+    return rotary.inv_freq.float().cpu() / (rotary.seq_len_interpolation_factor or 1.0)
+
+
+def scaling_of(architecture: Architecture, found: Tensor) -> tuple[tuple[str, object], ...] | None:
+    """The ``rope_scaling`` with which ``architecture`` has the frequencies ``found``; None = no known one."""
+    plain = inverse_frequencies(_scaled(architecture, ()))
+    if plain.shape != found.shape:
+        return None
+    factor = float(plain[-1] / found[-1])  # of the slowest pair, which every scaling stretches in full
+    factor = round(factor) if abs(factor - round(factor)) < 1e-4 * factor else factor
+    llama3 = LLAMA3_BOUNDS | {"factor": float(factor)}
+    for scaling in ({}, {"factor": float(factor), "rope_type": "linear"}, llama3):
+        items = tuple(sorted(scaling.items()))
+        if torch.allclose(inverse_frequencies(_scaled(architecture, items)), found, rtol=1e-5, atol=0.0):
+            return items
+    return None
+
+
+def _scaled(architecture: Architecture, scaling: tuple[tuple[str, object], ...]) -> Architecture:
+    return replace(architecture, rope_scaling=scaling)

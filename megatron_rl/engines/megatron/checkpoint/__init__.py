@@ -1,0 +1,1 @@
+"""State of a job in Megatron-Core's distributed checkpoint format."""

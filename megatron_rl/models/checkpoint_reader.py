@@ -1,0 +1,257 @@
+"""Megatron distributed checkpoints (``torch_dist``): tensors out of one without building a model.
+
+A checkpoint stores whole tensors, whatever layout wrote them: those of a model on one rank, with the layers stacked
+into one tensor where all layers are alike (megatron.core TransformerBlock.sharded_state_dict), and the experts of a
+layer stacked too (SequentialMLP.sharded_state_dict).
+"""
+
+from __future__ import annotations
+
+import functools
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.checkpoint_digests import COMMON
+from megatron_rl.models.inert_load import load_inert
+from megatron_rl.models.layouts import megatron_layout
+from megatron_rl.models.legacy_checkpoint import FILE, LegacyCheckpoint, unknown_tensors
+from megatron_rl.models.lora_update import SUFFIX, merged
+from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.reshard.layout import Layout, Shard
+
+LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
+RELEASE = "release"  # what it says for weights that no training step has changed yet; also the name of their folder
+MODEL_PARTS = ("embedding.", "decoder.", "encoder.", "output_layer.", "mtp.")  # what a GPTModel's tensors begin with
+
+# The local spec's norms are stored under TransformerEngine's names (gpt_layer_specs sharded_state_dict_keys_map).
+RENAMED = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+class Stored(NamedTuple):
+    """Where a parameter of a one-rank model lies in a checkpoint."""
+
+    key: str
+    place: tuple[int, ...]  # in the leading, stacked dims of the stored tensor
+
+
+def checkpoint_folder(path: str | Path) -> Path | None:
+    """The folder of one checkpoint: ``path`` itself, or the newest iteration of a Megatron-LM run; None where there is
+    none.
+
+    Raises:
+        ConfigError: a run's pointer leads nowhere, or there is none among several iterations.
+    """
+    folder = Path(path).expanduser()
+    pointer = folder / LATEST
+    if pointer.is_file():
+        iteration = pointer.read_text().strip()
+        found = folder / (f"iter_{int(iteration):07d}" if iteration.isdigit() else iteration)
+        if not iteration or not _is_checkpoint(found):
+            raise ConfigError(
+                f"{pointer} says {iteration!r}, but {found} holds no checkpoint: restore it, or give the folder of "
+                "another iteration"
+            )
+        return found
+    if _is_checkpoint(folder):
+        return folder
+    iterations = sorted(found.name for found in folder.glob("iter_*") if _is_checkpoint(found))
+    if iterations:
+        raise ConfigError(f"{folder} has {', '.join(iterations)} but no {LATEST}: give the folder of one of them")
+    return None
+
+
+def point_to(folder: Path) -> None:
+    """Make the iteration ``folder`` its run's newest one, unless the run has a pointer already."""
+    pointer = folder.parent / LATEST
+    if not pointer.exists():
+        name = folder.name
+        pointer.write_text(str(int(name.removeprefix("iter_"))) if name.startswith("iter_") else name)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (".metadata", "metadata.json")) or _is_legacy(folder)
+
+
+def _is_legacy(folder: Path) -> bool:
+    return any(folder.glob(f"mp_rank_*/{FILE}"))
+
+
+def open_checkpoint(path: str | Path) -> CheckpointReader | LegacyCheckpoint:
+    """Read a checkpoint of either format that Megatron-LM trains with, ``torch_dist`` or ``torch``.
+
+    Raises:
+        ConfigError: there is none, or it is of another format.
+    """
+    folder = checkpoint_folder(path)
+    return LegacyCheckpoint(folder) if folder is not None and _is_legacy(folder) else CheckpointReader(path)
+
+
+class CheckpointReader:
+    """Reads single parameters of a checkpoint, in one process and without process groups.
+
+    Raises:
+        ConfigError: ``path`` holds no distributed checkpoint.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        folder = checkpoint_folder(path)
+        if folder is None:
+            raise ConfigError(
+                f"{path} holds no Megatron distributed checkpoint (.metadata): expected a folder that "
+                "megatron.core.dist_checkpointing.save wrote, in format torch_dist"
+            )
+        if not ((folder / ".metadata").is_file() and (folder / "metadata.json").is_file()):
+            raise ConfigError(
+                f"{folder} is a checkpoint of another format than torch_dist and torch: load it in Megatron-LM and "
+                "save it with --ckpt-format torch_dist"
+            )
+        self.folder = folder
+        self._reader = FileSystemReader(folder)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        stored = metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in stored if isinstance(entry, TensorStorageMetadata)}
+
+    ranks = (0,)  # of `layout`
+
+    @functools.cached_property
+    def arguments(self) -> Namespace | None:
+        """Megatron-LM's, of the job that wrote it; None where another program did."""
+        common = load_inert(self.folder / COMMON) if (self.folder / COMMON).is_file() else {}
+        found = common.get("args") if isinstance(common, dict) else None
+        return found if isinstance(found, Namespace) else None
+
+    def layout(self, architecture: Architecture) -> Layout:
+        """The layout of one rank, as which the checkpoint is read.
+
+        Raises:
+            ConfigError: a stored tensor has no place in the model.
+        """
+        layout = megatron_layout(architecture, RankGrid(ParallelSizes(), 1), self.padded_vocab)
+        known = {stored.key for shard in layout.shards(0) for stored in candidates(shard.name)}
+        extra = [k for k in self.tensors if k.startswith(MODEL_PARTS) and f"{SUFFIX}." not in k and k not in known]
+        # A value head may stand in the place of the output layer.
+        extra = [key for key in extra if key != "output_layer.weight" or self.tensors[key].size[0] > 1]
+        if extra:
+            raise ConfigError(unknown_tensors(self.folder, sorted(extra)))
+        return layout
+
+    def load(self, rank: int, shard: Shard) -> Tensor:
+        """As `read`; there is one rank."""
+        return self.read(shard)
+
+    @property
+    def padded_vocab(self) -> int:
+        return int(self._stored("embedding.word_embeddings.weight").size[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._stored("embedding.word_embeddings.weight").properties.dtype
+
+    def read(self, shard: Shard) -> Tensor:
+        """The tensor of a shard of the one-rank layout, named as the local spec names it; its adapter, if it has one,
+        merged.
+
+        Raises:
+            ConfigError: the checkpoint lacks it, or has it in another shape.
+        """
+        for key, index in candidates(shard.name):
+            if key in self.tensors:
+                sizes = tuple(self.tensors[key].size)
+                if sizes[len(index) :] != shard.shape or any(i >= n for i, n in zip(index, sizes, strict=False)):
+                    raise ConfigError(
+                        f"{self.folder}: {key} has shape {list(sizes)}, but {shard.name} of the config has "
+                        f"{list(shard.shape)}: the config belongs to another model"
+                    )
+                return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
+        raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether it was written by a run that trained adapters."""
+        return any(f"{SUFFIX}." in key for key in self.tensors)
+
+    def _with_adapter(self, key: str, place: tuple[int, ...], weight: Tensor) -> Tensor:
+        prefix = key.removesuffix(".weight") + SUFFIX
+        if f"{prefix}.a" not in self.tensors:
+            return weight
+        names = [f"{prefix}.{part}" for part in ("a", "b", "scale")]
+        shapes = [tuple(self._stored(name).size)[len(place) :] for name in names]
+        a, b, scale = (self._read(Stored(name, place), shape) for name, shape in zip(names, shapes, strict=True))
+        return merged(weight, a, b, float(scale))
+
+    def _stored(self, key: str) -> TensorStorageMetadata:
+        if key not in self.tensors:
+            raise ConfigError(f"{self.folder} lacks {key}: it is no checkpoint of a whole language model")
+        return self.tensors[key]
+
+    def _read(self, stored: Stored, shape: tuple[int, ...]) -> Tensor:
+        lead = len(stored.place)
+        result = torch.empty((1,) * lead + shape, dtype=self.tensors[stored.key].properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(stored.place + (0,) * len(shape)), torch.Size(result.shape))
+        planner = _OneTensor(stored.key, self.tensors[stored.key], wanted, result)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+        return result.view(shape)
+
+
+def candidates(name: str) -> Iterator[Stored]:
+    """Where a parameter of a one-rank model may be stored: its own name, or stacked with other layers and experts."""
+    parts = name.split(".")
+    if parts[:2] != ["decoder", "layers"]:
+        yield Stored(name, ())
+        return
+    layer, rest = int(parts[2]), ".".join(parts[3:])
+    index: tuple[int, ...] = ()
+    if rest.startswith("mlp.experts.local_experts."):
+        index = (int(parts[6]),)
+        rest = "mlp.experts.experts." + ".".join(parts[7:])
+    for spelling in (rest, RENAMED.get(rest)):
+        if spelling is not None:
+            yield Stored(f"decoder.layers.{spelling}", (layer, *index))
+            yield Stored(f"decoder.layers.{layer}.{spelling}", index)
+
+
+class _OneTensor(LoadPlanner):
+    """Loads one rectangle of one stored tensor; torch's own planners load whole tensors."""
+
+    def __init__(self, key: str, stored: TensorStorageMetadata, wanted: ChunkStorageMetadata, result: Tensor) -> None:
+        self._key, self._stored, self._wanted, self._result = key, stored, wanted, result
+
+    def create_local_plan(self) -> LoadPlan:
+        return LoadPlan(create_read_items_for_chunk_list(self._key, self._stored, [self._wanted]))
+
+    def set_up_planner(
+        self, state_dict: object, metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        raise AssertionError("one tensor needs no state dict")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: object) -> None:
+        raise AssertionError(f"{read_item} is not a tensor")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = self._result
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            part = part.narrow(dim, start, length)
+        return part
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass

@@ -1,0 +1,74 @@
+"""`open_weights`: what model a Hugging Face folder or a Megatron checkpoint holds, and a source of its tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.checkpoint_reader import CheckpointReader
+from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
+from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.models.parameters import whole
+from megatron_rl.models.tokenizer import load_tokenizer
+from megatron_rl.weights.hf_folder import HFDescription
+from megatron_rl.weights.hf_in import SCORE, check_folder, resolve_folder
+from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_rl.weights.source import SafetensorsFolder, TensorSource
+from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
+
+
+@dataclass(frozen=True)
+class OpenedWeights:
+    """A model to convert."""
+
+    description: HFDescription
+    tensors: TensorSource
+    dtype: torch.dtype
+    value_head: Tensor | None = None  # [1, hidden], of a policy that a critic shares its weights with
+    checkpoint: Path | None = None  # the Megatron checkpoint that it is
+
+
+@contextlib.contextmanager
+def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator[OpenedWeights]:
+    """A Hugging Face folder, a model id, or a Megatron checkpoint.
+
+    Args:
+        config: for a checkpoint that carries none: the Hugging Face folder (or its config.json) that describes it.
+
+    Raises:
+        ConfigError: it is neither, or nothing says what model the checkpoint holds.
+    """
+    checkpoint = MegatronCheckpoint.find(path, config, flag="--config")
+    if checkpoint is None:
+        folder = resolve_folder(path)
+        if config is not None:
+            raise ConfigError(
+                f"--config {config} describes a Megatron checkpoint, but {path} is a Hugging Face folder, which "
+                "describes itself: leave --config out"
+            )
+        description = _describe(folder)
+        with SafetensorsFolder(folder) as source:
+            check_folder(source, logical_tensors(description.architecture))
+            head = read_value_head(folder, description.architecture.hidden)
+            yield OpenedWeights(description, source, source.dtype("model.embed_tokens.weight"), head)
+        return
+    reader, description, head = checkpoint.reader, checkpoint.description, None
+    if isinstance(reader, CheckpointReader) and SECOND_HEAD in reader.tensors:
+        head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
+    yield OpenedWeights(description, checkpoint.source, reader.dtype, head, checkpoint.folder)
+
+
+def _describe(folder: Path) -> HFDescription:
+    config = read_hf_config(folder)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(folder)
+    architecture = replace(architecture_from_hf(config), score_head=is_classifier(config))
+    return HFDescription(architecture, config, tokenizer, read_generation(folder))
