@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 PORT = struct.Struct("i")
-GRACE_SECONDS = 5.0  # between SIGTERM and SIGKILL, for ranks of which another has failed
+SAME_ERROR_SECONDS = 0.2  # from the first rank that fails to SIGTERM for the others, which may be saying the same
+GRACE_SECONDS = 5.0  # from the first rank that fails to SIGKILL for the others
 POLL_SECONDS = 0.005
 LIBRARIES = (
     "megatron_rl",  # first: it gives megatron.core its CPU face
@@ -123,18 +124,19 @@ def be_the_agent(request: dict[str, Any], told: int) -> NoReturn:
 
 
 def wait_for_all(ranks: dict[int, int]) -> dict[str, int]:
-    first, kill_at = {"code": 0, "failed": 0}, float("inf")
+    first = {"code": 0, "failed": 0}
+    to_send: list[tuple[float, signal.Signals]] = []
     while ranks:
         child, status = os.waitpid(-1, os.WNOHANG)
         if child not in ranks:
             time.sleep(POLL_SECONDS)
-            if time.monotonic() > kill_at:
-                end(ranks, signal.SIGKILL)
+            if to_send and time.monotonic() > to_send[0][0]:
+                end(ranks, to_send.pop(0)[1])
             continue
         rank, code = ranks.pop(child), os.waitstatus_to_exitcode(status)
         if code and not first["code"]:
-            first, kill_at = {"code": code, "failed": rank}, time.monotonic() + GRACE_SECONDS
-            end(ranks, signal.SIGTERM)
+            first, now = {"code": code, "failed": rank}, time.monotonic()
+            to_send = [(now + SAME_ERROR_SECONDS, signal.SIGTERM), (now + GRACE_SECONDS, signal.SIGKILL)]
     return first
 
 

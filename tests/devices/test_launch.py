@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from forked import run_forked, run_ranks
 
 from megatron_rl.devices.launch import LaunchError, first_host, launcher_variables
 
@@ -67,7 +64,13 @@ def test_first_host(hosts, first):
 
 
 PROGRAM = """
-import megatron_rl
+import os, sys
+ours = {"SLURM_PROCID": os.environ["RANK"], "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[1]}
+for name in [*os.environ]:
+    if name.startswith("TORCHELASTIC_") or "RANK" in name or "WORLD_SIZE" in name:
+        del os.environ[name]
+os.environ.update(ours)
+
 from megatron_rl.devices import current_platform
 current_platform().init_process_group(60)
 import torch, torch.distributed as dist
@@ -78,36 +81,23 @@ print("WORLD", dist.get_rank(), dist.get_world_size(), int(value))
 
 
 @pytest.mark.distributed
-def test_two_tasks_of_slurm_are_one_world():
+def test_two_tasks_of_slurm_are_one_world(tmp_path):
+    """Two forks that take Slurm's variables in place of torchrun's."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    plain["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), plain.get("PYTHONPATH", "")])
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env=plain
-            | {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    assert [process.communicate(timeout=180)[0].split()[-4:] for process in ranks] == [
-        ["WORLD", str(rank), "2", "2"] for rank in range(2)
-    ]
+        port = probe.getsockname()[1]
+    (tmp_path / "program.py").write_text(PROGRAM)
+    out = run_ranks(tmp_path / "program.py", 2, port, timeout=180)
+    assert [line for line in out.splitlines() if "WORLD" in line] == [f"WORLD {rank} 2 2" for rank in range(2)]
 
 
 @pytest.mark.distributed
-def test_the_shell_of_a_batch_job_is_refused_in_one_line(tmp_path):
+def test_the_shell_of_a_batch_job_is_refused_in_one_line(tmp_path, monkeypatch):
     config = tmp_path / "config.yaml"
     config.write_text("model: nowhere\n")
-    environ = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | BATCH
-    environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environ.get("PYTHONPATH", "")])
-    environ.pop("MASTER_ADDR", None)
-    command = [sys.executable, "-m", "megatron_rl", "train", str(config)]
-    ended = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=180)
-    assert ended.returncode == 2
-    (line,) = ended.stderr.strip().splitlines()
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    ended = run_forked("-m", "megatron_rl", "train", config, **BATCH)
+    assert ended.code == 2
+    (line,) = ended.err.strip().splitlines()
     assert "start it with srun" in line

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from threading import Timer
 
 import torch
 import yaml
@@ -68,24 +69,33 @@ def metrics_of(output_dir: Path) -> dict[int, dict[str, float]]:
 
 
 class KillOnce(Callback):
-    """Kills one rank in the middle of a step, the first time round; $KILL_MARK, $KILL_RANK and $KILL_STEP say which."""
+    """Kills one rank in the beginning of a step, the first time round.
+
+    $KILL: its rank, the number of steps done before, and the file that says that it happened.
+    """
+
+    variable = "KILL"
 
     def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
-        mark = Path(os.environ["KILL_MARK"])
-        here = trainer.context.rank == int(os.environ["KILL_RANK"]) and trainer.step == int(os.environ["KILL_STEP"])
-        if here and not mark.exists():
-            mark.write_text("killed")
+        if self.variable not in os.environ:
+            return
+        rank, step, mark = os.environ[self.variable].split(maxsplit=2)
+        if trainer.context.rank == int(rank) and trainer.step == int(step) and not Path(mark).exists():
+            Path(mark).write_text("killed")
+            self.prepare(trainer)
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def prepare(self, trainer: TrainingLoop) -> None:
+        """What happens just before."""
 
 
 class DamageOnce(KillOnce):
-    """As `KillOnce`, with one bit of the weights in the newest checkpoint flipped before."""
+    """As `KillOnce` with $DAMAGE; a bit of the weights in the newest checkpoint is flipped before."""
 
-    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
-        if trainer.step == int(os.environ["KILL_STEP"]) and not Path(os.environ["KILL_MARK"]).exists():
-            if trainer.context.rank == int(os.environ["KILL_RANK"]):
-                flip_a_bit(trainer.output_dir / "checkpoints" / f"step_{trainer.step:06d}")
-            super().on_step_begin(trainer, batch)
+    variable = "DAMAGE"
+
+    def prepare(self, trainer: TrainingLoop) -> None:
+        flip_a_bit(trainer.output_dir / "checkpoints" / f"step_{trainer.step:06d}")
 
 
 def flip_a_bit(checkpoint: Path) -> str:
@@ -119,14 +129,19 @@ def slow_digits(sample) -> float:
 
 
 class SlowFrom(Callback):
-    """In the beginning of step 4, $SLOW is made; with $SLOW_SAMPLING rank 1's engine then never answers."""
+    """In the beginning of step 4, $SLOW is made.
+
+    With $SLOW_SAMPLING, rank 1's engine then never answers, and three seconds later every rank gets SIGTERM.
+    """
 
     def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
         if trainer.step != 3 or "SLOW" not in os.environ:
             return
         Path(os.environ["SLOW"]).touch()
-        if "SLOW_SAMPLING" in os.environ and trainer.context.rank == 1:
-            trainer.checkpoints.states["rollouts"].engine.generate = lambda *_, **__: time.sleep(600)
+        if "SLOW_SAMPLING" in os.environ:
+            Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            if trainer.context.rank == 1:
+                trainer.checkpoints.states["rollouts"].engine.generate = lambda *_, **__: time.sleep(600)
 
 
 def many_even_digits(sample) -> float:

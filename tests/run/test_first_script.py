@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_ranks
 from safetensors import safe_open
-from small_run import ROOT, write_run
+from small_run import write_run
 from test_resume import environment
-from torchrun import run_torchrun
 from transformers import AutoModelForCausalLM
 
 # Each process that runs or imports the text leaves a line in the file "runs".
@@ -104,8 +103,8 @@ def test_standard_input_of_an_interactive_interpreter_is_no_hindrance(workplace)
 
 
 @pytest.mark.distributed
-def test_the_same_script_under_torchrun(workplace):
-    (workplace / "script.py").write_text(f"import os\nos.chdir({str(workplace)!r})\n{SCRIPT}")
-    run_torchrun(workplace / "script.py", 2, timeout=200, PYTHONPATH=os.pathsep.join([str(ROOT)]))
+def test_the_same_script_on_two_ranks(workplace):
+    (workplace / "script.py").write_text(SCRIPT)
+    run_ranks(workplace / "script.py", 2, timeout=200, directory=workplace)
     assert len((workplace / "runs").read_text().splitlines()) == 2
     assert (workplace / "first" / "hf" / "model.safetensors").is_file()

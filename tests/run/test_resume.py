@@ -1,4 +1,7 @@
-"""A run that is killed and resumed gives the metrics of an uninterrupted one, to the last bit."""
+"""A run that is killed and resumed gives the metrics of an uninterrupted one, to the last bit.
+
+Launch and restart are torchrun's own. Runs that only go on from a checkpoint are forks, which start in no time.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from forked import run_ranks
+from forked import run_forked, run_ranks
 from small_run import ROOT, flip_a_bit, metrics_of, write_run
-from torchrun import run_torchrun
 
 pytestmark = pytest.mark.distributed
 PROGRAM = ROOT / "tests" / "run" / "train_program.py"
+SMALL = f"{ROOT}/tests/run/small_run.py"
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -22,6 +25,10 @@ def environment(**extra: str) -> dict[str, str]:
     return (
         os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | extra
     )
+
+
+def torchrun(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
 
 
 def free_port() -> int:
@@ -34,25 +41,23 @@ def free_port() -> int:
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[int, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("whole")
     config = write_run(folder)
-    run_ranks(PROGRAM, 2, str(config), "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
+    run_ranks(PROGRAM, 2, config, "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
     return folder, metrics_of(folder / "out")
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resumes_exactly(tmp_path, uninterrupted):
     """Two torchrun agents on one machine, one rank each; rank 1 is killed in step 4, after the checkpoint of step 2."""
     _, expected = uninterrupted
-    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:KillOnce"])
-    port = free_port()
+    config = write_run(tmp_path, callbacks=[f"{SMALL}:KillOnce"])
     mark = tmp_path / "killed"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "resume", "--local-addr",
-        "127.0.0.1", str(PROGRAM), str(config), "parallel.tp=2",
-    ]  # fmt: skip
-    kill = environment(KILL_MARK=str(mark), KILL_RANK="1", KILL_STEP="3")
+    command = torchrun(
+        "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}", "--rdzv-id", "resume", "--local-addr", "127.0.0.1", PROGRAM, config,
+        "parallel.tp=2",
+    )  # fmt: skip
     agents = [
-        subprocess.Popen(command, env=kill, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                         start_new_session=True)
+        subprocess.Popen(command, env=environment(KILL=f"1 3 {mark}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                         text=True, start_new_session=True)
         for _ in range(2)
     ]  # fmt: skip
     try:
@@ -66,53 +71,61 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
     assert metrics_of(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("how", ["--standalone", "--master-port"])
-def test_restarts_on_one_node_need_no_environment_variable(how, tmp_path, uninterrupted):
+def restarted(where: list[object], config: Path, max_restarts: int, **faults: str) -> subprocess.CompletedProcess[str]:
+    """Run on one node until it has ended well."""
+    command = torchrun(*where, "--nproc-per-node", 2, "--max-restarts", max_restarts, PROGRAM, config, "parallel.tp=2")
+    env = environment(**faults)
+    env.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def test_restarts_on_one_node_need_no_environment_variable(tmp_path, uninterrupted):
     """Rank 0, whose addresses all others look for, is killed in step 4."""
-    _, expected = uninterrupted
-    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:KillOnce"])
-    where = [how] if how == "--standalone" else [how, str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", "2", "--max-restarts", "1"]
-    kill = environment(KILL_MARK=str(tmp_path / "killed"), KILL_RANK="0", KILL_STEP="3")
-    kill.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
-    done = subprocess.run(
-        [*command, str(PROGRAM), str(config), "parallel.tp=2"], env=kill, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    config = write_run(tmp_path, callbacks=[f"{SMALL}:KillOnce"])
+    restarted(["--master-port", free_port()], config, 1, KILL=f"0 3 {tmp_path / 'killed'}")
     assert (tmp_path / "killed").exists()
-    assert metrics_of(tmp_path / "out") == expected
+    assert metrics_of(tmp_path / "out") == uninterrupted[1]
 
 
-def test_every_restart_passes_over_a_damaged_checkpoint_and_one_asked_for_by_name_is_refused(tmp_path, uninterrupted):
-    """A bit of the weights of step 4 is flipped, then rank 1 is killed in step 5."""
-    _, expected = uninterrupted
-    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:DamageOnce"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    program = [str(PROGRAM), str(config), "parallel.tp=2"]
-    kill = environment(KILL_MARK=str(tmp_path / "killed"), KILL_RANK="1", KILL_STEP="4")
-    done = subprocess.run(
-        [*command, "--max-restarts", "1", *program], env=kill, capture_output=True, text=True, timeout=400, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    checkpoints = tmp_path / "out" / "checkpoints"
+@pytest.fixture(scope="module")
+def killed_and_damaged(tmp_path_factory) -> tuple[Path, Path, str]:
+    """A run under `torchrun --standalone`: its configuration, its checkpoints and what it said.
+
+    Rank 0 is killed in step 4. When the run has come to step 5, a bit of the weights of step 4 is flipped and rank 1 is
+    killed.
+    """
+    folder = tmp_path_factory.mktemp("damaged")
+    config = write_run(folder, callbacks=[f"{SMALL}:KillOnce", f"{SMALL}:DamageOnce"])
+    faults = {"KILL": f"0 3 {folder / 'killed'}", "DAMAGE": f"1 4 {folder / 'damaged'}"}
+    done = restarted(["--standalone"], config, 2, **faults)
+    assert (folder / "killed").exists()
+    assert (folder / "damaged").exists()
+    return config, folder / "out" / "checkpoints", done.stderr
+
+
+def test_every_restart_passes_over_a_damaged_checkpoint(killed_and_damaged, uninterrupted):
+    _, checkpoints, errors = killed_and_damaged
     said = f"checkpoint {checkpoints}/step_000004 is damaged: __"
-    warnings = [line for line in done.stderr.splitlines() if said in line]
-    assert sorted(line.split("[")[1][:6] for line in warnings) == ["rank 0", "rank 1"], done.stderr[-4000:]
+    warnings = [line for line in errors.splitlines() if said in line]
+    assert sorted(line.split("[")[1][:6] for line in warnings) == ["rank 0", "rank 1"], errors[-4000:]
     assert all(line.endswith(f"going on from {checkpoints}/step_000002, the newest intact one") for line in warnings)
-    assert metrics_of(tmp_path / "out") == expected
+    assert metrics_of(checkpoints.parent) == uninterrupted[1]
+
+
+def test_a_damaged_checkpoint_that_is_asked_for_by_name_is_refused(killed_and_damaged):
+    config, checkpoints, _ = killed_and_damaged
     name = flip_a_bit(checkpoints / "step_000006")
-    done = subprocess.run(
-        [*command, *program, "trainer.resume=step_000006"], env=kill, capture_output=True, text=True, timeout=400,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode != 0
-    refused = [line for line in done.stderr.splitlines() if "CheckpointError" in line]
-    assert len(refused) == 2, done.stderr[-4000:]
+    arguments = (config, "parallel.tp=2", "trainer.resume=step_000006")
+    ended = run_forked(PROGRAM, *arguments, nproc=2, PYTHONPATH=environment()["PYTHONPATH"])
+    assert ended.code != 0
+    refused = [line for line in ended.err.splitlines() if "CheckpointError" in line]
+    assert len(refused) == 2, ended.err[-4000:]
     for line in refused:
         assert f"checkpoint {checkpoints}/step_000006 is damaged: {name} is not as it was written" in line
         assert line.endswith(f"the newest intact one is {checkpoints}/step_000004: trainer.resume=step_000004")
-    assert "Traceback (most recent call last)" not in done.stderr.split("torch/distributed/elastic")[0]
+    assert "Traceback (most recent call last)" not in ended.err
 
 
 def test_resume_on_another_layout_continues_with_the_same_rollouts(tmp_path, uninterrupted):
@@ -120,7 +133,7 @@ def test_resume_on_another_layout_continues_with_the_same_rollouts(tmp_path, uni
     folder, expected = uninterrupted
     config = write_run(tmp_path)
     resume = f"trainer.resume={folder / 'out' / 'checkpoints' / 'step_000004'}"
-    run_torchrun(PROGRAM, 2, str(config), "parallel.pp=2", resume, PYTHONPATH=environment()["PYTHONPATH"])
+    run_ranks(PROGRAM, 2, config, "parallel.pp=2", resume, PYTHONPATH=environment()["PYTHONPATH"])
     resumed = metrics_of(tmp_path / "out")
     assert set(resumed) == {5, 6}
     for step in (5, 6):

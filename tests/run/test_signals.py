@@ -5,93 +5,101 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from forked import run_forked, run_ranks
 from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment, uninterrupted  # noqa: F401  (a fixture)
+from test_resume import PROGRAM, environment, torchrun, uninterrupted  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.distributed
 
-# Rank 1 alone is told, in the middle of step 4.
 CALLBACK = """
 import os, signal
 from megatron_rl.trainer import Callback
 
 class Tell(Callback):
+    \"\"\"Sends a signal to one rank in the middle of a step. $TELL: rank, steps done before, name of the signal.\"\"\"
+
     def on_step_begin(self, trainer, batch):
-        if trainer.context.rank == 1 and trainer.step == 3 and os.environ.get("TELL"):
-            os.kill(os.getpid(), getattr(signal, os.environ["TELL"]))
+        rank, step, name = os.environ.get("TELL", "-1 -1 none").split()
+        if trainer.context.rank == int(rank) and trainer.step == int(step):
+            os.kill(os.getpid(), getattr(signal, name))
 """
+SMALL = f"{ROOT}/tests/run/small_run.py"
+TRACKING = {"trackers": ["jsonl", "mlflow"]}
 
 
-def run(config: Path, tell: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    return subprocess.run(
-        [*command, str(config), "parallel.tp=2"], env=environment(TELL=tell), capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+def run_again(config: Path) -> None:
+    """The same command, with nothing in its way."""
+    run_ranks(PROGRAM, 2, config, "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
+
+
+def statuses(folder: Path) -> list[str]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
+    found = client.search_runs([client.get_experiment_by_name("megatron_rl").experiment_id])
+    return [run.info.status for run in found]
 
 
 def test_all_ranks_stop_after_the_step_in_which_one_was_told_and_the_rerun_is_exact(tmp_path, uninterrupted):  # noqa: F811
-    from mlflow.tracking import MlflowClient
-
+    """Rank 1 alone is told, in the middle of step 4."""
     (tmp_path / "tell.py").write_text(CALLBACK)
-    tracking = {"trackers": ["jsonl", "mlflow"]}
-    config = write_run(tmp_path, callbacks=[f"{tmp_path}/tell.py:Tell"], tracking=tracking)
-    stopped = run(config, tell="SIGTERM")
+    config = write_run(tmp_path, callbacks=[f"{tmp_path}/tell.py:Tell"], tracking=TRACKING)
+    stopped = subprocess.run(
+        torchrun("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2"),
+        env=environment(TELL="1 3 SIGTERM"), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert stopped.returncode != 0
     assert "stopped by signal 15 after step 4" in stopped.stderr
     assert stopped.stderr.count("exitcode  : 143") >= 1, stopped.stderr[-3000:]
     assert (tmp_path / "out" / "checkpoints" / "step_000004" / ".metadata").is_file()
-    client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
-    found = client.search_runs([client.get_experiment_by_name("megatron_rl").experiment_id])
-    assert [run.info.status for run in found] == ["KILLED"]
-    done = run(config)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert statuses(tmp_path) == ["KILLED"]
+    run_again(config)
     assert metrics_of(tmp_path / "out") == uninterrupted[1]
-    found = client.search_runs([client.get_experiment_by_name("megatron_rl").experiment_id])
-    assert [run.info.status for run in found] == ["FINISHED"]
+    assert statuses(tmp_path) == ["FINISHED"]
 
 
-@pytest.mark.parametrize("slow", ["reward", "sampling"])
-def test_a_step_longer_than_the_grace_is_given_up_and_the_state_before_it_saved(slow, tmp_path, uninterrupted):  # noqa: F811
-    """The reward of step 4 never ends (and hides its exceptions), or one rank's engine never answers. SIGTERM goes to
-    torchrun, as Slurm sends it."""
-    from mlflow.tracking import MlflowClient
+def run_with_slow_sampling(config: Path, mark: Path) -> tuple[int, str, float]:
+    """One rank's engine never answers in step 4, and all ranks get SIGTERM."""
+    paths = environment()["PYTHONPATH"]
+    told = {"SLOW": str(mark), "SLOW_SAMPLING": "1", "PYTHONPATH": paths}
+    ended = run_forked(PROGRAM, config, "parallel.tp=2", "trainer.grace_seconds=24", nproc=2, **told)
+    return ended.code, ended.err, mark.stat().st_mtime + 3
 
-    small = f"{ROOT}/tests/run/small_run.py"
-    tracking = {"trackers": ["jsonl", "mlflow"]}
-    rewards = [{"name": f"python:{small}:slow_digits"}]
-    config = write_run(tmp_path, callbacks=[f"{small}:SlowFrom"], tracking=tracking, rewards=rewards)
-    mark = tmp_path / "slow"
-    told = {"SLOW": str(mark)} | ({"SLOW_SAMPLING": "1"} if slow == "sampling" else {})
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    command += [str(config), "parallel.tp=2"]
+
+def run_with_slow_reward(config: Path, mark: Path) -> tuple[int, str, float]:
+    """The reward of step 4 never ends (and hides its exceptions). SIGTERM goes to torchrun, as Slurm sends it."""
+    command = torchrun("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2")
     with subprocess.Popen(
-        [*command, "trainer.grace_seconds=24"], env=environment(**told), stderr=subprocess.PIPE, text=True,
+        [*command, "trainer.grace_seconds=24"], env=environment(SLOW=str(mark)), stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as agent:  # fmt: skip
         try:
             wait_for(mark, agent)
             time.sleep(3)
-            started = time.monotonic()
+            told = time.time()
             agent.send_signal(signal.SIGTERM)
             errors = agent.communicate(timeout=120)[1]
         finally:
             if agent.poll() is None:
                 os.killpg(agent.pid, signal.SIGKILL)
-    assert time.monotonic() - started < 29
-    assert agent.returncode != 0
+    return agent.returncode, errors, told
+
+
+@pytest.mark.parametrize("run", [run_with_slow_reward, run_with_slow_sampling])
+def test_a_step_longer_than_the_grace_is_given_up_and_the_state_before_it_saved(run, tmp_path, uninterrupted):  # noqa: F811
+    rewards = [{"name": f"python:{SMALL}:slow_digits"}]
+    config = write_run(tmp_path, callbacks=[f"{SMALL}:SlowFrom"], tracking=TRACKING, rewards=rewards)
+    code, errors, told = run(config, tmp_path / "slow")
+    assert time.time() - told < 29
+    assert code != 0
     assert errors.count("stopped by signal 15 after step 3; the same command continues from there") == 2, errors[-4000:]
     assert (tmp_path / "out" / "checkpoints" / "step_000003" / ".metadata").is_file()
-    client = MlflowClient(f"sqlite:///{tmp_path / 'out' / 'mlflow.db'}")
-    found = client.search_runs([client.get_experiment_by_name("megatron_rl").experiment_id])
-    assert [run.info.status for run in found] == ["KILLED"]
-    done = run(config)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert statuses(tmp_path) == ["KILLED"]
+    run_again(config)
     names = {f"reward_parts/{name}/mean" for name in ("digits", "slow_digits")}
     assert without(metrics_of(tmp_path / "out"), names) == without(uninterrupted[1], names)
 
@@ -111,21 +119,13 @@ def wait_for(mark: Path, process: subprocess.Popen, seconds: float = 240) -> Non
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
 def test_the_command_ends_with_the_code_of_its_signal(number, code, tmp_path):
     """One process, without torchrun."""
-    config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:Hold"])
-    go = tmp_path / "go"
-    command = [sys.executable, "-m", "megatron_rl", "train", str(config)]
-    with subprocess.Popen(command, env=environment(HOLD_UNTIL=str(go)), stderr=subprocess.PIPE, text=True) as process:
-        try:
-            wait_for(go.with_suffix(".held"), process)
-            process.send_signal(number)
-            time.sleep(0.5)
-            go.touch()
-            errors = process.communicate(timeout=120)[1]
-        finally:
-            process.kill()
-    assert process.returncode == code, errors[-3000:]
-    assert f"stopped by signal {int(number)} after step 2" in errors
-    assert "Traceback" not in errors
+    (tmp_path / "tell.py").write_text(CALLBACK)
+    config = write_run(tmp_path, callbacks=[f"{tmp_path}/tell.py:Tell"])
+    paths = environment()["PYTHONPATH"]
+    ended = run_forked("-m", "megatron_rl", "train", config, TELL=f"0 1 {number.name}", PYTHONPATH=paths)
+    assert ended.code == code, ended.err[-3000:]
+    assert f"stopped by signal {int(number)} after step 2" in ended.err
+    assert "Traceback" not in ended.err
     assert (tmp_path / "out" / "checkpoints" / "step_000002").is_dir()
 
 
@@ -154,12 +154,10 @@ with abandonable():
 """
 
 
-def test_nothing_but_what_is_abandonable_is_given_up_and_that_at_once_when_the_time_is_over():
-    done = subprocess.run(
-        [sys.executable, "-c", GIVEN_UP], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "alive\n"), done.stderr
+def test_nothing_but_what_is_abandonable_is_given_up_and_that_at_once_when_the_time_is_over(tmp_path):
+    (tmp_path / "program.py").write_text(GIVEN_UP)
+    ended = run_forked(tmp_path / "program.py", timeout=120)
+    assert (ended.code, ended.out) == (0, "alive\n"), ended.err
 
 
 ENDLESS = """
@@ -172,11 +170,9 @@ with interruption.listening():
 """
 
 
-def test_a_run_that_does_not_stop_in_its_grace_is_ended_with_its_trackers_closed():
+def test_a_run_that_does_not_stop_in_its_grace_is_ended_with_its_trackers_closed(tmp_path):
+    (tmp_path / "program.py").write_text(ENDLESS)
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", ENDLESS], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "closed\n"), done.stderr
+    ended = run_forked(tmp_path / "program.py", timeout=120)
+    assert (ended.code, ended.out) == (128 + signal.SIGTERM, "closed\n"), ended.err
     assert time.monotonic() - started < 60

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchrun import run_torchrun
+from forked import run_ranks
 
 pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).with_name("disk_full_program.py")
@@ -32,7 +32,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 @pytest.mark.parametrize("how", ["sync", "async"])
 def test_a_full_disk_is_said_on_every_rank_and_leaves_the_previous_checkpoint_alone(how, small_disk):
     """Whichever file is the first without room: common.pt, tensors, .metadata, metadata.json, digests, the order."""
-    first, *results = json.loads(run_torchrun(PROGRAM, 2, str(small_disk), how).splitlines()[-1])
+    first, *results = json.loads(run_ranks(PROGRAM, 2, small_disk, how).splitlines()[-1])
     assert first == {"said": "", "left": [".checkpoints.order", "checkpoints", "step_000001"]}
     with_room = [result for result in results if "room" in result]
     assert [bool(result["said"]) for result in with_room] == [True] * FULL + [False] * ROOMY
