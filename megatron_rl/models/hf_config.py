@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
@@ -19,8 +19,12 @@ from megatron_rl.models.hf_fields import HFFields
 
 GENERATION_FILE = "generation_config.json"
 
+if TYPE_CHECKING:  # two CPU-seconds on every rank: it brings flash attention, generation and scipy
+    from transformers import PreTrainedModel
+
+    HFModel = PreTrainedModel
+
 HFConfig = PretrainedConfig  # for rooms that hold these objects without importing transformers
-HFModel = PreTrainedModel
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:

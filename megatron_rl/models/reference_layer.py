@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_config import hf_config_from
@@ -56,6 +55,8 @@ class ReferenceLayer:
             tensors: of ``layout``, fp32.
             hidden: the layer's input for one sequence, ``[tokens, hidden]`` fp32.
         """
+        from transformers import AutoModelForCausalLM  # costs two CPU-seconds, and few ranks ever come here
+
         with torch.random.fork_rng(devices=[]):  # making a model draws initial values
             model = AutoModelForCausalLM.from_config(hf_config_from(self.alone, dtype="float32")).eval()
         model.to(hidden.device)

@@ -10,11 +10,12 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
@@ -23,6 +24,9 @@ from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_
 from megatron_rl.reshard.layout import Layout, Span
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memory
+
+if TYPE_CHECKING:  # see `hf_config`
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
