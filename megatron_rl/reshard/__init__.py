@@ -4,11 +4,11 @@
 """
 
 from megatron_rl.reshard.certificate import Certificate, Measure
-from megatron_rl.reshard.execute import Resharder, TransferReport
 from megatron_rl.reshard.layout import Held, Layout, Shard, Span, Symmetry, block, stack_rows
 from megatron_rl.reshard.lazy_tensor import LazyTensor, Readable, shifted
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
+from megatron_rl.reshard.resharder import Resharder, TransferReport
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import (
     LocalTransport,
@@ -18,7 +18,7 @@ from megatron_rl.reshard.transport import (
     Transport,
     TransportError,
 )
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 __all__ = [
     "Certificate",

@@ -9,26 +9,26 @@ import torch
 from torch import Tensor
 
 from megatron_rl.ops.copy_spans import copy_spans
+from megatron_rl.reshard.exchange_schedule import Message
 from megatron_rl.reshard.layout import Shard
-from megatron_rl.reshard.lazy_tensor import Kept, LazyTensor, Readable
+from megatron_rl.reshard.lazy_tensor import LazyTensor, LazyTensorCache, Readable
 from megatron_rl.reshard.offsets import Offset
 from megatron_rl.reshard.plan import LocalCopy
-from megatron_rl.reshard.schedule import Message
 
 SOURCE, TARGET = "source", "target"
 
 
-class Group(NamedTuple):
+class TensorGroup(NamedTuple):
     """Tensors that one `copy_spans` call can take together."""
 
     side: str
     dtype: torch.dtype
 
 
-class Slot(NamedTuple):
+class TensorSlot(NamedTuple):
     """One local tensor: where it stands in its group, and its row length in elements."""
 
-    group: Group
+    group: TensorGroup
     number: int
     stride: int
     lazy: bool = False
@@ -37,8 +37,8 @@ class Slot(NamedTuple):
 class CopyCall(NamedTuple):
     """One `copy_spans` call; None stands for the message buffer."""
 
-    src: Group | None
-    dst: Group | None
+    src: TensorGroup | None
+    dst: TensorGroup | None
     jobs: Tensor
 
 
@@ -55,10 +55,10 @@ class Binding:
     """
 
     def __init__(self, shards: Mapping[str, Iterable[Shard]], tensors: Mapping[str, Mapping[str, Readable]]) -> None:
-        self.groups: dict[Group, list[Tensor]] = {}  # of a lazy tensor: what it is like
-        self._lazy: dict[Group, dict[int, LazyTensor]] = {}
-        self._kept = Kept()
-        self._slots: dict[tuple[str, str], Slot] = {}
+        self.groups: dict[TensorGroup, list[Tensor]] = {}  # of a lazy tensor: what it is like
+        self._lazy: dict[TensorGroup, dict[int, LazyTensor]] = {}
+        self._cache = LazyTensorCache()
+        self._slots: dict[tuple[str, str], TensorSlot] = {}
         self.device: torch.device | None = None
         for side in (SOURCE, TARGET):
             for shard in shards[side]:
@@ -79,19 +79,19 @@ class Binding:
         self.device = self.device or tensor.device
         if tensor.device != self.device:
             raise ValueError(f"{side} tensor {shard.name} is on {tensor.device}, the others on {self.device}")
-        group = self.groups.setdefault(Group(side, tensor.dtype), [])
-        slot = Slot(Group(side, tensor.dtype), len(group), shard.matrix_shape[1], lazy)
+        group = self.groups.setdefault(TensorGroup(side, tensor.dtype), [])
+        slot = TensorSlot(TensorGroup(side, tensor.dtype), len(group), shard.matrix_shape[1], lazy)
         if isinstance(given, LazyTensor):
             self._lazy.setdefault(slot.group, {})[slot.number] = given
         group.append(tensor)
         self._slots[side, shard.name] = slot
 
     @property
-    def signature(self) -> tuple[tuple[tuple[str, str], Slot], ...]:
+    def signature(self) -> tuple[tuple[tuple[str, str], TensorSlot], ...]:
         """Equal for two bindings exactly when the same job tables serve both."""
         return tuple(self._slots.items())
 
-    def slot(self, side: str, shard: str) -> Slot:
+    def slot(self, side: str, shard: str) -> TensorSlot:
         return self._slots[side, shard]
 
     def in_place(self, side: str, message: Message) -> Tensor | None:
@@ -108,7 +108,7 @@ class Binding:
 
     def packing(self, message: Message) -> list[CopyCall]:
         """Calls that fill the message from source shards and, for what is passed on, from target shards."""
-        jobs: dict[Group, list[list[int]]] = {}
+        jobs: dict[TensorGroup, list[list[int]]] = {}
         for piece in message.pieces:
             slot = self.slot(TARGET if piece.forwarded else SOURCE, piece.offset.shard)
             begin = piece.offset.row * slot.stride + piece.offset.col
@@ -118,7 +118,7 @@ class Binding:
 
     def unpacking(self, message: Message) -> list[CopyCall]:
         """Calls that lay the message out in target shards."""
-        jobs: dict[Group, list[list[int]]] = {}
+        jobs: dict[TensorGroup, list[list[int]]] = {}
         for piece in message.pieces:
             slot = self.slot(TARGET, piece.offset.shard)
             begin = piece.offset.row * slot.stride + piece.offset.col
@@ -128,7 +128,7 @@ class Binding:
 
     def copying(self, side: str, copies: Iterable[LocalCopy]) -> list[CopyCall]:
         """Calls that copy from shards of ``side`` to target shards."""
-        jobs: dict[tuple[Group, Group], list[list[int]]] = {}
+        jobs: dict[tuple[TensorGroup, TensorGroup], list[list[int]]] = {}
         for copy in copies:
             src, dst = self.slot(side, copy.src.shard), self.slot(TARGET, copy.dst.shard)
             begin, end = _start(copy.src, src), _start(copy.dst, dst)
@@ -145,7 +145,7 @@ class Binding:
             for sources, jobs in [(packed, call.jobs)] if call.src is None else self._read(call.src, call.jobs):
                 copy_spans(sources, destinations, jobs, checked=check)
 
-    def _read(self, group: Group, jobs: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def _read(self, group: TensorGroup, jobs: Tensor) -> Iterator[tuple[list[Tensor], Tensor]]:
         """The jobs with the tensors that they read; lazy ones one by one."""
         lazy = self._lazy.get(group)
         if not lazy:
@@ -158,12 +158,12 @@ class Binding:
         for number in numbers[computed].unique().tolist():
             own = jobs[numbers == number]
             own[:, 0] = 0
-            yield [self._kept.read((group, number), lazy[number])], own
+            yield [self._cache.read((group, number), lazy[number])], own
 
     def release(self) -> None:
         """Drop lazy tensors that are kept for the next call."""
-        self._kept.clear()
+        self._cache.clear()
 
 
-def _start(offset: Offset, slot: Slot) -> int:
+def _start(offset: Offset, slot: TensorSlot) -> int:
     return offset.row * slot.stride + offset.col

@@ -15,7 +15,7 @@ import torch
 
 from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.plan import RankPlan
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 ALIGNMENT = 256  # bytes between the beginnings of two shards of a bucket
 

@@ -15,7 +15,7 @@ import numpy as np
 from megatron_rl.reshard.index import Pattern, ReplicaRanks, Replicas
 from megatron_rl.reshard.rectangle import cross, uncovered
 from megatron_rl.reshard.route import Route
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 if TYPE_CHECKING:
     from megatron_rl.reshard.plan import ReshardPlan

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.reshard.layout import Layout
 
-KEPT = 2  # neighbouring messages share a tensor, and a message often spans two
+CACHED_TENSORS = 2  # neighbouring messages share a tensor, and a message often spans two
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -68,10 +68,10 @@ def _plus(tensor: Readable, add: float) -> LazyTensor:
     return LazyTensor(tensor.like if isinstance(tensor, LazyTensor) else tensor, lambda: read(tensor) + add)
 
 
-class Kept:
+class LazyTensorCache:
     """The lazy tensors that were read last."""
 
-    def __init__(self, size: int = KEPT) -> None:
+    def __init__(self, size: int = CACHED_TENSORS) -> None:
         self._size = size
         self._tensors: OrderedDict[Hashable, Tensor] = OrderedDict()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_rl.reshard.certificate import Certificate
-from megatron_rl.reshard.execute import MAX_CHUNK_BYTES
+from megatron_rl.reshard.resharder import MAX_CHUNK_BYTES
 
 GB = 10**9
 

@@ -1,7 +1,7 @@
 """`ReshardPlan`: two layouts laid over one another, and what one rank has to do about it.
 
 A pure function of configuration: each rank computes its own `RankPlan` and both ends of a transfer come to the same
-rectangles in the same order without a message. Nothing is moved here; `execute.py` runs a plan.
+rectangles in the same order without a message. Nothing is moved here; `resharder.py` runs a plan.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_rl.reshard.offsets import Offset, Offsets
 from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
 from megatron_rl.reshard.route import Hop, Route
 from megatron_rl.reshard.topology import Topology
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 
 class Transfer(NamedTuple):
@@ -171,7 +171,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-class _Step(NamedTuple):
+class _PieceRoute(NamedTuple):
     """What a rank does about one piece of all tensors that are cut and shared alike."""
 
     rectangle: Rectangle
@@ -189,7 +189,7 @@ class _RankPlanner:
         self._wanted = Offsets(plan.target.shards(rank), f"{plan.target.name}, rank {rank}")
         self._held_replica = _replica_number(plan.source, rank)
         self._wanted_replica = _replica_number(plan.target, rank)
-        self._steps: dict[tuple[Pattern, Pattern, tuple[int, ...]], list[_Step]] = {}
+        self._known: dict[tuple[Pattern, Pattern, tuple[int, ...]], list[_PieceRoute]] = {}
         self._sends: list[Transfer] = []
         self._receives: list[Transfer] = []
         self._copies: list[LocalCopy] = []
@@ -210,22 +210,22 @@ class _RankPlanner:
     def _tensor(self, tensor: str, wanted: Pattern) -> None:
         pattern, start, shares = self._plan.source_index.tensors[tensor]
         key = (pattern, wanted, shares)
-        if key not in self._steps:
-            self._steps[key] = list(self._steps_for(tensor, pattern, wanted, shares))
-        for rectangle, before, resident, hops in self._steps[key]:
+        if key not in self._known:
+            self._known[key] = list(self._routes(tensor, pattern, wanted, shares))
+        for rectangle, before, resident, hops in self._known[key]:
             if resident:
                 src, targets = self._held.find(tensor, rectangle)[0], self._wanted.find(tensor, rectangle)
                 self._copies += [LocalCopy(tensor, rectangle, src, dst) for dst in targets]
             for hop in hops:
                 self._hop(hop, tensor, rectangle, start + before)
 
-    def _steps_for(self, tensor: str, pattern: Pattern, wanted: Pattern, shares: tuple[int, ...]) -> Iterator[_Step]:
+    def _routes(self, tensor: str, pattern: Pattern, wanted: Pattern, shares: tuple[int, ...]) -> Iterator[_PieceRoute]:
         for left, right, rectangle in self._crossings(tensor, pattern, wanted):
             route = self._plan.route(pattern.replicas[left], wanted.replicas[right])
             piece = pattern.rectangles[left]
             row, col = rectangle.row_start - piece.row_start, rectangle.col_start - piece.col_start
             before = pattern.starts[left] + row * piece.num_cols + col
-            yield _Step(rectangle, before, self._rank in route.residents, route.hops_of(self._rank, shares[left]))
+            yield _PieceRoute(rectangle, before, self._rank in route.residents, route.hops_of(self._rank, shares[left]))
 
     def _crossings(self, tensor: str, pattern: Pattern, wanted: Pattern) -> tuple[Crossing, ...]:
         """The crossings that touch this rank, after checking that all it wants is covered."""

@@ -46,7 +46,7 @@ class Rectangle(NamedTuple):
         return f"[{self.row_start}:{self.row_stop}, {self.col_start}:{self.col_stop}]"
 
 
-class Part(NamedTuple):
+class DisjointPart(NamedTuple):
     """A rectangle that lies wholly inside each of the rectangles ``inside`` (their indices) and outside all others."""
 
     rectangle: Rectangle
@@ -62,7 +62,7 @@ class Crossing(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)
-def disjoint_parts(rectangles: tuple[Rectangle, ...]) -> tuple[Part, ...]:
+def disjoint_parts(rectangles: tuple[Rectangle, ...]) -> tuple[DisjointPart, ...]:
     """Cut distinct, possibly overlapping rectangles into disjoint parts that cover the same elements."""
     if not rectangles:
         return ()
@@ -71,7 +71,7 @@ def disjoint_parts(rectangles: tuple[Rectangle, ...]) -> tuple[Part, ...]:
     for window in _windows(rectangles, rows, cols):
         count[window] += 1
     if count.size == 0 or count.max() <= 1:
-        return tuple(Part(rectangle, (i,)) for i, rectangle in enumerate(rectangles))
+        return tuple(DisjointPart(rectangle, (i,)) for i, rectangle in enumerate(rectangles))
     inside = np.empty(count.shape, object)
     inside.fill(())
     for i, window in enumerate(_windows(rectangles, rows, cols)):
@@ -81,14 +81,14 @@ def disjoint_parts(rectangles: tuple[Rectangle, ...]) -> tuple[Part, ...]:
     return tuple(_merged(inside, rows, cols))
 
 
-def _merged(inside: np.ndarray, rows: list[int], cols: list[int]) -> Iterable[Part]:
+def _merged(inside: np.ndarray, rows: list[int], cols: list[int]) -> Iterable[DisjointPart]:
     """Join neighbouring grid cells that lie in the same rectangles: along columns first, then equal runs down rows."""
     open_runs: dict[tuple[int, int, tuple[int, ...]], int] = {}
     for y in range(len(rows)):
         runs = set(_runs(inside[y], cols)) if y < len(inside) else set()
         for run in [run for run in open_runs if run not in runs]:
             col_start, col_stop, owners = run
-            yield Part(Rectangle(open_runs.pop(run), rows[y], col_start, col_stop), owners)
+            yield DisjointPart(Rectangle(open_runs.pop(run), rows[y], col_start, col_stop), owners)
         for run in sorted(runs):
             open_runs.setdefault(run, rows[y])
 

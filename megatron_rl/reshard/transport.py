@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_rl.parallel.agreement import Alone, GroupPeers, Peers, TransportError
 from megatron_rl.parallel.groups import world_group
-from megatron_rl.reshard.transport_node import MIN_BYTES, Neighbours, Reading
+from megatron_rl.reshard.transport_node import MIN_BYTES, MemoryRead, Neighbours
 
 TIMEOUT = 600.0  # seconds
 
@@ -87,7 +87,7 @@ class P2PTransport(Transport):
         buffers = [None if buffer is None else _as_bytes(buffer) for buffer in (send, receive)]
         try:
             read = [buffer if self._is_read(buffer, peer) else None for buffer in buffers]
-            reading = Reading(peer, self._group, *read) if any(buffer is not None for buffer in read) else None
+            reading = MemoryRead(peer, self._group, *read) if any(buffer is not None for buffer in read) else None
             operations = [
                 dist.P2POp(operation, buffer, peer, self._group)
                 for operation, buffer, without in zip((dist.isend, dist.irecv), buffers, read, strict=True)
@@ -112,7 +112,7 @@ class P2PTransport(Transport):
 
 class _P2PPending(Pending):
     def __init__(
-        self, works: list[dist.Work], reading: Reading | None, peer: int, timeout: float, blocking: bool
+        self, works: list[dist.Work], reading: MemoryRead | None, peer: int, timeout: float, blocking: bool
     ) -> None:
         self._works, self._reading, self._peer = works, reading, peer
         self._timeout, self._blocking = timeout, blocking
@@ -149,17 +149,17 @@ class MemoryHub:
     def __init__(self, timeout: float = 60.0) -> None:
         self.timeout = timeout
         self._lock = threading.Lock()
-        self._links: dict[tuple[int, int], queue.Queue[_Letter]] = defaultdict(queue.Queue)
+        self._links: dict[tuple[int, int], queue.Queue[_PostedSend]] = defaultdict(queue.Queue)
 
     def transport(self, rank: int) -> MemoryTransport:
         return MemoryTransport(self, rank)
 
-    def link(self, src: int, dst: int) -> queue.Queue[_Letter]:
+    def link(self, src: int, dst: int) -> queue.Queue[_PostedSend]:
         with self._lock:
             return self._links[src, dst]
 
 
-class _Letter:
+class _PostedSend:
     """A posted send; it counts as sent only once its receiver has copied it, as with a rendezvous protocol."""
 
     def __init__(self, content: Tensor) -> None:
@@ -174,12 +174,12 @@ class MemoryTransport(Transport):
         self._hub, self.rank = hub, rank
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
-        letter = None
+        posted = None
         if send is not None:
-            letter = _Letter(_as_bytes(send))
-            self._hub.link(self.rank, peer).put(letter)
+            posted = _PostedSend(_as_bytes(send))
+            self._hub.link(self.rank, peer).put(posted)
         inbox = self._hub.link(peer, self.rank)
-        return _MemoryPending(letter, receive, inbox, peer, self._hub.timeout)
+        return _MemoryPending(posted, receive, inbox, peer, self._hub.timeout)
 
     def peers(self, ranks: Sequence[int], rank: int, device: torch.device | str = "cpu") -> Peers:
         return _MemoryPeers(self, ranks)
@@ -206,13 +206,13 @@ class _MemoryPeers(Peers):
 class _MemoryPending(Pending):
     def __init__(
         self,
-        letter: _Letter | None,
+        posted: _PostedSend | None,
         receive: Tensor | None,
-        inbox: queue.Queue[_Letter],
+        inbox: queue.Queue[_PostedSend],
         peer: int,
         timeout: float,
     ) -> None:
-        self._letter, self._receive, self._inbox, self._peer, self._timeout = letter, receive, inbox, peer, timeout
+        self._posted, self._receive, self._inbox, self._peer, self._timeout = posted, receive, inbox, peer, timeout
 
     def wait(self) -> None:
         if self._receive is not None:
@@ -222,5 +222,5 @@ class _MemoryPending(Pending):
                 raise TransportError(f"nothing arrived from rank {self._peer} within {self._timeout} s") from None
             _as_bytes(self._receive).copy_(arrived.content)
             arrived.taken.set()
-        if self._letter is not None and not self._letter.taken.wait(self._timeout):
+        if self._posted is not None and not self._posted.taken.wait(self._timeout):
             raise TransportError(f"rank {self._peer} did not take what was sent to it within {self._timeout} s")

@@ -44,7 +44,7 @@ class Neighbours:
         return self._near[peer]
 
 
-class Reading:
+class MemoryRead:
     """The exchange of large buffers with a rank of this machine, either of them None."""
 
     def __init__(self, peer: int, group: dist.ProcessGroup | None, send: Tensor | None, receive: Tensor | None) -> None:
@@ -79,7 +79,7 @@ def _message(operation: object, tensor: Tensor, peer: int, group: dist.ProcessGr
     return dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer, group, tag)])[0]  # type: ignore[arg-type]
 
 
-class _Span(ctypes.Structure):
+class _IOVec(ctypes.Structure):
     """struct iovec."""
 
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
@@ -92,7 +92,7 @@ def _libc() -> ctypes.CDLL | None:
     if not hasattr(library, "process_vm_readv"):
         return None
     library.process_vm_readv.restype = ctypes.c_ssize_t
-    span = ctypes.POINTER(_Span)
+    span = ctypes.POINTER(_IOVec)
     library.process_vm_readv.argtypes = [ctypes.c_int, span, ctypes.c_ulong, span, ctypes.c_ulong, ctypes.c_ulong]
     return library
 
@@ -101,7 +101,7 @@ def read_memory(process: int, address: int, into: Tensor) -> bool:
     """Fill contiguous ``into`` from another process' memory; False where the kernel does not allow it."""
     library, done = _libc(), 0
     while library is not None and done < into.nbytes:
-        here, there = (_Span(start + done, into.nbytes - done) for start in (into.data_ptr(), address))
+        here, there = (_IOVec(start + done, into.nbytes - done) for start in (into.data_ptr(), address))
         count = library.process_vm_readv(process, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
         if count <= 0:
             return False

@@ -11,9 +11,9 @@ from megatron_rl.rollout.base import (
     WeightCheck,
     sample_seed,
 )
-from megatron_rl.rollout.local.engine import LocalEngine
+from megatron_rl.rollout.local.local_engine import LocalEngine
 from megatron_rl.rollout.placement import RolloutPlacement
-from megatron_rl.rollout.sglang.engine import SGLangEngine
+from megatron_rl.rollout.sglang.sglang_engine import SGLangEngine
 
 __all__ = [
     "ENGINES",

@@ -1,7 +1,7 @@
 """`Attestor`: proof that what rollout ranks hold is what the trainer holds, without gathering anything.
 
 Every rectangle into which the rollout layout cuts a logical tensor has a slot. The trainer's ranks add up the checksums
-of the pieces they hold (`ops.span_checksum` is the same for every cut), each piece counted once, by the rank that the
+of the regions they hold (`ops.span_checksum` is the same for every cut), each region counted once, by the rank that the
 plan lets send it. One sum over all ranks gives each slot's expected value, and each rollout rank compares all that it
 holds, repeated parts too, with it. Padding must be zero. Layouts decide what is checked, not the plan of the transfer.
 """
@@ -29,7 +29,7 @@ from megatron_rl.reshard.rectangle import Rectangle, cross, disjoint_parts
 CONVERTED_ELEMENTS = 1 << 20  # widened to the wire dtype at a time
 
 
-class Piece(NamedTuple):
+class Region(NamedTuple):
     """A rectangle of a logical tensor that lies in one of this rank's tensors, and the slot of the sums it adds to."""
 
     tensor: str
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     slot: int
 
 
-class Slots:
+class ChecksumSlots:
     """The rectangles of all logical tensors that the target holds, numbered alike on all ranks."""
 
     def __init__(self, plan: ReshardPlan) -> None:
@@ -56,10 +56,10 @@ class Slots:
 
 
 @dataclass(frozen=True, slots=True)
-class Mismatch:
-    """A rectangle that does not hold what it should. Written by `Attestor.mismatches`."""
+class ChecksumDifference:
+    """A rectangle that does not hold what it should. Written by `Attestor.differences`."""
 
-    piece: Piece
+    region: Region
     found: int  # the checksum
 
 
@@ -75,29 +75,30 @@ class Attestor:
     """
 
     def __init__(self, plan: ReshardPlan, rank: int, wire: WireFormat) -> None:
-        self.rank, self.wire, self.slots = rank, wire, Slots(plan)
+        self.rank, self.wire, self.slots = rank, wire, ChecksumSlots(plan)
         self.sent = tuple(_sent(plan, rank, self.slots))
         self._sums = Checksums(self.sent, self.slots.count, wire)
         self._held_shapes = {shard.name: shard.shape for shard in plan.target.shards(rank)}
         self._padding = {shard.name: parts for shard in plan.target.shards(rank) if (parts := _padding(shard))}
         self._hold(_held(plan.target, rank, self.slots))
 
-    def _hold(self, held: Iterable[Piece]) -> None:
+    def _hold(self, held: Iterable[Region]) -> None:
         self.held = tuple(held)
-        pieces = [piece._replace(slot=number) for number, piece in enumerate(self.held)]
-        self._found = Checksums(pieces, len(pieces), self.wire)
-        self._held_slots = torch.tensor([piece.slot for piece in self.held], dtype=torch.int64)
+        regions = [region._replace(slot=number) for number, region in enumerate(self.held)]
+        self._found = Checksums(regions, len(regions), self.wire)
+        self._held_slots = torch.tensor([region.slot for region in self.held], dtype=torch.int64)
 
     def split(self, buckets: Iterable[Bucket]) -> list[Attestor]:
         """One attestor for the rollout shards of each bucket."""
-        pieces: dict[str, list[Piece]] = {}
-        for piece in self.held:
-            pieces.setdefault(piece.offset.shard, []).append(piece)
+        regions: dict[str, list[Region]] = {}
+        for region in self.held:
+            regions.setdefault(region.offset.shard, []).append(region)
         parts = []
         for bucket in buckets:
             part = copy.copy(self)
             part._padding = {name: where for name, where in self._padding.items() if name in bucket.shards}
-            part._hold(piece for name in self._held_shapes if name in bucket.shards for piece in pieces.get(name, ()))
+            names = [name for name in self._held_shapes if name in bucket.shards]
+            part._hold(region for name in names for region in regions.get(name, ()))
             parts.append(part)
         return parts
 
@@ -107,19 +108,19 @@ class Attestor:
 
     def check_dtypes(self, shards: Mapping[str, Tensor]) -> None:
         """Raise ValueError unless this rank's rollout ``shards`` have the dtypes that their values travel in."""
-        for piece in self.held:
-            have, want = shards[piece.offset.shard].dtype, self.wire.of(piece.tensor)
+        for region in self.held:
+            have, want = shards[region.offset.shard].dtype, self.wire.of(region.tensor)
             if have != want:
                 raise ValueError(
-                    f"wrong dtype: rollout rank {self.rank} holds {piece.offset.shard} in {have}, but {piece.tensor} "
+                    f"wrong dtype: rollout rank {self.rank} holds {region.offset.shard} in {have}, but {region.tensor} "
                     f"travels in {want}: start the engine in {want}, or push in {have}"
                 )
 
-    def mismatches(self, shards: Mapping[str, Tensor], expected: Tensor) -> list[Mismatch]:
+    def differences(self, shards: Mapping[str, Tensor], expected: Tensor) -> list[ChecksumDifference]:
         """Where this rank's rollout ``shards`` differ from the ``expected`` sums of all ranks; see `check_dtypes`."""
         found = self._found(shards)
         differing = (found != expected.cpu()[self._held_slots]).nonzero()[:, 0].tolist()
-        return [Mismatch(self.held[i], int(found[i])) for i in differing]
+        return [ChecksumDifference(self.held[i], int(found[i])) for i in differing]
 
     def dirty_padding(self, shards: Mapping[str, Tensor]) -> list[str]:
         """The shards whose elements outside every span are not all zero."""
@@ -132,12 +133,12 @@ class Attestor:
 
 
 class Checksums:
-    """The checksums of ``pieces``, added up by slot. Values are compared in the dtype in which they travel, to which
+    """The checksums of ``regions``, added up by slot. Values are compared in the dtype in which they travel, to which
     wider tensors are rounded as `copy_spans` does. The tables are made once and serve every push."""
 
-    def __init__(self, pieces: Sequence[Piece], num_slots: int, wire: WireFormat) -> None:
-        self._pieces, self._num_slots, self._wire = pieces, num_slots, wire
-        self._names = list(dict.fromkeys(piece.offset.shard for piece in pieces))
+    def __init__(self, regions: Sequence[Region], num_slots: int, wire: WireFormat) -> None:
+        self._regions, self._num_slots, self._wire = regions, num_slots, wire
+        self._names = list(dict.fromkeys(region.offset.shard for region in regions))
         self._signature: list[tuple[torch.dtype, torch.Size, bool]] = []
         self._groups: list[_Group] = []
 
@@ -147,12 +148,12 @@ class Checksums:
         signature = [(tensor.dtype, tensor.shape, isinstance(tensor, LazyTensor)) for tensor in given]
         fresh = signature != self._signature
         if fresh:
-            self._groups, self._signature = _grouped(self._pieces, tensors, self._wire), signature
+            self._groups, self._signature = _grouped(self._regions, tensors, self._wire), signature
         sums = torch.zeros(self._num_slots, dtype=torch.int64)
         for group in self._groups:
             local = {name: read(tensors[name]) for name in group.names}
             if group.table is None:
-                sums += _widened(local, group.pieces, self._num_slots, group.travels)
+                sums += _widened(local, group.regions, self._num_slots, group.travels)
             else:
                 held = list(local.values())
                 as_dtype = None if held[0].dtype == group.travels else group.travels
@@ -165,43 +166,43 @@ class _Group(NamedTuple):
 
     travels: torch.dtype
     names: list[str]
-    pieces: list[Piece]
+    regions: list[Region]
     table: Tensor | None
 
 
-def _grouped(pieces: Iterable[Piece], tensors: Mapping[str, Readable], wire: WireFormat) -> list[_Group]:
-    groups: dict[tuple[torch.dtype, torch.dtype, str], list[Piece]] = {}
-    for piece in pieces:
-        tensor = tensors[piece.offset.shard]
-        alone = piece.offset.shard if isinstance(tensor, LazyTensor) else ""  # computed one at a time
-        groups.setdefault((tensor.dtype, wire.of(piece.tensor), alone), []).append(piece)
+def _grouped(regions: Iterable[Region], tensors: Mapping[str, Readable], wire: WireFormat) -> list[_Group]:
+    groups: dict[tuple[torch.dtype, torch.dtype, str], list[Region]] = {}
+    for region in regions:
+        tensor = tensors[region.offset.shard]
+        alone = region.offset.shard if isinstance(tensor, LazyTensor) else ""  # computed one at a time
+        groups.setdefault((tensor.dtype, wire.of(region.tensor), alone), []).append(region)
     made = []
     for (have, travels, _), members in groups.items():
-        names = list(dict.fromkeys(piece.offset.shard for piece in members))
+        names = list(dict.fromkeys(region.offset.shard for region in members))
         table = None
         if have == travels or travels.itemsize < have.itemsize:
             numbers = {name: number for number, name in enumerate(names)}
-            table = torch.tensor([_row(piece, numbers, tensors, travels) for piece in members])
+            table = torch.tensor([_row(region, numbers, tensors, travels) for region in members])
         made.append(_Group(travels, names, members, table))
     return made
 
 
 def _row(
-    piece: Piece, numbers: Mapping[str, int], tensors: Mapping[str, Readable], dtype: torch.dtype
+    region: Region, numbers: Mapping[str, int], tensors: Mapping[str, Readable], dtype: torch.dtype
 ) -> tuple[int, ...]:
     """The columns of `ops.span_checksum.SPAN_COLUMNS`."""
-    stride = matrix_shape(tuple(tensors[piece.offset.shard].shape))[1]
-    at, offset = piece.rectangle, piece.offset
+    stride = matrix_shape(tuple(tensors[region.offset.shard].shape))[1]
+    at, offset = region.rectangle, region.offset
     start = offset.row * stride + offset.col
     size = (at.num_rows, at.num_cols, stride)
-    return (numbers[offset.shard], piece.slot, _key(piece.tensor, dtype), at.row_start, at.col_start, start, *size)
+    return (numbers[offset.shard], region.slot, _key(region.tensor, dtype), at.row_start, at.col_start, start, *size)
 
 
-def _widened(tensors: Mapping[str, Tensor], pieces: list[Piece], num_slots: int, dtype: torch.dtype) -> Tensor:
+def _widened(tensors: Mapping[str, Tensor], regions: list[Region], num_slots: int, dtype: torch.dtype) -> Tensor:
     """Checksums of values that travel wider than they are held, a few rows at a time to bound the memory."""
     sums = torch.zeros(num_slots, dtype=torch.int64)
-    for piece in pieces:
-        at, offset = piece.rectangle, piece.offset
+    for region in regions:
+        at, offset = region.rectangle, region.offset
         matrix = tensors[offset.shard].detach().view(matrix_shape(tuple(tensors[offset.shard].shape)))
         step = max(1, CONVERTED_ELEMENTS // at.num_cols)
         for row in range(0, at.num_rows, step):
@@ -212,7 +213,7 @@ def _widened(tensors: Mapping[str, Tensor], pieces: list[Piece], num_slots: int,
                 .contiguous()
             )
             size = (stop - row, at.num_cols, at.num_cols)
-            place = (0, piece.slot, _key(piece.tensor, dtype), at.row_start + row, at.col_start, 0)
+            place = (0, region.slot, _key(region.tensor, dtype), at.row_start + row, at.col_start, 0)
             sums += span_checksum([part], torch.tensor([[*place, *size]]), num_slots).cpu()
     return sums
 
@@ -222,8 +223,8 @@ def _key(tensor: str, dtype: torch.dtype) -> int:
     return tensor_key(tensor, dtype)
 
 
-def _sent(plan: ReshardPlan, rank: int, slots: Slots) -> Iterator[Piece]:
-    """The pieces whose checksum ``rank`` contributes: of equal holders, the one whose turn it is to send."""
+def _sent(plan: ReshardPlan, rank: int, slots: ChecksumSlots) -> Iterator[Region]:
+    """The regions whose checksum ``rank`` contributes: of equal holders, the one whose turn it is to send."""
     if rank not in plan.source.replica_of:
         return
     held = Offsets(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")
@@ -238,10 +239,10 @@ def _sent(plan: ReshardPlan, rank: int, slots: Slots) -> Iterator[Piece]:
             if mine in holding:
                 ranks = sorted(holder for replica in holding for holder in replicas[replica])
                 if ranks[source.shares[left]] == rank:
-                    yield Piece(tensor, rectangle, held.find(tensor, rectangle)[0], slots.first[tensor] + right)
+                    yield Region(tensor, rectangle, held.find(tensor, rectangle)[0], slots.first[tensor] + right)
 
 
-def _held(target: Layout, rank: int, slots: Slots) -> Iterator[Piece]:
+def _held(target: Layout, rank: int, slots: ChecksumSlots) -> Iterator[Region]:
     """Everything that ``rank`` holds of the rollout weights, what it holds twice included."""
     if rank not in target.replica_of:
         return
@@ -252,7 +253,7 @@ def _held(target: Layout, rank: int, slots: Slots) -> Iterator[Piece]:
         for number, (rectangle, replicas) in enumerate(zip(pattern.rectangles, pattern.replicas, strict=True)):
             if mine in replicas:
                 for offset in offsets.find(tensor, rectangle):
-                    yield Piece(tensor, rectangle, offset, slots.first[tensor] + number)
+                    yield Region(tensor, rectangle, offset, slots.first[tensor] + number)
 
 
 def _padding(shard: Shard) -> list[Rectangle]:

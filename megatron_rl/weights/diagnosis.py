@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_rl.reshard.layout import matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle
-from megatron_rl.weights.attestation import Attestor, Checksums, Mismatch, Piece
+from megatron_rl.weights.attestation import Attestor, ChecksumDifference, Checksums, Region
 
 MAX_COMPARED = 1 << 28  # elements read in the search for where a rectangle's values belong
 MAX_NAMED = 6  # faults spelled out in a message
@@ -70,9 +70,9 @@ def faults(
         expected: the sums that all ranks agree on.
         previous: those of the last push; None if there was none.
     """
-    wrong = attestor.mismatches(shards, expected)
+    wrong = attestor.differences(shards, expected)
     diagnosis = _Diagnosis(attestor, shards, expected.cpu(), None if previous is None else previous.cpu(), wrong)
-    found = [diagnosis.fault(mismatch) for mismatch in wrong]
+    found = [diagnosis.fault(difference) for difference in wrong]
     return found + [Fault("padding", attestor.rank, name) for name in attestor.dirty_padding(shards)]
 
 
@@ -83,46 +83,46 @@ class _Diagnosis:
         shards: Mapping[str, Tensor],
         expected: Tensor,
         previous: Tensor | None,
-        wrong: list[Mismatch],
+        wrong: list[ChecksumDifference],
     ) -> None:
         self._attestor, self._shards, self._expected, self._previous = attestor, shards, expected, previous
-        self._wrong = {mismatch.piece.slot for mismatch in wrong}
-        self._intact = {piece.slot for piece in attestor.held} - self._wrong
+        self._wrong = {difference.region.slot for difference in wrong}
+        self._intact = {region.slot for region in attestor.held} - self._wrong
         self._left = MAX_COMPARED
 
-    def fault(self, mismatch: Mismatch) -> Fault:
-        piece = mismatch.piece
-        kind, other = self._kind(mismatch)
-        return Fault(kind, self._attestor.rank, piece.offset.shard, piece.tensor, piece.rectangle, other)
+    def fault(self, difference: ChecksumDifference) -> Fault:
+        region = difference.region
+        kind, other = self._kind(difference)
+        return Fault(kind, self._attestor.rank, region.offset.shard, region.tensor, region.rectangle, other)
 
-    def _kind(self, mismatch: Mismatch) -> tuple[FaultKind, str]:
-        piece = mismatch.piece
-        if not _content(self._shards, piece).any():
+    def _kind(self, difference: ChecksumDifference) -> tuple[FaultKind, str]:
+        region = difference.region
+        if not _content(self._shards, region).any():
             return "missing", ""
-        if self._previous is not None and int(self._previous[piece.slot]) == mismatch.found:
+        if self._previous is not None and int(self._previous[region.slot]) == difference.found:
             return "stale", ""
-        for candidate in self._candidates(piece):
+        for candidate in self._candidates(region):
             read = Checksums([candidate._replace(slot=0)], 1, self._attestor.wire)
             if int(read(self._shards)) == int(self._expected[candidate.slot]):
                 return "duplicated" if candidate.slot in self._intact else "permuted", _name(candidate)
         return "changed", ""
 
-    def _candidates(self, piece: Piece) -> Iterator[Piece]:
+    def _candidates(self, region: Region) -> Iterator[Region]:
         """The same memory read as each other rectangle of its shape, those of the same tensor first."""
         alike = [
-            Piece(tensor, rectangle, piece.offset, slot)
+            Region(tensor, rectangle, region.offset, slot)
             for slot, tensor, rectangle in self._attestor.slots
-            if slot != piece.slot and _shape(rectangle) == _shape(piece.rectangle)
+            if slot != region.slot and _shape(rectangle) == _shape(region.rectangle)
         ]
-        for candidate in sorted(alike, key=lambda other: other.tensor != piece.tensor):
-            self._left -= piece.rectangle.numel
+        for candidate in sorted(alike, key=lambda other: other.tensor != region.tensor):
+            self._left -= region.rectangle.numel
             if self._left < 0:
                 return
             yield candidate
 
 
-def _content(shards: Mapping[str, Tensor], piece: Piece) -> Tensor:
-    offset, (rows, cols) = piece.offset, _shape(piece.rectangle)
+def _content(shards: Mapping[str, Tensor], region: Region) -> Tensor:
+    offset, (rows, cols) = region.offset, _shape(region.rectangle)
     shard = shards[offset.shard].detach()
     return shard.view(matrix_shape(tuple(shard.shape)))[offset.row : offset.row + rows, offset.col : offset.col + cols]
 
@@ -131,5 +131,5 @@ def _shape(rectangle: Rectangle) -> tuple[int, int]:
     return rectangle.num_rows, rectangle.num_cols
 
 
-def _name(piece: Piece) -> str:
-    return f"{piece.tensor}{piece.rectangle}"
+def _name(region: Region) -> str:
+    return f"{region.tensor}{region.rectangle}"

@@ -24,7 +24,7 @@ PREFIX = "base_model.model."  # peft's names of what it wraps
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class AdapterPart:
     """What one rank holds of A or B of one Hugging Face weight."""
 
     name: str  # in the file
@@ -32,7 +32,7 @@ class Part:
     values: Tensor
 
 
-def parts_of(shard: Shard, a: Tensor, b: Tensor, row_parallel: bool) -> list[Part]:
+def parts_of(shard: Shard, a: Tensor, b: Tensor, row_parallel: bool) -> list[AdapterPart]:
     """The parts that a rank's adapter of the weight ``shard`` holds of its logical tensors' A and B.
 
     Args:
@@ -43,14 +43,14 @@ def parts_of(shard: Shard, a: Tensor, b: Tensor, row_parallel: bool) -> list[Par
         name = PREFIX + span.tensor.removesuffix("weight")
         rows = b[span.row : span.row + span.num_rows].detach().cpu()
         start = (0, span.col_start) if row_parallel else (0, 0)
-        found.append(Part(name + "lora_A.weight", start, a.detach().cpu()))
-        found.append(Part(name + "lora_B.weight", (span.row_start, 0), rows))
+        found.append(AdapterPart(name + "lora_A.weight", start, a.detach().cpu()))
+        found.append(AdapterPart(name + "lora_B.weight", (span.row_start, 0), rows))
     return found
 
 
-def assembled(parts: Iterable[Part]) -> dict[str, Tensor]:
+def assembled(parts: Iterable[AdapterPart]) -> dict[str, Tensor]:
     """Whole matrices from the parts of all ranks; parts that several ranks hold may come several times."""
-    by_name: dict[str, list[Part]] = {}
+    by_name: dict[str, list[AdapterPart]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
     whole = {}

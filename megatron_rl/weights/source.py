@@ -45,7 +45,7 @@ class TensorSource(Protocol):
         ...
 
 
-class Place(NamedTuple):
+class SpanLocation(NamedTuple):
     """Where a rectangle of a logical tensor lies."""
 
     rank: int
@@ -68,7 +68,7 @@ class LayoutSource:
     ) -> None:
         self._added = layout.added
         self._load = functools.lru_cache(keep)(load)
-        self._places: dict[str, list[Place]] = {}
+        self._locations: dict[str, list[SpanLocation]] = {}
         seen = set()
         for rank in ranks:
             for shard in layout.shards(rank):
@@ -76,17 +76,17 @@ class LayoutSource:
                     rectangle = (span.tensor, span.row_start, span.row_stop, span.col_start, span.col_stop)
                     if rectangle not in seen:
                         seen.add(rectangle)
-                        self._places.setdefault(span.tensor, []).append(Place(rank, shard, span))
+                        self._locations.setdefault(span.tensor, []).append(SpanLocation(rank, shard, span))
 
     def __contains__(self, tensor: str) -> bool:
-        return tensor in self._places
+        return tensor in self._locations
 
     def read(self, span: Span) -> Tensor:
-        pieces = [(_overlap(span, place.span), place) for place in self._places[span.tensor]]
+        pieces = [(_overlap(span, location.span), location) for location in self._locations[span.tensor]]
         pieces = [piece for piece in pieces if piece[0].numel > 0]
         if sum(common.numel for common, _ in pieces) != span.numel:
             raise ConfigError(f"the weights do not hold all of {span}: the config belongs to another model")
-        tensors = [self._part(place, common) for common, place in pieces]
+        tensors = [self._part(location, common) for common, location in pieces]
         if len(tensors) == 1:
             return tensors[0]
         result = tensors[0].new_empty(span.num_rows, span.num_cols)
@@ -95,10 +95,10 @@ class LayoutSource:
             result[row : row + common.num_rows, col : col + common.num_cols] = tensor
         return result
 
-    def _part(self, place: Place, wanted: Span) -> Tensor:
-        held = place.span
+    def _part(self, location: SpanLocation, wanted: Span) -> Tensor:
+        held = location.span
         row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
-        matrix = self._load(place.rank, place.shard).detach().reshape(place.shard.matrix_shape)
+        matrix = self._load(location.rank, location.shard).detach().reshape(location.shard.matrix_shape)
         values, added = matrix[row : row + wanted.num_rows, col : col + wanted.num_cols], self._added(held.tensor)
         return values - added if added else values
 

@@ -14,7 +14,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
-from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
+from megatron_rl.weights.peft_out import AdapterPart, assembled, parts_of, write_peft
 from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
 
 
@@ -55,7 +55,7 @@ def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bo
         raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
     context, at = engine.context, engine.context.coordinates
     engine.sync_parameters()
-    own: list[Part] = []
+    own: list[AdapterPart] = []
     if at.dp == at.cp == 0:
         shards = {shard.name: shard for shard in engine.layout.shards(context.rank)}
         for name, adapter in engine.adapters.items():

@@ -19,7 +19,7 @@ from megatron_rl.config.bounds import NonNegative
 from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.workers.settings import WorkerSettings
 
-PASSED_ON = {("ServerSettings", "args")}  # arguments of another program, whose ranges are its own
+PASSED_ON = {("ServerConfig", "args")}  # arguments of another program, whose ranges are its own
 NOWHERE = {
     "a nan": math.nan,
     "an infinity": math.inf,

@@ -31,8 +31,8 @@ from megatron_rl.models import hf_layout, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport, P2PTransport
 from megatron_rl.rollout import SamplingParams, SGLangEngine
-from megatron_rl.rollout.sglang.client import SGLangClient
-from megatron_rl.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS
 from megatron_rl.rollout.sglang.weight_transfer.sharded import ShardedTransfer
 from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors
@@ -231,9 +231,9 @@ def parity(job: Job, python: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         job.models[1].bfloat16().save_pretrained(folder)
         job.models[1].float()
-        settings = ServerSettings(python=python, context_length=512, max_total_tokens=4096)
+        config = ServerConfig(python=python, context_length=512, max_total_tokens=4096)
         fresh = SGLangServer(
-            folder, settings, tp=job.world, max_running=8, with_tokenizer=False, load_weights=True, name="fresh"
+            folder, config, tp=job.world, max_running=8, with_tokenizer=False, load_weights=True, name="fresh"
         )
         with fresh as server:
             assert checksums(server.url) == checksums(job.engine.urls[0])

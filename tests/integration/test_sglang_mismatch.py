@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch
 from megatron_rl.rollout import RolloutEngine, SamplingParams, WeightCheck
-from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]

@@ -17,8 +17,8 @@ from rollout.engine_contract import Loaded
 from rollout.rollout_models import reference_logprobs
 
 from megatron_rl.rollout import Completion, SamplingParams, SGLangEngine, WeightCheck
-from megatron_rl.rollout.sglang.client import Json, SGLangClient
 from megatron_rl.rollout.sglang.membership import Member
+from megatron_rl.rollout.sglang.sglang_client import Json, SGLangClient
 from megatron_rl.rollout.sglang.streaming import Piece
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 from megatron_rl import RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.rewards import RewardError
-from megatron_rl.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
 
 pytestmark = pytest.mark.integration
 
@@ -47,11 +47,11 @@ def classifier(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def server(classifier: Path) -> Iterator[SGLangServer]:
     if not (PYTHON.parents[1] / ".ready").exists():
         pytest.skip("no SGLang: make setup-sglang creates ./.venv-sglang")
-    settings = ServerSettings(
+    config = ServerConfig(
         python=str(PYTHON), context_length=CONTEXT, max_total_tokens=4096, args={"is-embedding": True}
     )
     server = SGLangServer(
-        classifier, settings, dtype="float32", max_running=8, device="cpu", load_weights=True, name="classify"
+        classifier, config, dtype="float32", max_running=8, device="cpu", load_weights=True, name="classify"
     )
     try:
         yield server.start()

@@ -16,7 +16,7 @@ from megatron_rl import RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.rewards import NoReward, RewardError, build_service
 from megatron_rl.rewards.service.judge import JudgeReward
-from megatron_rl.rollout.sglang.server import ServerSettings, SGLangServer
+from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -46,15 +46,13 @@ def server(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     tokenizer = AutoTokenizer.from_pretrained(seeded_model)
     tokenizer.chat_template = PLAIN_CHAT
     tokenizer.save_pretrained(folder)
-    settings = ServerSettings(
+    config = ServerConfig(
         python=str(PYTHON),
         context_length=512,
         max_total_tokens=4096,
         args={"constrained-json-disable-any-whitespace": True},  # or a small model's JSON is white space without end
     )
-    server = SGLangServer(
-        folder, settings, dtype="float32", max_running=8, device="cpu", load_weights=True, name="judge"
-    )
+    server = SGLangServer(folder, config, dtype="float32", max_running=8, device="cpu", load_weights=True, name="judge")
     try:
         yield server.start()
     finally:

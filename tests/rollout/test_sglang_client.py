@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
-from megatron_rl.rollout.sglang.generation import Request, SamplingParams
+from megatron_rl.rollout.sglang.generation import GenerateRequest, SamplingParams
+from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.verification import server_checksums
 
 pytestmark = pytest.mark.timeout(60)
@@ -201,7 +201,7 @@ def test_events_are_read_line_by_line_however_they_are_cut(serve) -> None:
 
 def test_the_limit_of_an_answer_grows_with_what_was_asked_for() -> None:
     def limit(samples: int, tokens: int, routed: tuple[int, int] | None = None) -> int:
-        return Request(0, [1, 2], [0] * samples, SamplingParams(max_tokens=tokens), (), routed).max_bytes
+        return GenerateRequest(0, [1, 2], [0] * samples, SamplingParams(max_tokens=tokens), (), routed).max_bytes
 
     assert limit(8, 1000) > 8 * 1000 * 100
     assert limit(8, 1000) < limit(16, 1000) < limit(16, 2000) < limit(16, 2000, (94, 8))

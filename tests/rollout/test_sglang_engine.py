@@ -18,7 +18,7 @@ from rollout.sglang_stand_in import Fault, Generate, StandIn, counting, of_engin
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Experts, rollout_layout
 from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
-from megatron_rl.rollout.sglang.client import ABORT_SECONDS
+from megatron_rl.rollout.sglang.sglang_client import ABORT_SECONDS
 
 pytestmark = pytest.mark.timeout(60)
 MODEL = random_model("llama")
@@ -390,7 +390,7 @@ def test_options_are_checked() -> None:
 def test_waiting_for_a_server_that_is_not_there_is_said_and_ends(caplog) -> None:
     engine = SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, urls=["http://127.0.0.1:9"])
     with contextlib.closing(engine), pytest.raises(RuntimeError, match=r"did not answer within 4 s: .*127\.0\.0\.1:9"):
-        engine._loop.run(engine._membership.gather_in(4.0))
+        engine._loop.run(engine._membership.wait_for_servers(4.0))
     said = [record for record in caplog.records if "more for servers" in record.message]
     assert len(said) == 1
     assert "127.0.0.1:9" in said[0].message

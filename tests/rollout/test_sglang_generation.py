@@ -10,14 +10,14 @@ import numpy
 import pytest
 
 from megatron_rl.rollout import SamplingParams
-from megatron_rl.rollout.sglang.client import ServerError, check_version
-from megatron_rl.rollout.sglang.generation import OutdatedWeightsError, Request, read_completions, request_body
-from megatron_rl.rollout.sglang.routing import Place, State, choose
+from megatron_rl.rollout.sglang.generation import GenerateRequest, OutdatedWeightsError, read_completions, request_body
+from megatron_rl.rollout.sglang.routing import RoutedServer, State, choose
+from megatron_rl.rollout.sglang.sglang_client import ServerError, check_version
 
 
-def request(samples: int = 1, routed: tuple[int, int] | None = None, **params: Any) -> Request:
+def request(samples: int = 1, routed: tuple[int, int] | None = None, **params: Any) -> GenerateRequest:
     seeds = [(i + 1) << 40 for i in range(samples)]
-    return Request(3, [5, 6], seeds, SamplingParams(n=samples, **{"max_tokens": 4} | params), {2}, routed)
+    return GenerateRequest(3, [5, 6], seeds, SamplingParams(n=samples, **{"max_tokens": 4} | params), {2}, routed)
 
 
 def result(tokens: list[int], reason: str = "length", spans: Any = None, **meta: Any) -> dict[str, Any]:
@@ -111,11 +111,15 @@ def test_the_supported_versions(version: str, good: int) -> None:
 
 
 def test_the_least_loaded_ready_server_with_room_is_chosen() -> None:
-    busy, idle, away = Place("a", 8, State.READY, 6), Place("b", 8, State.READY, 1), Place("c", 8, State.OUTDATED)
+    busy, idle, away = (
+        RoutedServer("a", 8, State.READY, 6),
+        RoutedServer("b", 8, State.READY, 1),
+        RoutedServer("c", 8, State.OUTDATED),
+    )
     assert choose([busy, idle, away], 2) is idle
     assert choose([busy, idle, away], 2, failed_on=[idle]) is busy
     assert choose([busy, idle, away], 2, failed_on=[idle, busy, idle]) is busy
     assert choose([busy, away], 4) is None
     assert choose([busy, away], 2, failed_on=[busy]) is busy
     assert choose([away], 1) is None
-    assert choose([Place("d", 2, State.READY)], 16) is not None
+    assert choose([RoutedServer("d", 2, State.READY)], 16) is not None

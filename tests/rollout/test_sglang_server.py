@@ -18,7 +18,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.rollout.sglang.model_folder import check_cpu_layout, check_served, write_model_folder
 from megatron_rl.rollout.sglang.server import (
     CPU_SHIM,
-    ServerSettings,
+    ServerConfig,
     SGLangServer,
     launch_command,
     launch_environment,
@@ -36,11 +36,11 @@ sleep 300
 """
 
 
-def stand_in(folder: Path, text: str) -> ServerSettings:
+def stand_in(folder: Path, text: str) -> ServerConfig:
     program = folder / "python"
     program.write_text(text)
     program.chmod(0o755)
-    return ServerSettings(python=str(program), log_dir=str(folder), start_timeout=20.0)
+    return ServerConfig(python=str(program), log_dir=str(folder), start_timeout=20.0)
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -61,8 +61,8 @@ def lives(pid: int) -> bool:
 def command(**changes: object) -> list[str]:
     known: dict = {"python": "py", "model_path": Path("/m"), "port": 7, "tp": 2, "dtype": "bfloat16"}
     known |= {"max_running": 4, "device": "cpu"}
-    settings = ServerSettings(args={"mem_fraction_static": 0.5, "enable-metrics": True, "disable-radix-cache": False})
-    return launch_command(settings, **known | changes)
+    config = ServerConfig(args={"mem_fraction_static": 0.5, "enable-metrics": True, "disable-radix-cache": False})
+    return launch_command(config, **known | changes)
 
 
 def test_the_command_holds_what_the_job_and_the_user_say() -> None:
@@ -148,7 +148,7 @@ def test_a_server_that_is_never_ready_is_given_up_and_ended(tmp_path: Path) -> N
 
 def test_a_missing_python_is_a_clear_error() -> None:
     with pytest.raises(ConfigError, match=r"no Python at /nowhere.*make setup-sglang.*urls"):
-        server_python(ServerSettings(python="/nowhere"))
+        server_python(ServerConfig(python="/nowhere"))
 
 
 def test_sizes_that_a_cpu_server_would_pad_are_refused(tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import numpy
 import pytest
 
 from megatron_rl.rollout import Completion, SamplingParams
-from megatron_rl.rollout.sglang.client import RequestError, ServerError
-from megatron_rl.rollout.sglang.generation import OutdatedWeightsError, Request
-from megatron_rl.rollout.sglang.streaming import Piece, StreamedAnswer
+from megatron_rl.rollout.sglang.generation import GenerateRequest, OutdatedWeightsError
+from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError
+from megatron_rl.rollout.sglang.streaming import PartialOutput, StreamedAnswer
 
 
 class Script:
@@ -43,7 +43,7 @@ def chunk(index: int, tokens: list[int], total: int, version: str = "7", reason:
 
 def answer(samples: int = 1, routed: tuple[int, int] | None = None, **params: Any) -> StreamedAnswer:
     wanted = SamplingParams(n=samples, **{"max_tokens": 6} | params)
-    return StreamedAnswer(Request(3, [5, 6], [(i + 1) << 40 for i in range(samples)], wanted, {2}, routed))
+    return StreamedAnswer(GenerateRequest(3, [5, 6], [(i + 1) << 40 for i in range(samples)], wanted, {2}, routed))
 
 
 def ask(streamed: StreamedAnswer, script: Script, *known: int) -> list[Completion]:
@@ -135,13 +135,13 @@ def test_routed_experts_come_with_the_end_and_cover_what_was_kept() -> None:
 
 
 def test_servers_that_send_everything_each_time_are_understood() -> None:
-    piece = Piece()
-    piece.take(chunk(0, [31], 1))
-    piece.take(chunk(0, [31, 32, 33], 3))
+    partial = PartialOutput()
+    partial.take(chunk(0, [31], 1))
+    partial.take(chunk(0, [31, 32, 33], 3))
     late = chunk(0, [31, 32, 33, 34, 35], 4)  # written while the next token came
-    piece.take(late)
-    assert piece.tokens == [31, 32, 33, 34]
-    assert len(piece.logprobs) == 4
+    partial.take(late)
+    assert partial.tokens == [31, 32, 33, 34]
+    assert len(partial.logprobs) == 4
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from rollout.rollout_models import random_model
 from rollout.sglang_stand_in import checksum
 
 from megatron_rl.models import Architecture, hf_layout, rollout_layout
-from megatron_rl.rollout.sglang.client import ServerError
+from megatron_rl.rollout.sglang.sglang_client import ServerError
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
 from megatron_rl.rollout.sglang.weight_transfer.full import FullTensors
 from megatron_rl.rollout.sglang.weight_transfer.proof import compare

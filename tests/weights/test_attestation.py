@@ -79,8 +79,8 @@ def test_every_rank_agrees_with_the_trainer_whatever_the_layouts(
     for rank, attestor in job.attestors.items():
         assert faults(attestor, job.held(job.target, rank, 1, torch.bfloat16), expected) == []
         changed = faults(attestor, job.held(job.target, rank, 2, torch.bfloat16), expected)
-        assert len(changed) == len(attestor.held), "a rank that holds another model must see each of its pieces differ"
-    counted = sum(piece.rectangle.numel for a in job.attestors.values() for piece in a.sent)
+        assert len(changed) == len(attestor.held), "a rank that holds another model must see each of its regions differ"
+    counted = sum(region.rectangle.numel for a in job.attestors.values() for region in a.sent)
     assert counted == sum(tensor.numel() for tensor in random_logical(architecture).values()), "each element once"
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_rl.config import ConfigError
 from megatron_rl.models import megatron_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.weights.peft_out import Part, assembled, parts_of, write_peft
+from megatron_rl.weights.peft_out import AdapterPart, assembled, parts_of, write_peft
 
 FACTS = {"r": 2, "lora_alpha": 4.0, "lora_dropout": 0.0}
 
@@ -25,7 +25,7 @@ def test_parts_of_any_tensor_parallel_size_give_the_same_matrices(tp: int) -> No
     a, b = torch.randn(2, 24, generator=generator), torch.randn(64, 2, generator=generator)
     down_a, down_b = torch.randn(2, 32, generator=generator), torch.randn(24, 2, generator=generator)
     layout = megatron_layout(LLAMA, RankGrid(ParallelSizes(tp=tp), tp), 64)
-    parts: list[Part] = []
+    parts: list[AdapterPart] = []
     for rank in range(tp):
         shards = {shard.name: shard for shard in layout.shards(rank)}
         qkv = shards["decoder.layers.1.self_attention.linear_qkv.weight"]
@@ -44,7 +44,7 @@ def test_parts_of_any_tensor_parallel_size_give_the_same_matrices(tp: int) -> No
 
 def test_a_missing_part_is_no_matrix() -> None:
     with pytest.raises(AssertionError, match="has holes"):
-        assembled([Part("x", (2, 0), torch.ones(2, 2))])
+        assembled([AdapterPart("x", (2, 0), torch.ones(2, 2))])
 
 
 def test_an_existing_folder_stays_unless_it_may_be_replaced(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
 from megatron_rl.models.description import LayerDescription, ModelDescription
 from megatron_rl.ops.registry import choose
-from megatron_rl.rollout.local.experts import ExpertLayer
+from megatron_rl.rollout.local.expert_layer import ExpertLayer
 from megatron_rl.rollout.local.kv_cache import KVCache
-from megatron_rl.rollout.local.rotary import RotaryTable, rotate_
+from megatron_rl.rollout.local.rotary_cache import RotaryCache, rotate_
 from megatron_rl.rollout.local.sharding import TensorParallel
 
 # Tokens whose intermediate values, the widest of a layer, exist at once: long prompts take several rounds.
@@ -85,7 +85,7 @@ class Decoder:
         self.final_norm = _norm(model.final_norm, parameters)
         self.layers = tuple(_layer(model, parameters, index, tp) for index in range(len(model.layers)))
         self.rotary = {
-            rotary: RotaryTable(rotary, self.embedding.dtype, self.embedding.device)
+            rotary: RotaryCache(rotary, self.embedding.dtype, self.embedding.device)
             for rotary in dict.fromkeys(layer.rotary for layer in self.layers)
         }
         device = self.embedding.device.type

@@ -18,7 +18,7 @@ from megatron_rl.rollout.local.stopping import StopText
 
 
 @dataclass(slots=True)
-class Sequenced:
+class RunningSequence:
     """One completion in the making."""
 
     prompt: int  # index of its prompt
@@ -32,7 +32,7 @@ class RunningBatch:
     """Up to ``rows`` sequences of up to ``max_tokens`` new tokens."""
 
     def __init__(self, rows: int, max_tokens: int, device: torch.device) -> None:
-        self.sequences: list[Sequenced] = []
+        self.sequences: list[RunningSequence] = []
         self.max_tokens, self.device = max_tokens, device
         self.last_tokens = torch.zeros(rows, dtype=torch.int64, device=device)
         self.prompt_lengths = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -55,7 +55,7 @@ class RunningBatch:
         """Where each sequence's last token stands, ``[count]``."""
         return (self.prompt_lengths + self.generated)[: self.count] - 1
 
-    def append(self, sequences: Sequence[Sequenced], prompt_lengths: torch.Tensor) -> slice:
+    def append(self, sequences: Sequence[RunningSequence], prompt_lengths: torch.Tensor) -> slice:
         """Take new sequences in; the rows they got."""
         rows = slice(self.count, self.count + len(sequences))
         self.sequences.extend(sequences)
@@ -92,7 +92,7 @@ class RunningBatch:
         ]
 
     def _completion(
-        self, sequence: Sequenced, tokens: list[int], logprobs: list[float], stopped: bool, version: int
+        self, sequence: RunningSequence, tokens: list[int], logprobs: list[float], stopped: bool, version: int
     ) -> Completion:
         if not all(map(math.isfinite, logprobs)):
             raise RuntimeError(

@@ -16,17 +16,17 @@ import torch
 from megatron_rl.parallel.abandon import Abandoned, overdue
 from megatron_rl.rollout.base import Completion, SamplingParams
 from megatron_rl.rollout.local.decoder import Decoder
-from megatron_rl.rollout.local.running import RunningBatch, Sequenced
+from megatron_rl.rollout.local.running import RunningBatch, RunningSequence
 from megatron_rl.rollout.local.sampler import draw
 from megatron_rl.rollout.local.stopping import StopText, TextDecoder
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class PrefillRequest:
     """Samples that start together from one prompt."""
 
     token_ids: Sequence[int]
-    sequences: tuple[Sequenced, ...]
+    sequences: tuple[RunningSequence, ...]
 
 
 class Scheduler:
@@ -48,14 +48,14 @@ class Scheduler:
         prefill_tokens: int,
         stop_table: torch.Tensor,
         version: int,
-        emit: Callable[[Sequenced, Completion], None],
+        emit: Callable[[RunningSequence, Completion], None],
     ) -> None:
         self.decoder, self.params, self.prefill_tokens = decoder, params, prefill_tokens
         self.stop_table, self.version, self.emit = stop_table, version, emit
         self.device = stop_table.device
         self.running = RunningBatch(rows, params.max_tokens, self.device)
 
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[PrefillRequest]) -> None:
         waiting = deque(sorted(requests, key=lambda request: -len(request.token_ids)))
         while waiting or self.running.count:
             while self._has_room(waiting):
@@ -63,15 +63,15 @@ class Scheduler:
             if self.running.count:
                 self._step()
 
-    def _has_room(self, waiting: deque[Request]) -> bool:
+    def _has_room(self, waiting: deque[PrefillRequest]) -> bool:
         """Prefill interrupts the running sequences, so it waits until an eighth of the rows is free."""
         if not waiting:
             return False
         rows, free = len(self.running.last_tokens), self.running.free
         return free >= max(len(waiting[0].sequences), rows // 8)
 
-    def _pick(self, waiting: deque[Request]) -> list[Request]:
-        picked: list[Request] = []
+    def _pick(self, waiting: deque[PrefillRequest]) -> list[PrefillRequest]:
+        picked: list[PrefillRequest] = []
         free = self.running.free
         while waiting and len(waiting[0].sequences) <= free:
             longest = len(picked[0].token_ids) if picked else len(waiting[0].token_ids)
@@ -81,7 +81,7 @@ class Scheduler:
             picked.append(waiting.popleft())
         return picked
 
-    def _admit(self, requests: list[Request]) -> None:
+    def _admit(self, requests: list[PrefillRequest]) -> None:
         lengths = [len(request.token_ids) for request in requests]
         tokens = torch.zeros(len(requests), max(lengths), dtype=torch.int64)
         for row, request in zip(tokens, requests, strict=True):
@@ -142,7 +142,7 @@ def request_groups(
     rows: int,
     stop: Sequence[str],
     tokenizer: TextDecoder | None,
-) -> list[Request]:
+) -> list[PrefillRequest]:
     """One request per prompt, or several where its samples are more than ``rows``.
 
     Args:
@@ -151,8 +151,10 @@ def request_groups(
     requests = []
     for index, (prompt, sample_seeds) in enumerate(zip(prompts, seeds, strict=True)):
         sequences = tuple(
-            Sequenced(index, sample, seed, StopText(stop, tokenizer) if stop and tokenizer else None)
+            RunningSequence(index, sample, seed, StopText(stop, tokenizer) if stop and tokenizer else None)
             for sample, seed in enumerate(sample_seeds)
         )
-        requests += [Request(prompt, sequences[start : start + rows]) for start in range(0, len(sequences), rows)]
+        requests += [
+            PrefillRequest(prompt, sequences[start : start + rows]) for start in range(0, len(sequences), rows)
+        ]
     return requests

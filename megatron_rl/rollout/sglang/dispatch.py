@@ -15,10 +15,10 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from megatron_rl.rollout.base import Completion
-from megatron_rl.rollout.sglang.client import ABORT_SECONDS, RequestError, ServerError, SGLangClient
-from megatron_rl.rollout.sglang.generation import OutdatedWeightsError, Request, read_completions, request_body
+from megatron_rl.rollout.sglang.generation import GenerateRequest, OutdatedWeightsError, read_completions, request_body
 from megatron_rl.rollout.sglang.membership import Member, Membership
 from megatron_rl.rollout.sglang.routing import State, choose
+from megatron_rl.rollout.sglang.sglang_client import ABORT_SECONDS, RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.streaming import KnownVersions, StreamedAnswer
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Dispatcher:
         self._calls: set[asyncio.Task[None]] = set()  # of `answer_all`
         self._aborts: set[asyncio.Task[None]] = set()
 
-    async def answer_all(self, requests: Sequence[Request], emit: Emit) -> None:
+    async def answer_all(self, requests: Sequence[GenerateRequest], emit: Emit) -> None:
         """Answer every request; ``emit`` is called once for each, in any order.
 
         Raises:
@@ -78,7 +78,7 @@ class Dispatcher:
         if ending:
             await asyncio.wait(ending, timeout=2 * ABORT_SECONDS)
 
-    async def _answer_all(self, requests: Sequence[Request], emit: Emit) -> None:
+    async def _answer_all(self, requests: Sequence[GenerateRequest], emit: Emit) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 for request in requests:
@@ -86,18 +86,18 @@ class Dispatcher:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _answer(self, request: Request, emit: Emit) -> None:
-        patience, failed_on = self.membership.patience, list[Member]()
+    async def _answer(self, request: GenerateRequest, emit: Emit) -> None:
+        retry_policy, failed_on = self.membership.retry_policy, list[Member]()
         streamed = StreamedAnswer(request) if self.stream else None
-        pause = patience.first_pause
-        for attempt in range(1, patience.attempts + 1):
+        pause = retry_policy.first_pause
+        for attempt in range(1, retry_policy.attempts + 1):
             member = await self._acquire(len(request.seeds), failed_on)
             try:
                 completions = await self._attempt(member, request, streamed)
             except ServerError as error:
                 failed_on.append(member)
                 logger.warning("attempt %d on prompt %d failed: %s", attempt, request.index, error)
-                if attempt == patience.attempts:
+                if attempt == retry_policy.attempts:
                     raise RuntimeError(
                         f"prompt {request.index} was not answered in {attempt} attempts, the last one: {error}"
                     ) from error
@@ -108,11 +108,11 @@ class Dispatcher:
                 member.load -= len(request.seeds)
                 await self.membership.notify(2)  # requests are of one size, mostly; waking all would be quadratic
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, patience.longest_pause)
+            pause = min(2 * pause, retry_policy.longest_pause)
 
     async def _acquire(self, sequences: int, failed_on: Sequence[Member]) -> Member:
         """Wait for a server with room and take it."""
-        membership, patience = self.membership, self.membership.patience.recovery
+        membership, timeout = self.membership, self.membership.retry_policy.recovery
         while True:
             found = choose(membership.members, sequences, failed_on) if membership.serving else None
             if found is not None:
@@ -120,12 +120,14 @@ class Dispatcher:
                 return found
             try:
                 async with membership.changed:
-                    await asyncio.wait_for(membership.changed.wait(), patience)
+                    await asyncio.wait_for(membership.changed.wait(), timeout)
             except TimeoutError:
                 if membership.serving and not membership.of(State.READY):
-                    raise RuntimeError(f"no server was ready for {patience:.0f} s: {membership.describe()}") from None
+                    raise RuntimeError(f"no server was ready for {timeout:.0f} s: {membership.describe()}") from None
 
-    async def _attempt(self, member: Member, request: Request, streamed: StreamedAnswer | None) -> list[Completion]:
+    async def _attempt(
+        self, member: Member, request: GenerateRequest, streamed: StreamedAnswer | None
+    ) -> list[Completion]:
         """One try on one server. What is left of it there when it fails is aborted, and the server is looked at."""
         membership, client = self.membership, member.client
         begun = len(membership.versions) - 1
@@ -176,7 +178,11 @@ class Dispatcher:
 
 
 async def _ask(
-    client: SGLangClient, request: Request, request_ids: Sequence[str], cache_key: str | None, known: KnownVersions
+    client: SGLangClient,
+    request: GenerateRequest,
+    request_ids: Sequence[str],
+    cache_key: str | None,
+    known: KnownVersions,
 ) -> list[Completion]:
     """The answer of one server, in one piece."""
     answer = await client.generate(request_body(request, request_ids, cache_key), request.max_bytes)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy
 
 from megatron_rl.rollout.base import Completion, FinishReason, SamplingParams
-from megatron_rl.rollout.sglang.client import Json, ServerError
+from megatron_rl.rollout.sglang.sglang_client import Json, ServerError
 
 ROUNDING = 1e-3  # how far a log-probability may lie above 0: a softmax in bf16 does not sum to 1
 TOKEN_BYTES = 1024  # of JSON that a token of an answer may take: its id, log-probability and text
@@ -39,7 +39,7 @@ class OutdatedWeightsError(ServerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class GenerateRequest:
     """One prompt; everything that an answer to it depends on, apart from the weights."""
 
     index: int  # of the prompt in the call
@@ -63,7 +63,7 @@ class Request:
         return len(self.seeds) * (SAMPLE_BYTES + tokens)
 
 
-def request_body(request: Request, request_ids: Sequence[str], cache_key: str | None = None) -> Json:
+def request_body(request: GenerateRequest, request_ids: Sequence[str], cache_key: str | None = None) -> Json:
     """The JSON of a request.
 
     Args:
@@ -97,7 +97,7 @@ def request_body(request: Request, request_ids: Sequence[str], cache_key: str | 
     return body
 
 
-def read_completions(answer: Any, request: Request, known_versions: Collection[int]) -> list[Completion]:
+def read_completions(answer: Any, request: GenerateRequest, known_versions: Collection[int]) -> list[Completion]:
     """The completions of one answer, in sample order.
 
     Args:
@@ -119,7 +119,7 @@ def read_completions(answer: Any, request: Request, known_versions: Collection[i
         ) from error
 
 
-def check_versions(request: Request, versions: Iterable[str], known_versions: Collection[int]) -> None:
+def check_versions(request: GenerateRequest, versions: Iterable[str], known_versions: Collection[int]) -> None:
     """Raises OutdatedWeightsError unless ``versions`` are known ones."""
     strange = set(versions) - set(map(str, known_versions))
     if strange:
@@ -128,7 +128,7 @@ def check_versions(request: Request, versions: Iterable[str], known_versions: Co
         )
 
 
-def read_completion(result: Mapping[str, Any], request: Request, known_versions: Collection[int]) -> Completion:
+def read_completion(result: Mapping[str, Any], request: GenerateRequest, known_versions: Collection[int]) -> Completion:
     """One sample of an answer; see `read_completions`. What is not an answer raises one of ANSWER_FAULTS, too."""
     meta = result["meta_info"]
     reason = meta["finish_reason"]
@@ -168,7 +168,7 @@ def _spans(meta: Mapping[str, Any], length: int) -> list[tuple[str, int]]:
     return spans
 
 
-def _cut(tokens: Sequence[int], request: Request) -> tuple[int, bool]:
+def _cut(tokens: Sequence[int], request: GenerateRequest) -> tuple[int, bool]:
     """How many tokens count, and whether a stop token ended them. A server asked to ignore_eos ignores stop_token_ids
     too, and goes on behind them."""
     stops = request.stop_token_ids
@@ -182,7 +182,7 @@ def shorten(spans: Sequence[tuple[T, int]], length: int) -> list[tuple[T, int]]:
     return [(version, len(list(run))) for version, run in itertools.groupby(of_tokens)]
 
 
-def _metadata(meta: Mapping[str, Any], request: Request, length: int) -> dict[str, Any]:
+def _metadata(meta: Mapping[str, Any], request: GenerateRequest, length: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     matched = meta["finish_reason"].get("matched")
     if isinstance(matched, str):

@@ -13,7 +13,9 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_rl.rollout.sglang.client import (
+from megatron_rl.rollout.sglang.routing import RoutedServer, State
+from megatron_rl.rollout.sglang.server import SGLangServer
+from megatron_rl.rollout.sglang.sglang_client import (
     Json,
     PauseMode,
     RequestError,
@@ -21,8 +23,6 @@ from megatron_rl.rollout.sglang.client import (
     SGLangClient,
     check_version,
 )
-from megatron_rl.rollout.sglang.routing import Place, State
-from megatron_rl.rollout.sglang.server import SGLangServer
 from megatron_rl.rollout.sglang.weight_transfer import ServerLayout
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ FAILED_HEALTH_CHECKS = 2  # in a row, that give a server's requests up
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long is tried, in seconds unless said otherwise."""
+class RetryPolicy:
+    """When and how often something is tried again; times in seconds."""
 
     attempts: int = 8  # of one request, over all servers
     first_pause: float = 0.25  # before the second attempt; doubles up to `longest_pause`
@@ -46,7 +46,7 @@ class Patience:
 
 
 @dataclass(eq=False)
-class Member(Place):
+class Member(RoutedServer):
     """One server: what the router knows, how to talk to it, and the process where it is ours."""
 
     client: SGLangClient = field(kw_only=True)
@@ -62,9 +62,10 @@ class Membership:
     """The servers of one replica. The conditions of `changed` are states, loads and `serving`."""
 
     def __init__(
-        self, members: Sequence[Member], patience: Patience, layout: ServerLayout, runs_loader: bool = False
+        self, members: Sequence[Member], retry_policy: RetryPolicy, layout: ServerLayout, runs_loader: bool = False
     ) -> None:
-        self.members, self.patience, self._layout, self._runs_loader = list(members), patience, layout, runs_loader
+        self.members, self.retry_policy = list(members), retry_policy
+        self._layout, self._runs_loader = layout, runs_loader
         self.versions: list[int] = []  # committed so far; the last one is served
         self.serving = False  # False from `stop` to `serve`
         self.changed = asyncio.Condition()
@@ -138,16 +139,16 @@ class Membership:
 
     def _is_hopeless(self, member: Member) -> bool:
         ended = member.server is not None and not member.server.is_running
-        return ended and member.restarts >= self.patience.restarts
+        return ended and member.restarts >= self.retry_policy.restarts
 
-    async def gather_in(self, patience: float) -> None:
+    async def wait_for_servers(self, timeout: float) -> None:
         """Wait for servers that are starting, and for at least one server.
 
         Raises:
-            RuntimeError: none answers within ``patience`` seconds, or one of ours does not start.
+            RuntimeError: none answers within ``timeout`` seconds, or one of ours does not start.
         """
         clock = asyncio.get_running_loop().time
-        deadline, next_word = clock() + patience, clock() + FIRST_WORD_SECONDS
+        deadline, next_word = clock() + timeout, clock() + FIRST_WORD_SECONDS
         while True:
             for member in self.of(State.DOWN):
                 await self.bring_back(member)
@@ -155,7 +156,7 @@ class Membership:
             if not starting and len(self.of(State.DOWN)) < len(self.members):
                 return
             if clock() > deadline:
-                raise RuntimeError(f"servers did not answer within {patience:.0f} s: {self.describe()}")
+                raise RuntimeError(f"servers did not answer within {timeout:.0f} s: {self.describe()}")
             if clock() > next_word:
                 level = logging.INFO if starting else logging.WARNING  # nothing here starts the others
                 logger.log(level, "waiting up to %.0f s more for servers: %s", deadline - clock(), self.describe())
@@ -180,13 +181,13 @@ class Membership:
             for member in self.of(State.DOWN):
                 await self.bring_back(member)
             now = asyncio.get_running_loop().time()
-            if self.serving and now - looked >= self.patience.health_interval:
+            if self.serving and now - looked >= self.retry_policy.health_interval:
                 await asyncio.gather(*(self._check_health(m) for m in self.of(State.READY) if m.load))
                 looked = asyncio.get_running_loop().time()
 
     async def _check_health(self, member: Member) -> None:
         try:
-            await member.client.check_health(self.patience.health_timeout)
+            await member.client.check_health(self.retry_policy.health_timeout)
             member.health_failures = 0
         except (ServerError, RequestError) as error:
             member.health_failures += 1

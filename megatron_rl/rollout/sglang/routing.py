@@ -23,7 +23,7 @@ class State(enum.Enum):
 
 
 @dataclass(eq=False)
-class Place:
+class RoutedServer:
     """One server as the router sees it."""
 
     name: str
@@ -37,18 +37,18 @@ class Place:
         return f"{self.name} {self.state.value} ({len(self.failures)} failures{last})"
 
 
-P = TypeVar("P", bound=Place)
+P = TypeVar("P", bound=RoutedServer)
 
 
-def choose(places: Sequence[P], sequences: int, failed_on: Sequence[P] = ()) -> P | None:
+def choose(servers: Sequence[P], sequences: int, failed_on: Sequence[P] = ()) -> P | None:
     """The least loaded ready server that has room, or None: wait, or ask again when something has changed.
 
     Args:
         sequences: of the request; one that is larger than a server's limit gets an idle server.
         failed_on: servers that this request failed on, once for each time; those with the fewest are asked.
     """
-    ready = [place for place in places if place.state is State.READY]
+    ready = [server for server in servers if server.state is State.READY]
     fewest = min(map(failed_on.count, ready), default=0)
-    ready = [place for place in ready if failed_on.count(place) == fewest]
-    free = [place for place in ready if place.load == 0 or place.load + sequences <= place.limit]
-    return min(free, key=lambda place: place.load, default=None)
+    ready = [server for server in ready if failed_on.count(server) == fewest]
+    free = [server for server in ready if server.load == 0 or server.load + sequences <= server.limit]
+    return min(free, key=lambda server: server.load, default=None)

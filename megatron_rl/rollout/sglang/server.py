@@ -1,6 +1,6 @@
 """`SGLangServer`: one server process that belongs to this one: started, watched, restarted, and ended with it.
 
-The command and the environment are plain functions of the settings, so that what will run can be read and tested. A
+The command and the environment are plain functions of the config, so that what will run can be read and tested. A
 small guard process (`guard`) holds the server and ends it when the owner closes it, fails or is killed.
 """
 
@@ -35,7 +35,7 @@ PORTS = (20000, 32000)
 PORT_DRAWS = 100
 
 
-class ServerSettings(ConfigRecord):
+class ServerConfig(ConfigRecord):
     """A server that the engine starts."""
 
     python: str | None = None
@@ -55,7 +55,7 @@ class ServerSettings(ConfigRecord):
 
 
 def launch_command(
-    settings: ServerSettings,
+    config: ServerConfig,
     *,
     python: str,
     model_path: Path,
@@ -70,7 +70,7 @@ def launch_command(
     """The server's command line. Without ``load_weights`` it starts with dummy weights and waits for a push."""
     options: dict[str, str | int | float | bool] = {
         "model-path": str(model_path),
-        "host": settings.host,
+        "host": config.host,
         "port": port,
         "tp": tp,
         "dtype": dtype,
@@ -82,13 +82,13 @@ def launch_command(
         options["load-format"] = "dummy"
     if not with_tokenizer:
         options["skip-tokenizer-init"] = True
-    if settings.context_length is not None:
-        options["context-length"] = settings.context_length
-    if settings.max_total_tokens is not None or device == "cpu":
-        options["max-total-tokens"] = settings.max_total_tokens or 65536
+    if config.context_length is not None:
+        options["context-length"] = config.context_length
+    if config.max_total_tokens is not None or device == "cpu":
+        options["max-total-tokens"] = config.max_total_tokens or 65536
     if device == "cpu":
         options |= {"attention-backend": "torch_native", "sleep-on-idle": True}
-    options |= {name.replace("_", "-"): value for name, value in settings.args.items()}
+    options |= {name.replace("_", "-"): value for name, value in config.args.items()}
     command = [python, "-m", "sglang.launch_server"]
     for name, value in options.items():
         if value is not False:
@@ -149,7 +149,7 @@ class SGLangServer:
     def __init__(
         self,
         model_path: str | Path,
-        settings: ServerSettings | None = None,
+        config: ServerConfig | None = None,
         *,
         tp: int = 1,
         dtype: str = "bfloat16",
@@ -160,19 +160,19 @@ class SGLangServer:
         load_weights: bool = False,
         name: str = "sglang",
     ) -> None:
-        self.settings = settings or ServerSettings()
-        self.python = server_python(self.settings)
+        self.config = config or ServerConfig()
+        self.python = server_python(self.config)
         self.model_path, self.tp, self.dtype, self.max_running = Path(model_path), tp, dtype, max_running
         self.device, self.devices = device, devices
         self.with_tokenizer, self.load_weights = with_tokenizer, load_weights
-        folder = Path(self.settings.log_dir) if self.settings.log_dir else Path(tempfile.gettempdir()) / "megatron_rl"
+        folder = Path(self.config.log_dir) if self.config.log_dir else Path(tempfile.gettempdir()) / "megatron_rl"
         self.log = folder / f"{name}-{os.getpid()}.log"
         self.port = self._log_start = 0
         self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"http://{self.settings.host}:{self.port}"
+        return f"http://{self.config.host}:{self.port}"
 
     @property
     def is_running(self) -> bool:
@@ -182,9 +182,9 @@ class SGLangServer:
     def launch(self) -> None:
         """Start the process on a free port and return at once; anything that ran before is ended."""
         self.close()
-        self.port = free_port(self.settings.host)
+        self.port = free_port(self.config.host)
         command = launch_command(
-            self.settings,
+            self.config,
             python=self.python,
             model_path=self.model_path,
             port=self.port,
@@ -212,7 +212,7 @@ class SGLangServer:
         Raises:
             RuntimeError: it ended, or ``start_timeout`` passed (it is then closed); the message holds its last lines.
         """
-        deadline = time.monotonic() + self.settings.start_timeout
+        deadline = time.monotonic() + self.config.start_timeout
         while time.monotonic() < deadline:
             if not self.is_running:
                 raise RuntimeError(f"SGLang ended while it started; {self.last_lines()}")
@@ -220,7 +220,7 @@ class SGLangServer:
                 return
             time.sleep(0.5)
         self.close()
-        raise RuntimeError(f"SGLang was not ready in {self.settings.start_timeout:.0f} s; {self.last_lines()}")
+        raise RuntimeError(f"SGLang was not ready in {self.config.start_timeout:.0f} s; {self.last_lines()}")
 
     def is_ready(self) -> bool:
         """Whether the server answers requests now."""
@@ -279,13 +279,13 @@ class SGLangServer:
         return self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
 
 
-def server_python(settings: ServerSettings) -> str:
+def server_python(config: ServerConfig) -> str:
     """The Python that runs servers.
 
     Raises:
         ConfigError: there is no such file.
     """
-    found = settings.python or sys.executable
+    found = config.python or sys.executable
     if not Path(found).is_file():
         raise ConfigError(
             f"no Python at {found} to start SGLang with: set actor.rollout.options.server.python to that of the "

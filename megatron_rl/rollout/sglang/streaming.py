@@ -15,15 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.rollout.base import Completion
-from megatron_rl.rollout.sglang.client import Json, RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.generation import (
     ANSWER_FAULTS,
-    Request,
+    GenerateRequest,
     check_versions,
     read_completion,
     request_body,
     shorten,
 )
+from megatron_rl.rollout.sglang.sglang_client import Json, RequestError, ServerError, SGLangClient
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ KnownVersions = Callable[[], Collection[int]]  # that may have generated a token
 
 
 @dataclass
-class Piece:
+class PartialOutput:
     """What one server has sent of one sample."""
 
     tokens: list[int] = field(default_factory=list)
@@ -67,33 +67,33 @@ class Draft:
     tokens: list[int] = field(default_factory=list)  # kept
     logprobs: list[Any] = field(default_factory=list)  # theirs, as the server's triples
     spans: list[tuple[str, int]] = field(default_factory=list)  # theirs: (version, token count) runs
-    piece: Piece = field(default_factory=Piece)
+    partial: PartialOutput = field(default_factory=PartialOutput)
     completion: Completion | None = None
 
     def keep(self, most: int) -> None:
         """Put what is certain of the piece behind the kept tokens, ``most`` in all; the next piece begins."""
-        spans = self.piece.spans()
+        spans = self.partial.spans()
         count = min(sum(tokens for _, tokens in spans), most - len(self.tokens))
-        self.tokens += self.piece.tokens[:count]
-        self.logprobs += self.piece.logprobs[:count]
+        self.tokens += self.partial.tokens[:count]
+        self.logprobs += self.partial.logprobs[:count]
         self.spans = shorten(self.spans + spans, len(self.tokens))
-        self.piece = Piece()
+        self.partial = PartialOutput()
 
     def result(self, finish_reason: Json) -> Json:
         """All tokens so far, as one result of /generate."""
         spans, end = [], 0
-        for version, count in self.spans + self.piece.spans():
+        for version, count in self.spans + self.partial.spans():
             spans.append({"version": version, "start": end, "end": end + count})
             end += count
         meta = {"finish_reason": finish_reason, "weight_versions": spans}
-        meta["output_token_logprobs"] = self.logprobs + self.piece.logprobs
-        return {"output_ids": self.tokens + self.piece.tokens, "meta_info": self.piece.meta | meta}
+        meta["output_token_logprobs"] = self.logprobs + self.partial.logprobs
+        return {"output_ids": self.tokens + self.partial.tokens, "meta_info": self.partial.meta | meta}
 
 
 class StreamedAnswer:
     """One request over as many servers as it takes."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: GenerateRequest) -> None:
         self.request = request
         self.drafts = [Draft() for _ in request.seeds]
         self._known: set[int] = set()
@@ -150,7 +150,7 @@ class StreamedAnswer:
                 given_up = {"status_code": chunk["error"]["code"], "message": chunk["error"]["message"]}
         except (ServerError, *ANSWER_FAULTS) as error:
             if draft is not None:
-                draft.piece = Piece()  # nothing to build on
+                draft.partial = PartialOutput()  # nothing to build on
             if isinstance(error, ServerError):
                 raise
             raise ServerError(
@@ -163,11 +163,11 @@ class StreamedAnswer:
 
     def _add(self, draft: Draft, reason: Json | None, chunk: Json, known: KnownVersions) -> Json | None:
         """The reason why the server gave the sample up, if it did."""
-        draft.piece.take(chunk)
-        if len(draft.tokens) + len(draft.piece.tokens) > self.request.params.max_tokens:
+        draft.partial.take(chunk)
+        if len(draft.tokens) + len(draft.partial.tokens) > self.request.params.max_tokens:
             raise ValueError(f"more than the {self.request.params.max_tokens} tokens wanted")
         self._known.update(known())
-        versions = {str(chunk["meta_info"]["weight_version"]), *(version for version, _ in draft.piece.spans())}
+        versions = {str(chunk["meta_info"]["weight_version"]), *(version for version, _ in draft.partial.spans())}
         check_versions(self.request, versions, self._known)
         if reason is None:
             return None

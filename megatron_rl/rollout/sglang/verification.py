@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from megatron_rl.rollout.base import WeightCheck
-from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.membership import Membership
 from megatron_rl.rollout.sglang.routing import State
+from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer import RankSums, server_checksums
 
 MAX_NAMED = 4  # parameters that a fault names

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
-from megatron_rl.rollout.sglang.client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
 from megatron_rl.rollout.sglang.weight_transfer.proof import Proof, RankSums, ServerSums, prove
 from megatron_rl.rollout.sglang.weight_transfer.wire import free_shared_memory, unshared_bytes

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_rl.rollout.sglang.client import SGLangClient
 from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS
 from megatron_rl.rollout.sglang.weight_transfer.full import FullTransfer
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_rl.models.safetensors_files import shared_temporary_folder, write_parts
-from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS
 from megatron_rl.rollout.sglang.weight_transfer.full import FullTransfer
 

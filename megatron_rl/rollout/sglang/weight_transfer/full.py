@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span
 from megatron_rl.reshard.layout import restricted
-from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS, WeightTransfer
 from megatron_rl.rollout.sglang.weight_transfer.wire import flattened_bucket, requests, serialize
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from megatron_rl.reshard import Layout
-from megatron_rl.rollout.sglang.client import ServerError, SGLangClient, version_numbers
 from megatron_rl.rollout.sglang.generation import ANSWER_FAULTS
+from megatron_rl.rollout.sglang.sglang_client import ServerError, SGLangClient, version_numbers
 from megatron_rl.rollout.sglang.weight_transfer.server_layout import ServerLayout
 
 MAX_NAMED = 6  # parameters that an error names

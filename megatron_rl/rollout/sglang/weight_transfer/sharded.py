@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from megatron_rl.rollout.sglang.client import SGLangClient
+from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import INLINE_BYTES, TRANSFERS, WeightTransfer
 from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors, requests
 

@@ -1,4 +1,4 @@
-"""`SGLangOptions`: what ``actor.rollout.options`` may hold for the sglang engine."""
+"""`SGLangConfig`: what ``actor.rollout.options`` may hold for the sglang engine."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.rollout.sglang.membership import Patience
-from megatron_rl.rollout.sglang.server import ServerSettings
+from megatron_rl.rollout.sglang.membership import RetryPolicy
+from megatron_rl.rollout.sglang.server import ServerConfig
 
 
-class SGLangOptions(ConfigRecord):
+class SGLangConfig(ConfigRecord):
     """Options of the engine; the servers' dtype and tensor parallelism are those of ``actor.rollout``."""
 
     urls: tuple[str, ...] = ()
     """Attach to these servers, at least one for each rollout replica, dealt out in turn; none = start servers."""
-    server: ServerSettings = ServerSettings()
+    server: ServerConfig = ServerConfig()
     """How to start servers."""
     servers: int = Field(default=1, ge=1)
     """Servers that each replica starts; all get the replica's weights and share its requests."""
@@ -52,5 +52,5 @@ class SGLangOptions(ConfigRecord):
         return self
 
     @property
-    def patience(self) -> Patience:
-        return Patience(attempts=self.attempts, recovery=self.recovery_timeout, health_interval=self.health_interval)
+    def retry_policy(self) -> RetryPolicy:
+        return RetryPolicy(attempts=self.attempts, recovery=self.recovery_timeout, health_interval=self.health_interval)

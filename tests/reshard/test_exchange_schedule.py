@@ -11,7 +11,7 @@ from reshard.random_layouts import random_layout, random_shapes
 from reshard.test_plan import rows_layout
 
 from megatron_rl.reshard import Layout, ReshardPlan, Shard, Span, WireFormat
-from megatron_rl.reshard.schedule import Chunking, Exchange, build_schedule
+from megatron_rl.reshard.exchange_schedule import Chunking, Exchange, build_schedule
 
 WIRE = WireFormat(torch.bfloat16, {"tensor0": torch.float32})
 

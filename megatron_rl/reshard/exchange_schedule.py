@@ -16,7 +16,7 @@ import torch
 
 from megatron_rl.reshard.offsets import Offset
 from megatron_rl.reshard.plan import RankPlan, Transfer
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 
 class Piece(NamedTuple):

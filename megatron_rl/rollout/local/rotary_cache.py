@@ -10,7 +10,7 @@ import torch
 from megatron_rl.models.components.position import Rotary
 
 
-class RotaryTable:
+class RotaryCache:
     """Cosines and signed sines by position, grown to the longest position asked for."""
 
     def __init__(self, rotary: Rotary, dtype: torch.dtype, device: torch.device) -> None:

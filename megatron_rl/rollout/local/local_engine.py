@@ -21,7 +21,7 @@ from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngin
 from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.local.decoder import Decoder
 from megatron_rl.rollout.local.kv_cache import KVCache
-from megatron_rl.rollout.local.running import Sequenced
+from megatron_rl.rollout.local.running import RunningSequence
 from megatron_rl.rollout.local.scheduler import Scheduler, request_groups
 from megatron_rl.rollout.local.sharding import TensorParallel
 from megatron_rl.rollout.local.stopping import TextDecoder, stop_table
@@ -151,7 +151,7 @@ class LocalEngine(RolloutEngine):
         results: list[dict[int, Completion]] = [{} for _ in prompts]
         finished = 0
 
-        def emit(sequence: Sequenced, completion: Completion) -> None:
+        def emit(sequence: RunningSequence, completion: Completion) -> None:
             nonlocal finished
             results[sequence.prompt][sequence.sample] = completion
             finished += 1

@@ -36,14 +36,14 @@ from megatron_rl.rollout.base import (
 from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.sglang.dispatch import Dispatcher
 from megatron_rl.rollout.sglang.event_loop import EventLoop
-from megatron_rl.rollout.sglang.generation import Request
-from megatron_rl.rollout.sglang.launch import build_members
+from megatron_rl.rollout.sglang.generation import GenerateRequest
+from megatron_rl.rollout.sglang.launch_servers import launch_servers
 from megatron_rl.rollout.sglang.membership import Member, Membership
 from megatron_rl.rollout.sglang.model_folder import check_served, write_model_folder
-from megatron_rl.rollout.sglang.options import SGLangOptions
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
 from megatron_rl.rollout.sglang.server import server_python
+from megatron_rl.rollout.sglang.sglang_config import SGLangConfig
 from megatron_rl.rollout.sglang.verification import check_members
 from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 
@@ -64,7 +64,7 @@ class SGLangEngine(RolloutEngine):
         architecture, layout, rank, dtype, eos_token_ids, tokenizer, device: as for `LocalEngine`.
         tp_group: the ranks of this replica; None = this rank alone.
         max_running: sequences that one server runs at a time.
-        options: `SGLangOptions` by name.
+        options: `SGLangConfig` by name.
 
     Raises:
         ConfigError: options are wrong, or the servers would hold another layout.
@@ -86,11 +86,11 @@ class SGLangEngine(RolloutEngine):
         max_running: int = 256,
         **options: Any,
     ) -> None:
-        self.options = SGLangOptions.parse(options, where=WHERE)
+        self.config = SGLangConfig.parse(options, where=WHERE)
         self.check_model(architecture)
         self.architecture, self._layout, self.rank = architecture, layout, rank
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
-        self.max_context = self.options.server.context_length or architecture.max_positions
+        self.max_context = self.config.server.context_length or architecture.max_positions
         check_served(architecture, self.max_context)
         self.replica = Replica.of(layout, rank, tp_group)
         self._gate, self._asleep = UpdateGate(), set[str]()
@@ -104,23 +104,23 @@ class SGLangEngine(RolloutEngine):
         members = []
         if self.replica.leads:
             folder = write_model_folder(Path(self._folder.name), architecture, tokenizer, name)
-            members = build_members(
-                self.options, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
+            members = launch_servers(
+                self.config, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
             )
-        self._transfer = TRANSFERS[self.options.delivery](
-            loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.options.delivery_options
+        self._transfer = TRANSFERS[self.config.delivery](
+            loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.config.delivery_options
         )
         expected = ServerLayout.of(layout, dtype)
-        self._membership = Membership(members, self.options.patience, expected, self._transfer.runs_loader)
-        self._dispatcher = Dispatcher(self._membership, self.options.pause == "in_place", self.options.stream)
+        self._membership = Membership(members, self.config.retry_policy, expected, self._transfer.runs_loader)
+        self._dispatcher = Dispatcher(self._membership, self.config.pause == "in_place", self.config.stream)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        parsed = SGLangOptions.parse(options, where=WHERE)
-        if parsed.delivery not in TRANSFERS:
-            raise ConfigError(f"{WHERE}.delivery={parsed.delivery!r} is not one of {list(TRANSFERS)}")
-        if not parsed.urls:
-            server_python(parsed.server)
+        config = SGLangConfig.parse(options, where=WHERE)
+        if config.delivery not in TRANSFERS:
+            raise ConfigError(f"{WHERE}.delivery={config.delivery!r} is not one of {list(TRANSFERS)}")
+        if not config.urls:
+            server_python(config.server)
 
     @classmethod
     def check_model(cls, architecture: Architecture) -> None:
@@ -133,7 +133,7 @@ class SGLangEngine(RolloutEngine):
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
-        return SGLangOptions.parse(options, where=WHERE).server.context_length or max_positions
+        return SGLangConfig.parse(options, where=WHERE).server.context_length or max_positions
 
     @property
     def layout(self) -> Layout:
@@ -169,8 +169,8 @@ class SGLangEngine(RolloutEngine):
     async def _pause(self) -> None:
         membership = self._membership
         membership.serving = False
-        await membership.gather_in(self.options.server.start_timeout)
-        await membership.stop(membership.of(State.READY, State.OUTDATED), self.options.pause)
+        await membership.wait_for_servers(self.config.server.start_timeout)
+        await membership.stop(membership.of(State.READY, State.OUTDATED), self.config.pause)
         if not membership.of(State.OUTDATED):
             raise RuntimeError(f"no server could be paused for a weight update: {membership.describe()}")
 
@@ -281,9 +281,9 @@ class SGLangEngine(RolloutEngine):
             self._lead(requests, results, emit)
         return [results[index] for index in range(len(prompts))]
 
-    def _request(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> Request:
-        experts = self.architecture.experts if self.options.return_routed_experts else None
-        return Request(
+    def _request(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> GenerateRequest:
+        experts = self.architecture.experts if self.config.return_routed_experts else None
+        return GenerateRequest(
             index=index,
             token_ids=prompt,
             seeds=[sample_seed(params.seed, seed, sample) for sample in range(params.n)],
@@ -293,7 +293,7 @@ class SGLangEngine(RolloutEngine):
             routed_experts=(self.architecture.num_layers, experts.experts_per_token) if experts else None,
         )
 
-    def _lead(self, requests: Sequence[Request], results: dict[int, list[Completion]], emit: Any) -> None:
+    def _lead(self, requests: Sequence[GenerateRequest], results: dict[int, list[Completion]], emit: Any) -> None:
         """Wait for the answers. A server that comes back without the newest weights gets those of `load_shards`; those
         of a push have to be pushed again, which is worth it where no other server is left."""
         work = self._loop.submit(self._dispatcher.answer_all(requests, emit))

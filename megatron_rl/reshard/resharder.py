@@ -19,19 +19,19 @@ from torch import Tensor
 
 from megatron_rl.reshard.binding import SOURCE, TARGET, Binding, CopyCall
 from megatron_rl.reshard.buckets import Bucket, split_plan
+from megatron_rl.reshard.exchange_schedule import Chunking, Exchange, Message, build_schedule, messages
 from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.lazy_tensor import Readable
 from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan
-from megatron_rl.reshard.schedule import Chunking, Exchange, Message, build_schedule, messages
 from megatron_rl.reshard.staging import StagingPool
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import Pending, Transport
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 DEFAULT_STAGING_BYTES = 64 << 20
 MAX_CHUNK_BYTES = 8 << 20  # a message costs its ends about 0.3 ms of processor time, whatever its size
 MIN_EPOCH = 1 << 16  # elements a target rank receives in a round of a plan that passes pieces on
-MAX_FLIGHTS = 4  # exchanges under way at once: enough to hide packing and unpacking behind a transfer
+MAX_IN_FLIGHT = 4  # exchanges under way at once: enough to hide packing and unpacking behind a transfer
 ALIGNMENT = 8
 
 
@@ -173,7 +173,7 @@ def make_chunking(plan: ReshardPlan, wire: WireFormat, max_staging_bytes: int) -
     return Chunking(chunk, max(min(4 * per_rank * len(groups), total // (2 * replicas)), shortest, 1))
 
 
-class _Step(NamedTuple):
+class _ExchangeStep(NamedTuple):
     """An exchange with the calls that pack and unpack it; None where the message lies in a local tensor as it is."""
 
     exchange: Exchange
@@ -188,7 +188,7 @@ class _Step(NamedTuple):
 class _Program(NamedTuple):
     """Job tables for everything that one rank does; built once and replayed."""
 
-    steps: list[_Step]
+    steps: list[_ExchangeStep]
     copies: list[CopyCall]
     rounded: list[tuple[Message, list[CopyCall], list[CopyCall]]]  # local copies that pass through the wire dtype
     duplicates: list[CopyCall]
@@ -203,7 +203,7 @@ def _compile(
         send, receive = exchange.send, exchange.receive
         pack = binding.packing(send) if send and binding.in_place(SOURCE, send) is None else None
         unpack = binding.unpacking(receive) if receive and binding.in_place(TARGET, receive) is None else None
-        steps.append(_Step(exchange, pack, unpack))
+        steps.append(_ExchangeStep(exchange, pack, unpack))
     direct = [copy for copy in plan.copies if not _rounds(copy, binding, wire)]
     rounded = list(_rounded([copy for copy in plan.copies if _rounds(copy, binding, wire)], binding, wire, chunking))
     sizes = [step.exchange.send.num_bytes for step in steps if step.exchange.send and step.packing is not None]
@@ -235,10 +235,10 @@ def _rounded(
             yield out, binding.packing(out), binding.unpacking(into)
 
 
-class _Flight(NamedTuple):
+class _InFlight(NamedTuple):
     """A step under way, with the staging buffers it holds."""
 
-    step: _Step
+    step: _ExchangeStep
     pending: Pending
     sending: Tensor | None
     receiving: Tensor | None
@@ -252,7 +252,7 @@ class _Run:
     ) -> None:
         self._program, self._binding, self._transport, self._check = program, binding, transport, check
         self._pool = pool
-        self._flights: deque[_Flight] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._local_done = False
         self._sent = self._received = self._in_place = 0
 
@@ -260,7 +260,7 @@ class _Run:
         start = time.perf_counter()
         for step in self._program.steps:
             self._post(step)
-        while self._flights or not self._local_done:
+        while self._in_flight or not self._local_done:
             self._advance()
         self._call(self._program.duplicates)
         self._binding.release()
@@ -275,19 +275,19 @@ class _Run:
             seconds=time.perf_counter() - start,
         )
 
-    def _post(self, step: _Step) -> None:
+    def _post(self, step: _ExchangeStep) -> None:
         exchange = step.exchange
         if exchange.forwards:  # what is passed on must have arrived: it did so in an earlier round
-            while self._flights and self._flights[0].step.exchange.round < exchange.round:
+            while self._in_flight and self._in_flight[0].step.exchange.round < exchange.round:
                 self._advance()
-        while len(self._flights) >= MAX_FLIGHTS or not self._pool.available(step.num_buffers):
+        while len(self._in_flight) >= MAX_IN_FLIGHT or not self._pool.available(step.num_buffers):
             self._advance()
         sending = self._pool.take() if step.packing is not None else None
         receiving = self._pool.take() if step.unpacking is not None else None
         out = self._outgoing(exchange.send, step.packing, sending) if exchange.send else None
         into = self._view(exchange.receive, receiving) if exchange.receive else None
         pending = self._transport.exchange(exchange.peer, out, into)
-        self._flights.append(_Flight(step, pending, sending, receiving))
+        self._in_flight.append(_InFlight(step, pending, sending, receiving))
 
     def _outgoing(self, message: Message, packing: list[CopyCall] | None, buffer: Tensor | None) -> Tensor:
         view = self._view(message, buffer, SOURCE)
@@ -314,7 +314,7 @@ class _Run:
             self._copy_locally()
 
     def _complete(self) -> None:
-        step, pending, sending, receiving = self._flights.popleft()
+        step, pending, sending, receiving = self._in_flight.popleft()
         pending.wait()
         message = step.exchange.receive
         if message is not None:
