@@ -1,4 +1,4 @@
-"""Two nodes with shaped links: the bytes that leave a node, the choice, a link throttled and links cut in mid-run."""
+"""Two nodes with shaped links: the bytes that leave a node, the choice, links throttled and cut in mid-run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ sys.path.insert(0, str(ROOT / "tools"))
 from simulated_cluster import Cluster, why_not
 
 RANKS = ROOT / "tools" / "allreduce_ranks.py"
+TRAINING = Path(__file__).with_name("training_program.py")
 CUT = Path(__file__).with_name("cut_program.py")
 
 pytestmark = [pytest.mark.network, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
 
 def outputs(ranks: list) -> list[tuple[int, str, str]]:
-    found = [process.communicate(timeout=240) for process in ranks]
+    found = [process.communicate(timeout=400) for process in ranks]
     return [(process.returncode, *texts) for process, texts in zip(ranks, found, strict=True)]
 
 
@@ -54,3 +55,21 @@ def test_a_link_cut_in_mid_run_is_left_out_or_ends_all_ranks(links):
     else:
         assert [code for code, _, _ in results] == [3] * 4
         assert all("no link between the 2 nodes is left" in out for _, out, _ in results)
+
+
+def test_training_over_a_link_throttled_to_a_tenth_in_mid_run_makes_the_same_steps():
+    """One rank a node. After the first steps the link is slow; what follows equals the library's steps to the bit."""
+    with Cluster(2, {"eth0": "200mbit"}) as cluster:
+        ranks = cluster.start([sys.executable, str(TRAINING)], 1)
+        first = ranks[0].stdout.readline()
+        assert first.startswith("RESULT "), first + ranks[0].stderr.read()[-2000:]
+        for node in (0, 1):
+            cluster.shape(node, "eth0", "20mbit")
+        results = outputs(ranks)
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-2000:]
+    lines = [first, *results[0][1].splitlines()]
+    found = [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    for job in ("plain", "sharded"):
+        by_way = {way: steps for name, way, steps in found if name == job}
+        assert set(by_way) == {"library", "hybrid", "deterministic"}
+        assert by_way["hybrid"] == by_way["deterministic"] == by_way["library"]
