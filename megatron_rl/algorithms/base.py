@@ -23,7 +23,7 @@ from megatron_rl.algorithms.roles import LogprobSource, NoWorker, Policy, ValueS
 from megatron_rl.algorithms.surrogate import clipped_surrogate
 from megatron_rl.batch import Batch, Sample
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.config.bounds import Seed
+from megatron_rl.config.ranges import Seed
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.registry import Registry
 from megatron_rl.workers.loss import LossInputs, LossOutput

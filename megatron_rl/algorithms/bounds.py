@@ -1,9 +1,9 @@
-"""The refusal of settings that an algorithm would ignore; ranges of settings are in `config.bounds`."""
+"""The refusal of settings that an algorithm would ignore; ranges of settings are in `config.ranges`."""
 
 from __future__ import annotations
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Finite, FlipProbability, Fraction, NonNegative, OpenFraction, Positive
+from megatron_rl.config.ranges import Finite, FlipProbability, Fraction, NonNegative, OpenFraction, Positive
 
 __all__ = ["Finite", "FlipProbability", "Fraction", "NonNegative", "OpenFraction", "Positive", "refuse_unused"]
 

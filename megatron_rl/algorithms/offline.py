@@ -16,7 +16,7 @@ from megatron_rl.algorithms.packing import require_finite
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Seed
+from megatron_rl.config.ranges import Seed
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 

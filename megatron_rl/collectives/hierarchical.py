@@ -20,10 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.collectives.error_feedback import ErrorFeedback
-from megatron_rl.collectives.errors import CollectiveError
 from megatron_rl.collectives.lane import PATIENCE, VOTE, Lane
 from megatron_rl.collectives.link import Link, split
-from megatron_rl.collectives.node_memory import NodeMemory
+from megatron_rl.collectives.node_memory import CollectiveError, NodeMemory
 from megatron_rl.collectives.nodes import NodeMap
 from megatron_rl.collectives.policy import CollectivesConfig
 from megatron_rl.ops.accumulate import accumulate

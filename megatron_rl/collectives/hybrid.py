@@ -109,7 +109,13 @@ class HybridAllReduce:
         return self._thread.submit(self._order.inside(self._order.mark(), work))
 
     def _run(self, path: str, kind: str, tensors: tuple[Tensor, ...]) -> None:
-        getattr(self._pipelines if path == HIERARCHICAL else self._library, kind)(*tensors)
+        chosen = self._pipelines if path == HIERARCHICAL else self._library
+        collectives: dict[str, Callable[..., None]] = {
+            "all_reduce": chosen.all_reduce,
+            "reduce_scatter": chosen.reduce_scatter,
+            "all_gather": chosen.all_gather,
+        }
+        collectives[kind](*tensors)
 
     def _selector(self, kind: str) -> Selector:
         if not self._weighed:

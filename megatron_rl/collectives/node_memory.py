@@ -19,13 +19,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.collectives.errors import CollectiveError
-
 LINE = 64  # bytes of a cache line: a rank's words never share one with another's
 SHARED = Path("/dev/shm")
 SPINS = 200  # yields of the processor before a barrier sleeps between its looks
 NAP = 5e-5  # seconds
 CHECK = 1000  # looks between two questions whether the late ranks still run
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed on all ranks: no path is left, or a rank is gone. Its result must not be used."""
 
 
 class NodeMemory:

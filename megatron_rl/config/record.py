@@ -2,7 +2,7 @@
 
 Frozen, typed, and strict: an unknown key or a bad value is an error that names the key, the value and what was
 expected, however the record is made. One docstring line per field says its meaning and unit; every number has a range
-(`config.bounds`).
+(`config.ranges`).
 """
 
 from __future__ import annotations

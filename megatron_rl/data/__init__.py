@@ -1,10 +1,10 @@
 """Prompts, preferences and completions: rows in, token ids out, in a resumable order."""
 
 from megatron_rl.data.completions import (
-    Completion,
     CompletionDataset,
     CompletionLoader,
     LabelledDataset,
+    PromptCompletion,
     pack_completions,
 )
 from megatron_rl.data.dataset import Limits
@@ -14,7 +14,6 @@ from megatron_rl.data.prompts import PromptDataset
 from megatron_rl.data.records import DataError, Records, read_records
 
 __all__ = [
-    "Completion",
     "CompletionDataset",
     "CompletionLoader",
     "DataError",
@@ -24,6 +23,7 @@ __all__ = [
     "PairDataset",
     "PairLoader",
     "PreferencePair",
+    "PromptCompletion",
     "PromptDataset",
     "PromptLoader",
     "Records",

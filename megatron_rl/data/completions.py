@@ -19,7 +19,7 @@ from megatron_rl.data.text import Text, Tokenizer, check_text, encode_completion
 
 
 @dataclass(slots=True)
-class Completion:
+class PromptCompletion:
     """One prompt and one answer."""
 
     prompt_ids: list[int]
@@ -29,7 +29,7 @@ class Completion:
     index: int = 0  # number of the row in the source
 
 
-class CompletionDataset(TokenisedDataset[Completion, Any]):
+class CompletionDataset(TokenisedDataset[PromptCompletion, Any]):
     """Completions in the order of their rows: columns prompt and completion, or messages that end with the assistant's.
 
     Args:
@@ -55,10 +55,10 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
         self.columns = {config.prompt, config.completion, config.messages}  # all others become metadata
         super().__init__(source, tokenizer, config, limits)
 
-    def token_rows(self, item: Completion) -> list[list[int]]:
+    def token_rows(self, item: PromptCompletion) -> list[list[int]]:
         return [item.prompt_ids, item.completion_ids]
 
-    def truth(self, item: Completion) -> object:
+    def truth(self, item: PromptCompletion) -> object:
         return item.label
 
     def prepare(self, records: Records) -> None:
@@ -66,7 +66,7 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
         if not self.conversations:
             records.require(self.config.prompt, self.config.completion)
 
-    def convert(self, records: Records, index: int) -> list[Completion]:
+    def convert(self, records: Records, index: int) -> list[PromptCompletion]:
         config, place = self.config, records.places[index]
         if self.conversations:
             prompt, completion = split_conversation(records.value(index, config.messages), place)
@@ -77,7 +77,7 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
 
     def encode(
         self, records: Records, index: int, prompt: Text, completion: Text, label: bool | None = None
-    ) -> Completion:
+    ) -> PromptCompletion:
         """One record from texts."""
         place = records.places[index]
         tools = (
@@ -87,7 +87,7 @@ class CompletionDataset(TokenisedDataset[Completion, Any]):
         check_tokens(place, prompt_ids, completion_ids)
         prompt_ids, (completion_ids,) = fit(prompt_ids, [completion_ids], self.config, place, self.limits.context)
         metadata = {name: value for name, value in records.rows[index].items() if name not in self.columns}
-        return Completion(prompt_ids, completion_ids, label, metadata, index)
+        return PromptCompletion(prompt_ids, completion_ids, label, metadata, index)
 
 
 class LabelledDataset(CompletionDataset):
@@ -127,7 +127,7 @@ class LabelledDataset(CompletionDataset):
         if not self.pairs:
             records.require(config.prompt, config.completion, config.label)
 
-    def convert(self, records: Records, index: int) -> list[Completion]:
+    def convert(self, records: Records, index: int) -> list[PromptCompletion]:
         config, place = self.config, records.places[index]
         if self.pairs:
             prompt, chosen, rejected = read_pair(records, index, config.prompt, config.chosen, config.rejected)
@@ -153,7 +153,7 @@ def split_conversation(messages: Any, place: str) -> tuple[Text, Text]:
     return conversation[:-1], conversation[-1:]
 
 
-def pack_completions(completions: Sequence[Completion]) -> Batch:
+def pack_completions(completions: Sequence[PromptCompletion]) -> Batch:
     """Completions as a `Batch`: ``input_ids``, ``response_mask`` and, where every one has a label, ``labels`` bool."""
     rows = [c.prompt_ids + c.completion_ids for c in completions]
     masks = [[0] * len(c.prompt_ids) + [1] * len(c.completion_ids) for c in completions]
@@ -163,7 +163,7 @@ def pack_completions(completions: Sequence[Completion]) -> Batch:
     return batch
 
 
-class CompletionLoader(GlobalBatchLoader[Completion]):
+class CompletionLoader(GlobalBatchLoader[PromptCompletion]):
     """Completions for the training loop."""
 
     def next_batch(self) -> Batch:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from megatron_rl.collectives import CollectivesConfig
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import NonNegative, Positive, Seed
+from megatron_rl.config.ranges import NonNegative, Positive, Seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]

@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, Field, field_validator
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Positive
+from megatron_rl.config.ranges import Positive
 
 Size = Annotated[int, Field(ge=1, lt=2**31)]
 Layer = Annotated[int, Field(ge=0, le=10_000)]

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rl.config import ConfigError, ConfigRecord, load_user_object
-from megatron_rl.config.bounds import Finite
+from megatron_rl.config.ranges import Finite
 from megatron_rl.rewards.reward import REWARDS, FunctionReward, Reward
 from megatron_rl.rewards.service import SERVICES
 from megatron_rl.rewards.weighted import WeightedReward

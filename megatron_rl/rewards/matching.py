@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 from megatron_rl.rewards.answers import all_numbers, last_number
 from megatron_rl.rewards.reward import REWARDS, Reward, RewardError, describe
 from megatron_rl.rewards.special import TokenNames

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Seed, TokenId
+from megatron_rl.config.ranges import Seed, TokenId
 from megatron_rl.models import Architecture
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout

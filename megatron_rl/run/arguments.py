@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.settings import TrainerSettings
 

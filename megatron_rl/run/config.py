@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import Seed
+from megatron_rl.config.ranges import Seed
 from megatron_rl.data import PromptDataset
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelSizes

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from collectives_program import MAPS, inputs, ordered_sum, say, store
 
-from megatron_rl.collectives.errors import CollectiveError
 from megatron_rl.collectives.hierarchical import HierarchicalPath
+from megatron_rl.collectives.node_memory import CollectiveError
 from megatron_rl.collectives.nodes import NodeMap
 from megatron_rl.collectives.policy import CollectivesConfig
 

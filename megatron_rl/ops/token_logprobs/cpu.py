@@ -8,17 +8,17 @@ from torch import Tensor
 
 from megatron_rl.ops.extension import requires_cpu as requires
 from megatron_rl.ops.number_types import NUMBER_TYPES
-from megatron_rl.ops.token_logprobs.differentiable import Request, Softmax, Statistics, apply
+from megatron_rl.ops.token_logprobs.differentiable import LogprobOptions, Softmax, Statistics, apply
 from megatron_rl.ops.token_logprobs.tiles import Tile, TiledKernels, Tiling
 
 __all__ = ["requires", "token_logprobs"]
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, options: LogprobOptions
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.token_logprobs`."""
-    return apply(CpuKernels(), hidden, weight, targets, request)
+    return apply(CpuKernels(), hidden, weight, targets, options)
 
 
 class CpuKernels(TiledKernels):

@@ -7,6 +7,7 @@ none in the backward.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ NOTHING = -1e30  # the maximum over no rows: finite, so that merging never meets
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class LogprobOptions:
     """The options of one call, as the interface checked them."""
 
     vocab_start: int
@@ -68,13 +69,13 @@ class Softmax(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class LogprobInputs:
     """The inputs of one call on one rank."""
 
     hidden: Tensor  # [tokens, hidden]
     weight: Tensor  # [rows, hidden], without padding rows
     targets: Tensor  # [tokens] row numbers of ``weight``, -1 = held by another rank
-    request: Request
+    options: LogprobOptions
 
 
 def nothing(tokens: int, device: torch.device) -> Statistics:
@@ -87,38 +88,38 @@ def nothing(tokens: int, device: torch.device) -> Statistics:
 class Kernels(Protocol):
     """Local work of one implementation; one object serves one call, and may keep what its backward pass can use."""
 
-    def logit_statistics(self, logits: Tensor, targets: Tensor, request: Request) -> Statistics:
+    def logit_statistics(self, logits: Tensor, targets: Tensor, options: LogprobOptions) -> Statistics:
         """Of contiguous undivided logits [tokens, rows] that exist already; leaves them as they are."""
         ...
 
-    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, request: Request) -> Tensor:
+    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, options: LogprobOptions) -> Tensor:
         """Gradient of such logits, in their dtype; may overwrite them."""
         ...
 
-    def statistics(self, shard: Shard, keep: bool) -> Statistics:
+    def statistics(self, inputs: LogprobInputs, keep: bool) -> Statistics:
         """``keep``: a backward pass will follow."""
         ...
 
     def gradients(
-        self, shard: Shard, softmax: Softmax, active: Tensor | None, want_weight: bool
+        self, inputs: LogprobInputs, softmax: Softmax, active: Tensor | None, want_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Gradients of ``hidden`` (this rank's part) and, if wanted, of ``weight``, in their dtypes.
 
-        ``shard`` and ``softmax`` hold only the tokens ``active`` of the forward pass; None = all of them.
+        ``inputs`` and ``softmax`` hold only the tokens ``active`` of the forward pass; None = all of them.
         """
         ...
 
 
 def apply(
-    kernels: Kernels, hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
+    kernels: Kernels, hidden: Tensor, weight: Tensor | None, targets: Tensor, options: LogprobOptions
 ) -> tuple[Tensor, Tensor | None]:
     """Run ``kernels`` on one call of the interface; without ``weight``, ``hidden`` are logits."""
     if weight is None:
-        logprobs, entropy = _LogitLogprobs.apply(hidden, targets, request, kernels)
-        return logprobs, entropy if request.with_entropy else None
+        logprobs, entropy = _LogitLogprobs.apply(hidden, targets, options, kernels)
+        return logprobs, entropy if options.with_entropy else None
     keep = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, request, kernels, keep)
-    return logprobs, entropy if request.with_entropy else None
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, options, kernels, keep)
+    return logprobs, entropy if options.with_entropy else None
 
 
 class _Merged(NamedTuple):
@@ -144,31 +145,44 @@ def merge(local: Statistics, group: dist.ProcessGroup | None) -> _Merged:
     return _Merged((target - maximum) - log_total, log_total - moment / total, maximum, log_total)
 
 
+def _outputs(
+    ctx: Any, options: LogprobOptions, kernels: Kernels, merged: _Merged, *inputs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """End of both forward passes: save ``inputs`` and the merged softmax for the backward pass."""
+    ctx.save_for_backward(*inputs, merged.maximum, merged.log_total, merged.entropy)
+    ctx.options, ctx.kernels = options, kernels
+    ctx.set_materialize_grads(False)
+    if not options.with_entropy:
+        ctx.mark_non_differentiable(merged.entropy)
+    return merged.logprobs, merged.entropy
+
+
+def _softmax(saved: Sequence[Tensor], grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> Softmax:
+    """What both backward passes begin with; ``saved`` by `_outputs`."""
+    maximum, log_total, entropy = saved
+    grad_logprob = torch.zeros_like(log_total) if grad_logprob is None else grad_logprob
+    return Softmax(maximum, log_total, entropy, grad_logprob, grad_entropy)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, request: Request, kernels: Kernels, keep: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, options: LogprobOptions, kernels: Kernels, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        rows = request.real_rows(weight)
-        local = request.local_targets(targets, rows.shape[0])
-        shard = Shard(hidden.detach(), rows.detach(), local, request)
-        merged = merge(kernels.statistics(shard, keep), request.group)
-        ctx.save_for_backward(hidden, weight, local, merged.maximum, merged.log_total, merged.entropy)
-        ctx.request, ctx.kernels = request, kernels
-        ctx.set_materialize_grads(False)
-        if not request.with_entropy:
-            ctx.mark_non_differentiable(merged.entropy)
-        return merged.logprobs, merged.entropy
+        rows = options.real_rows(weight)
+        local = options.local_targets(targets, rows.shape[0])
+        inputs = LogprobInputs(hidden.detach(), rows.detach(), local, options)
+        merged = merge(kernels.statistics(inputs, keep), options.group)
+        return _outputs(ctx, options, kernels, merged, hidden, weight, local)
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 6
-        hidden, weight, targets, maximum, log_total, entropy = ctx.saved_tensors
-        grad_logprob = torch.zeros_like(log_total) if grad_logprob is None else grad_logprob
-        shard = Shard(hidden, ctx.request.real_rows(weight), targets, ctx.request)
-        softmax = Softmax(maximum, log_total, entropy, grad_logprob, grad_entropy)
-        grad_hidden, grad_rows = _active_gradients(ctx.kernels, shard, softmax, ctx.needs_input_grad[1])
+        hidden, weight, targets, *saved = ctx.saved_tensors
+        inputs = LogprobInputs(hidden, ctx.options.real_rows(weight), targets, ctx.options)
+        softmax = _softmax(saved, grad_logprob, grad_entropy)
+        grad_hidden, grad_rows = _active_gradients(ctx.kernels, inputs, softmax, ctx.needs_input_grad[1])
         if grad_rows is not None and grad_rows.shape != weight.shape:
             padding = weight.shape[0] - grad_rows.shape[0]
             grad_rows = torch.nn.functional.pad(grad_rows, (0, 0, 0, padding))
@@ -177,33 +191,28 @@ class _TokenLogprobs(torch.autograd.Function):
 
 class _LogitLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, request: Request, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        real = logits.detach()[:, : request.num_real(logits.shape[1])].contiguous()
-        local = request.local_targets(targets, real.shape[1])
-        found = kernels.logit_statistics(real, local, request) if real.numel() else nothing(len(real), real.device)
-        merged = merge(found, request.group)
-        ctx.save_for_backward(logits, local, merged.maximum, merged.log_total, merged.entropy)
-        ctx.request, ctx.kernels = request, kernels
-        ctx.set_materialize_grads(False)
-        if not request.with_entropy:
-            ctx.mark_non_differentiable(merged.entropy)
-        return merged.logprobs, merged.entropy
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, options: LogprobOptions, kernels: Kernels
+    ) -> tuple[Tensor, Tensor]:
+        real = logits.detach()[:, : options.num_real(logits.shape[1])].contiguous()
+        local = options.local_targets(targets, real.shape[1])
+        found = kernels.logit_statistics(real, local, options) if real.numel() else nothing(len(real), real.device)
+        return _outputs(ctx, options, kernels, merge(found, options.group), logits, local)
 
     @staticmethod
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 4
-        logits, targets, maximum, log_total, entropy = ctx.saved_tensors
-        grad_logprob = torch.zeros_like(log_total) if grad_logprob is None else grad_logprob
-        softmax = Softmax(maximum, log_total, entropy, grad_logprob, grad_entropy)
-        real = logits[:, : ctx.request.num_real(logits.shape[1])].clone(memory_format=torch.contiguous_format)
+        logits, targets, *saved = ctx.saved_tensors
+        softmax = _softmax(saved, grad_logprob, grad_entropy)
+        real = logits[:, : ctx.options.num_real(logits.shape[1])].clone(memory_format=torch.contiguous_format)
         if real.numel():
-            real = ctx.kernels.logit_gradients(real, targets, softmax, ctx.request)
+            real = ctx.kernels.logit_gradients(real, targets, softmax, ctx.options)
         return torch.nn.functional.pad(real, (0, logits.shape[1] - real.shape[1])), None, None, None
 
 
 def _active_gradients(
-    kernels: Kernels, shard: Shard, softmax: Softmax, want_weight: bool
+    kernels: Kernels, inputs: LogprobInputs, softmax: Softmax, want_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients, computed only for tokens through which a gradient flows."""
     flows = softmax.grad_logprob != 0
@@ -211,7 +220,7 @@ def _active_gradients(
         flows = flows | (softmax.grad_entropy != 0)
     active = flows.nonzero().squeeze(1)
     if active.numel() == flows.numel():
-        return kernels.gradients(shard, softmax, None, want_weight)
-    part = Shard(shard.hidden[active], shard.weight, shard.targets[active], shard.request)
+        return kernels.gradients(inputs, softmax, None, want_weight)
+    part = LogprobInputs(inputs.hidden[active], inputs.weight, inputs.targets[active], inputs.options)
     grad_active, grad_rows = kernels.gradients(part, softmax.select(active), active, want_weight)
-    return torch.zeros_like(shard.hidden).index_copy_(0, active, grad_active), grad_rows
+    return torch.zeros_like(inputs.hidden).index_copy_(0, active, grad_active), grad_rows

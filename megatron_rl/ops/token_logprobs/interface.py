@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.ops.registry import choose
-from megatron_rl.ops.token_logprobs.differentiable import Request
+from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.token_logprobs.differentiable import LogprobOptions
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -56,8 +56,8 @@ def token_logprobs(
     """
     _check(hidden, weight, targets, temperature)
     vocab_size = _vocab_size(vocab_size, vocab_start + weight.shape[0], group)
-    request = Request(vocab_start, vocab_size, temperature, group, with_entropy, chunk_tokens)
-    return choose("token_logprobs", hidden.device.type, implementation)(hidden, weight, targets, request)
+    options = LogprobOptions(vocab_start, vocab_size, temperature, group, with_entropy, chunk_tokens)
+    return choose("token_logprobs", hidden.device.type, implementation)(hidden, weight, targets, options)
 
 
 def from_logits(
@@ -84,8 +84,8 @@ def from_logits(
         raise ValueError(f"logits {list(logits.shape)} {logits.dtype}: expected [tokens, rows] of one of {FLOATS}")
     _check_targets(targets, logits.shape[0], temperature)
     vocab_size = _vocab_size(vocab_size, vocab_start + logits.shape[1], group)
-    request = Request(vocab_start, vocab_size, temperature, group, with_entropy, None)
-    return choose("token_logprobs", logits.device.type, implementation)(logits, None, targets, request)
+    options = LogprobOptions(vocab_start, vocab_size, temperature, group, with_entropy, None)
+    return choose("token_logprobs", logits.device.type, implementation)(logits, None, targets, options)
 
 
 def _vocab_size(given: int | None, end: int, group: dist.ProcessGroup | None) -> int:

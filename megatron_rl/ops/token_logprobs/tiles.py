@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.token_logprobs.differentiable import Request, Shard, Softmax, Statistics, nothing
+from megatron_rl.ops.token_logprobs.differentiable import LogprobInputs, LogprobOptions, Softmax, Statistics, nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,30 +60,30 @@ class TiledKernels(ABC):
     def gradient(self, logits: Tensor, tile: Tile, softmax: Softmax) -> Tensor:
         """Gradient of the undivided ``logits``, in their dtype; may overwrite them. ``softmax`` is of all tokens."""
 
-    def statistics(self, shard: Shard, keep: bool) -> Statistics:
-        hidden, weight, request = shard.hidden, shard.weight, shard.request
+    def statistics(self, inputs: LogprobInputs, keep: bool) -> Statistics:
+        hidden, weight, options = inputs.hidden, inputs.weight, inputs.options
         tokens = hidden.shape[0]
-        self.height = max(1, min(tokens, request.chunk_tokens or self.tiling.tile_tokens))
+        self.height = max(1, min(tokens, options.chunk_tokens or self.tiling.tile_tokens))
         self.width = max(64, self.tiling.tile_bytes // (4 * self.height))
         found = nothing(tokens, hidden.device)
         room = self._room(hidden.dtype) if keep else 0
-        for tile in self._tiles(shard):
+        for tile in self._tiles(inputs):
             logits = self.product(hidden[tile.tokens], weight[tile.rows])
-            self.accumulate(Statistics(*(field[tile.tokens] for field in found)), logits, tile, request.with_entropy)
+            self.accumulate(Statistics(*(field[tile.tokens] for field in found)), logits, tile, options.with_entropy)
             room -= logits.nbytes
             if room >= 0:
                 self.kept[tile.tokens.start, tile.rows.start] = logits
         return found
 
     def gradients(
-        self, shard: Shard, softmax: Softmax, active: Tensor | None, want_weight: bool
+        self, inputs: LogprobInputs, softmax: Softmax, active: Tensor | None, want_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
-        hidden, weight = shard.hidden, shard.weight
+        hidden, weight = inputs.hidden, inputs.weight
         grad_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         grad_weight = torch.zeros_like(weight) if want_weight else None
         part: Tensor | None = None
-        for tile in self._tiles(shard):
-            grad = self.gradient(self._logits(shard, tile, active), tile, softmax.select(tile.tokens))
+        for tile in self._tiles(inputs):
+            grad = self.gradient(self._logits(inputs, tile, active), tile, softmax.select(tile.tokens))
             grad_hidden[tile.tokens] += self.product(grad, weight[tile.rows].t())
             if grad_weight is None:
                 continue
@@ -93,25 +93,25 @@ class TiledKernels(ABC):
                 grad_weight[tile.rows] = part
         return grad_hidden.to(hidden.dtype), grad_weight
 
-    def logit_statistics(self, logits: Tensor, targets: Tensor, request: Request) -> Statistics:
+    def logit_statistics(self, logits: Tensor, targets: Tensor, options: LogprobOptions) -> Statistics:
         found = nothing(len(logits), logits.device)
-        self.accumulate(found, logits, whole(logits, targets, request), request.with_entropy)
+        self.accumulate(found, logits, whole(logits, targets, options), options.with_entropy)
         return found
 
-    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, request: Request) -> Tensor:
-        return self.gradient(logits, whole(logits, targets, request), softmax)
+    def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, options: LogprobOptions) -> Tensor:
+        return self.gradient(logits, whole(logits, targets, options), softmax)
 
     def _room(self, dtype: torch.dtype) -> int:
         return self.tiling.keep_bytes if dtype.itemsize == 4 else self.tiling.keep_half_bytes
 
-    def _logits(self, shard: Shard, tile: Tile, active: Tensor | None) -> Tensor:
+    def _logits(self, inputs: LogprobInputs, tile: Tile, active: Tensor | None) -> Tensor:
         """Undivided logits of one tile, free to be overwritten."""
         if active is None:
             kept = self.kept.get((tile.tokens.start, tile.rows.start))
             kept = None if kept is None else kept.clone()  # the backward pass may come twice
         else:
             kept = self._kept_of(active[tile.tokens], tile.rows.start)
-        return self.product(shard.hidden[tile.tokens], shard.weight[tile.rows]) if kept is None else kept
+        return self.product(inputs.hidden[tile.tokens], inputs.weight[tile.rows]) if kept is None else kept
 
     def _kept_of(self, tokens: Tensor, first_row: int) -> Tensor | None:
         """A copy of the logits of ``tokens``, ascending numbers of the forward pass; None if not all were kept."""
@@ -122,16 +122,16 @@ class TiledKernels(ABC):
         found = [part for part in parts if part is not None]
         return torch.cat(found)[tokens - first] if len(found) == len(parts) else None
 
-    def _tiles(self, shard: Shard) -> Iterator[Tile]:
-        tokens, temperature = shard.hidden.shape[0], shard.request.temperature
-        for rows in spans(shard.weight.shape[0], self.width):
+    def _tiles(self, inputs: LogprobInputs) -> Iterator[Tile]:
+        tokens, temperature = inputs.hidden.shape[0], inputs.options.temperature
+        for rows in spans(inputs.weight.shape[0], self.width):
             for span in spans(tokens, self.height):
-                yield Tile(span, rows, shard.targets[span], temperature)
+                yield Tile(span, rows, inputs.targets[span], temperature)
 
 
-def whole(logits: Tensor, targets: Tensor, request: Request) -> Tile:
+def whole(logits: Tensor, targets: Tensor, options: LogprobOptions) -> Tile:
     """All logits of a call as one tile."""
-    return Tile(slice(0, logits.shape[0]), slice(0, logits.shape[1]), targets, request.temperature)
+    return Tile(slice(0, logits.shape[0]), slice(0, logits.shape[1]), targets, options.temperature)
 
 
 def spans(length: int, size: int) -> Iterator[slice]:

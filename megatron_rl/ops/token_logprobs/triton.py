@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_rl.ops.number_types import NUMBER_TYPES
-from megatron_rl.ops.token_logprobs.differentiable import Request, Softmax, Statistics, apply
+from megatron_rl.ops.token_logprobs.differentiable import LogprobOptions, Softmax, Statistics, apply
 from megatron_rl.ops.token_logprobs.tiles import Tile, TiledKernels, Tiling
 from megatron_rl.ops.triton_numbers import cast_bits, f32_bits_from, requires
 
@@ -23,10 +23,10 @@ BLOCK = 2048  # columns a program holds at once
 
 
 def token_logprobs(
-    hidden: Tensor, weight: Tensor | None, targets: Tensor, request: Request
+    hidden: Tensor, weight: Tensor | None, targets: Tensor, options: LogprobOptions
 ) -> tuple[Tensor, Tensor | None]:
     """See `interface.token_logprobs`."""
-    return apply(TritonKernels(), hidden, weight, targets, request)
+    return apply(TritonKernels(), hidden, weight, targets, options)
 
 
 @triton.jit

@@ -3,8 +3,8 @@
 from megatron_rl.rewards.service.classifiers import SGLangReward, TextEmbeddingsReward, VllmReward
 from megatron_rl.rewards.service.custom import HttpReward
 from megatron_rl.rewards.service.judge import JudgeReward
-from megatron_rl.rewards.service.reward import ServiceReward
-from megatron_rl.rewards.service.settings import ServiceConfig
+from megatron_rl.rewards.service.service_config import ServiceConfig
+from megatron_rl.rewards.service.service_reward import ServiceReward
 
 SERVICES = ("vllm", "sglang", "tei", "tgi", "http", "judge")  # names in REWARDS
 

@@ -15,9 +15,9 @@ from pydantic import Field
 
 from megatron_rl.batch import Sample
 from megatron_rl.rewards.reward import REWARDS, NoReward, RewardError, describe
-from megatron_rl.rewards.service.client import PassingError
-from megatron_rl.rewards.service.reward import Outcome, Scored, ServiceReward
-from megatron_rl.rewards.service.settings import ServiceConfig
+from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_config import ServiceConfig
+from megatron_rl.rewards.service.service_reward import Outcome, Scored, ServiceReward
 
 
 @REWARDS.register("vllm")

@@ -21,9 +21,9 @@ from pydantic import Field
 from megatron_rl.batch import Sample
 from megatron_rl.rewards.reward import REWARDS
 from megatron_rl.rewards.service.classifiers import expect_rows, pick_number
-from megatron_rl.rewards.service.client import PassingError
-from megatron_rl.rewards.service.reward import Outcome, ServiceReward
-from megatron_rl.rewards.service.settings import ServiceConfig
+from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_config import ServiceConfig
+from megatron_rl.rewards.service.service_reward import Outcome, ServiceReward
 from megatron_rl.rewards.service.template import fill, fill_lists, look_up, takes_lists
 
 

@@ -24,11 +24,11 @@ from pydantic import Field
 
 from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
-from megatron_rl.config.bounds import Finite, NonNegative
+from megatron_rl.config.ranges import Finite, NonNegative
 from megatron_rl.rewards.reward import REWARDS
-from megatron_rl.rewards.service.client import PassingError
-from megatron_rl.rewards.service.reward import Outcome, Scored, ServiceReward
-from megatron_rl.rewards.service.settings import ServiceConfig
+from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_config import ServiceConfig
+from megatron_rl.rewards.service.service_reward import Outcome, Scored, ServiceReward
 from megatron_rl.rewards.service.template import fill, look_up
 
 NUMBER = r"\"?\**\s*[:=]\s*\**\s*([-+]?\d+(?:\.\d+)?)"  # "Score: 7", "**Score:** 7.5", "Score = 7/10", {"Score": 7}

@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 import megatron_rl
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.workers.settings import WorkerSettings
 

@@ -25,7 +25,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from megatron_rl.config.credentials import MASK, masked
 from megatron_rl.rewards.service.proxies import reached_directly
-from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers
+from megatron_rl.rewards.service.service_config import ServiceConfig, bearer_headers
 
 logger = logging.getLogger(__name__)
 

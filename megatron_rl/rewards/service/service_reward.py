@@ -20,14 +20,14 @@ from megatron_rl.batch import Sample
 from megatron_rl.config import masked
 from megatron_rl.rewards.reward import NoReward, Reward, RewardError, describe
 from megatron_rl.rewards.service.cache import AnswerCache, answer_key
-from megatron_rl.rewards.service.client import (
+from megatron_rl.rewards.service.service_client import (
     NoAnswerError,
     PassingError,
     RejectedError,
     ServiceClient,
     WrongServerError,
 )
-from megatron_rl.rewards.service.settings import ServiceConfig, bearer_headers, check_ca_file
+from megatron_rl.rewards.service.service_config import ServiceConfig, bearer_headers, check_ca_file
 from megatron_rl.rewards.service.template import fill
 
 logger = logging.getLogger(__name__)
