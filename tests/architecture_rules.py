@@ -134,6 +134,48 @@ def third_party_violations(root: Path) -> list[str]:
     return found
 
 
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, wherever the statement stands.
+
+    A name that a package's ``__init__`` re-exports (``from megatron_rl.models import family_of``) counts as an import
+    of the ``__init__``. So does a module of a package that the importer stands outside of: Python runs the ``__init__``
+    first, and with it everything that it re-exports. For a neighbour in the same package it has run already.
+    """
+    named = {dotted_name(root, path): path for path in modules(root)}
+    graph: dict[str, set[str]] = {name: set() for name in named}
+    for name, path in named.items():
+        for _, imported in imported_names(root, path):
+            target = imported if imported in named else imported.rpartition(".")[0]
+            parts = target.split(".")
+            around = {".".join(parts[:depth]) for depth in range(1, len(parts))}
+            graph[name] |= {package for package in around if not f"{name}.".startswith(f"{package}.")} | {target}
+        graph[name] = (graph[name] & named.keys()) - {name}
+    return graph
+
+
+def dotted_name(root: Path, path: Path) -> str:
+    """megatron_rl.reshard.plan for megatron_rl/reshard/plan.py, megatron_rl.reshard for its ``__init__``."""
+    return ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+
+
+def cycle_violations(root: Path) -> list[str]:
+    """Modules that import one another, also where an import stands inside a function or under TYPE_CHECKING."""
+    graph, found = import_graph(root), []
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append(" -> ".join([*path[path.index(name) :], name]) + ": modules import one another")
+        elif name not in done:
+            for target in sorted(graph[name]):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
 def hardware_violations(root: Path) -> list[str]:
     """`torch.cuda`, "nccl" and "gloo" outside the rooms that know the hardware."""
     found = []
@@ -242,6 +284,7 @@ def example_violations(root: Path) -> list[str]:
 RULES = {
     "layers": layer_violations,
     "third parties": third_party_violations,
+    "cycles": cycle_violations,
     "hardware": hardware_violations,
     "file size": file_size_violations,
     "function size": function_size_violations,

@@ -105,6 +105,55 @@ def test_rule_finds_what_it_forbids(case: str, tmp_path: Path) -> None:
     assert expected in found[0]
 
 
+# case -> (module -> what it imports), and the cycle that is found
+CYCLES = {
+    "at the top": (
+        {"plan": "import megatron_rl.reshard.route", "route": "from .plan import ReshardPlan"},
+        "plan -> megatron_rl.reshard.route -> megatron_rl.reshard.plan",
+    ),
+    "under TYPE_CHECKING": (
+        {"plan": "from . import route", "route": "if TYPE_CHECKING:\n    from .plan import ReshardPlan"},
+        "plan -> megatron_rl.reshard.route -> megatron_rl.reshard.plan",
+    ),
+    "inside a function": (
+        {"plan": "def f():\n    from . import route", "route": "from . import wire", "wire": "from . import plan"},
+        "plan -> megatron_rl.reshard.route -> megatron_rl.reshard.wire -> megatron_rl.reshard.plan",
+    ),
+    "through its own package": (
+        {"__init__": "from .plan import ReshardPlan", "plan": "from megatron_rl.reshard import ReshardPlan"},
+        "megatron_rl.reshard -> megatron_rl.reshard.plan -> megatron_rl.reshard",
+    ),
+    "through the package of another module": (
+        {"a/__init__": "from .one import X", "a/one": "from ..b import Y", "a/two": "", "b": "from .a import two"},
+        "megatron_rl.reshard.a -> megatron_rl.reshard.a.one -> megatron_rl.reshard.b -> megatron_rl.reshard.a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CYCLES)
+def test_modules_that_import_one_another_are_found(case: str, tmp_path: Path) -> None:
+    contents, expected = CYCLES[case]
+    for name, content in contents.items():
+        path = tmp_path / "megatron_rl" / "reshard" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (found,) = RULES["cycles"](tmp_path)
+    assert expected in found
+
+
+def test_neighbours_in_a_package_that_exports_both_are_no_cycle(tmp_path: Path) -> None:
+    exports = "from megatron_rl.reshard.plan import ReshardPlan\nfrom megatron_rl.reshard.route import Route"
+    plan = "from megatron_rl.reshard.route import Route"
+    root = tree(
+        tmp_path,
+        megatron_rl__reshard__plan=plan,
+        megatron_rl__reshard__route="",
+        megatron_rl__weights__sync="from megatron_rl.reshard import ReshardPlan",
+    )
+    (root / "megatron_rl" / "reshard" / "__init__.py").write_text(exports)
+    assert RULES["cycles"](root) == []
+
+
 def test_rule_finds_a_module_without_docstring(tmp_path: Path) -> None:
     (tmp_path / "megatron_rl").mkdir()
     (tmp_path / "megatron_rl" / "run.py").write_text("x = 1\n")

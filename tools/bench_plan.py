@@ -17,6 +17,7 @@ import time
 from megatron_rl.models import Architecture, Experts, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import ReshardPlan, Topology
+from megatron_rl.reshard.certificate import certify
 
 TRAINERS, REPLICAS, ROLLOUT_TP, RANKS_PER_NODE = 4096, 32, 32, 8
 SIZES = ParallelSizes(tp=8, pp=16, ep=64)
@@ -50,7 +51,7 @@ def measure(what: str) -> dict[str, object]:
     """Run in a process of its own, so that its peak memory is that of this measurement."""
     imports_mb, start, cpu = peak_mb(), time.perf_counter(), time.process_time()
     plan = make_plan()
-    result: object = plan.certificate() if what == "certificate" else plan.for_rank(int(what))
+    result: object = certify(plan) if what == "certificate" else plan.for_rank(int(what))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     return {"s": seconds, "cpu_s": cpu_seconds, "peak_mb": peak_mb() - imports_mb, "text": str(result)}
 

@@ -38,6 +38,7 @@ from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors
 from megatron_rl.models import Architecture, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelContext, ParallelSizes, RankGrid
 from megatron_rl.reshard import Layout, LocalTransport, Resharder, ReshardPlan, WireFormat
+from megatron_rl.reshard.certificate import certify
 from megatron_rl.weights.fill import empty_tensors
 
 from megatron.core import parallel_state  # isort: skip  (after megatron_rl: the CPU face)
@@ -145,7 +146,7 @@ def measure(sizes: ParallelSizes, rollout_tp: int, rounds: int) -> dict:
             "wire_bytes": int(received),
             "peak_extra_bytes": int(statistics.median(extra_bytes(way) for _ in range(3))),
         }
-    certificate = ReshardPlan(source, target).certificate(WireFormat(torch.bfloat16))
+    certificate = certify(ReshardPlan(source, target), WireFormat(torch.bfloat16))
     figures["minimum_bytes"] = certificate.received.lower_bound
     for other in ("mcore", "gather"):
         figures[f"wall_vs_{other}"] = round(figures["ours"]["wall_s"] / figures[other]["wall_s"], 3)

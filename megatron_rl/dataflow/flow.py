@@ -1,5 +1,6 @@
-"""`Flow`: stages in order; a value that can be checked and printed before anything runs.
+"""`Stage` and `Flow`: stages in order; a value that can be checked and printed before anything runs.
 
+A `Stage` is one named step with the fields it reads and writes. Building one runs nothing, and `a >> b` makes a `Flow`:
 `flow(batch)` runs the stages one after another on this rank's batch and frees each intermediate field after its last
 reader. A flow inside a flow is simply more stages, so the short form and the explicit form are one object.
 """
@@ -7,10 +8,11 @@ reader. A flow inside a flow is simply more stages, so the short form and the ex
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.batch import Batch
-from megatron_rl.dataflow.stage import Stage
+from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.agreement import Agreement
 
 KEPT = frozenset({"samples", "rewards", "metrics"})  # results that the caller of a flow looks at
@@ -18,6 +20,60 @@ KEPT = frozenset({"samples", "rewards", "metrics"})  # results that the caller o
 
 class FlowError(ValueError):
     """A flow that cannot run: the message names the stage, the field and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step: ``run(batch)`` mutates the batch so that every field in ``writes`` is there afterwards."""
+
+    name: str  # "actor.sample": the part, then the verb
+    run: Callable[[Batch], None]
+    reads: tuple[str, ...] = ()  # fields that must be in the batch
+    writes: tuple[str, ...] = ()  # fields that are in the batch afterwards
+    place: str = ""  # where it runs, for people: "TP2 x PP2", "rollout TP1", "host"
+    collective: bool = True  # whether ranks wait for one another inside ``run``, so that all must come into it
+    may_abandon: bool = False  # whether single ranks may give up in a collective ``run``, and leave no other waiting
+    check: Callable[[Batch], None] | None = None  # of this rank's part of the batch, before any rank enters ``run``
+    agreement: Agreement | None = None  # of the ranks that run the flow
+    part: object = None  # whose step this is, for whoever looks for the parts of a flow
+
+    def execute(self, batch: Batch, agreement: Agreement | None) -> None:
+        """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error
+        on every rank. A step that must be given up is given up where that is safe; see `parallel.abandon`.
+
+        Args:
+            agreement: None: this rank alone.
+        """
+        if agreement is not None and (self.check is not None or not self.collective):
+            with agreement.attempt(self.name):
+                self._run_alone(batch)
+        else:
+            self._run_alone(batch)
+        if self.collective and agreement is not None and self.may_abandon:
+            self._run_settled(batch, agreement)
+        elif self.collective:
+            self.run(batch)
+
+    def _run_settled(self, batch: Batch, agreement: Agreement) -> None:
+        """An error ends this rank, as in any collective; giving up ends all."""
+        gave_up: Abandoned | None = None
+        try:
+            self.run(batch)
+        except Abandoned as abandoned:
+            gave_up = abandoned
+        with agreement.attempt(self.name):
+            if gave_up is not None:
+                raise gave_up
+
+    def _run_alone(self, batch: Batch) -> None:
+        if self.check is not None:
+            self.check(batch)
+        if not self.collective:
+            with abandonable():
+                self.run(batch)
+
+    def __rshift__(self, then: Stage | Flow) -> Flow:
+        return Flow((self,)) >> then
 
 
 @dataclass(frozen=True, slots=True)

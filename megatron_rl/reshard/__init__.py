@@ -1,9 +1,9 @@
 """Carrying weights between layouts: a layout is data, a plan is the intersection of two layouts.
 
-`ReshardPlan(source, target)` is an inspectable value (``print(plan.certificate())``); `Resharder` runs one rank's part.
+`ReshardPlan(source, target)` is an inspectable value (``print(certify(plan))``); `Resharder` runs one rank's part.
 """
 
-from megatron_rl.reshard.certificate import Certificate, Measure
+from megatron_rl.reshard.certificate import Certificate, Measure, certify
 from megatron_rl.reshard.layout import Held, Layout, Shard, Span, Symmetry, block, stack_rows
 from megatron_rl.reshard.lazy_tensor import LazyTensor, Readable, shifted
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
@@ -47,6 +47,7 @@ __all__ = [
     "TransportError",
     "WireFormat",
     "block",
+    "certify",
     "link_load",
     "plan_transfers",
     "shifted",

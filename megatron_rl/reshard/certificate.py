@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_rl.reshard.index import Pattern, ReplicaRanks, Replicas
+from megatron_rl.reshard.plan import ReshardPlan, collector_paused
 from megatron_rl.reshard.rectangle import cross, uncovered
 from megatron_rl.reshard.route import Route
 from megatron_rl.reshard.wire_format import WireFormat
-
-if TYPE_CHECKING:
-    from megatron_rl.reshard.plan import ReshardPlan
 
 
 class Measure(NamedTuple):
@@ -90,9 +88,14 @@ class _Chain(NamedTuple):
     entering: np.ndarray  # positions that receive from another node
 
 
-def certify(plan: ReshardPlan, wire: WireFormat) -> Certificate:
-    """See `ReshardPlan.certificate`."""
-    return _Auditor(plan, wire).certificate()
+def certify(plan: ReshardPlan, wire: WireFormat | None = None) -> Certificate:
+    """Bytes beside their lower bounds for all ranks together, and proof that coverage is exact.
+
+    Raises:
+        ValueError: coverage is not exact.
+    """
+    with collector_paused():
+        return _Auditor(plan, wire or WireFormat()).certificate()
 
 
 class _Auditor:

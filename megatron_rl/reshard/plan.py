@@ -13,14 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_rl.reshard.certificate import Certificate, certify
 from megatron_rl.reshard.index import MIN_SHARE, LayoutIndex, Pattern, ReplicaRanks, Replicas, SourceIndex, patterns_of
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.reshard.offsets import Offset, Offsets
 from megatron_rl.reshard.rectangle import Crossing, Rectangle, cross, uncovered
 from megatron_rl.reshard.route import Hop, Route
 from megatron_rl.reshard.topology import Topology
-from megatron_rl.reshard.wire_format import WireFormat
 
 
 class Transfer(NamedTuple):
@@ -134,17 +132,8 @@ class ReshardPlan:
         Raises:
             ValueError: the source does not cover a span of one of its target shards, or a shard is malformed.
         """
-        with _collector_paused():
+        with collector_paused():
             return _RankPlanner(self, rank).plan()
-
-    def certificate(self, wire: WireFormat | None = None) -> Certificate:
-        """Bytes beside their lower bounds for all ranks together, and proof that coverage is exact.
-
-        Raises:
-            ValueError: coverage is not exact.
-        """
-        with _collector_paused():
-            return certify(self, wire or WireFormat())
 
     def __str__(self) -> str:
         return (
@@ -160,7 +149,7 @@ def plan_transfers(source: Layout, target: Layout, rank: int, topology: Topology
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """Planning makes millions of records and no cycles: the cyclic collector would double its time."""
     enabled = gc.isenabled()
     gc.disable()

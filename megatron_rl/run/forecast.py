@@ -29,6 +29,7 @@ from megatron_rl.reshard import (
     WireFormat,
     link_load,
 )
+from megatron_rl.reshard.certificate import certify
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.sync import MAX_STAGING_BYTES
 
@@ -149,7 +150,7 @@ def forecast(
     source = megatron_layout(architecture, grid, padded_vocab(architecture.vocab, train.tp))
     target = rollout_layout(architecture, rollout.tp, replicas, rollout.ep)
     plan = ReshardPlan(source, target, Topology(cluster.ranks_per_node))
-    certificate = plan.certificate(WireFormat(dtype))
+    certificate = certify(plan, WireFormat(dtype))
     some_engine_rank = next(iter(target.replicas))  # all hold shards of the same shapes
     return Forecast(
         certificate=certificate,

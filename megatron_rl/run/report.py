@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_rl.tracking import Tracker, plot_reward_curve, read_metrics
-from megatron_rl.trainer.callbacks import Callback
-from megatron_rl.trainer.loop import TrainingLoop
+from megatron_rl.trainer.callbacks import Callback, TrainerView
 
 WATCHED = ("rewards/mean", "rewards/accuracies", "loss/total")  # the first of these that a run has is drawn
 
@@ -19,7 +18,7 @@ class RewardCurve(Callback):
         self.output_dir = output_dir
         self.tracker = tracker
 
-    def on_train_end(self, trainer: TrainingLoop) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         source = self.output_dir / "metrics.jsonl"
         if trainer.context.rank != 0 or not source.exists():
             return

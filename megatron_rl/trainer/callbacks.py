@@ -7,36 +7,56 @@ tracked, and end the run with ``trainer.stop("why")``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Flow
+from megatron_rl.parallel import ParallelContext
 
-if TYPE_CHECKING:
-    from megatron_rl.trainer.loop import TrainingLoop
+
+class TrainerView(Protocol):
+    """What a callback sees of the trainer."""
+
+    flow: Flow
+    context: ParallelContext
+    step: int  # steps completed
+    history: dict[str, float]  # the newest metrics
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+
+    def stop(self, reason: str) -> None:
+        """End the run after the present step. Call it on every rank."""
 
 
 class Callback:
     """Base class: every event does nothing."""
 
-    def on_train_begin(self, trainer: TrainingLoop) -> None:
+    def on_train_begin(self, trainer: TrainerView) -> None:
         """After a checkpoint was restored, before the first step."""
 
-    def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
+    def on_step_begin(self, trainer: TrainerView, batch: Batch) -> None:
         """The batch holds its input only."""
 
-    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, trainer: TrainerView, batch: Batch, metrics: dict[str, float]) -> None:
         """``metrics`` are reduced over ranks and not yet tracked; ``batch`` holds samples and rewards."""
 
-    def on_evaluate(self, trainer: TrainingLoop, metrics: dict[str, float]) -> None:
+    def on_evaluate(self, trainer: TrainerView, metrics: dict[str, float]) -> None:
         """After an evaluation; ``metrics`` are named ``eval/...``."""
 
-    def on_checkpoint(self, trainer: TrainingLoop, folder: str) -> None:
+    def on_checkpoint(self, trainer: TrainerView, folder: str) -> None:
         """A checkpoint was handed to the writer (an asynchronous one may still be on its way to the disk)."""
 
-    def on_train_end(self, trainer: TrainingLoop) -> None:
+    def on_train_end(self, trainer: TrainerView) -> None:
         """The run has ended by itself; not called after an error."""
 
-    def on_error(self, trainer: TrainingLoop, error: BaseException) -> None:
+    def on_error(self, trainer: TrainerView, error: BaseException) -> None:
         """The run is about to end with ``error``; no collectives here: other ranks may be gone."""
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -55,7 +75,7 @@ class StopAtReward(Callback):
         self.patience = patience
         self.reached = 0
 
-    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
+    def on_step_end(self, trainer: TrainerView, batch: Batch, metrics: dict[str, float]) -> None:
         self.reached = self.reached + 1 if metrics.get("rewards/mean", float("-inf")) >= self.threshold else 0
         if self.reached >= self.patience:
             trainer.stop(f"reward {metrics['rewards/mean']:.3f} reached {self.threshold} {self.patience} times running")

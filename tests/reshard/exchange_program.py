@@ -37,6 +37,7 @@ from megatron_rl.reshard import (
     WireFormat,
     transport_node,
 )
+from megatron_rl.reshard.certificate import certify
 from megatron_rl.reshard.transport import Pending
 
 DENSE = Architecture("llama", 4, 192, 512, 8, 4, 24, 1000, tied=False)
@@ -110,7 +111,7 @@ def random_cases() -> Iterator[Case]:
 
 def run_case(case: Case, rank: int) -> str:
     plan = ReshardPlan(case.source, case.target, case.topology)
-    certificate = plan.certificate(WireFormat(case.wire))
+    certificate = certify(plan, WireFormat(case.wire))
     full = logical_values(case.shapes)
     sources = gather_and_slice(case.source, rank, full)
     rounded = {name: tensor.to(case.wire) for name, tensor in full.items()}

@@ -7,6 +7,7 @@ import torch
 from reshard.random_layouts import rows_layout
 
 from megatron_rl.reshard import LinkSpeeds, ReshardPlan, Topology, WireFormat, link_load
+from megatron_rl.reshard.certificate import certify
 
 SPEEDS = LinkSpeeds(intra_node=100.0, inter_node=10.0)
 
@@ -14,7 +15,7 @@ SPEEDS = LinkSpeeds(intra_node=100.0, inter_node=10.0)
 def load_of(target_ranks: list[int], topology: Topology):
     """Rank 0 holds 64 fp32 elements, 256 bytes; each target rank needs all of them."""
     plan = ReshardPlan(rows_layout("a", [0], 1, rows=16), rows_layout("b", target_ranks, 1, rows=16), topology)
-    return link_load(plan.certificate(WireFormat(torch.float32)))
+    return link_load(certify(plan, WireFormat(torch.float32)))
 
 
 def test_a_copy_inside_a_node_loads_the_inner_links_only() -> None:

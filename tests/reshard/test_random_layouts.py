@@ -20,6 +20,7 @@ from reshard.random_layouts import (
 )
 
 from megatron_rl.reshard import ReshardPlan, Topology, WireFormat
+from megatron_rl.reshard.certificate import certify
 
 EXAMPLES = settings(
     max_examples=int(os.environ.get("RESHARD_EXAMPLES", "40")),
@@ -78,7 +79,7 @@ def test_each_rank_receives_each_missing_element_exactly_once_and_both_ends_agre
 @given(plans())
 def test_certificate_figures_equal_counts_of_single_elements(case) -> None:
     plan, _ = case
-    certificate = plan.certificate(WireFormat(torch.float32))
+    certificate = certify(plan, WireFormat(torch.float32))
     node, source_ranks = plan.topology.node, list(plan.source.replica_of)
     held = {rank: held_elements(plan.source, rank) for rank in plan.ranks}
     wanted = {rank: held_elements(plan.target, rank) for rank in plan.ranks}
@@ -116,7 +117,7 @@ def test_execution_equals_gather_and_slice_bit_for_bit_under_any_cap(case, cap: 
     full = logical_values(shapes)
     received, reports = reshard_in_memory(plan, full, wire_dtype=wire, max_staging_bytes=cap, padding=7.0)
     through = {name: tensor.to(wire).float() for name, tensor in full.items()}
-    certificate = plan.certificate(WireFormat(wire))
+    certificate = certify(plan, WireFormat(wire))
     for rank in plan.ranks:
         has_padding = {s.name: sum(p.numel for p in s.spans) for s in plan.target.shards(rank)}
         expected = gather_and_slice(plan.target, rank, through if wire != torch.float32 else full, padding=7.0)
