@@ -33,7 +33,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.models import Architecture
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers.settings import RolloutSettings
+from megatron_rl.workers.actor_config import RolloutConfig
 
 WORLD, MIB, RESPONSE, SAMPLES = 4, 1 << 20, 64, 2
 SIZES = ParallelSizes(tp=2, pp=2)
@@ -80,9 +80,9 @@ def peaks_of(way: str, tokens: int) -> dict[str, float]:
     peaks = {"before": platform.peak_memory_bytes()}
     config = transformer_config(ARCHITECTURE, SIZES, dtype=torch.float32, recompute=True)
     chunks = build_model(ARCHITECTURE, config, pg_collection=context.collection)
-    rollout = RolloutSettings(sleep_while_training=way == "ours")
-    settings = Actor.Config(token_budget=tokens, recompute=True, rollout=rollout)
-    actor = Actor(chunks, NoText(), context=context, settings=settings)
+    rollout = RolloutConfig(sleep_while_training=way == "ours")
+    config = Actor.Config(token_budget=tokens, recompute=True, rollout=rollout)
+    actor = Actor(chunks, NoText(), context=context, config=config)
     if way == "baseline":
         actor.rollouts._sync = GatheredSync(actor)  # type: ignore[assignment]
     reward = RewardModel(lambda sample: float(sample.response_ids[0] % 7))

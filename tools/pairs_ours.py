@@ -38,8 +38,8 @@ def main() -> None:
     optimizer = OptimizerSettings(
         learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip_gradient=CLIP_GRADIENT, weight_decay=0.0
     )
-    settings = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")
-    actor = Actor(folder, tokenizer, settings=settings)
+    config = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")
+    actor = Actor(folder, tokenizer, config=config)
     dpo = DPO(actor, Reference(actor), beta=BETA)
     flow = dpo.update()
     pairs = PairDataset(read_pairs(), tokenizer, PairDataset.Config(max_length=2048))

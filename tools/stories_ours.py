@@ -45,8 +45,8 @@ def build(tp: int, overrides: dict[str, object]) -> tuple[Actor, list[Prompt], F
     optimizer = OptimizerSettings(
         learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip_gradient=CLIP_GRADIENT
     )
-    settings = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")
-    actor = Actor(folder, tokenizer, parallel=ParallelSizes(tp=tp), settings=settings)
+    config = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")
+    actor = Actor(folder, tokenizer, parallel=ParallelSizes(tp=tp), config=config)
     grpo = GRPO(actor, Reference(actor), kl_coefficient=KL, loss_aggregation="token-mean")
     prompts = [
         Prompt(tokenizer(text).input_ids, text, index=index, answer=name) for index, (text, name) in enumerate(PROMPTS)

@@ -25,7 +25,7 @@ def main() -> None:
     from megatron_rl.data import PromptDataset, PromptLoader
     from megatron_rl.run import Evaluation
     from megatron_rl.tracking import TrackerGroup
-    from megatron_rl.trainer import TrainerSettings
+    from megatron_rl.trainer import TrainerConfig
 
     tokenizer = build_tokenizer()
     actor = Actor(model=model, tokenizer=tokenizer, optimizer=optimizer, parallel_state=parallel_state)
@@ -37,9 +37,9 @@ def main() -> None:
     loader = PromptLoader(prompts, batch_size=128, replica=actor)
     held_out = PromptDataset(OUTPUTS / "data/heldout.jsonl", tokenizer)
     evaluation = Evaluation(actor, list(held_out), reward.reward, max_tokens=6)
-    settings = TrainerSettings(output_dir=str(OUTPUTS / "run"), num_steps=70, evaluate_every=35, save_every=35)
+    config = TrainerConfig(output_dir=str(OUTPUTS / "run"), num_steps=70, evaluate_every=35, save_every=35)
     tracking = TrackerGroup.Config(trackers=TRACKERS, experiment="arithmetic_grpo")
-    Trainer(flow, loader, settings, tracking=tracking, evaluate=evaluation).train()
+    Trainer(flow, loader, config, tracking=tracking, evaluate=evaluation).train()
     # ---------------------------------------------------------------------------------------------------------------
 
 

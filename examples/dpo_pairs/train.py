@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from megatron_rl import DPOTrainer
 from megatron_rl.config import ConfigRecord, load_config
 from megatron_rl.parallel import ParallelSizes
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 
 class Config(ConfigRecord):
@@ -18,7 +18,7 @@ class Config(ConfigRecord):
     model: str  # Hugging Face folder or id
     data: str  # JSON lines or Parquet
     parallel: ParallelSizes
-    worker: WorkerSettings
+    worker: ActorConfig
     dpo: dict[str, Any]
     train: dict[str, Any]
 
@@ -30,7 +30,7 @@ def main() -> None:
         tokenizer=AutoTokenizer.from_pretrained(config.model),
         dataset=config.data,
         parallel=config.parallel,
-        settings=config.worker,
+        config=config.worker,
         **config.dpo,
     )
     metrics = trainer.train(**config.train)

@@ -149,8 +149,8 @@ class BaseAlgorithm:
         """Look at a finished step's metrics (same on all ranks) and adapt; called once per step."""
 
     def keep_samples(self, samples: Sequence[Sample]) -> list[bool]:
-        """Which scored samples are worth training on; asked where ``drops_samples`` is set. New prompts are sampled in
-        place of groups of which none is kept, in at most ``max_sampling_rounds`` rounds a step."""
+        """Which samples, with their rewards, are worth training on; asked where ``drops_samples`` is set. New prompts
+        are sampled in place of groups of which none is kept, in at most ``max_sampling_rounds`` rounds a step."""
         return [True] * len(samples)
 
     # --- the flow --------------------------------------------------------------------------------------------------

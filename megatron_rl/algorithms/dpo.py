@@ -17,7 +17,7 @@ from megatron_rl.algorithms.bounds import Fraction, NonNegative, OpenFraction, r
 from megatron_rl.algorithms.divergence import FDivergence
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pair_fields import length_weights, matched_over_ranks
-from megatron_rl.algorithms.pairs import OF_MARGINS, PAIR_LOSSES, SMOOTHED, Pairs, PairSettings
+from megatron_rl.algorithms.pairs import OF_MARGINS, PAIR_LOSSES, SMOOTHED, PairConfig, Pairs
 from megatron_rl.algorithms.running_mean import RunningMean
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
@@ -36,7 +36,7 @@ class DPO(PairwiseAlgorithm):
     of a step, by one more forward pass before it; with several optimizer steps a batch the matches stay as they were.
     """
 
-    class Config(OfflineAlgorithm.Config, PairSettings):
+    class Config(OfflineAlgorithm.Config, PairConfig):
         """Settings of DPO."""
 
         loss: str | dict[str, NonNegative] = "sigmoid"

@@ -85,7 +85,7 @@ class Pairs:
         return chosen, rejected
 
 
-class PairSettings(ConfigRecord):
+class PairConfig(ConfigRecord):
     """What the losses below can be told."""
 
     beta: Positive = 0.1
@@ -98,112 +98,112 @@ class PairSettings(ConfigRecord):
     """Temperature of discopop's mixing."""
 
 
-PairLoss = Callable[[Pairs, PairSettings], Tensor]
+PairLoss = Callable[[Pairs, PairConfig], Tensor]
 PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss")
 SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm", "aot", "aot_unpaired")  # losses that obey label_smoothing
 OF_MARGINS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")  # functions of m alone
 
 
 @PAIR_LOSSES.register("sigmoid")
-def sigmoid(pairs: Pairs, settings: PairSettings) -> Tensor:
+def sigmoid(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta m): DPO (arXiv 2305.18290, eq. 7), smoothed as conservative DPO (E. Mitchell, 2023)."""
-    return smoothed_logistic(settings.beta * pairs.margin, settings.label_smoothing)
+    return smoothed_logistic(config.beta * pairs.margin, config.label_smoothing)
 
 
 @PAIR_LOSSES.register("sigmoid_norm")
-def sigmoid_norm(pairs: Pairs, settings: PairSettings) -> Tensor:
+def sigmoid_norm(pairs: Pairs, config: PairConfig) -> Tensor:
     """The same on log-ratios per token: length-normalised DPO (Tulu 3, arXiv 2411.15124, section 5)."""
-    return smoothed_logistic(settings.beta * pairs.mean_margin, settings.label_smoothing)
+    return smoothed_logistic(config.beta * pairs.mean_margin, config.label_smoothing)
 
 
 @PAIR_LOSSES.register("hinge")
-def hinge(pairs: Pairs, settings: PairSettings) -> Tensor:
+def hinge(pairs: Pairs, config: PairConfig) -> Tensor:
     """max(0, 1 - beta m): SLiC on log-ratios (arXiv 2305.10425; as in RSO, arXiv 2309.06657)."""
-    return (1.0 - settings.beta * pairs.margin).relu()
+    return (1.0 - config.beta * pairs.margin).relu()
 
 
 @PAIR_LOSSES.register("ipo")
-def ipo(pairs: Pairs, settings: PairSettings) -> Tensor:
+def ipo(pairs: Pairs, config: PairConfig) -> Tensor:
     """(m - 1 / (2 beta))^2: IPO (arXiv 2310.12036, eq. 17)."""
-    margin = pairs.mean_margin if settings.ipo_length_norm else pairs.margin
-    return (margin - 1.0 / (2.0 * settings.beta)).square()
+    margin = pairs.mean_margin if config.ipo_length_norm else pairs.margin
+    return (margin - 1.0 / (2.0 * config.beta)).square()
 
 
 @PAIR_LOSSES.register("robust")
-def robust(pairs: Pairs, settings: PairSettings) -> Tensor:
+def robust(pairs: Pairs, config: PairConfig) -> Tensor:
     """Unbiased under flips with probability s: [(1 - s) L(m) - s L(-m)] / (1 - 2 s), L = -log sigmoid(beta .); robust
     DPO (arXiv 2403.00409, section 3). May be negative."""
-    x, flips = settings.beta * pairs.margin, settings.label_smoothing
+    x, flips = config.beta * pairs.margin, config.label_smoothing
     return ((1 - flips) * logistic_loss(x) - flips * logistic_loss(-x)) / (1 - 2 * flips)
 
 
 @PAIR_LOSSES.register("exo_pair")
-def exo_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+def exo_pair(pairs: Pairs, config: PairConfig) -> Tensor:
     """KL(q || p), q = softmax of beta times both log-ratios, p = (1 - s, s): EXO (arXiv 2402.00856, eq. 16); s must be
     above 0, and 0 log 0 = 0."""
-    x, flips = settings.beta * pairs.margin, settings.label_smoothing
+    x, flips = config.beta * pairs.margin, config.label_smoothing
     wins = torch.sigmoid(x) * (functional.logsigmoid(x) - math.log1p(-flips))
     return wins + torch.sigmoid(-x) * (functional.logsigmoid(-x) - math.log(flips))
 
 
 @PAIR_LOSSES.register("nca_pair")
-def nca_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+def nca_pair(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta l_w) - [log sigmoid(-beta l_w) + log sigmoid(-beta l_l)] / 2: NCA (arXiv 2402.05369)
     for K = 2 with preferences."""
-    chosen, rejected = settings.beta * pairs.chosen_ratio, settings.beta * pairs.rejected_ratio
+    chosen, rejected = config.beta * pairs.chosen_ratio, config.beta * pairs.rejected_ratio
     return logistic_loss(chosen) + 0.5 * logistic_loss(-chosen) + 0.5 * logistic_loss(-rejected)
 
 
 @PAIR_LOSSES.register("bco_pair")
-def bco_pair(pairs: Pairs, settings: PairSettings) -> Tensor:
+def bco_pair(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta l_w - d) - log sigmoid(-(beta l_l - d)), d = running mean reward: BCO on pairs (arXiv
     2404.04656, section 3)."""
-    chosen = settings.beta * pairs.chosen_ratio - pairs.shift
-    rejected = settings.beta * pairs.rejected_ratio - pairs.shift
+    chosen = config.beta * pairs.chosen_ratio - pairs.shift
+    rejected = config.beta * pairs.rejected_ratio - pairs.shift
     return logistic_loss(chosen) + logistic_loss(-rejected)
 
 
 @PAIR_LOSSES.register("sppo_hard")
-def sppo_hard(pairs: Pairs, settings: PairSettings) -> Tensor:
+def sppo_hard(pairs: Pairs, config: PairConfig) -> Tensor:
     """(l_w - 1 / (2 beta))^2 + (l_l + 1 / (2 beta))^2: SPPO (arXiv 2405.00675, eq. 4.7) with hard probabilities."""
-    half = 0.5 / settings.beta
+    half = 0.5 / config.beta
     return (pairs.chosen_ratio - half).square() + (pairs.rejected_ratio + half).square()
 
 
 @PAIR_LOSSES.register("apo_zero")
-def apo_zero(pairs: Pairs, settings: PairSettings) -> Tensor:
+def apo_zero(pairs: Pairs, config: PairConfig) -> Tensor:
     """1 - sigmoid(beta l_w) + sigmoid(beta l_l): APO-zero (arXiv 2408.06266, eq. 7); raises chosen, lowers rejected."""
-    return torch.sigmoid(-settings.beta * pairs.chosen_ratio) + torch.sigmoid(settings.beta * pairs.rejected_ratio)
+    return torch.sigmoid(-config.beta * pairs.chosen_ratio) + torch.sigmoid(config.beta * pairs.rejected_ratio)
 
 
 @PAIR_LOSSES.register("apo_down")
-def apo_down(pairs: Pairs, settings: PairSettings) -> Tensor:
+def apo_down(pairs: Pairs, config: PairConfig) -> Tensor:
     """sigmoid(beta l_w) + 1 - sigmoid(beta m): APO-down (arXiv 2408.06266, eq. 8); lowers both, rejected more."""
-    return torch.sigmoid(settings.beta * pairs.chosen_ratio) + torch.sigmoid(-settings.beta * pairs.margin)
+    return torch.sigmoid(config.beta * pairs.chosen_ratio) + torch.sigmoid(-config.beta * pairs.margin)
 
 
 @PAIR_LOSSES.register("discopop")
-def discopop(pairs: Pairs, settings: PairSettings) -> Tensor:
+def discopop(pairs: Pairs, config: PairConfig) -> Tensor:
     """(1 - g) * -log sigmoid(x) + g * exp(-x), x = beta m, g = sigmoid(x / tau): DiscoPOP (arXiv 2406.08414, eq. 5)."""
-    x = settings.beta * pairs.margin
+    x = config.beta * pairs.margin
     # g * exp(-x) as one exponential: for very negative x the product is 0 times infinity in floating point
-    gated = torch.exp(functional.logsigmoid(x / settings.discopop_tau) - x)
-    return torch.sigmoid(-x / settings.discopop_tau) * logistic_loss(x) + gated
+    gated = torch.exp(functional.logsigmoid(x / config.discopop_tau) - x)
+    return torch.sigmoid(-x / config.discopop_tau) * logistic_loss(x) + gated
 
 
 @PAIR_LOSSES.register("aot")
-def aot(pairs: Pairs, settings: PairSettings) -> Tensor:
+def aot(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta (u_(k) - v_(k))), u_(k) the k-th smallest policy margin of all pairs, v_(k) that of the
     reference: AOT on pairs (arXiv 2406.05882, algorithm 1), smoothed as sigmoid is."""
     policy = pairs.chosen - pairs.rejected
     reference = pairs.matched_reference
     if reference is None:
         reference = matched(policy.detach(), pairs.ref_chosen - pairs.ref_rejected, pairs.present)
-    return smoothed_logistic(settings.beta * (policy - reference), settings.label_smoothing)
+    return smoothed_logistic(config.beta * (policy - reference), config.label_smoothing)
 
 
 @PAIR_LOSSES.register("aot_unpaired")
-def aot_unpaired(pairs: Pairs, settings: PairSettings) -> Tensor:
+def aot_unpaired(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta (a_(k) - b_(k))), a_(k) the k-th smallest l_w of all pairs, b_(k) the k-th smallest l_l: AOT on
     unpaired responses (arXiv 2406.05882, algorithm 2).
 
@@ -215,13 +215,13 @@ def aot_unpaired(pairs: Pairs, settings: PairSettings) -> Tensor:
     if below is None or above is None:
         below = matched(chosen.detach(), rejected.detach(), pairs.present)
         above = matched(rejected.detach(), chosen.detach(), pairs.present)
-    terms = smoothed_logistic(settings.beta * (chosen - below), settings.label_smoothing)
-    terms = terms + smoothed_logistic(settings.beta * (above - rejected), settings.label_smoothing)
+    terms = smoothed_logistic(config.beta * (chosen - below), config.label_smoothing)
+    terms = terms + smoothed_logistic(config.beta * (above - rejected), config.label_smoothing)
     return terms - 0.5 * terms.detach()
 
 
 @PAIR_LOSSES.register("sft")
-def sft(pairs: Pairs, settings: PairSettings) -> Tensor:
+def sft(pairs: Pairs, config: PairConfig) -> Tensor:
     """Negative log-likelihood of the chosen response per token (the term of RPO, arXiv 2404.19733, eq. 1). TRL averages
     over all chosen tokens of a batch instead, which weighs long responses more."""
     return -pairs.chosen / pairs.chosen_tokens.clamp_min(1)

@@ -70,7 +70,7 @@ class Trainable(Protocol):
 
 
 class LogprobSource(Protocol):
-    """A model that can score tokens: the reference, or the actor itself."""
+    """A model that gives log-probabilities: the reference, or the actor itself."""
 
     def logprobs(self, write: str) -> Stage:
         """A stage that reads ``input_ids`` and writes the token field ``write``."""
@@ -88,8 +88,8 @@ class Policy(Trainable, LogprobSource, Protocol):
 
 
 class ValueSource(Trainable, Protocol):
-    """The critic, or a reward model in training: a model with a scalar head."""
+    """The critic, or a reward model in training: a model with a value head."""
 
     def values(self, write: str) -> Stage:
-        """A stage that reads ``input_ids`` and writes the token field ``write``: at token t, the head's output on the
-        prefix that ends just before t."""
+        """A stage that reads ``input_ids`` and writes the token field ``write``: at token t, the value head's
+        output on the prefix that ends just before t."""

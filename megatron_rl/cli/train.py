@@ -42,7 +42,7 @@ def train(
     rank = environment_rank()
     with clear_errors(rank):
         from megatron_rl.config import load_config, masked, masked_values
-        from megatron_rl.run.config import RunConfig
+        from megatron_rl.run.run_config import RunConfig
 
         run = load_config(RunConfig, config, overrides or [])
         configure_logging(rank, run.log_level, masked)

@@ -12,7 +12,7 @@ from pydantic import Field
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.ranges import NonNegative
 from megatron_rl.trainer.callbacks import Callback
-from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
 
 Record = TypeVar("Record", bound=ConfigRecord)
 
@@ -37,7 +37,7 @@ class TrainArguments(ConfigRecord):
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints."""
     resume: str = "auto"
-    """As in `TrainerSettings`."""
+    """As in `TrainerConfig`."""
 
     @classmethod
     def of(cls, trainer: str, values: Mapping[str, Any]) -> TrainArguments:
@@ -50,9 +50,9 @@ class TrainArguments(ConfigRecord):
         return cls.parse(paths, where=f"{trainer}.train")
 
     @property
-    def settings(self) -> TrainerSettings:
-        """The same as settings of the loop."""
-        return TrainerSettings(
+    def trainer_config(self) -> TrainerConfig:
+        """The same as a config of the loop."""
+        return TrainerConfig(
             output_dir=self.output_dir,
             num_steps=self.max_steps,
             num_epochs=self.num_train_epochs,
@@ -63,7 +63,7 @@ class TrainArguments(ConfigRecord):
 
 
 def record_of(kind: type[Record], given: Any, where: str) -> Record | None:
-    """``given`` as a record of settings: as it is, or made of its fields.
+    """``given`` as a config record: as it is, or made of its fields.
 
     Raises:
         ConfigError: it is something else, or its fields are wrong.

@@ -17,9 +17,9 @@ from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
-from megatron_rl.run.config import RunConfig
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.parts import check_layout, check_parts, unused_parts, uses_reference
+from megatron_rl.run.run_config import RunConfig
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
@@ -66,10 +66,9 @@ def build_trainer(config: RunConfig) -> Trainer:
     critic = _critic(config, actor, num_optimizer_steps=steps)
     reference = _reference(config, actor) if uses_reference(config, algorithm_type, algorithm_config) else None
     algorithm = algorithm_type(actor, reference, critic, algorithm_config)
-    scorer = RewardModel(reward)
-    sample = actor.sample(parts=config.rollout_parts, then=scorer.begin if config.rollout_parts > 1 else None)
-    scored = filled(sample, scorer.score(), algorithm, loader, context)
-    flow = scored >> algorithm.update()
+    reward_model = RewardModel(reward)
+    sample = actor.sample(parts=config.rollout_parts, then=reward_model.begin if config.rollout_parts > 1 else None)
+    flow = filled(sample, reward_model.score(), algorithm, loader, context) >> algorithm.update()
     return Trainer(
         flow,
         loader,
@@ -112,8 +111,8 @@ def check_engine(config: RunConfig) -> None:
 
 def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, num_optimizer_steps: int) -> Actor:
     """The policy, from a Hugging Face folder or a Megatron checkpoint; the schedule decays over the whole run."""
-    settings = config.actor.over(num_optimizer_steps).model_copy(update={"seed": config.seed})
-    return Actor(starting_model(config), tokenizer, context=context, settings=settings)
+    actor_config = config.actor.over(num_optimizer_steps).model_copy(update={"seed": config.seed})
+    return Actor(starting_model(config), tokenizer, context=context, config=actor_config)
 
 
 def starting_model(config: RunConfig) -> str | MegatronCheckpoint:
@@ -133,15 +132,15 @@ def _reference(config: RunConfig, actor: Actor) -> Reference | None:
     source = config.reference.model
     if source is None:
         return Reference(actor, offload=config.reference.offload)
-    return Reference(source, actor.tokenizer, context=actor.context, settings=config.actor)
+    return Reference(source, actor.tokenizer, context=actor.context, config=config.actor)
 
 
 def _critic(config: RunConfig, actor: Actor, num_optimizer_steps: int) -> Critic | None:
     if config.critic is None:
         return None
-    settings = config.critic.over(num_optimizer_steps)
+    critic_config = config.critic.over(num_optimizer_steps)
     source = config.critic.model or starting_model(config)
-    return Critic(source, actor.tokenizer, context=actor.context, settings=settings)
+    return Critic(source, actor.tokenizer, context=actor.context, config=critic_config)
 
 
 def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:

@@ -20,8 +20,8 @@ from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
-from megatron_rl.run.config import RunConfig
 from megatron_rl.run.parts import check_layout, check_parts, smallest_world, unused_parts
+from megatron_rl.run.run_config import RunConfig
 from megatron_rl.tracking import build_tracker
 from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.hf_in import check_folder, resolve_folder

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: generate, score, average over all data-parallel ranks."""
+"""Evaluation on held-out prompts: generate, compute rewards, average over all data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_rl.workers import Actor
 
 
 class Evaluation:
-    """Scores the actor's answers to fixed prompts.
+    """Mean rewards of the actor's answers to fixed prompts.
 
     Args:
         prompts: all of them, on every rank.
         n, temperature: as in `EvaluationConfig`.
-        sampling: other fields of `SamplingParams`, over those of the actor's settings.
+        sampling: other fields of `SamplingParams`, over those of the actor's config.
 
     Raises:
         DataError: a prompt that the actor cannot answer: token ids, or length.
@@ -34,7 +34,7 @@ class Evaluation:
         **sampling: Any,
     ) -> None:
         context = actor.context
-        limits = actor.rollouts.limits(sampling.get("max_tokens", actor.settings.sampling.max_tokens))
+        limits = actor.rollouts.limits(sampling.get("max_tokens", actor.config.sampling.max_tokens))
         for prompt in prompts:
             limits.check([prompt.token_ids], f"evaluation prompt {prompt.index}")
         self.actor = actor
@@ -64,14 +64,14 @@ class Evaluation:
             with abandonable(self.reward.place == Reward.place):
                 rewards = self.reward(samples)
         counted = self.reward.take_metrics()  # evaluation's own: the next training step starts at 0 again
-        scored = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
-        sums: dict[str, float] = {"reward": sum(reward for _, reward in scored), "response_tokens_mean": 0.0}
-        for sample, _ in scored:
+        rewarded = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
+        sums: dict[str, float] = {"reward": sum(reward for _, reward in rewarded), "response_tokens_mean": 0.0}
+        for sample, _ in rewarded:
             sums["response_tokens_mean"] += len(sample.response_ids)
             for part, value in sample.reward_parts.items():
                 sums[part] = sums.get(part, 0.0) + value
         # Every rank of a model replica has the same samples: one of them reports.
-        own = (sums, len(scored), len(samples), counted) if context.leads_replica else ({}, 0, 0, {})
+        own = (sums, len(rewarded), len(samples), counted) if context.leads_replica else ({}, 0, 0, {})
         reports = context.gather_objects(own)
         count, asked = sum(report[1] for report in reports), sum(report[2] for report in reports)
         if count == 0:

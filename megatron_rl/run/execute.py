@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_rl.run.build import build_trainer
 from megatron_rl.run.check import check_writable
-from megatron_rl.run.config import RunConfig
+from megatron_rl.run.run_config import RunConfig
 
 
 def execute(config: RunConfig) -> dict[str, float]:

@@ -7,12 +7,12 @@ from megatron_rl.algorithms.roles import NoWorker
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.rollout.placement import RolloutPlacement
-from megatron_rl.run.config import RunConfig
-from megatron_rl.trainer.settings import TrainerSettings
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.run.run_config import RunConfig
+from megatron_rl.trainer.trainer_config import TrainerConfig
+from megatron_rl.workers.actor_config import ActorConfig
 
 
-def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> None:
+def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> None:
     """Raise ConfigError where the algorithm cannot be run from prompts and rewards, lacks a section that it needs, or
     has no use for the value model that one describes. Algorithms of one's own may do with a critic what they like."""
     name = config.algorithm.get("name", "grpo")
@@ -24,7 +24,7 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: Bas
     if name not in ALGORITHMS:
         return
     if issubclass(algorithm, PPO):
-        shared = bool(getattr(settings, "shared_critic", False))
+        shared = bool(getattr(algorithm_config, "shared_critic", False))
         if shared and config.critic is not None:
             raise ConfigError(
                 "the section critic is given, but algorithm.shared_critic=true has the actor's own weights give the "
@@ -36,7 +36,7 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: Bas
             raise ConfigError(f"algorithm {name!r} needs a value model: add the section critic ({{}} will do)")
     elif config.critic is not None:
         raise ConfigError(f"the section critic is given, but algorithm {name!r} has no value model: leave critic out")
-    coefficient = getattr(settings, "kl_coefficient", None)
+    coefficient = getattr(algorithm_config, "kl_coefficient", None)
     if coefficient and config.reference is None:
         raise ConfigError(
             f"algorithm.kl_coefficient={coefficient} needs a reference: add the section reference ({{}} "
@@ -44,18 +44,20 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: Bas
         )
 
 
-def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> bool:
+def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> bool:
     """Whether the reference's log-probabilities are read; taken for granted of an algorithm of one's own."""
     if config.reference is None:
         return False
     if config.algorithm.get("name", "grpo") not in ALGORITHMS or not issubclass(algorithm, PolicyGradient):
         return True
-    made = algorithm.without_workers(settings)
+    made = algorithm.without_workers(algorithm_config)
     made.reference = NoWorker()
     return made.with_kl
 
 
-def unused_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: BaseAlgorithm.Config) -> list[str]:
+def unused_parts(
+    config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config
+) -> list[str]:
     """What is given and has no effect, a line each."""
     found: list[str] = []
     reference, trainer = config.reference, config.trainer
@@ -65,7 +67,7 @@ def unused_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: Ba
             found.append(f"{key} is given, but not used: {why}")
 
     note(
-        reference and not uses_reference(config, algorithm, settings),
+        reference and not uses_reference(config, algorithm, algorithm_config),
         "the section reference",
         "algorithm.kl_coefficient is 0, so no reference is loaded",
     )
@@ -74,20 +76,20 @@ def unused_parts(config: RunConfig, algorithm: type[BaseAlgorithm], settings: Ba
         "reference.offload",
         "it is about a copy of the actor's weights, and reference.model names a model of its own",
     )
-    shared = issubclass(algorithm, PPO) and bool(getattr(settings, "shared_critic", False))
+    shared = issubclass(algorithm, PPO) and bool(getattr(algorithm_config, "shared_critic", False))
     note(
         config.actor.value_head and not shared and config.algorithm.get("name", "grpo") in ALGORITHMS,
         "actor.value_head",
         "it is for algorithm.shared_critic=true",
     )
-    default_seed = WorkerSettings.model_fields["seed"].default
+    default_seed = ActorConfig.model_fields["seed"].default
     note(config.actor.seed not in (default_seed, config.seed), "actor.seed", f"the run's seed={config.seed} counts")
     note(
         trainer.evaluate_every and config.evaluation is None,
         "trainer.evaluate_every",
         "there is nothing to evaluate on without the section evaluation",
     )
-    default_epochs = TrainerSettings.model_fields["num_epochs"].default
+    default_epochs = TrainerConfig.model_fields["num_epochs"].default
     note(
         trainer.num_steps is not None and trainer.num_epochs != default_epochs,
         "trainer.num_epochs",

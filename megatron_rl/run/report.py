@@ -11,7 +11,7 @@ WATCHED = ("rewards/mean", "rewards/accuracies", "loss/total")  # the first of t
 
 
 class RewardCurve(Callback):
-    """Draws ``training_curve.png``, and ``reward_curve.png`` where samples are scored, when the run ends; from
+    """Draws ``training_curve.png``, and ``reward_curve.png`` where samples have rewards, when the run ends; from
     ``metrics.jsonl``."""
 
     def __init__(self, output_dir: Path, tracker: Tracker) -> None:

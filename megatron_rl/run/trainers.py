@@ -43,13 +43,13 @@ from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
 from megatron_rl.workers.limits import model_limits
 from megatron_rl.workers.reference import Reference
 from megatron_rl.workers.reference_cache import CachedReference
 from megatron_rl.workers.reward_model import RewardModel
-from megatron_rl.workers.settings import WorkerSettings
 
 
 class OneCallTrainer:
@@ -62,7 +62,7 @@ class OneCallTrainer:
         reference_cache: folder in which the reference's log-probabilities of the data are kept: computed once for the
             same weights and rows, then no reference model is held. For algorithms with a reference on fixed data.
         parallel: parallel sizes when there is no ``parallel_state``.
-        settings: precision, micro-batches and rollouts of the worker: an `Actor.Config`, or its fields by name.
+        config: precision, micro-batches and rollouts of the worker: an `Actor.Config`, or its fields by name.
         lora: fields of `LoraSettings`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
             then the model without them, and what is saved has them merged.
         callbacks: `Callback` objects.
@@ -90,7 +90,7 @@ class OneCallTrainer:
         optimizer: Any = None,
         parallel_state: Any = None,
         parallel: ParallelSizes | Mapping[str, Any] | None = None,
-        settings: WorkerSettings | Mapping[str, Any] | None = None,
+        config: ActorConfig | Mapping[str, Any] | None = None,
         lora: LoraSettings | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
@@ -104,8 +104,8 @@ class OneCallTrainer:
         self.algorithm_type.Config.parse(self.options, where=trainer)
         _refuse_precomputed(trainer, self.options)
         columns = self.dataset_type.Config.parse(own, where=f"{trainer}, dataset")
-        self.settings = record_of(WorkerSettings, settings, f"{trainer}: settings") or WorkerSettings()
-        limits = model_limits(model, tokenizer, self.settings, self.max_tokens)
+        self.config = record_of(ActorConfig, config, f"{trainer}: config") or ActorConfig()
+        limits = model_limits(model, tokenizer, self.config, self.max_tokens)
         self.dataset = self.dataset_type(dataset, tokenizer, columns, limits)
         self.held_out = None if eval_dataset is None else self.dataset_type(eval_dataset, tokenizer, columns, limits)
         self.reference_cache = reference_cache
@@ -114,7 +114,7 @@ class OneCallTrainer:
         self.parallel = record_of(ParallelSizes, parallel, f"{trainer}: parallel")
         if lora is not None:
             adapters = record_of(LoraSettings, lora, f"{trainer}: lora")
-            self.settings = self.settings.model_copy(update={"lora": adapters})
+            self.config = self.config.model_copy(update={"lora": adapters})
         self.callbacks = check_callbacks(callbacks, f"{trainer}: callbacks")
 
     def train(
@@ -136,7 +136,7 @@ class OneCallTrainer:
         Args:
             per_device_train_batch_size: records (prompts, pairs, completions) a step on each data-parallel replica.
             max_steps: steps of the run; None = ``num_train_epochs`` over the data.
-            evaluate_every, save_every, resume: as in `TrainerSettings`.
+            evaluate_every, save_every, resume: as in `TrainerConfig`.
 
         Returns:
             The newest metrics.
@@ -149,18 +149,19 @@ class OneCallTrainer:
         arguments = TrainArguments.of(type(self).__name__, given)
         trackers = record_of(TrackerGroup.Config, tracking, f"{type(self).__name__}.train: tracking")
         check_writable(Path(arguments.output_dir))
-        config = self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
-        rates = self.settings.optimizer.model_copy(
+        algorithm_config = self.algorithm_type.Config.parse(self.options, where=type(self).__name__)
+        optimizer = self.config.optimizer.model_copy(
             update={"learning_rate": arguments.learning_rate, "warmup_steps": arguments.warmup_steps}
         )
-        run = arguments.settings
-        at = job_context(self.parallel_state, self.parallel, self.settings.seed)
+        run = arguments.trainer_config
+        at = job_context(self.parallel_state, self.parallel, self.config.seed)
         per_replica = arguments.per_device_train_batch_size
         self.check_batches(per_replica, at.dp_size)
-        loader = self.loader_type(self.dataset, per_replica * at.dp_size, at, seed=self.settings.seed)
-        steps = run.total_steps(loader.steps_per_epoch) * config.num_epochs * config.num_mini_batches
-        settings = self.settings.model_copy(update={"optimizer": rates}).over(steps)
-        worker = self.make_worker(at, settings)
+        loader = self.loader_type(self.dataset, per_replica * at.dp_size, at, seed=self.config.seed)
+        steps = (
+            run.total_steps(loader.steps_per_epoch) * algorithm_config.num_epochs * algorithm_config.num_mini_batches
+        )
+        worker = self.make_worker(at, self.config.model_copy(update={"optimizer": optimizer}).over(steps))
         algorithm = self.make_algorithm(worker)
         trainer = Trainer(
             self.make_flow(worker, algorithm, loader),
@@ -181,9 +182,9 @@ class OneCallTrainer:
     def check_batches(self, per_replica: int, dp_size: int) -> None:
         """Raises ConfigError for batches that the algorithm cannot use; called before any model is loaded."""
 
-    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
+    def make_worker(self, context: ParallelContext, config: ActorConfig) -> Any:
         """The model in training: an `Actor`, unless a subclass says otherwise."""
-        return Actor(self.model, self.tokenizer, self.optimizer, context=context, settings=settings)
+        return Actor(self.model, self.tokenizer, self.optimizer, context=context, config=config)
 
     def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         """The algorithm over the actor and, where it has a reference, a frozen copy of it."""
@@ -255,15 +256,15 @@ class RewardTrainer(OneCallTrainer):
     """A reward model from preference pairs: columns as for `DPOTrainer`, with ``margin="column"`` also how much better.
 
     ``model`` is a language model, whose decoder gets a value head, or a sequence classifier with one label; what is
-    saved is such a classifier (`AutoModelForSequenceClassification`), and `RewardModel(folder)` scores with it.
+    saved is such a classifier (`AutoModelForSequenceClassification`), and `RewardModel(folder)` takes it as it is.
     """
 
     algorithm_type: ClassVar[type[BaseAlgorithm]] = RewardModelling
     dataset_type, loader_type = PairDataset, PairLoader
     pack = staticmethod(pack_pairs)
 
-    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
-        return Critic(self.model, self.tokenizer, self.optimizer, context=context, settings=settings)
+    def make_worker(self, context: ParallelContext, config: ActorConfig) -> Any:
+        return Critic(self.model, self.tokenizer, self.optimizer, context=context, config=config)
 
     def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         config = {"use_margins": bool(self.dataset.config.margin), "pad_token_id": self.tokenizer.pad_token_id}
@@ -309,8 +310,8 @@ class GRPOTrainer(OneCallTrainer):
         return Evaluation(worker, list(self.held_out), self.reward.reward, **sampling)
 
     def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
-        sample, score = actor.sample(**self.sampling), self.reward.score()
-        return filled(sample, score, algorithm, loader, actor.context) >> algorithm.update()
+        sample = actor.sample(**self.sampling)
+        return filled(sample, self.reward.score(), algorithm, loader, actor.context) >> algorithm.update()
 
 
 class PPOTrainer(GRPOTrainer):
@@ -327,9 +328,9 @@ class PPOTrainer(GRPOTrainer):
         super().__init__(*arguments, **options)
         self.critic_model = critic_model
 
-    def make_worker(self, context: ParallelContext, settings: WorkerSettings) -> Any:
+    def make_worker(self, context: ParallelContext, config: ActorConfig) -> Any:
         shared = bool(self.options.get("shared_critic"))
-        return super().make_worker(context, settings.model_copy(update={"value_head": shared}))
+        return super().make_worker(context, config.model_copy(update={"value_head": shared}))
 
     def make_algorithm(self, actor: Any) -> BaseAlgorithm:
         if self.options.get("shared_critic"):
@@ -337,7 +338,7 @@ class PPOTrainer(GRPOTrainer):
         source = self.critic_model if self.critic_model is not None else self.model
         if isinstance(source, (list, tuple)):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")
-        critic = Critic(source, actor.tokenizer, context=actor.context, settings=actor.settings)
+        critic = Critic(source, actor.tokenizer, context=actor.context, config=actor.config)
         return PPO(actor, self.make_reference(actor), critic, self.options)
 
 

@@ -27,7 +27,7 @@ from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful
 from megatron_rl.trainer.loop import BatchSource, TrainingLoop
 from megatron_rl.trainer.output_lock import OutputLock
-from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers import Actor, Critic
 from megatron_rl.workers.assembly import check_share
 from megatron_rl.workers.trained_worker import TrainedWorker
@@ -40,7 +40,7 @@ class Trainer(TrainingLoop):
 
     Args:
         source: what each step's batch comes from, for example a `PromptLoader`.
-        settings: how long, what is saved, and where; ``overrides`` are fields of it by name.
+        config: how long, what is saved, and where; ``overrides`` are fields of it by name.
         tracking: where metrics go; None = console, metrics.jsonl and MLflow.
         evaluate: ``eval/...`` metrics, for example an `Evaluation`.
         params: the configuration, for trackers and for ``config.yaml`` in the output folder.
@@ -56,7 +56,7 @@ class Trainer(TrainingLoop):
         self,
         flow: Flow,
         source: BatchSource,
-        settings: TrainerSettings | None = None,
+        config: TrainerConfig | None = None,
         *,
         tracking: TrackerGroup.Config | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -64,20 +64,20 @@ class Trainer(TrainingLoop):
         params: Mapping[str, Any] | None = None,
         **overrides: Any,
     ) -> None:
-        settings = settings or TrainerSettings()
+        config = config or TrainerConfig()
         if overrides:
-            settings = TrainerSettings.parse(settings.model_dump() | overrides, "Trainer")
+            config = TrainerConfig.parse(config.model_dump() | overrides, "Trainer")
         algorithm = algorithm_of(flow)
         model = cast(Actor | Critic, algorithm.actor)  # the one that the run is about: a critic for a reward model
-        output_dir, context = Path(settings.output_dir), model.context
+        output_dir, context = Path(config.output_dir), model.context
         _check_data(source, model)
         lock = OutputLock(output_dir, context)
         super().__init__(
             flow,
             source,
             context,
-            settings,
-            checkpoints=_checkpoints(model, algorithm, settings),
+            config,
+            checkpoints=_checkpoints(model, algorithm, config),
             evaluate=evaluate,
             export=lambda folder: _export(model, algorithm, folder),
             callbacks=callbacks,
@@ -130,7 +130,7 @@ def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> No
         algorithm.critic.save_pretrained(folder.with_name(f"{folder.name}_critic"), overwrite=True)
 
 
-def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: TrainerSettings) -> DistributedCheckpoints:
+def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, config: TrainerConfig) -> DistributedCheckpoints:
     trained: dict[str, TrainedWorker] = {"actor": actor}
     states: dict[str, Stateful] = {"algorithm": algorithm}
     if isinstance(actor, Actor):
@@ -138,13 +138,13 @@ def _checkpoints(actor: Actor | Critic, algorithm: BaseAlgorithm, settings: Trai
     if isinstance(algorithm.critic, Critic):
         trained["critic"] = algorithm.critic
     return DistributedCheckpoints(
-        Path(settings.output_dir) / "checkpoints",
+        Path(config.output_dir) / "checkpoints",
         actor.context,
         trained,
         states,
-        resume=settings.resume,
-        keep_last=settings.keep_last,
-        asynchronous=settings.async_save,
+        resume=config.resume,
+        keep_last=config.keep_last,
+        asynchronous=config.async_save,
         describe=actor.describe_into,
-        verify=settings.verify_checkpoints,
+        verify=config.verify_checkpoints,
     )

@@ -2,6 +2,6 @@
 
 from megatron_rl.trainer.callbacks import Callback, StopAtReward
 from megatron_rl.trainer.loop import TrainingLoop
-from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
 
-__all__ = ["Callback", "StopAtReward", "TrainerSettings", "TrainingLoop"]
+__all__ = ["Callback", "StopAtReward", "TrainerConfig", "TrainingLoop"]

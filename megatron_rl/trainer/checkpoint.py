@@ -52,7 +52,7 @@ class DistributedCheckpoints:
         folder: where the checkpoints lie.
         models: the roles in training; "actor" keeps Megatron's own parameter names, others are prefixed.
         states: other state by name.
-        resume: as `TrainerSettings.resume`.
+        resume: as `TrainerConfig.resume`.
         keep_last: complete checkpoints to keep.
         asynchronous: write in a background process.
         describe: adds to a checkpoint's folder what it holds beside tensors; called on rank 0.

@@ -1,9 +1,9 @@
 """`Interruption`: SIGTERM (Slurm, Kubernetes, torchrun), SIGINT (Ctrl-C) and SIGHUP ask a run to stop.
 
 The handler only notes the signal. The loop asks all ranks at the end of each step, so that they stop after the same
-one though the signal reaches them at different moments. A step that is still sampling, scoring or evaluating after half
-of ``grace_seconds`` is given up (`parallel.abandon`), and the other half is for saving the state before it. A run that
-has not stopped after all of it is ended.
+one though the signal reaches them at different moments. A step that is still sampling, computing rewards or evaluating
+after half of ``grace_seconds`` is given up (`parallel.abandon`), and the other half is for saving the state before it.
+A run that has not stopped after all of it is ended.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.trainer.output_lock import OutputLock
-from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Checkpoints(Protocol):
     """Where the loop leaves and finds its state; see `trainer.checkpoint`."""
 
     def restore(self, trainer: TrainingLoop) -> bool:
-        """Load the checkpoint that the settings ask for; False for a fresh start."""
+        """Load the checkpoint that the config asks for; False for a fresh start."""
 
     def save(self, trainer: TrainingLoop) -> str:
         """Write a checkpoint of the present step; returns its folder."""
@@ -64,7 +64,7 @@ class Checkpoints(Protocol):
 
 
 class TrainingLoop:
-    """Runs ``flow`` until the settings say that it is enough.
+    """Runs ``flow`` until the config says that it is enough.
 
     Args:
         evaluate: returns ``eval/...`` metrics, the same on all ranks; called collectively.
@@ -77,7 +77,7 @@ class TrainingLoop:
         flow: Flow,
         source: BatchSource,
         context: ParallelContext,
-        settings: TrainerSettings,
+        config: TrainerConfig,
         *,
         checkpoints: Checkpoints | None = None,
         evaluate: Callable[[], dict[str, float]] | None = None,
@@ -88,7 +88,7 @@ class TrainingLoop:
         self.flow = flow
         self.source = source
         self.context = context
-        self.settings = settings
+        self.config = config
         self.checkpoints = checkpoints
         self.evaluate = evaluate
         self.export = export
@@ -100,7 +100,7 @@ class TrainingLoop:
         self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
         self._interruption = Interruption(
-            settings.grace_seconds, lambda: self._close_trackers("killed"), lost=self._what_is_lost
+            config.grace_seconds, lambda: self._close_trackers("killed"), lost=self._what_is_lost
         )
         self._ended_by = 0  # the signal that all ranks stop for
         self._saved: tuple[int, int | None] = (0, None)  # step and newest evaluation in the newest checkpoint
@@ -109,11 +109,11 @@ class TrainingLoop:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self.settings.total_steps(self.source.steps_per_epoch)
+        return self.config.total_steps(self.source.steps_per_epoch)
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.settings.output_dir)
+        return Path(self.config.output_dir)
 
     def stop(self, reason: str) -> None:
         """End the run after the present step. Call it on every rank."""
@@ -190,17 +190,17 @@ class TrainingLoop:
             self.checkpoints.poll()
         self._each("on_step_end", batch, metrics)
         self.history |= metrics
-        line = metrics if self.step % self.settings.log_every == 0 else {}
+        line = metrics if self.step % self.config.log_every == 0 else {}
         last = self.step >= self.total_steps or self._stop_reason is not None
         if not self._ended_by and (last or self._evaluation_is_due()):
             line = self._evaluate(line)
         self._track(line)
-        if self.settings.save_every and self.step % self.settings.save_every == 0 and self.step < self.total_steps:
+        if self.config.save_every and self.step % self.config.save_every == 0 and self.step < self.total_steps:
             self._save()
 
     def _evaluation_is_due(self) -> bool:
-        every, step = self.settings.evaluate_every, self.step
-        due = self.settings.evaluate_at_start if step == 0 else bool(every) and step % every == 0
+        every, step = self.config.evaluate_every, self.step
+        due = self.config.evaluate_at_start if step == 0 else bool(every) and step % every == 0
         return due and self._evaluated_step != step
 
     def _evaluate(self, line: Mapping[str, float]) -> dict[str, float]:
@@ -257,11 +257,11 @@ class TrainingLoop:
         if self._evaluated_step != self.step:  # a run that was stopped after its last step
             self._track(self._evaluate({}))
             self._finish_early()
-        if self.settings.save_at_end:
+        if self.config.save_at_end:
             self._save()
         if self.checkpoints is not None:
             self.checkpoints.finish()
-        if self.export is not None and self.settings.export:
+        if self.export is not None and self.config.export:
             self.export(self.output_dir / "hf")
         self._each("on_train_end")
 

@@ -1,9 +1,9 @@
 """Dynamic sampling: prompts whose samples teach nothing are replaced by new ones until the batch is full.
 
-`filled(sample, score, algorithm, source, context)` is ``sample >> score`` for an algorithm that keeps everything. For
-one that drops samples (DAPO, arXiv 2503.14476, section 3.2) it is a stage that samples and scores in rounds. Which
-groups are kept is decided over all data-parallel ranks together, in the order of the prompts, and they are shared out
-evenly anew: the batch does not depend on the number of ranks.
+`filled(sample, reward, algorithm, source, context)` is ``sample >> reward`` for an algorithm that keeps everything. For
+one that drops samples (DAPO, arXiv 2503.14476, section 3.2) it is a stage that samples and computes rewards in rounds.
+Which groups are kept is decided over all data-parallel ranks together, in the order of the prompts, and they are shared
+out evenly anew: the batch does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class PromptSource(Protocol):
 
 
 def filled(
-    sample: Stage, score: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
+    sample: Stage, reward: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
 ) -> Flow:
-    """Stages that turn prompts into scored samples worth training on."""
+    """Stages that turn prompts into samples worth training on, with their rewards."""
     if not algorithm.drops_samples:
-        return sample >> score
-    refill = Refill(sample, score, algorithm, source, context)
+        return sample >> reward
+    refill = Refill(sample, reward, algorithm, source, context)
     return Flow((Stage("actor.fill", refill, reads=("prompts",), writes=("samples", "rewards"), place=sample.place),))
 
 
 class Refill:
-    """Runs rounds of sampling and scoring; metrics are named ``sampling/...``."""
+    """Runs rounds of sampling and rewards; metrics are named ``sampling/...``."""
 
     def __init__(
-        self, sample: Stage, score: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
+        self, sample: Stage, reward: Stage, algorithm: BaseAlgorithm, source: PromptSource, context: ParallelContext
     ) -> None:
-        self.sample, self.score = sample, score
+        self.sample, self.reward = sample, reward
         self.algorithm = algorithm
         self.source = source
         self.context = context
@@ -80,7 +80,7 @@ class Refill:
 
     def _one_round(self, part: Batch) -> None:
         self.sample.execute(part, self.context.agreement)
-        self.score.execute(part, self.context.agreement)
+        self.reward.execute(part, self.context.agreement)
 
     def _gather(self, samples: Sequence[Sample]) -> tuple[list[Group], list[Group]]:
         """Groups that are kept and groups that are not, of all data-parallel ranks, in the order of the ranks."""

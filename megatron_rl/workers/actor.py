@@ -1,4 +1,4 @@
-"""`Actor`: the policy. It samples, scores tokens, is optimised, publishes its weights to the rollout engine, exports.
+"""`Actor`: the policy. It samples, gives log-probabilities, is trained, and pushes its weights to the rollout engine.
 
 actor = Actor(model="path/or/HF model", tokenizer=tokenizer)
 actor = Actor(model=chunks, tokenizer=tokenizer, optimizer=optimizer, parallel_state=parallel_state)
@@ -23,12 +23,12 @@ from megatron_rl.engines.build import build_engine
 from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
+from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.assembly import check_share, place_of
+from megatron_rl.workers.forward_only import forward_only_stage
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
 from megatron_rl.workers.rollouts import Rollouts
-from megatron_rl.workers.scoring import token_values_stage
-from megatron_rl.workers.settings import WorkerSettings
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Actor(TrainedWorker):
         tokenizer: of the model; its pad and eos are aligned with the model.
         optimizer: the job's own, over the parameters of ``model``: Megatron-Core's, for chunks that are wrapped in
             DistributedDataParallel, or one of torch.optim, which Megatron-Core's wrapper for the precision then steps
-            and clips (``settings.optimizer.clip_gradient``). None builds one from ``settings.optimizer``, sharded and
+            and clips (``config.optimizer.clip_gradient``). None builds one from ``config.optimizer``, sharded and
             gathered as the chunks' ``ddp_config`` says.
         parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
             ``parallel``.
@@ -53,15 +53,15 @@ class Actor(TrainedWorker):
         context: that of another role of this job, in place of both.
         scheduler: Megatron-Core's ``OptimizerParamScheduler``, advanced by 1 with each optimizer step; None: the job's
             own optimizer keeps its learning rate.
-        settings: everything else: an `Actor.Config`, or its fields by name.
-        rollout_engine: a ready one; None builds the one that ``settings.rollout`` names on first use.
+        config: everything else: an `Actor.Config`, or its fields by name.
+        rollout_engine: a ready one; None builds the one that ``config.rollout`` names on first use.
 
     Raises:
-        ConfigError: layout, model and settings do not fit together.
+        ConfigError: layout, model and config do not fit together.
     """
 
-    Config = WorkerSettings
-    settings: WorkerSettings
+    Config = ActorConfig
+    config: ActorConfig
 
     def __init__(
         self,
@@ -73,24 +73,24 @@ class Actor(TrainedWorker):
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
         scheduler: Any = None,
-        settings: WorkerSettings | Mapping[str, Any] | None = None,
+        config: ActorConfig | Mapping[str, Any] | None = None,
         rollout_engine: RolloutEngine | None = None,
     ) -> None:
-        settings = WorkerSettings.of(settings, "Actor")
+        config = ActorConfig.of(config, "Actor")
         engine = build_engine(
             model,
-            place_of(model, context, parallel_state, parallel, settings.seed),
-            settings,
+            place_of(model, context, parallel_state, parallel, config.seed),
+            config,
             name="actor",
             vocab=len(tokenizer),
             optimizer=optimizer,
             scheduler=scheduler,
-            shared_value_head=settings.value_head,
+            shared_value_head=config.value_head,
         )
-        super().__init__(engine, settings, tokenizer)
+        super().__init__(engine, config, tokenizer)
         check_vocabulary(tokenizer, engine.architecture.vocab)
         special = align_tokenizer(tokenizer, engine.origin.hf_config, generation=engine.origin.generation)
-        self.rollouts = Rollouts(engine, tokenizer, special.eos, settings.rollout, settings.seed, rollout_engine)
+        self.rollouts = Rollouts(engine, tokenizer, special.eos, config.rollout, config.seed, rollout_engine)
 
     @property
     def policy_version(self) -> int:
@@ -111,13 +111,13 @@ class Actor(TrainedWorker):
         """A stage that generates ``n`` responses for each prompt with the newest weights.
 
         Args:
-            n: samples a prompt; None = ``settings.sampling.n``.
+            n: samples a prompt; None = ``config.sampling.n``.
             parts: the prompts are answered in so many parts, one after the other.
             then: called with the samples of each part, on every rank, before the next part is generated; with
-                `RewardModel.begin` services score one part while the engine works on the next.
-            sampling: other fields of `SamplingParams`, over ``settings.sampling``.
+                `RewardModel.begin` reward services work on one part while the engine generates the next.
+            sampling: other fields of `SamplingParams`, over ``config.sampling``.
         """
-        values = self.settings.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
+        values = self.config.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
         params = SamplingParams.parse(values, "actor.sample")
 
         def run(batch: Batch) -> None:
@@ -139,14 +139,14 @@ class Actor(TrainedWorker):
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))
 
-        place = f"{self.settings.rollout.engine} engine TP{self.settings.rollout.tp}"
+        place = f"{self.config.rollout.engine} engine TP{self.config.rollout.tp}"
         agreement = self.context.agreement
         return Stage("actor.sample", run, ("prompts",), ("samples",), place, may_abandon=True, agreement=agreement)
 
     def logprobs(self, write: str = "old_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the training weights, fp32
         ``[num_tokens]``; of all tokens where the batch has no ``response_mask``."""
-        return token_values_stage("actor.logprobs", self.engine, logprob_output, write)
+        return forward_only_stage("actor.logprobs", self.engine, logprob_output, write)
 
     def values(self, write: str = "values") -> Stage:
         """A stage that writes the values of a critic on shared weights, as `Critic.values`.
@@ -158,7 +158,7 @@ class Actor(TrainedWorker):
             raise ConfigError(
                 "a critic on the actor's weights needs actor.value_head=true, and a model that is built here"
             )
-        return token_values_stage("actor.values", self.engine, value_output, write)
+        return forward_only_stage("actor.values", self.engine, value_output, write)
 
     # Work
 
@@ -199,7 +199,7 @@ class Actor(TrainedWorker):
 
     def generate(self, prompts: list[Prompt], **sampling: Any) -> list[Sample]:
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""
-        values = self.settings.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
+        values = self.config.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
         seeds = self.rollouts.evaluation_seeds(prompts)
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds)

@@ -11,8 +11,8 @@ from megatron_rl.engines.build import build_engine
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.assembly import place_of
+from megatron_rl.workers.forward_only import forward_only_stage
 from megatron_rl.workers.outputs import Predict, value_output
-from megatron_rl.workers.scoring import token_values_stage
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 
@@ -25,10 +25,10 @@ class Critic(TrainedWorker):
         tokenizer: goes into the folder of `save_pretrained`; needed for Megatron chunks, whose logical vocabulary is
             its length.
         optimizer, parallel_state, parallel, context, scheduler: as for `Actor`.
-        settings: a `Critic.Config`, or its fields by name.
+        config: a `Critic.Config`, or its fields by name.
 
     Raises:
-        ConfigError: layout, model and settings do not fit together.
+        ConfigError: layout, model and config do not fit together.
     """
 
     Config = EngineConfig
@@ -43,24 +43,24 @@ class Critic(TrainedWorker):
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
         scheduler: Any = None,
-        settings: EngineConfig | Mapping[str, Any] | None = None,
+        config: EngineConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        settings = EngineConfig.of(settings, "Critic")
+        config = EngineConfig.of(config, "Critic")
         engine = build_engine(
             model,
-            place_of(model, context, parallel_state, parallel, settings.seed),
-            settings,
+            place_of(model, context, parallel_state, parallel, config.seed),
+            config,
             name="critic",
             vocab=0 if tokenizer is None else len(tokenizer),
             optimizer=optimizer,
             scheduler=scheduler,
             value_model=True,
         )
-        super().__init__(engine, settings, tokenizer)
+        super().__init__(engine, config, tokenizer)
 
     def values(self, write: str = "values") -> Stage:
         """A stage that writes values, fp32 ``[num_tokens]``: at token t, of the prefix that ends just before t."""
-        return token_values_stage("critic.values", self.engine, value_output, write)
+        return forward_only_stage("critic.values", self.engine, value_output, write)
 
     def predictor(self, batch: Batch, with_entropy: bool) -> Predict:
         """The loss reads ``inputs.values``."""

@@ -8,10 +8,10 @@ from megatron_rl.data import Limits
 from megatron_rl.engines.build import needs_vocab, size_of
 from megatron_rl.models.tokenizer import check_vocabulary
 from megatron_rl.rollout import ENGINES
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 
-def model_limits(model: Any, tokenizer: Any, settings: WorkerSettings, max_tokens: int | None = None) -> Limits:
+def model_limits(model: Any, tokenizer: Any, config: ActorConfig, max_tokens: int | None = None) -> Limits:
     """Vocabulary and context of ``model``.
 
     Args:
@@ -26,5 +26,5 @@ def model_limits(model: Any, tokenizer: Any, settings: WorkerSettings, max_token
         check_vocabulary(tokenizer, vocab)
     if max_tokens is None:
         return Limits(vocab, context)
-    engine = ENGINES[settings.rollout.engine]
-    return Limits(vocab, engine.context(settings.rollout.options, context), max_tokens)
+    engine = ENGINES[config.rollout.engine]
+    return Limits(vocab, engine.context(config.rollout.options, context), max_tokens)

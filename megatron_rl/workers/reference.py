@@ -1,8 +1,8 @@
 """`Reference`: the frozen policy that KL penalties are measured against.
 
-`Reference(actor)` keeps a copy of the actor's weights as they are now, and lends it to the actor's own model while it
-scores: no second model is built, and it works for any model that the actor works for. Where the actor trains adapters
-(`EngineConfig.lora`) nothing is copied: the reference is the actor's model with its adapters off.
+`Reference(actor)` keeps a copy of the actor's weights as they are now, and puts it into the actor's own model for its
+forward passes: no second model is built, and it works for any model that the actor works for. Where the actor trains
+adapters (`EngineConfig.lora`) nothing is copied: the reference is the actor's model with its adapters off.
 `Reference(model=...)` builds its own model, for a reference of another origin.
 """
 
@@ -22,8 +22,8 @@ from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.assembly import place_of
+from megatron_rl.workers.forward_only import forward_only
 from megatron_rl.workers.outputs import logprob_output
-from megatron_rl.workers.scoring import token_values
 
 
 class Reference:
@@ -34,11 +34,11 @@ class Reference:
             takes as its model.
         tokenizer: needed for Megatron chunks, whose logical vocabulary is its length.
         parallel_state, parallel, context: as for `Actor`, when ``model`` is not one.
-        settings: a `Reference.Config`, or its fields by name, when ``model`` is no `Actor`.
-        offload: keep the copy in host memory and bring it to the device only while scoring (with an `Actor`).
+        config: a `Reference.Config`, or its fields by name, when ``model`` is no `Actor`.
+        offload: keep the copy in host memory and bring it to the device only for forward passes (with an `Actor`).
 
     Raises:
-        ConfigError: layout, model and settings do not fit together.
+        ConfigError: layout, model and config do not fit together.
     """
 
     Config = EngineConfig
@@ -51,7 +51,7 @@ class Reference:
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
-        settings: EngineConfig | Mapping[str, Any] | None = None,
+        config: EngineConfig | Mapping[str, Any] | None = None,
         offload: bool = False,
     ) -> None:
         self._frozen: dict[str, Tensor] | None = None
@@ -63,10 +63,10 @@ class Reference:
             return
         if tokenizer is None and needs_vocab(model):
             raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
-        settings = EngineConfig.of(settings, "Reference")
-        place = place_of(model, context, parallel_state, parallel, settings.seed)
+        config = EngineConfig.of(config, "Reference")
+        place = place_of(model, context, parallel_state, parallel, config.seed)
         vocab = 0 if tokenizer is None else len(tokenizer)
-        self.engine = build_engine(model, place, settings, name="reference", vocab=vocab, frozen=True)
+        self.engine = build_engine(model, place, config, name="reference", vocab=vocab, frozen=True)
 
     @property
     def context(self) -> ParallelContext:
@@ -78,7 +78,7 @@ class Reference:
 
         def run(batch: Any) -> None:
             with self.in_place():
-                batch.tokens[write] = token_values(self.engine, batch, logprob_output)
+                batch.tokens[write] = forward_only(self.engine, batch, logprob_output)
 
         at = self.context
         return Stage("reference.logprobs", run, ("input_ids",), (write,), place=str(at.sizes), agreement=at.agreement)

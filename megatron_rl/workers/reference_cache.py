@@ -22,9 +22,9 @@ from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.reshard.layout import Span, matrix_shape
 from megatron_rl.workers.actor import Actor
+from megatron_rl.workers.forward_only import forward_only
 from megatron_rl.workers.outputs import logprob_output
 from megatron_rl.workers.reference import Reference
-from megatron_rl.workers.scoring import token_values
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def compute(engine: TrainingEngine, rows: Sequence[tuple[str, Batch]]) -> dict[s
     for start in range(0, len(rows), ROWS_AT_ONCE):
         mine = rows[start : start + ROWS_AT_ONCE][context.coordinates.dp :: context.dp_size]
         batch = joined([row for _, row in mine])
-        values = token_values(engine, batch, logprob_output)  # also of no rows: other replicas wait in collectives
+        values = forward_only(engine, batch, logprob_output)  # also of no rows: other replicas wait in collectives
         parts = values.split(batch.lengths.tolist()) if mine else ()
         share = [(digest, part.clone()) for (digest, _), part in zip(mine, parts, strict=True)]
         shares = context.gather_objects(share)

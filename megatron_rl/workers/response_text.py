@@ -1,7 +1,7 @@
 """`ResponseDecoder`: a response's token ids as text, and where in it special tokens stood.
 
 Rewards read text without special tokens. Those that a reward asks for can be put back (`Sample.text_with`), and those
-that `RolloutSettings.special_tokens` names stay for all of them. EOS and padding are never shown.
+that `RolloutConfig.special_tokens` names stay for all of them. EOS and padding are never shown.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
 RewardModel({"correct": r1, "format": (r2, 0.2)})   several, weighted
-RewardModel("path/to/classifier")         a model with a value head, run by this job: see `score_model`
+RewardModel("path/to/classifier")         a model with a value head, run by this job: see `model_reward`
 RewardModel(model=chunks, tokenizer=tokenizer, parallel_state=parallel_state)      the same, of a Megatron job's own
 RewardModel(url, kind="vllm", model="my-rm")        a service: see `megatron_rl.rewards.service`
 """
@@ -23,20 +23,20 @@ from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import NoReward, Reward, RewardError, as_reward, build_service, share
 from megatron_rl.workers.assembly import running_context
-from megatron_rl.workers.score_model import ScoreModel, is_model
+from megatron_rl.workers.model_reward import ModelReward, is_model
 
 
 class RewardModel:
-    """Scores samples.
+    """Gives each sample its reward.
 
     Args:
         source: a function ``Sample -> float``, a `Reward`, or a mapping of names to rewards or (reward, weight) pairs;
             or with ``kind`` the address of a service; or a model with a value head: a Hugging Face sequence classifier
             with one label (folder, id or model), a Megatron checkpoint, Megatron chunks, a ready `TrainingEngine`. A
             model may also be given as ``model``.
-        tokenizer, parallel_state, parallel, context, settings: of a model with a value head, as for `Critic`.
+        tokenizer, parallel_state, parallel, context, config: of a model with a value head, as for `Critic`.
         kind: vllm, sglang, tei, tgi, http or judge, when ``source`` is an address.
-        options: of the service's Config, of `as_reward`, or of `ScoreModel` (``retokenize``, ``pad_token_id``).
+        options: of the service's Config, of `as_reward`, or of `ModelReward` (``retokenize``, ``pad_token_id``).
 
     Raises:
         ConfigError: ``source`` is none of these.
@@ -50,23 +50,23 @@ class RewardModel:
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
-        settings: EngineConfig | Mapping[str, Any] | None = None,
+        config: EngineConfig | Mapping[str, Any] | None = None,
         kind: str | None = None,
         **options: Any,
     ) -> None:
-        of_model = {
+        of_model: dict[str, Any] = {
             "tokenizer": tokenizer,
             "parallel_state": parallel_state,
             "parallel": parallel,
             "context": context,
-            "settings": settings,
+            "config": config,
         }
         if source is None:
             source = options.pop("model", None)
         if kind is not None or (isinstance(source, str) and source.startswith(("http://", "https://"))):
             self.reward: Reward = build_service(str(source), kind, **_only(options, of_model))
         elif source is not None and is_model(source):
-            self.reward = ScoreModel(model=source, **of_model, **options)
+            self.reward = ModelReward(model=source, engine_config=of_model.pop("config"), **of_model, **options)
         else:
             self.reward = as_reward(source, **_only(options, of_model))
         self._joined = False
@@ -97,7 +97,7 @@ class RewardModel:
         return Stage("reward.score", run, ("samples",), ("rewards",), place=self.reward.place, collective=collective)
 
     def begin(self, samples: list[Sample]) -> None:
-        """Let services score these samples while others are still generated: the ``then`` of `Actor.sample`.
+        """Let services work on these samples while others are still generated: the ``then`` of `Actor.sample`.
 
         Call it on every rank; `score` waits for the answers.
         """
@@ -105,7 +105,7 @@ class RewardModel:
         self.reward.begin(samples)
 
     def _join_replica(self) -> None:
-        """Once, when the first samples are scored: what is asked once for each replica learns of its other ranks."""
+        """Once, before the first rewards: a reward that one rank of each replica computes learns of the other ranks."""
         if not self._joined and dist.is_initialized() and dist.get_world_size() > 1:
             self.reward = share(self.reward, running_context(seed=0))
         self._joined = True

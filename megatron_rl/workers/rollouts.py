@@ -37,8 +37,8 @@ from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.sync import PUSH_SECONDS, SyncReport, WeightSync, default_transport
 from megatron_rl.weights.target import PartialTarget, WeightTarget, within
+from megatron_rl.workers.actor_config import RolloutConfig
 from megatron_rl.workers.response_text import ResponseDecoder
-from megatron_rl.workers.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -61,17 +61,17 @@ class Rollouts:
         model: TrainingEngine,
         tokenizer: Any,
         eos: tuple[int, ...],
-        settings: RolloutSettings,
+        config: RolloutConfig,
         seed: int,
         engine: RolloutEngine | None,
     ) -> None:
         if engine is None:
-            ENGINES[settings.engine].check_model(model.architecture)
+            ENGINES[config.engine].check_model(model.architecture)
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos
-        self.decode = ResponseDecoder(tokenizer, {*eos, tokenizer.pad_token_id}, settings.special_tokens)
-        self.settings = settings
+        self.decode = ResponseDecoder(tokenizer, {*eos, tokenizer.pad_token_id}, config.special_tokens)
+        self.config = config
         self.seed = seed
         self.trained_version = 0  # of the weights that training holds
         self.calls = 0  # of training_seeds: part of every seed
@@ -85,7 +85,7 @@ class Rollouts:
         self._asleep = False
         context = model.context
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
-        self.placements = [RolloutPlacement(replica, settings.tp) for replica in ranks]
+        self.placements = [RolloutPlacement(replica, config.tp) for replica in ranks]
 
     @property
     def placement(self) -> RolloutPlacement:
@@ -124,7 +124,7 @@ class Rollouts:
     @property
     def dtype(self) -> torch.dtype:
         """Of the rollout weights."""
-        return DTYPES[self.settings.dtype] if self.settings.dtype else self.model.dtype
+        return DTYPES[self.config.dtype] if self.config.dtype else self.model.dtype
 
     @property
     def engine(self) -> RolloutEngine:
@@ -134,11 +134,11 @@ class Rollouts:
         return self._engine
 
     def _build_engine(self) -> RolloutEngine:
-        model, tp = self.model, self.settings.tp
+        model, tp = self.model, self.config.tp
         replicas = tuple(replica for placement in self.placements for replica in placement.replicas)
         platform = current_platform()
         group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
-        return ENGINES[self.settings.engine](  # type: ignore[call-arg]
+        return ENGINES[self.config.engine](  # type: ignore[call-arg]
             architecture=model.architecture,
             layout=rollout_layout(model.architecture, tp, replicas),
             rank=model.context.rank,
@@ -146,15 +146,15 @@ class Rollouts:
             tp_group=group,
             eos_token_ids=self.eos,
             tokenizer=self.tokenizer,
-            max_running=self.settings.max_running,
+            max_running=self.config.max_running,
             device=model.device,
-            **self.settings.options,
+            **self.config.options,
         )
 
     def limits(self, max_tokens: int) -> Limits:
         """What a prompt may be that is answered with up to ``max_tokens``."""
-        architecture, settings = self.model.architecture, self.settings
-        context = ENGINES[settings.engine].context(settings.options, architecture.max_positions)
+        architecture, config = self.model.architecture, self.config
+        context = ENGINES[config.engine].context(config.options, architecture.max_positions)
         return Limits(architecture.vocab, context, max_tokens)
 
     def push(self) -> SyncReport:
@@ -186,8 +186,8 @@ class Rollouts:
             rank=self.model.context.rank,
             # An engine in another process has no tensors here that would tell.
             wire_dtype=self.dtype if target.streams else None,
-            max_staging_bytes=self.settings.max_staging_bytes,
-            attest=self.settings.attest,
+            max_staging_bytes=self.config.max_staging_bytes,
+            attest=self.config.attest,
             device=self.model.device,
             transport=transport,
         )
@@ -309,8 +309,8 @@ class Rollouts:
         return WeightCheck(int(self.placement.tp_rank(rank) == 0), named)
 
     def rest(self) -> None:
-        """Sampling is over for this step: let the engine sleep if the settings say so. Its weights are lost."""
-        if self.settings.sleep_while_training and not self._asleep:
+        """Sampling is over for this step: let the engine sleep if the config says so. Its weights are lost."""
+        if self.config.sleep_while_training and not self._asleep:
             self.engine.sleep()
             self._served_version, self._asleep = None, True
 

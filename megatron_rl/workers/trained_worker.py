@@ -48,9 +48,9 @@ class Reading:
 class TrainedWorker:
     """A role around a model in training."""
 
-    def __init__(self, engine: TrainingEngine, settings: EngineConfig, tokenizer: Any) -> None:
+    def __init__(self, engine: TrainingEngine, config: EngineConfig, tokenizer: Any) -> None:
         self.engine = engine
-        self.settings = settings
+        self.config = config
         self.tokenizer = tokenizer
         self.num_updates = 0  # calls of `optimize` so far
 
@@ -87,7 +87,7 @@ class TrainedWorker:
             FloatingPointError: the loss or the gradient of a step is not finite; that step has changed nothing. Not
                 where a loss scale that can still fall has made it overflow: that step is skipped and counted.
         """
-        mixed = ((self.settings.seed * 1_000_003 + seed) * 1_000_003 + self.num_updates) % 2**62
+        mixed = ((self.config.seed * 1_000_003 + seed) * 1_000_003 + self.num_updates) % 2**62
         reading = Reading(loss, reads, sequence_reads, with_entropy, group_field)
         collected: list[dict[str, Mean]] = []
         norms: list[float | None] = []  # None: a skipped step
@@ -191,7 +191,7 @@ class TrainedWorker:
             dtype: of the weights there; None = that of the folder, model or checkpoint which they came from, whatever
                 precision they were trained in. A job's own chunks have no such source: their own dtype.
 
-        A value model becomes a sequence classifier with one label: its score is the value after the last token of a
+        A value model becomes a sequence classifier with one label: its output is the value after the last token of a
         sequence that is not padding. The value head of a critic on shared weights goes into the sub-folder
         ``value_head``.
         """

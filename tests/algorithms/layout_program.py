@@ -23,7 +23,7 @@ from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 
 PADDED = {"packing": False, "micro_batch_size": 4}
-LAYOUTS: dict[str, tuple[dict, dict]] = {  # of `ParallelSizes`, of the workers' settings
+LAYOUTS: dict[str, tuple[dict, dict]] = {  # of `ParallelSizes`, of `Actor.Config`
     "one": ({}, {}),
     "one_padded": ({}, PADDED),
     "tp2": ({"tp": 2}, {}),
@@ -112,14 +112,14 @@ def fixed_batch(context) -> Batch:
 def run_layout(model: str, layout: str) -> dict[str, dict[str, float]]:
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-4, clip_gradient=0.0)
     sizes, overrides = LAYOUTS[layout]
-    settings = Actor.Config(optimizer=sgd, token_budget=96, **overrides)
-    actor = Actor(model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), settings=settings)
+    config = Actor.Config(optimizer=sgd, token_budget=96, **overrides)
+    actor = Actor(model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), config=config)
     reference = Reference(actor)
-    critic = Critic(model, context=actor.context, settings=settings)
+    critic = Critic(model, context=actor.context, config=config)
     found = {}
-    for name, config in (ONLINE | PAIRED | LABELLED | {"sft": {}}).items():
+    for name, options in (ONLINE | PAIRED | LABELLED | {"sft": {}}).items():
         kind = ALGORITHMS[name.split()[0]]
-        algorithm = kind(critic, **config) if name == "reward-model" else kind(actor, reference, critic, config)
+        algorithm = kind(critic, **options) if name == "reward-model" else kind(actor, reference, critic, options)
         batches = [sampled_batch(actor.context) if name in ONLINE else fixed_batch(actor.context) for _ in range(2)]
         for batch in batches:
             algorithm.update()(batch)

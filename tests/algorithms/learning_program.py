@@ -17,7 +17,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
 from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
-from megatron_rl.algorithms.reward_modelling import ask_for_scores
+from megatron_rl.algorithms.reward_modelling import append_value_tokens
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -64,7 +64,7 @@ class Task:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.context = ParallelContext.create(ParallelSizes(tp=tp), seed=0)
         adam = OptimizerSettings(learning_rate=1e-3)
-        self.settings = Actor.Config(optimizer=adam, token_budget=2048)
+        self.config = Actor.Config(optimizer=adam, token_budget=2048)
 
     def own(self, rows: list) -> list:
         """This data-parallel rank's contiguous share."""
@@ -108,7 +108,7 @@ def preference(task: Task, scorer: Actor | Critic) -> tuple[float, float]:
     """Margin and accuracy on held-out names: by log-probability, or by score for a reward model."""
     batch = task.pairs(NAMES[8:], spread=False)
     if isinstance(scorer, Critic):
-        ask_for_scores(batch)
+        append_value_tokens(batch)
         scorer.values(write="found").run(batch)
     else:
         scorer.logprobs(write="found").run(batch)
@@ -140,13 +140,13 @@ def learn_offline(task: Task, algorithm: OfflineAlgorithm, scorer: Actor | Criti
 def learn(task: Task, name: str) -> dict[str, float]:
     kind, config = ALGORITHMS[name], SETTINGS.get(name, {})
     if name == "reward-model":
-        critic = Critic(task.model, context=task.context, settings=task.settings)
+        critic = Critic(task.model, context=task.context, config=task.config)
         return learn_offline(task, kind(critic, **config), critic)
-    actor = Actor(task.model, task.tokenizer, context=task.context, settings=task.settings)
+    actor = Actor(task.model, task.tokenizer, context=task.context, config=task.config)
     reference = None if issubclass(kind, PairwiseAlgorithm) and name in ("orpo", "simpo", "cpo") else Reference(actor)
     if issubclass(kind, OfflineAlgorithm):
         return learn_offline(task, kind(actor, reference, None, config), actor)
-    critic = Critic(task.model, context=task.context, settings=task.settings) if name == "ppo" else None
+    critic = Critic(task.model, context=task.context, config=task.config) if name == "ppo" else None
     config = {"kl_coefficient": 0.0, **config}
     return learn_online(task, kind(actor, reference, critic, config), actor)
 

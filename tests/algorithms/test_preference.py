@@ -18,7 +18,7 @@ from algorithms.ragged import (
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import ALGORITHMS, DPO, PAIR_LOSSES, RewardModelling
-from megatron_rl.algorithms.reward_modelling import ask_for_scores
+from megatron_rl.algorithms.reward_modelling import append_value_tokens
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
 
@@ -299,7 +299,7 @@ def test_reward_model_loss_is_bradley_terry_on_the_asked_scores(config, monkeypa
 
 def test_asking_for_scores_appends_one_masked_token_to_each_sequence():
     batch = Batch.from_sequences([[5, 6, 7], [8], []], [[0, 1, 1], [1], []])
-    ask_for_scores(batch)
+    append_value_tokens(batch)
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 7]
     assert batch["input_ids"].tolist() == [5, 6, 7, 0, 8, 0, 0]
     assert batch["response_mask"].tolist() == [False, False, False, True, False, True, True]

@@ -41,7 +41,7 @@ def steps(job_name: str, way: str) -> list[dict[str, float]]:
         NumberTokenizer(),
         job.optimizer,
         parallel_state,
-        settings={"collectives": WAYS[way], "compare_with_export": False},
+        config={"collectives": WAYS[way], "compare_with_export": False},
     )
     groups = [
         getattr(group, name)

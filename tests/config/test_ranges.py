@@ -17,7 +17,7 @@ import megatron_rl
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.ranges import NonNegative
 from megatron_rl.rollout.base import SamplingParams
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 PASSED_ON = {("ServerConfig", "args")}  # arguments of another program, whose ranges are its own
 NOWHERE = {
@@ -146,12 +146,12 @@ def test_empty_texts_are_refused_where_they_are_not_the_default():
 
 
 def test_a_nested_mistake_is_named_by_its_whole_path():
-    with pytest.raises(ConfigError, match=r"^WorkerSettings: optimizer\.beta1 = 2: expected less than 1$"):
-        WorkerSettings(optimizer={"beta1": 2})
+    with pytest.raises(ConfigError, match=r"^ActorConfig: optimizer\.beta1 = 2: expected less than 1$"):
+        ActorConfig(optimizer={"beta1": 2})
 
 
 def test_a_copy_is_checked_and_remembers_what_was_set():
-    settings = WorkerSettings(seed=3)
+    settings = ActorConfig(seed=3)
     with pytest.raises(ConfigError, match="learning_rate = -1"):
         settings.optimizer.model_copy(update={"learning_rate": -1})
     copy = settings.model_copy(update={"token_budget": 7})

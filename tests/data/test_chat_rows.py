@@ -14,7 +14,7 @@ from chat_tokenizer import NO_CONTENT, TEXT_CONTENT, chat_tokenizer
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.data import CompletionDataset, DataError, LabelledDataset, PairDataset, PromptDataset
 from megatron_rl.models.tokenizer import render_prompt
-from megatron_rl.workers.score_model import ScoredText
+from megatron_rl.workers.model_reward import RewardTokenizer
 
 
 def function(name: str, **properties: str) -> dict:
@@ -154,7 +154,11 @@ def test_every_sequence_begins_with_one_bos(ends: bool) -> None:
             assert item.completion_ids == pair.chosen_ids
         sample = Sample(Prompt(prompt.token_ids, prompt.text), [], [], response_text="ok")
         answer = tokenizer.encode("ok", add_special_tokens=False)
-        assert ScoredText(tokenizer, None).token_ids(sample) == [*prompt.token_ids, *answer, tokenizer.eos_token_id]
+        assert RewardTokenizer(tokenizer, None).token_ids(sample) == [
+            *prompt.token_ids,
+            *answer,
+            tokenizer.eos_token_id,
+        ]
     if not ends:
         assert render_prompt(tokenizer, "<s>hi") == render_prompt(tokenizer, "hi")
 

@@ -57,7 +57,7 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actor]:
     server = {"python": python, "context_length": 512, "max_total_tokens": 8192}
     options = {"server": server, "return_routed_experts": True}
     rollout = {"engine": "sglang", "max_running": 8, "options": options}
-    actor = Actor(folder, PreTrainedTokenizerFast.from_pretrained(folder), settings={"rollout": rollout})
+    actor = Actor(folder, PreTrainedTokenizerFast.from_pretrained(folder), config={"rollout": rollout})
     try:
         yield actor
     finally:

@@ -114,11 +114,9 @@ def actor_of(case: str, folder: Path) -> Actor:
         fill(chunks)
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
-        return Actor(float16(args, config, chunks), Tokenizer(), optimizer, parallel_state, settings=more)
+        return Actor(float16(args, config, chunks), Tokenizer(), optimizer, parallel_state, config=more)
     job: Job = build(args, fill, packing_provider if "packed" in case else local_provider)
-    return Actor(
-        job.model, Tokenizer(), job.optimizer, parallel_state, scheduler=job.opt_param_scheduler, settings=more
-    )
+    return Actor(job.model, Tokenizer(), job.optimizer, parallel_state, scheduler=job.opt_param_scheduler, config=more)
 
 
 def _untied(args: JobArguments) -> bool:

@@ -57,7 +57,7 @@ def job_and_actor(args: JobArguments) -> tuple[Job, Actor]:
     torch.manual_seed(5)
     job = build(args)
     sampling = {"max_tokens": 6, "n": 2}
-    return job, Actor(job.model, Tokenizer(), job.optimizer, parallel_state, settings={"sampling": sampling})
+    return job, Actor(job.model, Tokenizer(), job.optimizer, parallel_state, config={"sampling": sampling})
 
 
 def sample(actor: Actor) -> Batch:
@@ -198,7 +198,7 @@ def test_changed_adapters_are_pushed():
         chunks,
         Tokenizer(),
         parallel_state=parallel_state,
-        settings={"lora": {"rank": 2}, "sampling": {"max_tokens": 6}},
+        config={"lora": {"rank": 2}, "sampling": {"max_tokens": 6}},
     )
     sample(actor)
     for adapter in actor.engine.adapters.values():

@@ -80,7 +80,7 @@ def test_adapters_are_trained_in_a_wrapped_model():
         float16(args, config, chunks),
         NumberTokenizer(),
         parallel_state=parallel_state,
-        settings={"lora": {"rank": 2}},
+        config={"lora": {"rank": 2}},
         optimizer=None,
     )
     batch = sampled_batch(actor.context)

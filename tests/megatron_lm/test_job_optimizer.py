@@ -99,7 +99,7 @@ def test_a_torch_optimizer_takes_the_steps_of_megatrons_own(precision):
         else:
             chunks = chunks_of(args) if kind == "bare" else wrapped_chunks(args)
             clipped = Actor.Config(optimizer={"clip_gradient": CLIP})
-            actor = actor_of(chunks, torch.optim.Adam(parameters(chunks), **ADAM), settings=clipped)
+            actor = actor_of(chunks, torch.optim.Adam(parameters(chunks), **ADAM), config=clipped)
         batch = steps(actor)
         made[kind] = (final(actor), batch.metrics["optimizer/gradient_norm"], batch.metrics["optimizer/learning_rate"])
     assert made["own"][1] > CLIP  # so that clipping has done something
@@ -279,7 +279,7 @@ def test_the_optimizer_made_here_is_the_one_the_wrapper_was_made_for(case):
 def test_an_update_rule_that_cannot_be_sharded_is_refused_for_sharded_chunks():
     chunks = wrapped_chunks(replace(SMALL, use_distributed_optimizer=True))
     with pytest.raises(ConfigError, match="optimizer=sgd, but the model chunks are wrapped for Megatron's distributed"):
-        actor_of(chunks, optimizer=None, settings=Actor.Config(optimizer={"optimizer": "sgd"}))
+        actor_of(chunks, optimizer=None, config=Actor.Config(optimizer={"optimizer": "sgd"}))
 
 
 # --- fp16 ------------------------------------------------------------------------------------------------------------
@@ -319,8 +319,8 @@ def test_a_gradient_that_no_scale_makes_finite_stops_the_run():
 
 def test_a_model_that_is_built_here_in_fp16_has_a_loss_scale_too(tmp_path):
     folder = write_random_model(tmp_path / "model", PLAIN, 1)
-    settings = Actor.Config(dtype="float16", optimizer={"learning_rate": 1e-3})
-    actor = Actor(str(folder), NumberTokenizer(), None, parallel_state, settings=settings)
+    config = Actor.Config(dtype="float16", optimizer={"learning_rate": 1e-3})
+    actor = Actor(str(folder), NumberTokenizer(), None, parallel_state, config=config)
     batch = steps(actor)
     assert batch.metrics["optimizer/loss_scale"] == 2.0**16
     assert batch.metrics["optimizer/skipped_steps"] == 0.0

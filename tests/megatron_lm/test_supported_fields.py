@@ -29,8 +29,8 @@ from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_fields import NEUTRAL, NEUTRAL_WITH_EXPERTS, classified, refused_fields
 from megatron_rl.weights.hf_out import save_hf
+from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.assembly import running_context
-from megatron_rl.workers.settings import WorkerSettings
 
 VOCAB = 96
 DENSE: dict[str, Any] = {
@@ -71,7 +71,7 @@ def build(context, fields: dict[str, Any], **arguments: Any) -> GPTModel:
 
 def adopt(context, chunk: torch.nn.Module, compare: bool = False) -> MegatronEngine:
     return build_engine(
-        chunk, context, WorkerSettings(compare_with_export=compare), name="actor", vocab=VOCAB, frozen=True
+        chunk, context, ActorConfig(compare_with_export=compare), name="actor", vocab=VOCAB, frozen=True
     )
 
 

@@ -20,7 +20,7 @@ from megatron_rl.engines.convert import convert
 from megatron_rl.engines.megatron.build import from_hf
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import starting_model
-from megatron_rl.run.config import RunConfig
+from megatron_rl.run.run_config import RunConfig
 
 LLAMA = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --group-query-attention --num-query-groups 2 "

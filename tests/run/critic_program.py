@@ -22,12 +22,12 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.engines.convert import convert
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.tracking import TrackerGroup
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 ROWS = [[5, 6, 14, 7, 8, 15], [9, 14, 3, 15, 12], [4, 4, 14, 4, 15, 8, 2]]
 QUIET = TrackerGroup.Config(trackers=())
 PROMPTS = [{"prompt": f"{a}+{b}="} for a in range(10, 18) for b in range(10, 14)]
-SHARED = WorkerSettings(value_head=True)
+SHARED = ActorConfig(value_head=True)
 
 
 def digits(sample) -> float:
@@ -97,7 +97,7 @@ def shared_critic(folder: Path) -> dict[str, list[float]]:
     ParallelContext.forget()
     two = ParallelSizes(tp=2)
     for name, source in {"folder": str(output / "hf"), "checkpoint": checkpoint}.items():
-        actor = Actor(source, tokenizer, parallel=two, settings=SHARED)
+        actor = Actor(source, tokenizer, parallel=two, config=SHARED)
         found[f"actor from {name} at TP2"] = values_of(actor.values())
         found[f"critic from {name} at TP2"] = values_of(Critic(source, parallel=two).values())
     actor.save_pretrained(folder / "again")

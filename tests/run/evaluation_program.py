@@ -16,7 +16,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl import GRPOTrainer, PPOTrainer
 from megatron_rl.config import load_config
 from megatron_rl.run.build import build_trainer
-from megatron_rl.run.config import RunConfig
+from megatron_rl.run.run_config import RunConfig
 from megatron_rl.tracking import TrackerGroup
 
 STEPS, EVERY = 6, 2

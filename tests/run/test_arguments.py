@@ -15,16 +15,16 @@ from megatron_rl.algorithms.correction import MismatchCorrection
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.run.arguments import TrainArguments
-from megatron_rl.trainer.settings import TrainerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
 
 PAIRS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(10, 18)]
 SAME = {
-    "num_train_epochs": (TrainerSettings, "num_epochs"),
+    "num_train_epochs": (TrainerConfig, "num_epochs"),
     "learning_rate": (OptimizerSettings, "learning_rate"),
-    "max_steps": (TrainerSettings, "num_steps"),
+    "max_steps": (TrainerConfig, "num_steps"),
     "warmup_steps": (OptimizerSettings, "warmup_steps"),
-    "evaluate_every": (TrainerSettings, "evaluate_every"),
-    "save_every": (TrainerSettings, "save_every"),
+    "evaluate_every": (TrainerConfig, "evaluate_every"),
+    "save_every": (TrainerConfig, "save_every"),
 }
 WRONG: list[tuple[str, object]] = [
     ("learning_rate", -1),
@@ -56,9 +56,9 @@ GIVEN: list[tuple[str, object]] = [
     ("beta", -0.1),
     ("beta", math.nan),
     ("max_length", 0),
-    ("settings", 5),
-    ("settings", {"dtype": "int8"}),
-    ("settings", {"dtyp": "float32"}),
+    ("config", 5),
+    ("config", {"dtype": "int8"}),
+    ("config", {"dtyp": "float32"}),
     ("parallel", {"tp": 0}),
     ("parallel", 2),
     ("lora", {"rank": 0}),
@@ -133,9 +133,9 @@ def test_the_ranges_are_those_of_the_file() -> None:
 
 def test_mappings_stand_for_records_and_options_are_kept_as_plain_data(parts) -> None:
     correction = MismatchCorrection(level="token")
-    given = {"settings": {"token_budget": 99}, "parallel": {"tp": 2}, "correction": correction}
+    given = {"config": {"token_budget": 99}, "parallel": {"tp": 2}, "correction": correction}
     trainer = GRPOTrainer(**parts, reward=len, max_tokens=8, **given)
-    assert trainer.settings.token_budget == 99
+    assert trainer.config.token_budget == 99
     assert trainer.parallel is not None
     assert trainer.parallel.tp == 2
     assert yaml.safe_load(yaml.safe_dump(trainer.plain_options()))["correction"]["level"] == "token"

@@ -22,7 +22,7 @@ def test_weights_that_all_servers_lost_are_pushed_again_and_what_is_missing_is_a
     coming.start()
     options = {"urls": [server.url], "concurrency": 8, "recovery_timeout": 60.0, "request_timeout": 30.0}
     rollout = {"engine": "sglang", "max_staging_bytes": LIMIT, "options": options}
-    actor = Actor(str(model), AutoTokenizer.from_pretrained(model), settings={"rollout": rollout})
+    actor = Actor(str(model), AutoTokenizer.from_pretrained(model), config={"rollout": rollout})
     batch = Batch(prompts=[Prompt([1, 5, 3 + i % 13], index=i) for i in range(30)])
     actor.sample(n=2, max_tokens=3).run(batch)
     pushed = dict(server.weights)

@@ -11,7 +11,7 @@ from small_run import metrics_of, write_run
 
 from megatron_rl.config import load_config
 from megatron_rl.run.build import build_trainer
-from megatron_rl.run.config import RunConfig
+from megatron_rl.run.run_config import RunConfig
 
 PEAK, WARMUP = 3e-3, 1
 

@@ -14,7 +14,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.trainer import Callback, TrainerSettings, TrainingLoop
+from megatron_rl.trainer import Callback, TrainerConfig, TrainingLoop
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints
 
 NUM_STEPS = 600  # of 0.1 s: far more than the writer needs to start
@@ -52,9 +52,9 @@ def main(output_dir: Path) -> None:
     folder = output_dir / "checkpoints"
     watch = SaveOnceAndWatch(folder)
     wait = Flow((Stage("test.wait", lambda batch: time.sleep(0.1), reads=("prompts",)),))
-    settings = TrainerSettings(output_dir=str(output_dir), num_steps=NUM_STEPS, save_at_end=False)
+    config = TrainerConfig(output_dir=str(output_dir), num_steps=NUM_STEPS, save_at_end=False)
     checkpoints = DistributedCheckpoints(folder, context, {}, {}, asynchronous=True)
-    TrainingLoop(wait, Source(), context, settings, checkpoints=checkpoints, callbacks=[watch]).train()
+    TrainingLoop(wait, Source(), context, config, checkpoints=checkpoints, callbacks=[watch]).train()
     print(json.dumps({"seen_at": watch.seen_at, "left": sorted(path.name for path in folder.iterdir())}))
 
 

@@ -17,7 +17,7 @@ from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.parallel.abandon import abandonable
 from megatron_rl.tracking import TrackerGroup, build_tracker
-from megatron_rl.trainer import TrainerSettings, TrainingLoop
+from megatron_rl.trainer import TrainerConfig, TrainingLoop
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints
 
 STEPS, EVERY = 5, 2
@@ -72,7 +72,7 @@ class Job:
             Flow((Stage("test.compute", run, reads=("prompts",), place="host", collective=False),)),
             Source(),
             self.context,
-            TrainerSettings(output_dir=str(self.folder), **given),
+            TrainerConfig(output_dir=str(self.folder), **given),
             checkpoints=DistributedCheckpoints(self.folder / "checkpoints", self.context, {}, {}),
             evaluate=evaluate,
             export=export,

@@ -73,10 +73,10 @@ def run_case(folder: Path, case: str, algorithm: str) -> dict[str, float]:
     sizes, overrides = CASES[case]
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
     context = ParallelContext.create(ParallelSizes(**sizes), timeout=120, seed=0)
-    settings = Actor.Config(optimizer=sgd, **overrides)
+    config = Actor.Config(optimizer=sgd, **overrides)
     model = own_chunks(folder / "actor", context, OWN[case]) if case in OWN else str(folder / "actor")
-    actor = Actor(model, NumberTokenizer(), context=context, settings=settings)
-    reference = Reference(str(folder / "reference"), NumberTokenizer(), context=context, settings=settings)
+    actor = Actor(model, NumberTokenizer(), context=context, config=config)
+    reference = Reference(str(folder / "reference"), NumberTokenizer(), context=context, config=config)
     has_auxiliary = actor.engine.config.moe_router_load_balancing_type != "none"
     assert has_auxiliary == ("auxiliary" in case)
     if algorithm == "grpo":

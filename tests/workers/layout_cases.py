@@ -80,7 +80,7 @@ def run_case(model: str, name: str) -> dict:
         model,
         AutoTokenizer.from_pretrained(model),
         parallel=ParallelSizes(**sizes),
-        settings=Actor.Config(optimizer=sgd, **overrides),
+        config=Actor.Config(optimizer=sgd, **overrides),
     )
     reference = Reference(actor)
     grpo = GRPO(

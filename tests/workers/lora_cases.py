@@ -121,9 +121,9 @@ def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
 def run_case(model: str, folder: Path, name: str) -> dict:
     sizes, overrides = CASES[name]
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
-    settings = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
+    config = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
     source, tokenizer = random_experts() if name.startswith("experts") else model, AutoTokenizer.from_pretrained(model)
-    actor = Actor(source, tokenizer, parallel=ParallelSizes(**sizes), settings=Actor.Config(**settings))
+    actor = Actor(source, tokenizer, parallel=ParallelSizes(**sizes), config=Actor.Config(**config))
     first = whole_parameters(actor, torch.Tensor.detach)
     fresh, own = Reference(actor), Reference(source, actor.tokenizer, context=actor.context)
     found = {name: logprobs_of(actor, stage.logprobs("ref"), "ref") for name, stage in (("off", fresh), ("own", own))}

@@ -64,8 +64,8 @@ def random_hf(architecture: Architecture, seed: int = 2) -> PreTrainedModel:
 
 def lora_actor(context: ParallelContext, architecture: Architecture = SMALL, **overrides: Any) -> Actor:
     optimizer = overrides.pop("optimizer", OptimizerSettings(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
-    settings = Actor.Config(**{"lora": LORA, "optimizer": optimizer} | overrides)
-    actor = Actor(random_hf(architecture), Tokenizer(), context=context, settings=settings)
+    config = Actor.Config(**{"lora": LORA, "optimizer": optimizer} | overrides)
+    actor = Actor(random_hf(architecture), Tokenizer(), context=context, config=config)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for adapter in actor.engine.adapters.values():
@@ -231,13 +231,13 @@ def test_experts_take_no_adapters_but_their_attention_does(context) -> None:
 
 def test_a_jobs_own_bare_chunks_get_adapters_and_wrapped_ones_are_refused(context) -> None:
     config = transformer_config(SMALL, context.sizes)
-    actor = Actor(build_model(SMALL, config), Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+    actor = Actor(build_model(SMALL, config), Tokenizer(), context=context, config=Actor.Config(lora=LORA))
     assert len(actor.engine.adapters) == 4 * SMALL.num_layers
     with pytest.raises(ConfigError, match="linear_fc1_adapter"):  # adapters of its own have no place in an export
-        Actor(actor.engine.chunks, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+        Actor(actor.engine.chunks, Tokenizer(), context=context, config=Actor.Config(lora=LORA))
     wrapped = Actor(build_model(SMALL, config), Tokenizer(), context=context).engine.chunks
     with pytest.raises(ConfigError, match="Give bare chunks without an optimizer"):
-        Actor(wrapped, Tokenizer(), context=context, settings=Actor.Config(lora=LORA))
+        Actor(wrapped, Tokenizer(), context=context, config=Actor.Config(lora=LORA))
 
 
 def test_settings_that_cannot_work_are_refused(context) -> None:
@@ -293,7 +293,7 @@ def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
 
 def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_path) -> None:
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05, clip_gradient=0.0)
-    critic = Critic(random_hf(SMALL), context=context, settings=Critic.Config(lora=LORA, optimizer=sgd))
+    critic = Critic(random_hf(SMALL), context=context, config=Critic.Config(lora=LORA, optimizer=sgd))
     trained = {name for name, parameter in critic.engine.parameters().items() if parameter.requires_grad}
     assert {name for name in trained if "_adapter." not in name} == {"output_layer.weight"}
     first = values_of(critic)
@@ -308,7 +308,7 @@ def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_
 
 def test_adapters_alone_are_saved_of_policies_that_have_some(context, tmp_path) -> None:
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05)
-    critic = Critic(random_hf(SMALL), context=context, settings=Critic.Config(lora=LORA, optimizer=sgd))
+    critic = Critic(random_hf(SMALL), context=context, config=Critic.Config(lora=LORA, optimizer=sgd))
     for worker in (critic, Actor(random_hf(SMALL), Tokenizer(), context=context)):
         with pytest.raises(ConfigError, match="use save_pretrained"):
             worker.save_adapters(tmp_path / "adapters")

@@ -1,4 +1,4 @@
-"""The roles take the same arguments in the same order, and their settings in one way."""
+"""The roles take the same arguments in the same order, and their config in one way."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from megatron_rl import Actor, Critic, Reference, RewardModel
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import EngineConfig
-from megatron_rl.run.config import CriticConfig
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.run.run_config import CriticConfig
+from megatron_rl.workers.actor_config import ActorConfig
 
 ROLES = {"actor": Actor, "critic": Critic, "reference": Reference, "reward model": RewardModel}
-ORDER = ["model", "tokenizer", "optimizer", "parallel_state", "parallel", "context", "scheduler", "settings"]
+ORDER = ["model", "tokenizer", "optimizer", "parallel_state", "parallel", "context", "scheduler", "config"]
 OWN = {
     "actor": {"rollout_engine"},
     "critic": set(),
@@ -34,18 +34,18 @@ def test_shared_arguments_stand_in_one_order(name):
 
 
 @pytest.mark.parametrize("name", ["actor", "critic", "reference"])
-def test_there_is_no_second_way_to_give_settings(name):
+def test_there_is_no_second_way_to_give_a_config(name):
     kinds = [parameter.kind for parameter in inspect.signature(ROLES[name]).parameters.values()]
     assert inspect.Parameter.VAR_KEYWORD not in kinds
 
 
-def test_settings_are_a_record_or_its_fields():
-    record = WorkerSettings(token_budget=64, lora={"rank": 2})
-    assert WorkerSettings.of(record, "Actor") is record
-    assert WorkerSettings.of({"token_budget": 64, "lora": {"rank": 2}}, "Actor") == record
-    assert WorkerSettings.of(None, "Actor") == WorkerSettings()
-    assert EngineConfig.of(record, "Critic") is record  # an actor's settings hold for a critic beside it
-    widened = WorkerSettings.of(EngineConfig(token_budget=64, lora={"rank": 2}), "Actor")
+def test_config_is_a_record_or_its_fields():
+    record = ActorConfig(token_budget=64, lora={"rank": 2})
+    assert ActorConfig.of(record, "Actor") is record
+    assert ActorConfig.of({"token_budget": 64, "lora": {"rank": 2}}, "Actor") == record
+    assert ActorConfig.of(None, "Actor") == ActorConfig()
+    assert EngineConfig.of(record, "Critic") is record  # an actor's config holds for a critic beside it
+    widened = ActorConfig.of(EngineConfig(token_budget=64, lora={"rank": 2}), "Actor")
     assert widened == record
     with pytest.raises(ConfigError, match=r"^Critic: .*token_budgets.*token_budget"):
         EngineConfig.of({"token_budgets": 64}, "Critic")
@@ -58,5 +58,5 @@ def test_a_critic_has_no_sampling_and_no_rollout():
 
 
 def test_what_belongs_to_a_model_is_refused_for_a_reward_that_is_none():
-    with pytest.raises(ConfigError, match="RewardModel: tokenizer, settings belong to a model"):
-        RewardModel(lambda sample: 1.0, "a tokenizer", settings={"dtype": "float32"})
+    with pytest.raises(ConfigError, match="RewardModel: tokenizer, config belong to a model"):
+        RewardModel(lambda sample: 1.0, "a tokenizer", config={"dtype": "float32"})

@@ -32,8 +32,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def actor(folder) -> Actor:
-    settings = Actor.Config(optimizer=OptimizerSettings(learning_rate=1e-2), token_budget=16)
-    return Actor(str(folder), AutoTokenizer.from_pretrained(folder), settings=settings)
+    config = Actor.Config(optimizer=OptimizerSettings(learning_rate=1e-2), token_budget=16)
+    return Actor(str(folder), AutoTokenizer.from_pretrained(folder), config=config)
 
 
 def pair_batch(masks: str = "none") -> Batch:

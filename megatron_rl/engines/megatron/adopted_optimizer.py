@@ -70,7 +70,7 @@ def require_scheduler(scheduler: Any, optimizer: Any) -> None:
     if optimizer is None:
         raise ConfigError(
             "a scheduler was given without the optimizer that it drives: give both, or leave both out and set "
-            "settings.optimizer (decay, warmup_steps)"
+            "config.optimizer (decay, warmup_steps)"
         )
     driven, given = ({id(group) for group in one.param_groups} for one in (scheduler.optimizer, optimizer))
     if driven and given and not driven & given:

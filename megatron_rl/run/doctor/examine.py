@@ -20,11 +20,11 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.run.build import USER_CODE, find_algorithm
-from megatron_rl.run.config import RunConfig
 from megatron_rl.run.doctor.compare import STEPS, Difference, Measured, differences
 from megatron_rl.run.doctor.layouts import BASE, Variant, variants_for
 from megatron_rl.run.doctor.measure import Plan
 from megatron_rl.run.doctor.random_data import PLAIN, read_model, shrunk, write_random_model
+from megatron_rl.run.run_config import RunConfig
 
 HINTS = {
     "micro-batch": "something is divided by what one micro-batch holds: divide by inputs.totals, and give metrics as "

@@ -19,7 +19,7 @@ class Variant:
     axis: str  # what is new in it: "dp", "cp", "tp", "pp", "ep", "micro-batch", "packing"
     ranks: int = 1
     sizes: dict[str, Any] = field(default_factory=dict)  # of `ParallelSizes`
-    worker: dict[str, Any] = field(default_factory=dict)  # of `WorkerSettings`
+    worker: dict[str, Any] = field(default_factory=dict)  # of `ActorConfig`
 
 
 SMALL = {"token_budget": 40}  # about two of the sequences

@@ -23,12 +23,12 @@ from megatron_rl.devices import current_platform
 from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import find_algorithm
-from megatron_rl.run.config import RunConfig
 from megatron_rl.run.doctor.layouts import Variant, variants_for
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch
+from megatron_rl.run.run_config import RunConfig
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor, Critic, Reference
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 LEARNING_RATE = 0.05  # of plain gradient descent, so that a change of weights is the gradient
 NOT_COMPARED = ("time/",)
@@ -79,23 +79,23 @@ class Parts:
 
 def build(plan: Plan, variant: Variant) -> Parts:
     """The configured algorithm over random models in this layout."""
-    kind, config = find_algorithm(plan.config)
+    kind, algorithm_config = find_algorithm(plan.config)
     sgd = OptimizerSettings(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
     own = {"optimizer": sgd, "seed": plan.config.seed, "value_head": plan.config.actor.value_head}
-    settings = WorkerSettings(**{**own, **variant.worker})
+    config = ActorConfig(**{**own, **variant.worker})
     context = ParallelContext.create(ParallelSizes(**variant.sizes), timeout=plan.timeout, seed=plan.config.seed)
     if issubclass(kind, RewardModelling):
-        critic = Critic(str(plan.folder / "critic"), context=context, settings=settings)
-        return Parts(kind(critic, config), None, critic)
+        critic = Critic(str(plan.folder / "critic"), context=context, config=config)
+        return Parts(kind(critic, algorithm_config), None, critic)
     tokenizer = NumberTokenizer()
-    actor = Actor(str(plan.actor), tokenizer, context=context, settings=settings)
+    actor = Actor(str(plan.actor), tokenizer, context=context, config=config)
     reference, value_model = None, None
     if plan.config.reference is not None:
         # Of other weights than the actor's, or the KL would be 0 wherever it is computed.
-        reference = Reference(str(plan.folder / "reference"), tokenizer, context=context, settings=settings)
+        reference = Reference(str(plan.folder / "reference"), tokenizer, context=context, config=config)
     if plan.config.critic is not None:
-        value_model = Critic(str(plan.folder / "critic"), context=context, settings=settings)
-    return Parts(kind(actor, reference, value_model, config), actor, value_model)
+        value_model = Critic(str(plan.folder / "critic"), context=context, config=config)
+    return Parts(kind(actor, reference, value_model, algorithm_config), actor, value_model)
 
 
 def measure(plan: Plan, variant: Variant) -> dict[str, Any]:

@@ -18,9 +18,9 @@ from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.files import load_config
 from megatron_rl.data import PromptDataset
 from megatron_rl.parallel import ParallelSizes
-from megatron_rl.run.config import ReferenceConfig, RunConfig
+from megatron_rl.run.run_config import ReferenceConfig, RunConfig
 from megatron_rl.run.trainers import DPOTrainer, KTOTrainer, OneCallTrainer, RewardTrainer, SFTTrainer
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.workers.actor_config import ActorConfig
 
 SECTIONS: dict[str, type[OneCallTrainer]] = {
     "dpo": DPOTrainer,
@@ -40,7 +40,7 @@ class OneCallConfig(ConfigRecord):
     """The doctor does without."""
     parallel: ParallelSizes = ParallelSizes()
     """The doctor goes through layouts of its own."""
-    worker: WorkerSettings = WorkerSettings()
+    worker: ActorConfig = ActorConfig()
     """The worker."""
     dpo: dict[str, Any] | None = None
     """Fields of `DPO.Config` and of the pairs."""

@@ -53,7 +53,7 @@ def shrunk(architecture: Architecture) -> Architecture:
 
 
 def write_random_model(folder: Path, architecture: Architecture, seed: int) -> Path:
-    """A Hugging Face folder with random weights, norms around 1; of a classifier where it has a score head."""
+    """A Hugging Face folder with random weights, norms around 1; of a classifier where it has a value head."""
     generator = torch.Generator().manual_seed(seed)
     writer = HFFolderWriter(folder, HFDescription(architecture), torch.float32)
     writer.begin()

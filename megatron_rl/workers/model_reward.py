@@ -1,4 +1,4 @@
-"""`ScoreModel`: a reward that is a model with a value head, run under this job's own layout.
+"""`ModelReward`: a reward computed by a model with a value head, in this job's own layout.
 
     RewardModel("path/to/classifier")            # a Hugging Face folder, or a Megatron checkpoint of any layout
     RewardModel(model=chunks, tokenizer=tokenizer, parallel_state=parallel_state)      # a Megatron job's own
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 
 from megatron_rl.batch import Batch, Sample
-from megatron_rl.batch.scores import ask_for_scores
+from megatron_rl.batch.value_tokens import append_value_tokens
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.data.text import encode
 from megatron_rl.engines.base import TrainingEngine
@@ -30,13 +30,13 @@ from megatron_rl.rewards import REWARDS, Reward
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.starting_model import is_hf_model
 from megatron_rl.workers.assembly import job_context, place_of, running_context
+from megatron_rl.workers.forward_only import forward_only
 from megatron_rl.workers.outputs import value_output
-from megatron_rl.workers.scoring import token_values
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredText:
-    """How the reward model sees a sample."""
+class RewardTokenizer:
+    """The token ids of a sample as the reward model sees it."""
 
     tokenizer: Any  # None: it has the policy's vocabulary, and sees the sample's own token ids
     pad_token_id: int | None  # trailing tokens of this id do not count
@@ -51,7 +51,7 @@ class ScoredText:
 
 
 @REWARDS.register("model")
-class ScoreModel(Reward):
+class ModelReward(Reward):
     """The value of a sequence classifier with one label after the last token that is not padding.
 
     Collective over the ranks of a model replica, which must hold the same samples.
@@ -84,7 +84,7 @@ class ScoreModel(Reward):
         parallel_state: Any = None,
         parallel: ParallelSizes | None = None,
         context: ParallelContext | None = None,
-        settings: EngineConfig | Mapping[str, Any] | None = None,
+        engine_config: EngineConfig | Mapping[str, Any] | None = None,
         retokenize: bool = False,
         pad_token_id: int | None = None,
     ) -> None:
@@ -94,9 +94,9 @@ class ScoreModel(Reward):
             model: as `Actor` takes it, with a value head.
             tokenizer: of the model: its length is the logical vocabulary of Megatron chunks; its padding does not
                 count.
-            parallel_state, parallel, context: the job's; without any of them the one that runs when the first samples
-                are scored.
-            settings: an `EngineConfig`, or its fields by name.
+            parallel_state, parallel, context: the job's; None of them: those of the job that runs when the first
+                rewards are computed.
+            engine_config: an `EngineConfig`, or its fields by name.
             retokenize: re-encode the text with ``tokenizer``; False: the model shares the policy's vocabulary.
             pad_token_id: trailing tokens of this id do not count; None = the model's config, or the tokenizer, says.
 
@@ -108,17 +108,18 @@ class ScoreModel(Reward):
         self.name = name
         self.source = model if config is None else _named(config)
         if config is not None:
-            settings, retokenize = {"dtype": config.dtype, "token_budget": config.token_budget}, config.retokenize
+            engine_config = {"dtype": config.dtype, "token_budget": config.token_budget}
+            retokenize = config.retokenize
             tokenizer = load_tokenizer(_tokenizer_folder(self.source)) if retokenize else tokenizer
         if tokenizer is None and (retokenize or needs_vocab(self.source)):
             what = "that re-encodes texts" if retokenize else "of Megatron chunks"
             raise ConfigError(f"a reward model {what} needs its tokenizer: give tokenizer")
-        self.settings = EngineConfig.of(settings, "RewardModel")
+        self.engine_config = EngineConfig.of(engine_config, "RewardModel")
         self.tokenizer, self.retokenize = tokenizer, retokenize
         self._pad_token_id = pad_token_id
         self._place = context
         if parallel_state is not None or parallel is not None:
-            self._place = job_context(parallel_state, parallel, self.settings.seed)
+            self._place = job_context(parallel_state, parallel, self.engine_config.seed)
         self._engine: TrainingEngine | None = None
 
     @property
@@ -129,10 +130,10 @@ class ScoreModel(Reward):
             ConfigError: it has no value head: its rewards would all be 0.
         """
         if self._engine is None:
-            place = place_of(self.source, self._place or running_context(self.settings.seed), None, None, 0)
+            place = place_of(self.source, self._place or running_context(self.engine_config.seed), None, None, 0)
             vocab = 0 if self.tokenizer is None else len(self.tokenizer)
             engine = build_engine(
-                self.source, place, self.settings, name="reward", vocab=vocab, value_model=True, frozen=True
+                self.source, place, self.engine_config, name="reward", vocab=vocab, value_model=True, frozen=True
             )
             if engine.origin.lacks_head:
                 raise ConfigError(
@@ -152,15 +153,15 @@ class ScoreModel(Reward):
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float]:
         engine = self.engine
-        seen = ScoredText(self.tokenizer if self.retokenize else None, self.pad_token_id)
-        rows = [seen.token_ids(sample) for sample in samples]
+        tokens = RewardTokenizer(self.tokenizer if self.retokenize else None, self.pad_token_id)
+        rows = [tokens.token_ids(sample) for sample in samples]
         batch = Batch.from_sequences(rows, [[0] * len(row) for row in rows])
-        ask_for_scores(batch, seen.pad_token_id)
-        values = token_values(engine, batch, value_output)
+        append_value_tokens(batch, tokens.pad_token_id)
+        values = forward_only(engine, batch, value_output)
         return values[batch["response_mask"].bool()].to(torch.float32).tolist()
 
 
-def _named(config: ScoreModel.Config) -> str | MegatronCheckpoint:
+def _named(config: ModelReward.Config) -> str | MegatronCheckpoint:
     """What the configuration names; a model id stays one."""
     return MegatronCheckpoint.find(config.model, config.model_config_path) or config.model
 

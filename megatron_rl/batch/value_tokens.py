@@ -1,8 +1,8 @@
-"""Asking a model with a value head for one number a sequence.
+"""Reward models: the one token of each sequence whose value is the sequence's reward.
 
-A sequence's score is the head's output at its last token, as in Hugging Face's sequence classifiers. Values are
-predictor-aligned (position p holds what belongs to token p + 1), so one token is appended to each sequence and the
-value "of that token" is asked for: it is computed from the sequence alone, the appended token is never attended to.
+A sequence's reward is the value head's output at its last token, as in Hugging Face's sequence classifiers. Values are
+predictor-aligned (position p holds what belongs to token p + 1), so one token is appended to each sequence, and the
+reward is the value at that token: it is computed from the sequence alone, the appended token is never attended to.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 from megatron_rl.batch import Batch
 
 
-def ask_for_scores(batch: Batch, pad_token_id: int | None = None) -> None:
+def append_value_tokens(batch: Batch, pad_token_id: int | None = None) -> None:
     """Append one token to each sequence and mask exactly these, in place; other token fields are dropped.
 
-    The appended id is 0; no other token sees it. The value at that token is the sequence's score.
+    The appended id is 0; no other token sees it.
 
     Args:
         pad_token_id: trailing tokens of this id are dropped first, but for a sequence's first token.
     """
     parts = torch.split(batch["input_ids"], batch.lengths.tolist()) if batch.num_sequences else ()
     rows = [without_padding(part.tolist(), pad_token_id) for part in parts]
-    asked = Batch.from_sequences([[*row, 0] for row in rows], [[0] * len(row) + [1] for row in rows])
-    batch.cu_seqlens, batch.tokens = asked.cu_seqlens, asked.tokens
+    extended = Batch.from_sequences([[*row, 0] for row in rows], [[0] * len(row) + [1] for row in rows])
+    batch.cu_seqlens, batch.tokens = extended.cu_seqlens, extended.tokens
 
 
 def without_padding(row: list[int], pad_token_id: int | None) -> list[int]:

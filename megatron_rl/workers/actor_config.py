@@ -9,7 +9,7 @@ from megatron_rl.engines.engine_config import DtypeName, EngineConfig
 from megatron_rl.rollout.base import SamplingParams
 
 
-class RolloutSettings(ConfigRecord):
+class RolloutConfig(ConfigRecord):
     """The engine that generates samples."""
 
     engine: str = "local"
@@ -34,12 +34,12 @@ class RolloutSettings(ConfigRecord):
     """Further keyword arguments of the engine."""
 
 
-class WorkerSettings(EngineConfig):
+class ActorConfig(EngineConfig):
     """An Actor."""
 
     value_head: bool = False
     """A value head beside the output layer, for a critic on shared weights (`PPO.Config.shared_critic`)."""
     sampling: SamplingParams = SamplingParams()
     """Defaults of `actor.sample`."""
-    rollout: RolloutSettings = RolloutSettings()
+    rollout: RolloutConfig = RolloutConfig()
     """The rollout engine."""

@@ -17,8 +17,8 @@ from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup
-from megatron_rl.trainer.settings import TrainerSettings
-from megatron_rl.workers.settings import WorkerSettings
+from megatron_rl.trainer.trainer_config import TrainerConfig
+from megatron_rl.workers.actor_config import ActorConfig
 
 
 class ReferenceConfig(ConfigRecord):
@@ -38,7 +38,7 @@ class CriticConfig(EngineConfig):
 
 
 class EvaluationConfig(ConfigRecord):
-    """Greedy (or sampled) answers to held-out prompts, scored by the same reward."""
+    """Greedy (or sampled) answers to held-out prompts, with the same rewards."""
 
     data: PromptDataset.Config
     """The prompts."""
@@ -63,7 +63,7 @@ class RunConfig(ConfigRecord):
     """``name`` of the algorithm, or python:file.py:Class, and the fields of its own Config."""
     parallel: ParallelSizes = ParallelSizes()
     """Parallel sizes of training; data parallelism takes the ranks that remain."""
-    actor: WorkerSettings = WorkerSettings()
+    actor: ActorConfig = ActorConfig()
     """The policy: precision, micro-batches, optimizer, sampling, rollout engine."""
     critic: CriticConfig | None = None
     """The value model, for algorithms that have one."""
@@ -74,16 +74,16 @@ class RunConfig(ConfigRecord):
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts of one step, over all data-parallel ranks; times `actor.sampling.n` samples."""
     rollout_parts: int = Field(default=1, ge=1)
-    """A step's prompts are answered in so many parts; reward services score one part while the next is generated."""
+    """A step's prompts are answered in so many parts; reward services work on one part while the next is generated."""
     shuffle: bool = True
     """Shuffle the prompts anew in each epoch."""
     rewards: tuple[RewardConfig, ...]
-    """What samples are scored by; several are summed with their weights."""
+    """The rewards of samples; several are summed with their weights."""
     evaluation: EvaluationConfig | None = None
     """Held-out evaluation; its times are in `trainer`."""
     callbacks: tuple[str, ...] = ()
     """Callbacks of your own: file.py:Class or package.module:Class."""
-    trainer: TrainerSettings = TrainerSettings()
+    trainer: TrainerConfig = TrainerConfig()
     """Length of the run, checkpoints, outputs."""
     tracking: TrackerGroup.Config = TrackerGroup.Config()
     """Where metrics go."""

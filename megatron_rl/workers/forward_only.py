@@ -1,4 +1,4 @@
-"""Forward-only passes as stages: one number for every token of the batch."""
+"""Forward-only passes: one number for every token of the batch, a log-probability or a value."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from megatron_rl.workers.balance import balance
 from megatron_rl.workers.outputs import MakeOutput, collect_token_values
 
 
-def token_values(engine: TrainingEngine, batch: Batch, make_output: MakeOutput) -> torch.Tensor:
+def forward_only(engine: TrainingEngine, batch: Batch, make_output: MakeOutput) -> torch.Tensor:
     """Run the whole batch forward and collect what ``make_output``'s output gives for each position; ``[num_tokens]``
     fp32 on the CPU, on every rank of the replica. Collective."""
     names = ("input_ids", "response_mask")
-    scored = Batch(
+    inputs = Batch(
         cu_seqlens=batch.cu_seqlens,
         tokens={name: batch.tokens[name] for name in names if name in batch.tokens},
         temperature=batch.temperature,
     )
-    balanced = balance(scored, engine.context.dp_group, by_tokens=engine.micro_batching.packing)
+    balanced = balance(inputs, engine.context.dp_group, by_tokens=engine.micro_batching.packing)
     micro_batches = plan_micro_batches(balanced.batch, engine)
     output = make_output(engine, balanced.batch, batch.temperature)
     results = engine.forward(balanced.batch, micro_batches, output)
     values = collect_token_values(engine, balanced.batch, micro_batches, results)
-    return balanced.give_back(values, scored)
+    return balanced.give_back(values, inputs)
 
 
-def token_values_stage(name: str, engine: TrainingEngine, make_output: MakeOutput, write: str) -> Stage:
-    """A stage that writes `token_values` to the token field ``write``."""
+def forward_only_stage(name: str, engine: TrainingEngine, make_output: MakeOutput, write: str) -> Stage:
+    """A stage that writes the result of `forward_only` to the token field ``write``."""
 
     def run(batch: Batch) -> None:
-        batch.tokens[write] = token_values(engine, batch, make_output)
+        batch.tokens[write] = forward_only(engine, batch, make_output)
 
     at = engine.context
     return Stage(name, run, reads=("input_ids",), writes=(write,), place=str(at.sizes), agreement=at.agreement)

@@ -1,4 +1,4 @@
-"""`TrainerSettings`: how long a run lasts, and what it does on the way."""
+"""`TrainerConfig`: how long a run lasts, and what it does on the way."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pydantic import Field
 from megatron_rl.config import ConfigRecord
 
 
-class TrainerSettings(ConfigRecord):
+class TrainerConfig(ConfigRecord):
     """The loop around a flow."""
 
     output_dir: str = "outputs/run"
@@ -37,7 +37,8 @@ class TrainerSettings(ConfigRecord):
     output folder with checkpoints is then refused); or the path of a checkpoint."""
     grace_seconds: float = Field(default=25.0, gt=0)
     """Seconds that a run may take to end after SIGTERM, SIGINT or SIGHUP: half of them for the step, which is then
-    given up if it is still sampling or scoring, the rest for saving. Then it ends as it is. torchrun kills after 30."""
+    given up if it is still sampling or computing rewards, the rest for saving. Then it ends as it is. torchrun kills
+    after 30."""
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
 
