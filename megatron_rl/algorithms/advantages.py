@@ -105,6 +105,20 @@ def sum_over_tokens(batch: Batch, per_token: Tensor) -> Tensor:
     return kept.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, kept)
 
 
+def at_last_token(batch: Batch, per_sequence: Tensor) -> Tensor:
+    """``[num_sequences] -> [num_tokens]``: the value at each sequence's last response token, 0 elsewhere.
+
+    A sequence without response tokens loses its value: it has no action that could have earned it.
+    """
+    steps = batch["response_mask"].bool().nonzero().squeeze(1)
+    owner = batch.sequence_ids[steps]
+    last = torch.full((batch.num_sequences,), -1, dtype=torch.int64).scatter_reduce(0, owner, steps, "amax")
+    answered = last >= 0
+    placed = per_sequence.new_zeros(batch.num_tokens)
+    placed[last[answered]] = per_sequence[answered]
+    return placed
+
+
 def overlong_penalty(num_response_tokens: Tensor, max_tokens: int, cache_tokens: int) -> Tensor:
     """0 up to ``max - cache``, then falling linearly to -1 at ``max``, -1 beyond: DAPO (arXiv 2503.14476, eq. 13).
 

@@ -81,8 +81,3 @@ def answered(inputs: LossInputs) -> Tensor:
 def answered_metric(inputs: LossInputs, per_sequence: Tensor) -> Mean:
     """Mean over the non-empty sequences."""
     return inputs.sequence_metric(per_sequence, answered(inputs).to(inputs.logprobs.dtype))
-
-
-def on_mask(inputs: LossInputs, per_token: Tensor) -> Tensor:
-    """`LossInputs.masked` as a function."""
-    return inputs.masked(per_token)

@@ -18,7 +18,7 @@ from megatron_rl.algorithms.advantages import group_advantages, spread_over_toke
 from megatron_rl.algorithms.aggregation import token_average
 from megatron_rl.algorithms.importance import masked_log_ratio
 from megatron_rl.algorithms.moments import describe
-from megatron_rl.algorithms.packing import pack_samples, require_finite
+from megatron_rl.algorithms.pack_samples import pack_samples, require_finite
 from megatron_rl.algorithms.roles import LogprobSource, NoWorker, Policy, ValueSource
 from megatron_rl.algorithms.surrogate import clipped_surrogate
 from megatron_rl.batch import Batch, Sample
@@ -196,20 +196,23 @@ class BaseAlgorithm:
             batch.metrics.update(self.optimize_actor(batch))
             self.finish_step(batch)
 
-        units = (self.group_field,) if self.group_field else ()
-        reads = ("input_ids", "response_mask", *self.loss_fields, *self.sequence_reads, *units)
-        return [self.training_stage("actor", run, reads)]
+        return [self.loss_stage("actor.optimize", run, self.optimize_reads)]
 
-    def training_stage(self, worker: str, run: Callable[[Batch], None], reads: tuple[str, ...]) -> Stage:
-        """``run`` takes the gradient steps of ``worker``, once what its loss reads is known to be finite."""
+    @property
+    def optimize_reads(self) -> tuple[str, ...]:
+        """Every field of the batch that a pass over the loss reads."""
+        units = (self.group_field,) if self.group_field else ()
+        return ("input_ids", "response_mask", *self.loss_fields, *self.sequence_reads, *units)
+
+    def loss_stage(self, name: str, run: Callable[[Batch], None], reads: tuple[str, ...]) -> Stage:
+        """The stage in which a worker computes its loss; what the loss reads is checked first to be finite."""
 
         def check(batch: Batch) -> None:
             require_finite(batch, [name for name in reads if name in batch.tokens or name in batch.sequences])
 
         agreement = self.actor.context.agreement
-        return Stage(
-            f"{worker}.optimize", run, reads, ("metrics",), worker, check=check, agreement=agreement, part=self
-        )
+        worker = name.partition(".")[0]
+        return Stage(name, run, reads, ("metrics",), worker, check=check, agreement=agreement, part=self)
 
     def optimize_actor(self, batch: Batch) -> dict[str, float]:
         """All epochs and mini-batches of one step on the actor."""

@@ -7,11 +7,12 @@ from typing import Self
 from pydantic import model_validator
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import LossAggregation, on_mask
+from megatron_rl.algorithms.aggregation import LossAggregation
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import NonNegative, Positive, refuse_unused
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.surrogate import Surrogate, cispo_surrogate, soft_gate_surrogate
+from megatron_rl.algorithms.unused_fields import refuse_unused
+from megatron_rl.config.bounds import NonNegative, Positive
 from megatron_rl.workers.loss import LossInputs
 
 
@@ -42,8 +43,8 @@ class CISPO(GRPO):
     usual_kl_coefficient = 0.0
 
     def surrogate(self, inputs: LossInputs, log_ratio: Tensor) -> Surrogate:
-        logprobs = on_mask(inputs, inputs.logprobs)
-        advantages = on_mask(inputs, inputs.fields["advantages"])
+        logprobs = inputs.masked(inputs.logprobs)
+        advantages = inputs.masked(inputs.fields["advantages"])
         return cispo_surrogate(logprobs, log_ratio, advantages, self.config.clip_low, self.config.clip_high)
 
 
@@ -70,5 +71,5 @@ class SAPO(GRPO):
     usual_kl_coefficient = 0.0
 
     def surrogate(self, inputs: LossInputs, log_ratio: Tensor) -> Surrogate:
-        advantages = on_mask(inputs, inputs.fields["advantages"])
+        advantages = inputs.masked(inputs.fields["advantages"])
         return soft_gate_surrogate(log_ratio, advantages, self.config.tau_positive, self.config.tau_negative)

@@ -12,9 +12,9 @@ from torch import Tensor
 from megatron_rl.algorithms.advantages import informative_groups, overlong_penalty
 from megatron_rl.algorithms.aggregation import LossAggregation
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import NonNegative
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.batch import Batch, Sample
+from megatron_rl.config.bounds import NonNegative
 
 
 @ALGORITHMS.register("dapo")

@@ -11,15 +11,13 @@ from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import sum_over_tokens
-from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import Fraction, NonNegative, OpenFraction, refuse_unused
-from megatron_rl.algorithms.divergence import FDivergence
-from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
+from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm, RunningMean
 from megatron_rl.algorithms.pair_fields import length_weights, matched_over_ranks
-from megatron_rl.algorithms.pairs import OF_MARGINS, PAIR_LOSSES, SMOOTHED, PairConfig, Pairs
-from megatron_rl.algorithms.running_mean import RunningMean
+from megatron_rl.algorithms.pairs import OF_MARGINS, PAIR_LOSSES, SMOOTHED, FDivergence, PairConfig, Pairs
+from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.batch import Batch
+from megatron_rl.config.bounds import Fraction, NonNegative, OpenFraction
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs
 
@@ -113,14 +111,14 @@ class DPO(PairwiseAlgorithm):
 
     def weighed(self, inputs: LossInputs, per_token: Tensor) -> Tensor:
         kept = super().weighed(inputs, per_token)
-        return kept if self.config.ld_alpha == 1.0 else kept * on_mask(inputs, inputs.fields["length_weights"])
+        return kept if self.config.ld_alpha == 1.0 else kept * inputs.masked(inputs.fields["length_weights"])
 
-    def check_stages(self) -> list[Stage]:
+    def data_stages(self) -> list[Stage]:
         if self.config.ld_alpha == 1.0:
-            return super().check_stages()
+            return super().data_stages()
         reads = ("input_ids", "response_mask")
         weigh = Stage("dpo.length_weights", self.weigh_lengths, reads, ("length_weights",), "host", collective=False)
-        return [*super().check_stages(), weigh]
+        return [*super().data_stages(), weigh]
 
     def weigh_lengths(self, batch: Batch) -> None:
         """Write ``length_weights``."""

@@ -11,15 +11,15 @@ from megatron_rl.algorithms.aggregation import (
     LossAggregation,
     TokenAverage,
     answered_metric,
-    on_mask,
     sequence_average,
 )
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import NonNegative, refuse_unused
-from megatron_rl.algorithms.correction import MismatchCorrection
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.importance import bounded_exp
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection
 from megatron_rl.algorithms.surrogate import pessimistic_log_ratio, sequence_token_log_ratio
+from megatron_rl.algorithms.unused_fields import refuse_unused
+from megatron_rl.config.bounds import NonNegative
 from megatron_rl.workers.loss import LossInputs, Mean
 
 
@@ -61,7 +61,7 @@ class GSPO(GRPO):
     ) -> tuple[Tensor, dict[str, Mean]]:
         sequence_log_ratio = inputs.sequence_mean(log_ratio)
         if self.config.token_form:
-            logprobs = on_mask(inputs, inputs.logprobs)
+            logprobs = inputs.masked(inputs.logprobs)
             per_token = sequence_token_log_ratio(inputs.expand(sequence_log_ratio), logprobs)
             return super().policy_loss(inputs, per_token, weights, average)
         return self.response_policy_loss(inputs, sequence_log_ratio, weights)
@@ -95,7 +95,7 @@ class GMPO(GRPO):
     def policy_loss(
         self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor, average: TokenAverage
     ) -> tuple[Tensor, dict[str, Mean]]:
-        token_advantages = on_mask(inputs, inputs.fields["advantages"])
+        token_advantages = inputs.masked(inputs.fields["advantages"])
         held = pessimistic_log_ratio(log_ratio, token_advantages, self.config.clip_low, self.config.clip_high)
         ratio = bounded_exp(inputs.sequence_mean(held))
         per_sequence = -inputs.sequence_mean(token_advantages) * ratio * inputs.sequence_mean(weights)
@@ -106,7 +106,7 @@ class GMPO(GRPO):
         return sequence_average(inputs, per_sequence), metrics
 
 
-def check_sequence_level(aggregation: LossAggregation, correction: MismatchCorrection, name: str) -> None:
+def check_sequence_level(aggregation: LossAggregation, correction: RolloutCorrection, name: str) -> None:
     """Raises ValueError for settings that mean nothing for one ratio per response."""
     if aggregation != "seq-mean-token-mean":
         raise ValueError(f"{name} averages over responses: loss_aggregation={aggregation!r} does not apply")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.kl import MAX_LOG_RATIO
 from megatron_rl.workers.loss import LossInputs
 
 
 def masked_log_ratio(inputs: LossInputs, numerator: Tensor, denominator: Tensor) -> Tensor:
     """``numerator - denominator`` on the response mask and 0 elsewhere, also in the gradient; ``[num_tokens]``."""
-    return on_mask(inputs, numerator) - on_mask(inputs, denominator)
+    return inputs.masked(numerator) - inputs.masked(denominator)
 
 
 def bounded_exp(log_ratio: Tensor) -> Tensor:

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import sum_over_tokens
-from megatron_rl.algorithms.aggregation import answered, answered_metric, on_mask, sequence_average
+from megatron_rl.algorithms.aggregation import answered, answered_metric, sequence_average
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import NonNegative, Positive
+from megatron_rl.algorithms.kto_pairing import exchange_responses
 from megatron_rl.algorithms.logistic import logistic_loss
-from megatron_rl.algorithms.mismatch import exchange_responses
 from megatron_rl.algorithms.moments import masked_moments
-from megatron_rl.algorithms.offline import OfflineAlgorithm
-from megatron_rl.algorithms.running_mean import RunningMean
+from megatron_rl.algorithms.offline import OfflineAlgorithm, RunningMean
 from megatron_rl.batch import Batch
+from megatron_rl.config.bounds import NonNegative, Positive
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 
@@ -47,7 +46,7 @@ class LabelledAlgorithm(OfflineAlgorithm):
 
     def loss(self, inputs: LossInputs) -> LossOutput:
         labels = inputs.sequences["labels"].bool()
-        ratio = on_mask(inputs, inputs.logprobs) - on_mask(inputs, inputs.fields["ref_logprobs"])
+        ratio = inputs.masked(inputs.logprobs) - inputs.masked(inputs.fields["ref_logprobs"])
         rewards = self.config.beta * inputs.sequence_sum(ratio)
         good, bad = self.config.desirable_weight, self.config.undesirable_weight
         weights = torch.where(labels, rewards.new_tensor(good), rewards.new_tensor(bad))
@@ -74,9 +73,9 @@ class KTO(LabelledAlgorithm):
     """Kahneman-Tversky Optimization (arXiv 2402.01306, section 4): w_y (1 - sigmoid(+-(r - beta z))).
 
     r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
-    the mean log-ratio of *mismatched* responses (those to other prompts of the whole batch, see `partners`), not below
-    0 and without gradient. A batch of one prompt has none and is refused (as TRL refuses a batch size of 1), since z
-    would be 0 unnoticed.
+    the mean log-ratio of *mismatched* responses (those to other prompts of the whole batch, see
+    `kto_pairing.mismatched_indices`), not below 0 and without gradient. A batch of one prompt has none and is refused
+    (as TRL refuses a batch size of 1), since z would be 0 unnoticed.
     """
 
     class Config(LabelledAlgorithm.Config):

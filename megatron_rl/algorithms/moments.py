@@ -55,15 +55,10 @@ def masked_moments(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None
     return Moments(count=count, mean=mean, variance=squares / (count - 1) if count > 1 else 0.0)
 
 
-def whiten(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None, *, shift_mean: bool = True) -> Tensor:
-    """``(x - mean) / sqrt(variance + 1e-8)`` on the mask, 0 elsewhere; shape and dtype of ``values``.
-
-    Args:
-        shift_mean: False keeps the mean in place and scales only.
-    """
+def whiten(values: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """``(x - mean) / sqrt(variance + 1e-8)`` on the mask, 0 elsewhere; shape and dtype of ``values``."""
     moments = masked_moments(values, mask, group)
     scaled = (values.double() - moments.mean) / (moments.variance + WHITEN_EPSILON) ** 0.5
-    scaled = scaled if shift_mean else scaled + moments.mean
     return torch.where(mask.bool(), scaled, 0.0).to(values.dtype)
 
 

@@ -6,13 +6,13 @@ a pair never leaves its micro-batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.base import BaseAlgorithm
-from megatron_rl.algorithms.packing import require_finite
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
@@ -38,34 +38,30 @@ class OfflineAlgorithm(BaseAlgorithm):
     old_logprobs_field = None
 
     def update(self) -> Flow:
-        """One step as a flow: checks, forward passes without gradient, optimise."""
-        return Flow((*self.preparation(), *self.optimize_stages()))
-
-    def preparation(self) -> list[Stage]:
-        """Everything before the loss; at its end the fields that the loss reads are known to be finite."""
-
-        def check(batch: Batch) -> None:
-            require_finite(batch, self.loss_fields)
-
-        last = Stage("batch.check", check, ("response_mask", *self.loss_fields), place="host", collective=False)
-        return [*self.check_stages(), *self.forward_stages(), *([last] if self.loss_fields else [])]
+        """One step as a flow: work on the data, forward passes without gradient, optimise."""
+        return Flow((*self.data_stages(), *self.forward_stages(), *self.optimize_stages()))
 
     def evaluate(self, batch: Batch) -> dict[str, float]:
         """Loss and metrics on a batch that is not trained on, over all ranks. Collective."""
-        for stage in self.preparation():
-            stage.execute(batch, self.actor.context.agreement)
-        metrics = self.actor.measure(
-            batch,
-            self.loss,
-            reads=self.loss_fields,
-            sequence_reads=self.sequence_reads,
-            with_entropy=self.with_entropy,
-            group_field=self.group_field,
-        )
-        return batch.metrics | metrics
 
-    def check_stages(self) -> list[Stage]:
-        """Pure data work before the forward passes."""
+        def measure(batch: Batch) -> None:
+            metrics = self.actor.measure(
+                batch,
+                self.loss,
+                reads=self.loss_fields,
+                sequence_reads=self.sequence_reads,
+                with_entropy=self.with_entropy,
+                group_field=self.group_field,
+            )
+            batch.metrics.update(metrics)
+
+        last = self.loss_stage("actor.measure", measure, self.optimize_reads)
+        for stage in (*self.data_stages(), *self.forward_stages(), last):
+            stage.execute(batch, self.actor.context.agreement)
+        return batch.metrics
+
+    def data_stages(self) -> list[Stage]:
+        """Work on the batch alone, before the forward passes."""
         return []
 
     def forward_stages(self) -> list[Stage]:
@@ -110,7 +106,7 @@ class PairwiseAlgorithm(OfflineAlgorithm):
 
     def weighed(self, inputs: LossInputs, per_token: Tensor) -> Tensor:
         """Log-probabilities as they enter a response's sum, 0 off the mask; ``[num_tokens]``."""
-        return on_mask(inputs, per_token)
+        return inputs.masked(per_token)
 
     def pair_metrics(self, inputs: LossInputs, pairs: Pairs) -> dict[str, Mean]:
         chosen, rejected = (reward.detach() for reward in self.pair_rewards(pairs))
@@ -124,7 +120,7 @@ class PairwiseAlgorithm(OfflineAlgorithm):
         }
         return {name: pair_metric(inputs, pairs, value) for name, value in values.items()}
 
-    def check_stages(self) -> list[Stage]:
+    def data_stages(self) -> list[Stage]:
         def run(batch: Batch) -> None:
             if batch.num_sequences % 2:
                 raise ValueError(
@@ -133,6 +129,24 @@ class PairwiseAlgorithm(OfflineAlgorithm):
             batch.sequences["pairs"] = torch.arange(batch.num_sequences) // 2
 
         return [Stage("batch.pair", run, ("input_ids", "response_mask"), ("pairs",), place="host", collective=False)]
+
+
+class RunningMean:
+    """The mean of a metric over all steps so far: 0 before the first, every step counts the same."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.count = 0
+
+    def update(self, measured: float) -> None:
+        self.count += 1
+        self.value += (measured - self.value) / self.count
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "count": float(self.count)}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.value, self.count = float(state["value"]), int(state["count"])
 
 
 def pair_metric(inputs: LossInputs, pairs: Pairs, per_pair: Tensor) -> Mean:

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.algorithms.mismatch import gather_values
 from megatron_rl.batch import Batch
+from megatron_rl.parallel.groups import gather_objects
 
 
 def length_weights(batch: Batch, alpha: float) -> Tensor:
@@ -35,7 +35,7 @@ def matched(values: Tensor, others: Tensor, present: Tensor) -> Tensor:
 
 def matched_over_ranks(values: Tensor, others: Tensor, present: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """`matched` on all data-parallel ranks' entries end to end; returns this rank's. Collective."""
-    shares = gather_values(torch.stack([values.double(), others.double(), present.double()]).tolist(), group)
+    shares = gather_objects(torch.stack([values.double(), others.double(), present.double()]).tolist(), group)
     rank = 0 if group is None else group.rank()
     first = sum(len(share[0]) for share in shares[:rank])
     joined = torch.cat([torch.tensor(share, dtype=torch.float64).view(3, -1) for share in shares], dim=1)

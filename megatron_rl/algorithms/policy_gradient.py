@@ -19,19 +19,17 @@ from megatron_rl.algorithms.aggregation import (
     LossAggregation,
     TokenAverage,
     answered_metric,
-    on_mask,
     sequence_average,
     token_average,
 )
 from megatron_rl.algorithms.base import BaseAlgorithm
-from megatron_rl.algorithms.bounds import Finite, NonNegative
-from megatron_rl.algorithms.correction import MismatchCorrection, correct, correction_metrics, ratio_at
 from megatron_rl.algorithms.importance import bounded_exp, masked_log_ratio
 from megatron_rl.algorithms.kl import KLEstimator, k3, kl_penalty
 from megatron_rl.algorithms.moments import masked_moments
-from megatron_rl.algorithms.rollout_gap import (
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection, correct, correction_metrics, ratio_at
+from megatron_rl.algorithms.rollout_mismatch import (
     explain,
-    gap_metrics,
+    mismatch_metrics,
     perplexity_ratio,
     response_starts,
     staleness,
@@ -39,6 +37,7 @@ from megatron_rl.algorithms.rollout_gap import (
 from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
 from megatron_rl.batch import Batch
+from megatron_rl.config.bounds import Finite, NonNegative
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 
@@ -71,8 +70,8 @@ class PolicyGradient(BaseAlgorithm):
         """Weight of the entropy bonus."""
         log_entropy: bool = True
         """Report the policy's entropy also when it is not part of the loss."""
-        correction: MismatchCorrection = MismatchCorrection()
-        """Weights against the mismatch of trainer and rollout engine."""
+        correction: RolloutCorrection = RolloutCorrection()
+        """Correction for the mismatch between trainer and rollout engine."""
 
         @model_validator(mode="after")
         def _check(self) -> Self:
@@ -104,7 +103,7 @@ class PolicyGradient(BaseAlgorithm):
     def policy_loss(
         self, inputs: LossInputs, log_ratio: Tensor, weights: Tensor, average: TokenAverage
     ) -> tuple[Tensor, dict[str, Mean]]:
-        """The policy term of this micro-batch and its metrics; ``weights`` is the mismatch correction per token."""
+        """The policy term of this micro-batch and its metrics; ``weights`` is the rollout correction per token."""
         surrogate = self.surrogate(inputs, log_ratio)
         per_token = surrogate.loss * weights
         metrics = {
@@ -121,10 +120,10 @@ class PolicyGradient(BaseAlgorithm):
 
         Args:
             log_ratio: of each response, ``[num_sequences]``, made of `LossInputs.sequence_sum`.
-            weights: the mismatch correction per token.
+            weights: the rollout correction per token.
         """
         config = self.config
-        advantages = inputs.sequence_mean(on_mask(inputs, inputs.fields["advantages"]))
+        advantages = inputs.sequence_mean(inputs.masked(inputs.fields["advantages"]))
         surrogate = clipped_surrogate(log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
         per_sequence = surrogate.loss * inputs.sequence_mean(weights)
         metrics = {
@@ -169,7 +168,7 @@ class PolicyGradient(BaseAlgorithm):
         if not correction.is_on and not measured:
             return inputs.mask, {}
         log_ratio = masked_log_ratio(inputs, old, inputs.fields["rollout_logprobs"])
-        metrics = gap_metrics(inputs, log_ratio) if measured else {}
+        metrics = mismatch_metrics(inputs, log_ratio) if measured else {}
         if not correction.is_on:
             return inputs.mask, metrics
         found = correct(inputs, log_ratio, correction)

@@ -8,16 +8,16 @@ from typing import Any, Literal, Self, cast
 import torch
 from pydantic import Field, model_validator
 
-from megatron_rl.algorithms.aggregation import LossAggregation, on_mask, token_average
+from megatron_rl.algorithms.advantages import at_last_token
+from megatron_rl.algorithms.aggregation import LossAggregation, token_average
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import Fraction, Positive
 from megatron_rl.algorithms.kl import AdaptiveKL, KLEstimator
 from megatron_rl.algorithms.moments import masked_moments, whiten
 from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.algorithms.roles import ValueSource
 from megatron_rl.algorithms.surrogate import value_loss
-from megatron_rl.algorithms.token_rewards import at_last_token
 from megatron_rl.batch import Batch
+from megatron_rl.config.bounds import Fraction, Positive
 from megatron_rl.dataflow import Stage
 from megatron_rl.ops.gae import gae
 from megatron_rl.workers.loss import LossInputs, LossOutput
@@ -130,7 +130,7 @@ class PPO(PolicyGradient):
         assert inputs.values is not None, "the critic's worker passes values"
         average = token_average(inputs, self.config.value_aggregation, self.config.norm_length)
         values, old, returns = (
-            on_mask(inputs, given) for given in (inputs.values, inputs.fields["values"], inputs.fields["returns"])
+            inputs.masked(given) for given in (inputs.values, inputs.fields["values"], inputs.fields["returns"])
         )
         surrogate = value_loss(values, old, returns, self.config.value_clip)
         metrics = {
@@ -176,8 +176,8 @@ class PPO(PolicyGradient):
 
         sources = ("input_ids", "response_mask")
         return [
-            self.training_stage("critic", train_critic, (*sources, "values", "returns")),
-            self.training_stage("actor", train_actor, (*sources, *self.loss_fields)),
+            self.loss_stage("critic.optimize", train_critic, (*sources, "values", "returns")),
+            self.loss_stage("actor.optimize", train_actor, (*sources, *self.loss_fields)),
         ]
 
     @property

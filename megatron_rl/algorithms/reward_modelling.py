@@ -11,15 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from megatron_rl.algorithms.aggregation import on_mask
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import NonNegative
 from megatron_rl.algorithms.logistic import logistic_loss
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.algorithms.roles import Policy, ValueSource
 from megatron_rl.batch import Batch
 from megatron_rl.batch.value_tokens import append_value_tokens
+from megatron_rl.config.bounds import NonNegative
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs
 
@@ -50,7 +49,7 @@ class RewardModelling(PairwiseAlgorithm):
     def pairs_of(self, inputs: LossInputs) -> Pairs:
         """Rewards take the place of log-probabilities, margins that of the chosen response's reference."""
         assert inputs.values is not None, "the worker of a reward model passes values"
-        rewards = inputs.sequence_sum(on_mask(inputs, inputs.values))
+        rewards = inputs.sequence_sum(inputs.masked(inputs.values))
         margins = torch.zeros_like(rewards)
         if self.config.use_margins:
             margins[0::2] = inputs.sequences["margins"][0::2].to(rewards.dtype)
@@ -69,10 +68,10 @@ class RewardModelling(PairwiseAlgorithm):
     def sequence_reads(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("margins",) if self.config.use_margins else ()
 
-    def check_stages(self) -> list[Stage]:
+    def data_stages(self) -> list[Stage]:
         writes = ("input_ids", "response_mask")
         return [
-            *super().check_stages(),
+            *super().data_stages(),
             Stage("batch.value_tokens", self.append_value_tokens, writes, writes, place="host", collective=False),
         ]
 

@@ -9,6 +9,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from megatron_rl.algorithms.advantages import (
+    at_last_token,
     group_advantages,
     leave_one_out_advantages,
     length_weighted_advantages,
@@ -17,12 +18,12 @@ from megatron_rl.algorithms.advantages import (
 )
 from megatron_rl.algorithms.aggregation import LossAggregation, TokenAverage
 from megatron_rl.algorithms.base import ALGORITHMS
-from megatron_rl.algorithms.bounds import Fraction, refuse_unused
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.kl import KLEstimator
 from megatron_rl.algorithms.moments import whiten
-from megatron_rl.algorithms.token_rewards import at_last_token
+from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.batch import Batch
+from megatron_rl.config.bounds import Fraction
 from megatron_rl.ops.gae import gae
 from megatron_rl.workers.loss import LossInputs, Mean
 

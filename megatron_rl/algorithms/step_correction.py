@@ -1,18 +1,19 @@
-"""The part of the mismatch correction that needs a whole step: normalised weights, and denominators after rejection."""
+"""The part of the rollout correction that needs all samples of a step: normalised weights, and denominators after
+rejection."""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-from megatron_rl.algorithms.correction import MismatchCorrection, correct
 from megatron_rl.algorithms.importance import masked_log_ratio
 from megatron_rl.algorithms.moments import masked_moments
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection, correct
 from megatron_rl.batch import Batch
 from megatron_rl.workers.loss import LossInputs, Totals
 
 
-def correct_step(batch: Batch, old: str, correction: MismatchCorrection, group: dist.ProcessGroup | None) -> None:
+def correct_step(batch: Batch, old: str, correction: RolloutCorrection, group: dist.ProcessGroup | None) -> None:
     """Write ``correction_weights`` and, with denominators "kept", narrow ``response_mask`` to that. Collective.
 
     Weights are normalised over tokens at level token, else over responses (as verl's ``rollout_is_batch_normalize``).

@@ -41,7 +41,7 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
 
 def mistakes() -> tuple[type[Exception], ...]:
     """The errors whose message says all that there is to say."""
-    from megatron_rl.algorithms.packing import NotFiniteError
+    from megatron_rl.algorithms.pack_samples import NotFiniteError
     from megatron_rl.config import ConfigError
     from megatron_rl.data import DataError
     from megatron_rl.dataflow.flow import FlowError

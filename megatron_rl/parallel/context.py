@@ -23,7 +23,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
-from megatron_rl.parallel.groups import own_group, ranks_of, world_group
+from megatron_rl.parallel.groups import gather_objects, own_group, ranks_of, world_group
 
 T = TypeVar("T")
 Axis = Literal["tp", "pp", "cp", "dp", "dp_cp", "ep", "etp", "edp", "model", "world"]
@@ -284,10 +284,7 @@ class ParallelContext:
 
     def gather_objects(self, value: T, axis: Literal["world", "model"] = "world") -> list[T]:
         """``value`` of every rank along ``axis``, in rank order, on every rank; through host memory, by pickle."""
-        group = self.host_group if axis == "world" else self.host_model_group
-        values: list[Any] = [None] * group.size()
-        dist.all_gather_object(values, value, group=group)
-        return values
+        return gather_objects(value, self.host_group if axis == "world" else self.host_model_group)
 
     def __str__(self) -> str:
         at = ", ".join(f"{axis} {getattr(self.coordinates, axis)}" for axis in DENSE_AXES)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
+T = TypeVar("T")
 Partition = tuple[tuple[int, ...], ...]
 
 # A communicator is a resource of the world, not of whoever asks first: several models in one job share it, and it
@@ -33,6 +35,15 @@ def world_group() -> dist.ProcessGroup:
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:
     """Global ranks of ``group``, in the order of their ranks inside it."""
     return tuple(dist.get_process_group_ranks(group))
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """``value`` of every rank of ``group``, in the order of its ranks, on every rank; by pickle. None: one process."""
+    if group is None or group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def own_group(

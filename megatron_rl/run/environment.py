@@ -25,7 +25,7 @@ WIDTH = 20  # of the first column
 
 
 @dataclass(frozen=True)
-class Part:
+class AcceleratedPart:
     """One accelerated part.
 
     Attributes:
@@ -89,7 +89,7 @@ def device_lines(platform: Platform) -> list[str]:
     ]
 
 
-def accelerated_parts(platform: Platform, rows: Sequence[Availability]) -> list[Part]:
+def accelerated_parts(platform: Platform, rows: Sequence[Availability]) -> list[AcceleratedPart]:
     """Every part that can make a run faster, whether it does here, and why not."""
     engine = transformer_engine(platform.name)
     return [
@@ -103,55 +103,57 @@ def accelerated_parts(platform: Platform, rows: Sequence[Availability]) -> list[
     ]
 
 
-def transformer_engine(device: str) -> Part:
+def transformer_engine(device: str) -> AcceleratedPart:
     """The layers of the model."""
     if use_transformer_engine():
-        return Part("TransformerEngine", True, "layers of models built from Hugging Face")
+        return AcceleratedPart("TransformerEngine", True, "layers of models built from Hugging Face")
     reason = "no GPU" if importable("transformer_engine") else "not installed"
     if device == "cpu" and reason == "not installed":
         reason = "not installed, and it needs a GPU"
-    return Part("TransformerEngine", False, f"{reason}; local layers with our norm and attention instead")
+    return AcceleratedPart("TransformerEngine", False, f"{reason}; local layers with our norm and attention instead")
 
 
-def apex(device: str, engine_in_use: bool) -> Part:
+def apex(device: str, engine_in_use: bool) -> AcceleratedPart:
     """Megatron-Core takes fused optimizers from TransformerEngine first, then from apex (optimizer/__init__.py)."""
     if not importable("apex"):
         fallback = "TransformerEngine's" if engine_in_use else "torch's"
-        return Part("apex", False, f"not installed; Megatron-Core takes {fallback} optimizers")
+        return AcceleratedPart("apex", False, f"not installed; Megatron-Core takes {fallback} optimizers")
     if device == "cpu":
-        return Part("apex", False, "it needs a GPU")
+        return AcceleratedPart("apex", False, "it needs a GPU")
     if engine_in_use:
-        return Part("apex", False, "Megatron-Core prefers TransformerEngine's optimizers")
-    return Part("apex", True, "Megatron-Core's fused optimizers")
+        return AcceleratedPart("apex", False, "Megatron-Core prefers TransformerEngine's optimizers")
+    return AcceleratedPart("apex", True, "Megatron-Core's fused optimizers")
 
 
-def flash_attention(engine_in_use: bool) -> Part:
+def flash_attention(engine_in_use: bool) -> AcceleratedPart:
     """Reached through TransformerEngine's attention only."""
     if not importable("flash_attn"):
-        return Part("flash-attn", False, "not installed")
+        return AcceleratedPart("flash-attn", False, "not installed")
     if not engine_in_use:
-        return Part("flash-attn", False, "it works through TransformerEngine, which is not in use")
-    return Part("flash-attn", True, "TransformerEngine's attention, where it chooses to")
+        return AcceleratedPart("flash-attn", False, "it works through TransformerEngine, which is not in use")
+    return AcceleratedPart("flash-attn", True, "TransformerEngine's attention, where it chooses to")
 
 
-def kernels(name: str, implementation: str, device: str, rows: Sequence[Availability]) -> Part:
+def kernels(name: str, implementation: str, device: str, rows: Sequence[Availability]) -> AcceleratedPart:
     """One compiler's implementations of our operations."""
     ours = [row for row in rows if row.implementation == implementation and row.device_type == device]
     reasons = sorted({row.reason for row in ours if not row.available})
     chosen = [row.op for row in ours if row.available and running(row.op, device) == implementation]
     if chosen:
-        return Part(name, True, ", ".join(chosen))
-    return Part(name, False, "; ".join(reasons) or "another implementation of every operation is preferred")
+        return AcceleratedPart(name, True, ", ".join(chosen))
+    return AcceleratedPart(name, False, "; ".join(reasons) or "another implementation of every operation is preferred")
 
 
-def sglang() -> Part:
+def sglang() -> AcceleratedPart:
     """The rollout engine for real models."""
     version = installed("sglang")
     if "sglang" not in ENGINES:
-        return Part("SGLang", False, "this version has no engine for it; rollouts run on the local engine")
+        return AcceleratedPart("SGLang", False, "this version has no engine for it; rollouts run on the local engine")
     if version is None:
-        return Part("SGLang", False, "not installed (pip install 'megatron-rl[sglang]'); the local engine works")
-    return Part("SGLang", True, f"{version}, where a run says actor.rollout.engine: sglang")
+        return AcceleratedPart(
+            "SGLang", False, "not installed (pip install 'megatron-rl[sglang]'); the local engine works"
+        )
+    return AcceleratedPart("SGLang", True, f"{version}, where a run says actor.rollout.engine: sglang")
 
 
 def operation_lines(device: str, rows: Sequence[Availability]) -> list[str]:

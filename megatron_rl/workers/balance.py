@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.batch import Batch
 from megatron_rl.devices import current_platform
+from megatron_rl.parallel.groups import gather_objects
 
 SLACK = 0.1  # by how much the fullest rank may exceed the mean before sequences move
 
@@ -100,16 +101,14 @@ def balance(
     for index in range(batch.num_sequences):
         members.setdefault(index if given is None else given[index], []).append(index)
     work = batch.lengths.clamp_min(1).tolist() if by_tokens else [1] * batch.num_sequences
-    sizes: list[list[int]] = [[] for _ in range(group.size())]
-    dist.all_gather_object(sizes, [sum(work[i] for i in indices) for indices in members.values()], group=group)
-    moves = plan_moves(sizes)
+    moves = plan_moves(gather_objects([sum(work[i] for i in indices) for indices in members.values()], group))
     if not moves:
         return Balanced(batch, given)
     own = group.rank()
     places: list[list[int]] = [[] for _ in range(group.size())]
     for number, indices in enumerate(members.values()):
         places[moves.get((own, number), own)] += indices
-    parts = [_Part.of(batch, sorted(indices), given) for indices in places]
+    parts = [_SentSequences.of(batch, sorted(indices), given) for indices in places]
     came = exchange([b"" if rank == own else pickle.dumps(part) for rank, part in enumerate(parts)], group)
     return _join(
         [parts[own] if rank == own else pickle.loads(part) for rank, part in enumerate(came)], batch, parts, group
@@ -117,8 +116,8 @@ def balance(
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Sequences of one rank for one rank."""
+class _SentSequences:
+    """The sequences that one rank sends to one other."""
 
     indices: list[int]
     lengths: Tensor
@@ -127,13 +126,13 @@ class _Part:
     units: list[int] | None
 
     @classmethod
-    def of(cls, batch: Batch, indices: list[int], units: list[int] | None) -> _Part:
+    def of(cls, batch: Batch, indices: list[int], units: list[int] | None) -> _SentSequences:
         chosen = batch.select(indices)
         kept = None if units is None else [units[i] for i in indices]
         return cls(indices, chosen.lengths, chosen.tokens, chosen.sequences, kept)
 
 
-def _join(parts: list[_Part], batch: Batch, sent: list[_Part], group: dist.ProcessGroup) -> Balanced:
+def _join(parts: list[_SentSequences], batch: Batch, sent: list[_SentSequences], group: dist.ProcessGroup) -> Balanced:
     """One batch of what came; units are numbered anew, as equal numbers of two ranks are two units."""
     numbers: dict[tuple[int, int], int] = {}
     units = [

@@ -72,13 +72,3 @@ def _add(sums: dict[str, list[float]], name: str, total: float, weight: float) -
         entry[:] = max(entry[0], total) if entry[1] else total, 1.0
     else:
         entry[:] = entry[0] + total, entry[1] + weight
-
-
-def gather_counts(count: int, group: dist.ProcessGroup | None) -> list[int]:
-    """``count`` of every rank of the group."""
-    if group is None or group.size() == 1:
-        return [count]
-    counts = torch.zeros(group.size(), dtype=torch.int64, device=current_platform().device)
-    counts[group.rank()] = count
-    dist.all_reduce(counts, group=group)
-    return counts.tolist()

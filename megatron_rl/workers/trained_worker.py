@@ -21,19 +21,20 @@ from megatron_rl.engines.base import Output, TrainingEngine
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.parallel import ParallelContext
+from megatron_rl.parallel.groups import gather_objects
 from megatron_rl.workers.balance import balance
 from megatron_rl.workers.loss import LossFunction, Mean
 from megatron_rl.workers.mini_batches import split_mini_batches, unit_ids
 from megatron_rl.workers.outputs import Predict, loss_output
-from megatron_rl.workers.reductions import gather_counts, global_totals, reduce_metrics, require_finite
+from megatron_rl.workers.reductions import global_totals, reduce_metrics, require_finite
 from megatron_rl.workers.saving import describe_checkpoint, save_adapters, save_pretrained
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a loss reads, and of which model outputs."""
+class LossSpec:
+    """A loss function and what it reads."""
 
     loss: LossFunction
     tokens: tuple[str, ...] = ()  # token fields, besides response_mask
@@ -88,13 +89,13 @@ class TrainedWorker:
                 where a loss scale that can still fall has made it overflow: that step is skipped and counted.
         """
         mixed = ((self.config.seed * 1_000_003 + seed) * 1_000_003 + self.num_updates) % 2**62
-        reading = Reading(loss, reads, sequence_reads, with_entropy, group_field)
+        spec = LossSpec(loss, reads, sequence_reads, with_entropy, group_field)
         collected: list[dict[str, Mean]] = []
         norms: list[float | None] = []  # None: a skipped step
         for epoch in range(num_epochs):
-            for members in self._mini_batches(batch, reading, num_mini_batches, mixed + epoch):
+            for members in self._mini_batches(batch, spec, num_mini_batches, mixed + epoch):
                 part = batch.select(members) if len(members) < batch.num_sequences else batch
-                means, norm = self._step(part, reading)
+                means, norm = self._step(part, spec)
                 collected += means
                 norms.append(norm)
         metrics = reduce_metrics(self.context, collected) | self._optimizer_metrics(norms)
@@ -102,10 +103,10 @@ class TrainedWorker:
         self._weights_stepped()
         return metrics
 
-    def _step(self, batch: Batch, reading: Reading) -> tuple[list[dict[str, Mean]], float | None]:
+    def _step(self, batch: Batch, spec: LossSpec) -> tuple[list[dict[str, Mean]], float | None]:
         """One optimizer step; returns its metrics on this rank, and the gradient's norm (None: skipped)."""
         engine = self.engine
-        batch, micro_batches, output = self._plan(batch, reading)
+        batch, micro_batches, output = self._plan(batch, spec)
         results = engine.forward_backward(batch, micro_batches, output)
         value = sum(result[0].double() for result in results) if results else torch.zeros((), dtype=torch.float64)
         values = {"loss": float(value), "gradient": engine.largest_gradient()}
@@ -123,8 +124,8 @@ class TrainedWorker:
         group_field: str | None = None,
     ) -> dict[str, float]:
         """The metrics of ``loss`` on the whole batch, over all ranks, without a step. Arguments as for `optimize`."""
-        reading = Reading(loss, reads, sequence_reads, with_entropy, group_field)
-        batch, micro_batches, output = self._plan(batch, reading)
+        spec = LossSpec(loss, reads, sequence_reads, with_entropy, group_field)
+        batch, micro_batches, output = self._plan(batch, spec)
         results = self.engine.forward(batch, micro_batches, lambda *given: output(*given)[1])
         return reduce_metrics(self.context, self._with_total(results))
 
@@ -132,20 +133,20 @@ class TrainedWorker:
         """(micro-batch, hidden states) -> the fields of `LossInputs` that come from the model."""
         raise NotImplementedError
 
-    def _plan(self, batch: Batch, reading: Reading) -> tuple[Batch, list[MicroBatch], Output]:
+    def _plan(self, batch: Batch, spec: LossSpec) -> tuple[Batch, list[MicroBatch], Output]:
         """The batch with even work on all data-parallel ranks, its micro-batches, and what is made of each of them."""
         engine, by_tokens = self.engine, self.engine.micro_batching.packing
-        balanced = balance(batch, self.context.dp_group, reading.groups(batch), by_tokens=by_tokens)
+        balanced = balance(batch, self.context.dp_group, spec.groups(batch), by_tokens=by_tokens)
         batch = balanced.batch
         totals = global_totals(self.context, batch, balanced.units)
         micro_batches = plan_micro_batches(batch, engine, balanced.units)
-        predict = self.predictor(batch, reading.with_entropy)
-        output = loss_output(engine, batch, reading.loss, totals, reading.tokens, reading.sequences, predict)
+        predict = self.predictor(batch, spec.with_entropy)
+        output = loss_output(engine, batch, spec.loss, totals, spec.tokens, spec.sequences, predict)
         return batch, micro_batches, output
 
-    def _mini_batches(self, batch: Batch, reading: Reading, parts: int, seed: int) -> list[list[int]]:
-        units = unit_ids(batch.num_sequences, reading.groups(batch))
-        counts = gather_counts(max(units, default=-1) + 1, self.context.dp_group)
+    def _mini_batches(self, batch: Batch, spec: LossSpec, parts: int, seed: int) -> list[list[int]]:
+        units = unit_ids(batch.num_sequences, spec.groups(batch))
+        counts = gather_objects(max(units, default=-1) + 1, self.context.dp_group)
         return split_mini_batches(units, counts, self.context.coordinates.dp, parts, seed)
 
     def _with_total(self, results: Sequence[tuple[Tensor, dict[str, Mean]]]) -> list[dict[str, Mean]]:

@@ -25,9 +25,9 @@ from megatron_rl.algorithms.advantages import (
     length_weighted_advantages,
     overlong_penalty,
 )
-from megatron_rl.algorithms.correction import MismatchCorrection, mismatch_weights
 from megatron_rl.algorithms.kl import AdaptiveKL, kl_penalty
 from megatron_rl.algorithms.moments import whiten
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection, correct
 from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.batch import Batch
 from megatron_rl.ops.gae import gae
@@ -212,8 +212,8 @@ def test_weights_against_the_mismatch_of_trainer_and_engine(verl, level, mode, s
     threshold = 1.5 if mode == "truncate" else "0.5_1.5"
     expected, _ = compute_rollout_correction_weights(log_ratio, mask, level, threshold)
     lower = {"lower": 0.5} if mode == "mask" else {}
-    correction = MismatchCorrection(level=level, mode=mode, upper=1.5, **lower)
-    found = mismatch_weights(make_inputs(as_rows(matrices)), log_ratio.flatten(), correction)
+    correction = RolloutCorrection(level=level, mode=mode, upper=1.5, **lower)
+    found = correct(make_inputs(as_rows(matrices)), log_ratio.flatten(), correction).weights
     assert len(expected.unique()) > 2 or spread > 1
     torch.testing.assert_close(found.view(BATCH, TIME) * mask, expected)
 
@@ -235,7 +235,7 @@ def test_weights_normalised_over_the_batch(verl, level):
     mask, batch = matrices["mask"], flat_batch(matrices)
     log_ratio = (matrices["logprobs"] - matrices["old_logprobs"]) * mask
     expected, _ = compute_rollout_correction_weights(log_ratio, mask, level, 1.5, rollout_is_batch_normalize=True)
-    correct_step(batch, "old_logprobs", MismatchCorrection(level=level, upper=1.5, normalize=True), None)
+    correct_step(batch, "old_logprobs", RolloutCorrection(level=level, upper=1.5, normalize=True), None)
     found = batch["correction_weights"].view(BATCH, TIME + 1)[:, 1:]
     torch.testing.assert_close(found * mask, expected * mask)
 
@@ -252,7 +252,7 @@ def test_rejection_narrows_the_mask(verl, level, mode):
     log_ratio = (matrices["logprobs"] - matrices["old_logprobs"]) * mask
     expected, _ = compute_rollout_rejection_mask(log_ratio, mask, mode, "0.8_1.3")
     config = {"reject": level, "reject_lower": 1 / 1.3, "reject_upper": 1 / 0.8, "denominators": "kept"}
-    correct_step(batch, "old_logprobs", MismatchCorrection(**config), None)
+    correct_step(batch, "old_logprobs", RolloutCorrection(**config), None)
     assert 0 < expected.sum() < mask.sum()
     assert torch.equal(batch["response_mask"].view(BATCH, TIME + 1)[:, 1:].double(), expected.double())
 

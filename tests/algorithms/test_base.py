@@ -10,7 +10,7 @@ from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_kin import make_samples
 
 from megatron_rl.algorithms import ALGORITHMS, DPO, GRPO, BaseAlgorithm
-from megatron_rl.algorithms.packing import NotFiniteError, require_finite
+from megatron_rl.algorithms.pack_samples import NotFiniteError, require_finite
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossOutput

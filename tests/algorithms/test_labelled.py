@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_rl.algorithms import ALGORITHMS, BCO, KTO
-from megatron_rl.algorithms.mismatch import exchange_responses, partners
+from megatron_rl.algorithms.kto_pairing import exchange_responses, mismatched_indices
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Stage
@@ -119,12 +119,12 @@ def test_label_metrics_separate_the_classes_and_skip_empty_responses():
     ],
 )
 def test_partners_shift_by_the_most_frequent_prompt(prompts, expected):
-    assert partners(prompts) == expected
+    assert mismatched_indices(prompts) == expected
 
 
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_every_response_is_taken_once_and_as_many_as_can_be_are_of_another_prompt(prompts):
-    found = partners(prompts)
+    found = mismatched_indices(prompts)
     assert sorted(found) == list(range(len(prompts)))
     most = max(map(prompts.count, prompts), default=0)
     mismatched = sum(prompts[i] != prompts[j] for i, j in enumerate(found))
@@ -169,7 +169,7 @@ def test_kl_is_the_mean_log_ratio_of_exchanged_responses_and_never_negative(poli
     batch.sequences["labels"] = torch.tensor([True, False, True, False])
     flow = algorithm.update()
     names = [stage.name for stage in flow.stages]
-    assert names == ["reference.logprobs", "kto.mismatched_kl", "batch.check", "actor.optimize"]
+    assert names == ["reference.logprobs", "kto.mismatched_kl", "actor.optimize"]
     flow(batch)
     (call,) = algorithm.actor.calls
     assert call["fields"]["kl_logratio"].tolist() == pytest.approx([expected] * 4, rel=1e-5)
@@ -196,7 +196,6 @@ def test_kto_without_an_estimate_reads_no_kl():
     algorithm = build(KTO, estimate_kl=False)
     assert [stage.name for stage in algorithm.update().stages] == [
         "reference.logprobs",
-        "batch.check",
         "actor.optimize",
     ]
     term = kto_term(0.1, 0.0, 1.0, 1.0)

@@ -13,7 +13,7 @@ from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_kin import SPECS, make_samples, packed, per_sample
 
 from megatron_rl.algorithms import PPO
-from megatron_rl.algorithms.token_rewards import at_last_token
+from megatron_rl.algorithms.advantages import at_last_token
 from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigError
 

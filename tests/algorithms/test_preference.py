@@ -305,20 +305,19 @@ def test_asking_for_scores_appends_one_masked_token_to_each_sequence():
     assert batch["response_mask"].tolist() == [False, False, False, True, False, True, True]
 
 
-# --- flows and settings ----------------------------------------------------------------------------------------------
+# --- flows and config ------------------------------------------------------------------------------------------------
 
 
 def pair_batch() -> Batch:
     return Batch.from_sequences([[1, 2, 3], [1, 4], [5, 6], [5, 7, 8]], [[0, 1, 1], [0, 1], [0, 1], [0, 1, 1]])
 
 
-def test_dpo_flow_scores_the_reference_then_trains_and_keeps_pairs_together():
+def test_dpo_flow_runs_the_reference_then_trains_and_keeps_pairs_together():
     algorithm = dpo(num_mini_batches=2)
     flow = algorithm.update()
     assert [stage.name for stage in flow.stages] == [
         "batch.pair",
         "reference.logprobs",
-        "batch.check",
         "actor.optimize",
     ]
     assert flow.reads == ("input_ids", "response_mask")
@@ -346,7 +345,7 @@ def test_precomputed_reference_needs_no_model_and_is_read_from_the_batch():
 def test_half_a_pair_is_refused():
     batch = Batch.from_sequences([[1, 2]], [[0, 1]])
     with pytest.raises(ValueError, match="1 sequences: expected chosen, rejected"):
-        dpo().check_stages()[0].run(batch)
+        dpo().data_stages()[0].run(batch)
 
 
 def test_missing_reference_is_refused_when_the_flow_is_built():

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from algorithms.gap_measure import measure
+from algorithms.measured_mismatch import measure
 from algorithms.stand_ins import StandInWorker
 from integration.servers import MODEL
 from rollout.engine_contract import Loaded

@@ -11,7 +11,7 @@ from small_run import write_run
 from transformers import AutoTokenizer
 
 from megatron_rl import DPOTrainer, GRPOTrainer, KTOTrainer
-from megatron_rl.algorithms.correction import MismatchCorrection
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import OptimizerSettings
 from megatron_rl.run.arguments import TrainArguments
@@ -132,7 +132,7 @@ def test_the_ranges_are_those_of_the_file() -> None:
 
 
 def test_mappings_stand_for_records_and_options_are_kept_as_plain_data(parts) -> None:
-    correction = MismatchCorrection(level="token")
+    correction = RolloutCorrection(level="token")
     given = {"config": {"token_budget": 99}, "parallel": {"tp": 2}, "correction": correction}
     trainer = GRPOTrainer(**parts, reward=len, max_tokens=8, **given)
     assert trainer.config.token_budget == 99

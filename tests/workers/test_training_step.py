@@ -46,7 +46,7 @@ def pair_batch(masks: str = "none") -> Batch:
 
 
 def measure(algorithm: DPO, batch: Batch) -> dict[str, float]:
-    algorithm.check_stages()[0].run(batch)
+    algorithm.data_stages()[0].run(batch)
     return algorithm.evaluate(batch)
 
 

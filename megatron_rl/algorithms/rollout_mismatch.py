@@ -42,7 +42,7 @@ def response_starts(batch: Batch) -> Tensor:
     return mask & ~goes_on
 
 
-def gap_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
+def mismatch_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
     """What is measured in one micro-batch.
 
     Args:

@@ -1,7 +1,7 @@
-"""The correction of the mismatch between trainer and rollout engine: weights, rejection and veto of one micro-batch.
+"""Correction for the mismatch between trainer and rollout engine: weights, rejection and veto of one micro-batch.
 
-The engine that sampled (other kernels, quantised weights, an older version) is not quite the policy that trains.
-Importance ratios are trainer over rollout; their product with the policy loss is bounded by truncation (truncated
+The rollout policy (other kernels, quantised weights, an older version) is not exactly the policy in training.
+The policy loss is weighted by importance ratios, trainer over rollout, which are bounded by truncation (truncated
 importance sampling, E. Ionides 2008; for rollouts: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
 Off-Policy RL Training") or by dropping what lies outside an interval (verl's ``rollout_rs``, "IcePop").
 """
@@ -16,15 +16,16 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
-from megatron_rl.algorithms.bounds import NonNegative, Positive, refuse_unused
 from megatron_rl.algorithms.importance import bounded_exp
+from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.bounds import NonNegative, Positive
 from megatron_rl.workers.loss import LossInputs, Mean
 
 Level = Literal["off", "token", "sequence", "geometric"]
 
 
-class MismatchCorrection(ConfigRecord):
+class RolloutCorrection(ConfigRecord):
     """How the policy loss is weighted by trainer over rollout probabilities, and what is left out of it."""
 
     level: Level = "off"
@@ -63,7 +64,7 @@ class MismatchCorrection(ConfigRecord):
 
     @property
     def of_step(self) -> bool:
-        """Whether it needs the whole step before the first loss."""
+        """Whether the weights need all samples of the step before the first loss."""
         return self.normalize or self.denominators == "kept"
 
     @model_validator(mode="after")
@@ -84,12 +85,12 @@ class MismatchCorrection(ConfigRecord):
 
 @dataclass(frozen=True, slots=True)
 class Corrected:
-    """What a correction makes of one micro-batch, each ``[num_tokens]``, without gradient."""
+    """The correction of one micro-batch, each ``[num_tokens]``, without gradient."""
 
     weights: Tensor  # of the policy loss; 0 where a token is left out
     kept: Tensor  # bool
     ratio: Tensor | None  # at the level of the weights, None where this is off
-    vetoed: Tensor  # bool, of every token of a response that the veto leaves out
+    vetoed: Tensor  # bool, all tokens of a response that the veto leaves out
 
 
 def ratio_at(inputs: LossInputs, log_ratio: Tensor, level: Level) -> Tensor:
@@ -101,7 +102,7 @@ def ratio_at(inputs: LossInputs, log_ratio: Tensor, level: Level) -> Tensor:
     return bounded_exp(log_ratio)
 
 
-def correct(inputs: LossInputs, log_ratio: Tensor, correction: MismatchCorrection) -> Corrected:
+def correct(inputs: LossInputs, log_ratio: Tensor, correction: RolloutCorrection) -> Corrected:
     """Weights, rejection (verl's ``rollout_rs`` in its k1 modes, whose bounds are on the inverse ratio) and veto.
 
     Args:
@@ -127,13 +128,8 @@ def correct(inputs: LossInputs, log_ratio: Tensor, correction: MismatchCorrectio
     return Corrected(torch.where(kept, weights, 0.0), kept, ratio, vetoed)
 
 
-def mismatch_weights(inputs: LossInputs, log_ratio: Tensor, correction: MismatchCorrection) -> Tensor:
-    """`Corrected.weights` alone."""
-    return correct(inputs, log_ratio, correction).weights
-
-
-def correction_metrics(inputs: LossInputs, found: Corrected, correction: MismatchCorrection) -> dict[str, Mean]:
-    """Shares of tokens, and mean weights; of ``weight_square`` the step makes ``effective_sample_share``."""
+def correction_metrics(inputs: LossInputs, found: Corrected, correction: RolloutCorrection) -> dict[str, Mean]:
+    """Fractions of tokens, and mean weights; ``effective_sample_share`` is computed from ``weight_square``."""
     metrics = {
         "mismatch/weight_mean": inputs.token_metric(found.weights),
         "mismatch/weight_square": inputs.token_metric(found.weights.square()),

@@ -14,7 +14,7 @@ from algorithms.stand_ins import StandInWorker
 from algorithms.test_policy_kin import make_samples
 
 from megatron_rl.algorithms import GRPO, RLOO
-from megatron_rl.algorithms.correction import MismatchCorrection, correct, mismatch_weights
+from megatron_rl.algorithms.rollout_correction import RolloutCorrection, correct
 from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.batch import Batch
 
@@ -43,7 +43,7 @@ def ratios(row: dict, level: str) -> list[float]:
     return [math.exp(total)] * len(logs)
 
 
-def expected(row: dict, c: MismatchCorrection) -> list[tuple[float, bool]]:
+def expected(row: dict, c: RolloutCorrection) -> list[tuple[float, bool]]:
     """Weight and whether kept, of each token on the mask."""
     weights = ratios(row, c.level) if c.level != "off" else [1.0] * len(row["mask"])
     second = ratios(row, c.reject) if c.reject != "off" else [1.0] * len(row["mask"])
@@ -74,7 +74,7 @@ GRID = (
 
 @pytest.mark.parametrize("config", GRID, ids=str)
 def test_weights_and_what_is_kept_equal_the_definition(config):
-    correction = MismatchCorrection(**config)
+    correction = RolloutCorrection(**config)
     given = rows()
     inputs = make_inputs(given)
     log_ratio = inputs.masked(inputs.fields["old_logprobs"] - inputs.fields["rollout_logprobs"])
@@ -86,7 +86,7 @@ def test_weights_and_what_is_kept_equal_the_definition(config):
 
 def test_the_grid_leaves_tokens_out_and_keeps_others():
     shares = [
-        statistics.fmean(kept for row in rows() for _, kept in expected(row, MismatchCorrection(**config)))
+        statistics.fmean(kept for row in rows() for _, kept in expected(row, RolloutCorrection(**config)))
         for config in GRID
         if config.get("mode") == "mask" or "veto" in config or "reject" in config
     ]
@@ -145,7 +145,7 @@ def batch_of(given: list[dict]) -> Batch:
 @pytest.mark.parametrize("denominators", ["all", "kept"])
 def test_normalised_weights_are_one_on_average_over_what_the_loss_divides_by(level, denominators):
     config = {"level": level, "upper": 1.6, "reject": "geometric", "reject_lower": 0.85, "reject_upper": 1.3}
-    correction = MismatchCorrection(**config, normalize=True, denominators=denominators)
+    correction = RolloutCorrection(**config, normalize=True, denominators=denominators)
     given = rows(3)
     batch = batch_of(given)
     before = batch["response_mask"].clone()
@@ -184,5 +184,5 @@ def test_a_step_hands_normalised_weights_and_the_narrowed_mask_to_the_worker():
 def test_the_plain_weights_are_what_they_were():
     inputs = make_inputs(rows())
     log_ratio = inputs.masked(inputs.fields["old_logprobs"] - inputs.fields["rollout_logprobs"])
-    plain = mismatch_weights(inputs, log_ratio, MismatchCorrection(level="token"))
+    plain = correct(inputs, log_ratio, RolloutCorrection(level="token")).weights
     assert torch.equal(plain, log_ratio.exp().clamp(max=2.0))

@@ -6,11 +6,11 @@ import logging
 import math
 
 import pytest
-from algorithms.gap_measure import measure
+from algorithms.measured_mismatch import measure
 from algorithms.stand_ins import StandInWorker
 
 from megatron_rl.algorithms import GRPO
-from megatron_rl.algorithms.rollout_gap import explain, response_starts, staleness
+from megatron_rl.algorithms.rollout_mismatch import explain, response_starts, staleness
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.rollout import WeightCheck
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_rl.algorithms.rollout_gap import gap_metrics
+from megatron_rl.algorithms.rollout_mismatch import mismatch_metrics
 from megatron_rl.workers.loss import LossInputs, Totals
 
 
@@ -20,5 +20,5 @@ def measure(differences: Sequence[Sequence[float]], stale: Sequence[Sequence[flo
     ids = torch.tensor([i for i, row in enumerate(rows) for _ in row])
     fields = {"response_mask": flat(mask).bool(), "staleness": flat(old), "response_starts": flat(starts).bool()}
     inputs = LossInputs(torch.zeros(len(ids)), fields, {}, ids, len(rows), Totals(1, 1))
-    metrics = gap_metrics(inputs, flat(rows))
+    metrics = mismatch_metrics(inputs, flat(rows))
     return {name: float(mean.total) / float(mean.weight) for name, mean in metrics.items() if mean.weight}
