@@ -12,7 +12,7 @@ from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.algorithms.surrogate import Surrogate, cispo_surrogate, soft_gate_surrogate
 from megatron_rl.algorithms.unused_fields import refuse_unused
-from megatron_rl.config.bounds import NonNegative, Positive
+from megatron_rl.config.ranges import NonNegative, Positive
 from megatron_rl.workers.loss import LossInputs
 
 

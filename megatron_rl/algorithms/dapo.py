@@ -14,7 +14,7 @@ from megatron_rl.algorithms.aggregation import LossAggregation
 from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.grpo import GRPO
 from megatron_rl.batch import Batch, Sample
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 
 
 @ALGORITHMS.register("dapo")

@@ -17,7 +17,7 @@ from megatron_rl.algorithms.pair_fields import length_weights, matched_over_rank
 from megatron_rl.algorithms.pairs import OF_MARGINS, PAIR_LOSSES, SMOOTHED, FDivergence, PairConfig, Pairs
 from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.batch import Batch
-from megatron_rl.config.bounds import Fraction, NonNegative, OpenFraction
+from megatron_rl.config.ranges import Fraction, NonNegative, OpenFraction
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs
 

@@ -19,7 +19,7 @@ from megatron_rl.algorithms.importance import bounded_exp
 from megatron_rl.algorithms.rollout_correction import RolloutCorrection
 from megatron_rl.algorithms.surrogate import pessimistic_log_ratio, sequence_token_log_ratio
 from megatron_rl.algorithms.unused_fields import refuse_unused
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 from megatron_rl.workers.loss import LossInputs, Mean
 
 

@@ -16,7 +16,7 @@ from megatron_rl.algorithms.logistic import logistic_loss
 from megatron_rl.algorithms.moments import masked_moments
 from megatron_rl.algorithms.offline import OfflineAlgorithm, RunningMean
 from megatron_rl.batch import Batch
-from megatron_rl.config.bounds import NonNegative, Positive
+from megatron_rl.config.ranges import NonNegative, Positive
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 

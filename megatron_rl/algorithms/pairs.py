@@ -19,7 +19,7 @@ from torch.nn import functional
 from megatron_rl.algorithms.logistic import logistic_loss, smoothed_logistic
 from megatron_rl.algorithms.pair_fields import matched
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import FlipProbability, Positive
+from megatron_rl.config.ranges import FlipProbability, Positive
 from megatron_rl.registry import Registry
 
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]  # in the place of DPO's reverse KL

@@ -37,7 +37,7 @@ from megatron_rl.algorithms.rollout_mismatch import (
 from megatron_rl.algorithms.step_correction import correct_step
 from megatron_rl.algorithms.surrogate import Surrogate, clipped_surrogate
 from megatron_rl.batch import Batch
-from megatron_rl.config.bounds import Finite, NonNegative
+from megatron_rl.config.ranges import Finite, NonNegative
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs, LossOutput, Mean
 

@@ -17,7 +17,7 @@ from megatron_rl.algorithms.policy_gradient import PolicyGradient
 from megatron_rl.algorithms.roles import ValueSource
 from megatron_rl.algorithms.surrogate import value_loss
 from megatron_rl.batch import Batch
-from megatron_rl.config.bounds import Fraction, Positive
+from megatron_rl.config.ranges import Fraction, Positive
 from megatron_rl.dataflow import Stage
 from megatron_rl.ops.gae import gae
 from megatron_rl.workers.loss import LossInputs, LossOutput

@@ -11,7 +11,7 @@ from megatron_rl.algorithms.base import ALGORITHMS
 from megatron_rl.algorithms.logistic import logistic_loss, smoothed_logistic
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.pairs import Pairs
-from megatron_rl.config.bounds import FlipProbability, NonNegative, Positive
+from megatron_rl.config.ranges import FlipProbability, NonNegative, Positive
 
 CERTAIN = -1e-6  # mean log-probabilities are held below this: log-odds of a certain response are infinite
 

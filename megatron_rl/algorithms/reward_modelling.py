@@ -18,7 +18,7 @@ from megatron_rl.algorithms.pairs import Pairs
 from megatron_rl.algorithms.roles import Policy, ValueSource
 from megatron_rl.batch import Batch
 from megatron_rl.batch.value_tokens import append_value_tokens
-from megatron_rl.config.bounds import NonNegative
+from megatron_rl.config.ranges import NonNegative
 from megatron_rl.dataflow import Stage
 from megatron_rl.workers.loss import LossInputs
 

@@ -23,7 +23,7 @@ from megatron_rl.algorithms.kl import KLEstimator
 from megatron_rl.algorithms.moments import whiten
 from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.batch import Batch
-from megatron_rl.config.bounds import Fraction
+from megatron_rl.config.ranges import Fraction
 from megatron_rl.ops.gae import gae
 from megatron_rl.workers.loss import LossInputs, Mean
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_rl.algorithms.importance import bounded_exp
 from megatron_rl.algorithms.unused_fields import refuse_unused
 from megatron_rl.config import ConfigRecord
-from megatron_rl.config.bounds import NonNegative, Positive
+from megatron_rl.config.ranges import NonNegative, Positive
 from megatron_rl.workers.loss import LossInputs, Mean
 
 Level = Literal["off", "token", "sequence", "geometric"]

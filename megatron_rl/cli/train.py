@@ -56,6 +56,9 @@ def train(
                 for note in notes:
                     typer.echo(f"note: {masked(note)}", err=True)
             return
-        from megatron_rl.run.execute import execute
+        import torch.distributed as dist
 
-        execute(run)
+        from megatron_rl.run.build import build_trainer
+
+        build_trainer(run).train()
+        dist.destroy_process_group()

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.ranges import NonNegative
+from megatron_rl.registry import nearest
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
@@ -73,6 +74,30 @@ def record_of(kind: type[Record], given: Any, where: str) -> Record | None:
     if isinstance(given, Mapping):
         return kind.parse(given, where=where)
     raise ConfigError(f"{where} is a {type(given).__name__}, expected a {kind.__qualname__} or a mapping of its fields")
+
+
+def split_options(
+    trainer: str, options: Mapping[str, Any], algorithm: type[ConfigRecord], dataset: type[ConfigRecord]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of a one-call trainer by owner: (fields of the algorithm's Config, fields of the data set's Config).
+
+    Raises:
+        ConfigError: one that neither Config has, a bad value of the algorithm's, or ``precomputed_reference``: batches
+            of a flow of one's own may bring log-probabilities, those of a data set never do.
+    """
+    known = sorted({*algorithm.model_fields, *dataset.model_fields})
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"{trainer}: unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
+    of_data = {name: value for name, value in options.items() if name in dataset.model_fields}
+    of_algorithm = {name: value for name, value in options.items() if name not in dataset.model_fields}
+    algorithm.parse(of_algorithm, where=trainer)
+    if of_algorithm.get("precomputed_reference"):
+        raise ConfigError(
+            f"{trainer}: precomputed_reference is for batches that bring ref_logprobs, and a data set has none. Give "
+            "reference_cache=FOLDER instead: they are computed once and kept there"
+        )
+    return of_algorithm, of_data
 
 
 def check_callbacks(callbacks: Any, where: str) -> Sequence[Callback]:

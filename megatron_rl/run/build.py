@@ -22,6 +22,7 @@ from megatron_rl.run.parts import check_layout, check_parts, unused_parts, uses_
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.output_lock import check_writable
 from megatron_rl.trainer.refill import filled
 from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
@@ -39,6 +40,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     Raises:
         ConfigError, DataError: what cannot work, said once and clearly, on every rank.
     """
+    check_writable(Path(config.trainer.output_dir))
     algorithm_type, algorithm_config = find_algorithm(config)
     check_parts(config, algorithm_type, algorithm_config)
     check_engine(config)

@@ -5,7 +5,6 @@ Each part is checked by the code that builds it in a run, so that nothing is sai
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from megatron_rl.run.build import check_engine, find_algorithm, load_callback, s
 from megatron_rl.run.parts import check_layout, check_parts, smallest_world, unused_parts
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.tracking import build_tracker
+from megatron_rl.trainer.output_lock import check_writable
 from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
@@ -91,16 +91,6 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
             "command, or under torchrun"
         )
     return notes
-
-
-def check_writable(folder: Path) -> None:
-    """Raise ConfigError unless files can be made in ``folder``, or it in the nearest folder above that exists."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = "is no folder" if not place.is_dir() else "cannot be written to"
-        raise ConfigError(f"output_dir={str(folder)!r}: {place} {what}: choose another")
 
 
 def _check_models(attempt: Attempts, config: RunConfig) -> None:

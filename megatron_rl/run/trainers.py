@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from megatron_rl.algorithms import DPO, GRPO, KTO, PPO, SFT, BaseAlgorithm, RewardModelling
 from megatron_rl.algorithms.roles import LogprobSource
 from megatron_rl.batch import Batch
-from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.config import ConfigError
 from megatron_rl.data import (
     CompletionDataset,
     LabelledDataset,
@@ -31,16 +31,21 @@ from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
 from megatron_rl.engines.engine_config import LoraSettings
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.registry import nearest
 from megatron_rl.rewards import check_answers
 from megatron_rl.rollout.base import SamplingParams
-from megatron_rl.run.arguments import TrainArguments, check_callbacks, check_model_and_tokenizer, record_of
-from megatron_rl.run.check import check_writable
+from megatron_rl.run.arguments import (
+    TrainArguments,
+    check_callbacks,
+    check_model_and_tokenizer,
+    record_of,
+    split_options,
+)
 from megatron_rl.run.evaluation import Evaluation
 from megatron_rl.run.offline_evaluation import OfflineEvaluation
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
+from megatron_rl.trainer.output_lock import check_writable
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.actor_config import ActorConfig
@@ -97,13 +102,8 @@ class OneCallTrainer:
     ) -> None:
         trainer = type(self).__name__
         check_model_and_tokenizer(model, tokenizer, trainer)
-        data_fields = self.dataset_type.Config.model_fields
-        own = {name: value for name, value in options.items() if name in data_fields}
-        self.options = {name: value for name, value in options.items() if name not in data_fields}
-        _refuse_unknown(trainer, self.options, self.algorithm_type.Config, self.dataset_type.Config)
-        self.algorithm_type.Config.parse(self.options, where=trainer)
-        _refuse_precomputed(trainer, self.options)
-        columns = self.dataset_type.Config.parse(own, where=f"{trainer}, dataset")
+        self.options, of_data = split_options(trainer, options, self.algorithm_type.Config, self.dataset_type.Config)
+        columns = self.dataset_type.Config.parse(of_data, where=f"{trainer}, dataset")
         self.config = record_of(ActorConfig, config, f"{trainer}: config") or ActorConfig()
         limits = model_limits(model, tokenizer, self.config, self.max_tokens)
         self.dataset = self.dataset_type(dataset, tokenizer, columns, limits)
@@ -340,19 +340,3 @@ class PPOTrainer(GRPOTrainer):
             raise ConfigError("PPOTrainer over Megatron chunks needs critic_model: a Hugging Face folder, id or model")
         critic = Critic(source, actor.tokenizer, context=actor.context, config=actor.config)
         return PPO(actor, self.make_reference(actor), critic, self.options)
-
-
-def _refuse_unknown(trainer: str, options: dict[str, Any], *records: type[ConfigRecord]) -> None:
-    known = sorted({name for record in records for name in record.model_fields})
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"{trainer}: unknown option {name!r}.{nearest(name, known)} Known: {', '.join(known)}")
-
-
-def _refuse_precomputed(trainer: str, options: dict[str, Any]) -> None:
-    """Batches of a flow of one's own may bring log-probabilities; those of a data set never do."""
-    if options.get("precomputed_reference"):
-        raise ConfigError(
-            f"{trainer}: precomputed_reference is for batches that bring ref_logprobs, and a data set has none. Give "
-            "reference_cache=FOLDER instead: they are computed once and kept there"
-        )

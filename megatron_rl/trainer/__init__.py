@@ -1,7 +1,7 @@
 """The training loop, callbacks, metrics and checkpoints."""
 
-from megatron_rl.trainer.callbacks import Callback, StopAtReward
+from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.loop import TrainingLoop
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
-__all__ = ["Callback", "StopAtReward", "TrainerConfig", "TrainingLoop"]
+__all__ = ["Callback", "TrainerConfig", "TrainingLoop"]

@@ -65,23 +65,3 @@ class Callback:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-
-
-class StopAtReward(Callback):
-    """End the run once the mean training reward has reached ``threshold`` in ``patience`` steps running."""
-
-    def __init__(self, threshold: float, patience: int = 3) -> None:
-        self.threshold = threshold
-        self.patience = patience
-        self.reached = 0
-
-    def on_step_end(self, trainer: TrainerView, batch: Batch, metrics: dict[str, float]) -> None:
-        self.reached = self.reached + 1 if metrics.get("rewards/mean", float("-inf")) >= self.threshold else 0
-        if self.reached >= self.patience:
-            trainer.stop(f"reward {metrics['rewards/mean']:.3f} reached {self.threshold} {self.patience} times running")
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return {"reached": self.reached}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.reached = int(state["reached"])

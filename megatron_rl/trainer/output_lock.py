@@ -86,3 +86,13 @@ class OutputLock:
 def _let_go(lock: OutputLock | None) -> None:
     if lock is not None:
         lock.release()
+
+
+def check_writable(folder: Path) -> None:
+    """Raise ConfigError unless ``folder``, or the nearest folder above it that exists, can be written to."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        what = "is no folder" if not place.is_dir() else "cannot be written to"
+        raise ConfigError(f"output_dir={str(folder)!r}: {place} {what}: choose another")

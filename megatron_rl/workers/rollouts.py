@@ -91,12 +91,6 @@ class Rollouts:
     def placement(self) -> RolloutPlacement:
         return self.placements[self.model.context.coordinates.dp]
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the engine serves the newest weights, as far as this rank can see: no other is asked. False also
-        where something else than `Actor.optimize` has changed this rank's part of them."""
-        return self._served_version == self.trained_version and not self._changed()
-
     def _changed(self) -> list[str]:
         """This rank's weights that are not those of the last push."""
         found = self._fingerprint(self.model.tensors())

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import megatron_rl  # noqa: F401  (first: the CPU face)
 
 from job import Job, JobArguments, build, float16, get_model, initialize, local_provider, transformer_config  # isort: skip
+from served_version import is_current  # isort: skip
 from megatron.core import parallel_state  # isort: skip
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -186,7 +187,7 @@ def one_rank_changes(actor: Actor) -> None:
     for changed in range(actor.context.world_size):
         if rank == changed:  # what no other rank holds
             actor.engine.tensors()["decoder.layers.0.mlp.linear_fc1.weight"].mul_(1.5)
-        assert actor.rollouts.is_current == (rank != changed)
+        assert is_current(actor) == (rank != changed)
         faults = actor.verify_weights().faults
         assert len(faults) == 1, faults
         assert f"training rank {changed} holds other weights" in faults[0]
@@ -195,19 +196,19 @@ def one_rank_changes(actor: Actor) -> None:
     if rank == 1:  # said on one rank only: the others follow
         actor.weights_changed()
     assert {one.policy_version for one in sample(actor).samples} == {version + actor.context.world_size + 1}
-    assert actor.rollouts.is_current
+    assert is_current(actor)
 
 
 def job_takes_a_step(actor: Actor) -> None:
     """Of its own, with gradients that are still there: the new values wait on the rank that has computed them."""
     sample(actor)
     version = actor.policy_version
-    assert actor.rollouts.is_current
+    assert is_current(actor)
     assert actor.engine.optimizer.step()[0]
-    assert not actor.rollouts.is_current
+    assert not is_current(actor)
     assert {one.policy_version for one in sample(actor).samples} == {version + 1}
     assert not actor.verify_weights().faults
-    assert actor.rollouts.is_current
+    assert is_current(actor)
 
 
 def sample(actor: Actor) -> Batch:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron_lm.job import Job, JobArguments, build, float16, get_model, initialize, local_provider, transformer_config
+from megatron_lm.served_version import is_current
 
 import megatron_rl  # noqa: F401  (before megatron.core)
 from megatron_rl.algorithms import GRPO
@@ -133,11 +134,11 @@ def test_the_next_sample_is_of_the_new_weights_whatever_changed_them(kind):
     assert gap(actor, sample(actor)) < ROUNDING[args.params_dtype]
     for change in CHANGES:
         version = actor.policy_version
-        assert actor.rollouts.is_current
+        assert is_current(actor)
         stale = sample(actor)
         assert actor.policy_version == version  # nothing changed, nothing was pushed
         change(job, actor)
-        assert not actor.rollouts.is_current, change.__name__
+        assert not is_current(actor), change.__name__
         (fault,) = actor.verify_weights().faults
         assert "were changed outside of Actor" in fault
         assert gap(actor, stale) > 2 * ROUNDING[args.params_dtype] or change is touch_one_element, change.__name__
@@ -186,7 +187,7 @@ def test_weights_changed_makes_a_version():
     load(job, actor)
     actor.weights_changed()
     assert actor.policy_version == 1
-    assert not actor.rollouts.is_current
+    assert not is_current(actor)
     assert not actor.verify_weights().faults  # known to be older, and whole
     assert {one.policy_version for one in sample(actor).samples} == {1}
 
@@ -203,7 +204,7 @@ def test_changed_adapters_are_pushed():
     sample(actor)
     for adapter in actor.engine.adapters.values():
         adapter.b.data.add_(0.5)
-    assert not actor.rollouts.is_current
+    assert not is_current(actor)
     assert gap(actor, sample(actor)) < ROUNDING[torch.float32]
     assert actor.policy_version == 1
 
