@@ -1,7 +1,7 @@
 """Advantages without a critic: pure functions of rewards and groups, ``[num_sequences]`` in and out.
 
-A group is the samples of one prompt, all on one data-parallel rank; groups may differ in size. Everywhere a group of
-one, or of equal rewards, has advantage exactly 0. Statistics are computed in float64.
+A group is the samples of one prompt, all on one data-parallel rank; groups may differ in size. A group of one, or
+of equal rewards, always has advantage exactly 0. Statistics are computed in float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STD_EPSILON = 1e-6  # added to a group's standard deviation, as in verl's comput
 
 @dataclass(frozen=True, slots=True)
 class GroupStatistics:
-    """Each sequence's own group, ``[num_sequences]`` float64 (``count`` too, ``uniform`` bool)."""
+    """Statistics of each sequence's group, ``[num_sequences]`` float64; ``uniform`` is bool."""
 
     count: Tensor
     mean: Tensor
@@ -29,7 +29,7 @@ class GroupStatistics:
 
 
 def group_statistics(rewards: Tensor, groups: Tensor) -> GroupStatistics:
-    """Two-pass statistics of every group, handed back per sequence."""
+    """Two-pass statistics of every group, one entry per sequence."""
     _, index = torch.unique(groups, return_inverse=True)
     rewards = rewards.double()
     num_groups = int(index.max()) + 1 if index.numel() else 0
@@ -56,7 +56,7 @@ def batch_scaled_advantages(
     rewards: Tensor, groups: Tensor, group: dist.ProcessGroup | None = None, *, epsilon: float = STD_EPSILON
 ) -> Tensor:
     """(r - mean of the group) / (std of the whole batch + epsilon): as TRL's ``scale_rewards="batch"`` (arXiv
-    2508.08221, section 4.2); easy and hard prompts keep their weights.
+    2508.08221, section 4.2); easy and hard prompts have the same weight.
 
     Args:
         group: the data-parallel ranks that hold the other sequences; all of them call together.
@@ -86,9 +86,9 @@ def leave_one_out_advantages(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def informative_groups(rewards: Tensor, groups: Tensor) -> Tensor:
-    """Which sequences belong to a group whose rewards are not all equal, ``[num_sequences]`` bool.
+    """Whether each sequence belongs to a group whose rewards are not all equal, ``[num_sequences]`` bool.
 
-    The predicate of dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): the other groups have no gradient; the trainer
+    The filter of dynamic sampling (DAPO, arXiv 2503.14476, eq. 11): the other groups have no gradient; the trainer
     drops them and samples new prompts until the batch is full.
     """
     return ~group_statistics(rewards, groups).uniform
@@ -100,7 +100,7 @@ def spread_over_tokens(batch: Batch, per_sequence: Tensor) -> Tensor:
 
 
 def sum_over_tokens(batch: Batch, per_token: Tensor) -> Tensor:
-    """Sum over each sequence's response tokens, ``[num_tokens] -> [num_sequences]``; what lies outside is ignored."""
+    """Sum over each sequence's response tokens, ``[num_tokens] -> [num_sequences]``; other tokens are ignored."""
     kept = torch.where(batch["response_mask"].bool(), per_token, 0.0)
     return kept.new_zeros(batch.num_sequences).index_add(0, batch.sequence_ids, kept)
 
@@ -108,7 +108,7 @@ def sum_over_tokens(batch: Batch, per_token: Tensor) -> Tensor:
 def at_last_token(batch: Batch, per_sequence: Tensor) -> Tensor:
     """``[num_sequences] -> [num_tokens]``: the value at each sequence's last response token, 0 elsewhere.
 
-    A sequence without response tokens loses its value: it has no action that could have earned it.
+    The value of a sequence without response tokens is dropped.
     """
     steps = batch["response_mask"].bool().nonzero().squeeze(1)
     owner = batch.sequence_ids[steps]

@@ -1,4 +1,4 @@
-"""From a number per token to the loss of a mini-batch: which tokens weigh how much.
+"""Loss aggregation: the weights with which per-token losses become the loss of a mini-batch.
 
 All modes are sums over tokens with constant weights, divided by the mini-batch's *global* totals, so that the loss and
 its gradient add up exactly over micro-batches, data-parallel ranks and context-parallel ranks.
@@ -22,7 +22,7 @@ class TokenAverage:
     """Weights of one micro-batch's tokens, ``[num_tokens]`` in the dtype of the log-probabilities, 0 off the mask."""
 
     scale: Tensor  # weight in the loss
-    share: Tensor  # part of the mini-batch this token stands for: sums to 1 over the whole mini-batch
+    share: Tensor  # weight in metrics: sums to 1 over the whole mini-batch
 
     def __call__(self, per_token: Tensor) -> Tensor:
         """This micro-batch's contribution, a scalar; values outside the mask are ignored, NaN included."""
@@ -41,7 +41,7 @@ def token_average(inputs: LossInputs, mode: LossAggregation, norm_length: int | 
     """The weights of each mode; T = all response tokens of the mini-batch, S = its sequences that have any.
 
     - ``token-mean``: 1/T. DAPO (arXiv 2503.14476, eq. 8).
-    - ``token-sum``: 1. A plain sum, for a divisor of your own in the learning rate; as verl's mode of this name.
+    - ``token-sum``: 1. A plain sum; the divisor is then part of the learning rate. As verl's mode of this name.
     - ``seq-mean-token-sum``: 1/S. Plain policy gradient of whole responses.
     - ``seq-mean-token-mean``: 1/(S * |o_i|). GRPO (arXiv 2402.03300, eq. 3).
     - ``fixed-length``: 1/(S * norm_length). Dr. GRPO (arXiv 2503.20783, section 3).

@@ -1,7 +1,7 @@
 """`BaseAlgorithm`: data flow, parallelism, metrics and checkpoints for any policy optimisation.
 
-An algorithm of your own is one file: subclass, override `prepare` (what each token is worth, plain tensors on the host)
-and/or `loss` (a pure function of a record), and name the fields that they read. `update()` is the flow of one step.
+A new algorithm is one file: subclass, override `prepare` (advantages, from plain tensors on the host) and/or `loss` (a
+pure function of a record), and name the fields that they read. `update()` is the flow of one step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALGORITHMS: Registry[type[BaseAlgorithm]] = Registry("algorithm")
 class BaseAlgorithm:
     """One way to turn samples and rewards into optimizer steps.
 
-    On its own it is policy optimisation with group-normalised advantages and a clipped ratio (clip 0.2, token mean).
+    By itself it is policy optimisation with group-normalised advantages and a clipped ratio (clip 0.2, token mean).
     Subclasses override `prepare` and `loss`; larger changes override a ``*_stage`` method or `update`.
 
     Example:
@@ -55,22 +55,22 @@ class BaseAlgorithm:
         num_mini_batches: int = Field(default=1, ge=1)
         """Optimizer steps per pass."""
         old_logprobs: Literal["auto", "recompute", "rollout", "current"] = "auto"
-        """Whose probabilities are the denominator of the ratio. recompute: the trainer's before the step. rollout: the
-        engine's own. current: the trainer's at each optimizer step, ratio 1. auto: current when a step is one optimizer
-        step and nothing else needs them, otherwise recompute."""
+        """Log-probabilities in the denominator of the ratio. recompute: the trainer's before the step. rollout: the
+        engine's. current: the trainer's at each optimizer step, so that the ratio is 1. auto: current when a step is
+        one optimizer step and nothing else needs them, otherwise recompute."""
         mask_truncated: bool = False
         """Leave responses that hit the token limit out of the loss (they still count in their group's statistics)."""
         seed: Seed = 0
         """Seed of the shuffling into mini-batches."""
 
     config: Any  # this class's own `Config`; subclasses narrow the type
-    name: ClassVar[str] = "algorithm"  # what stages are called after
+    name: ClassVar[str] = "algorithm"  # prefix of the names of its stages
     token_reads: tuple[str, ...] = ("advantages",)  # token fields that `loss` reads, besides mask and old logprobs
     sequence_reads: tuple[str, ...] = ()  # sequence fields that `loss` reads
     prepare_reads: tuple[str, ...] = ("rewards", "groups", "response_mask")
     prepare_writes: tuple[str, ...] = ("advantages",)
     group_field: str | None = None  # sequences that share this field's value stay in one micro-batch
-    drops_samples: bool = False  # whether `keep_samples` is to be asked
+    drops_samples: bool = False  # whether `keep_samples` is called
     max_sampling_rounds: int = 10
 
     def __init__(
@@ -89,7 +89,7 @@ class BaseAlgorithm:
             config: this class's `Config`, or its values; ``overrides`` replace single values.
 
         Raises:
-            ConfigError: unknown keys, bad values, or a part that the configuration needs and that is missing.
+            ConfigError: unknown keys, bad values, or a worker that the configuration needs is missing.
         """
         given = config.model_dump() if isinstance(config, ConfigRecord) else dict(config or {})
         self.config = self.Config.parse({**given, **overrides}, where=f"{type(self).__name__}.Config")
@@ -101,15 +101,15 @@ class BaseAlgorithm:
     @classmethod
     def without_workers(cls, config: Config | Mapping[str, Any] | None = None, **overrides: Any) -> Self:
         """The algorithm for its formulas alone: `loss` (and PPO's `critic_loss`) are functions of the configuration and
-        of `LossInputs`; what needs a model says that there is none."""
+        of `LossInputs`; whatever needs a model raises."""
         return cls(cast(Policy, NoWorker()), config=config, **overrides)
 
     @classmethod
     def loss_fn(cls, config: Config | Mapping[str, Any] | None, inputs: LossInputs) -> LossOutput:
         """`loss` as a function of a configuration and of tensors, differentiable in the tensors of ``inputs``.
 
-        What ``inputs`` hold is used: with ``ref_logprobs`` there is a reference, and where the configuration leaves
-        open whose log-probabilities are the old ones, ``old_logprobs`` are.
+        With ``ref_logprobs`` in ``inputs`` there is a reference, and with ``old_logprobs="auto"`` the field
+        ``old_logprobs`` is used if it is there.
 
         Raises:
             ConfigError: as from the constructor.
@@ -127,15 +127,16 @@ class BaseAlgorithm:
             algorithm.config = given.model_copy(update={"old_logprobs": "recompute"})
         return algorithm.loss(inputs)
 
-    # --- what an algorithm overrides -------------------------------------------------------------------------------
+    # --- to be overridden by algorithms ----------------------------------------------------------------------------
 
     def prepare(self, batch: Batch) -> None:
-        """Write the fields of ``prepare_writes``; runs once per step, on the host, on this rank's whole sequences."""
+        """Write the fields of ``prepare_writes``; runs once per step, on the host, on the whole sequences of this
+        rank."""
         values = group_advantages(batch["rewards"], batch["groups"], normalize_std=True)
         batch.tokens["advantages"] = spread_over_tokens(batch, values)
 
     def loss(self, inputs: LossInputs) -> LossOutput:
-        """The loss of one micro-batch; pure. Divide by ``inputs.totals``, never by what this micro-batch holds."""
+        """The loss of one micro-batch; pure. Divide by ``inputs.totals``, never by counts of this micro-batch."""
         log_ratio = masked_log_ratio(inputs, inputs.logprobs, self.old_logprobs_of(inputs))
         surrogate = clipped_surrogate(log_ratio, inputs.fields["advantages"], 0.2, 0.2)
         average = token_average(inputs, "token-mean")
@@ -146,10 +147,10 @@ class BaseAlgorithm:
         return LossOutput(average(surrogate.loss), metrics)
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Look at a finished step's metrics (same on all ranks) and adapt; called once per step."""
+        """Adapt to the metrics of a finished step (the same on all ranks); called once per step."""
 
     def keep_samples(self, samples: Sequence[Sample]) -> list[bool]:
-        """Which samples, with their rewards, are worth training on; asked where ``drops_samples`` is set. New prompts
+        """Which samples, with their rewards, are worth training on; called where ``drops_samples`` is set. New prompts
         are sampled in place of groups of which none is kept, in at most ``max_sampling_rounds`` rounds a step."""
         return [True] * len(samples)
 
@@ -246,12 +247,12 @@ class BaseAlgorithm:
 
     @property
     def needs_old_logprobs(self) -> bool:
-        """Whether something before the loss needs the trainer's log-probabilities."""
+        """Whether something before the loss needs the trainer's old log-probabilities."""
         return False
 
     @property
     def old_logprobs_field(self) -> str | None:
-        """The token field with the ratio's denominator; None: the current policy's own."""
+        """The token field with the ratio's denominator; None: the current policy's log-probabilities."""
         choice = self.config.old_logprobs
         if choice == "auto":
             single = self.config.num_epochs * self.config.num_mini_batches == 1
@@ -270,7 +271,7 @@ class BaseAlgorithm:
         return inputs.logprobs.detach() if field is None else inputs.fields[field]
 
     def require(self, part: str, why: str) -> None:
-        """Raises ConfigError when the constructor did not get ``part`` ("reference" or "critic")."""
+        """Raises ConfigError when ``part`` ("reference" or "critic") was not given."""
         if isinstance(self.actor, NoWorker):
             return
         if {"reference": self.reference, "critic": self.critic}[part] is None:
@@ -279,7 +280,7 @@ class BaseAlgorithm:
     # --- checkpoints -----------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but weights that a resumed run needs."""
+        """The state that a resumed run needs, weights excepted."""
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""CISPO and SAPO: no token loses its gradient; the ratio's influence is bounded or fades instead."""
+"""CISPO and SAPO: every token keeps its gradient; the influence of the ratio is bounded or decays instead."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CISPO(GRPO):
         clip_low: NonNegative = 1.0
         """1 means no lower bound, as in the paper."""
         clip_high: NonNegative = 4.0
-        """The weight is held below 1 + clip_high."""
+        """The weight is clipped at 1 + clip_high."""
         loss_aggregation: LossAggregation = "token-mean"
         """Mean over all tokens of the mini-batch."""
 
@@ -58,7 +58,7 @@ class SAPO(GRPO):
         tau_positive: Positive = 1.0
         """Steepness of the gate where the advantage is positive."""
         tau_negative: Positive = 1.05
-        """Steepness elsewhere; a little more, as negative updates are the less stable ones."""
+        """Steepness elsewhere; a little higher, as negative updates are less stable."""
 
         @model_validator(mode="after")
         def _no_clip(self) -> Self:

@@ -21,7 +21,7 @@ from megatron_rl.config.ranges import NonNegative
 class DAPO(GRPO):
     """Decoupled clip and Dynamic sAmpling Policy Optimization (arXiv 2503.14476, eqs. 8 to 13).
 
-    Dynamic sampling is a predicate here, `keep_samples`; drawing new prompts until the batch is full is the trainer's
+    Dynamic sampling is a filter here, `keep_samples`; the trainer samples new prompts until the batch is full
     (`trainer.refill`).
     """
 
@@ -31,7 +31,7 @@ class DAPO(GRPO):
         clip_high: NonNegative = 0.28
         """Upper clip, wider than the lower one so that unlikely tokens can still grow."""
         loss_aggregation: LossAggregation = "token-mean"
-        """Every token weighs the same, in long responses too."""
+        """Every token has the same weight, in long responses too."""
         overlong_tokens: int | None = Field(default=None, gt=0)
         """Response tokens at which the length penalty reaches its full size; none: no penalty."""
         overlong_cache: int = Field(default=4096, gt=0)
@@ -41,7 +41,7 @@ class DAPO(GRPO):
         dynamic_sampling: bool = True
         """Drop groups whose rewards are all equal, and sample new prompts in their place."""
         max_sampling_rounds: int = Field(default=10, ge=1)
-        """Rounds of sampling a step; a batch that is not full then is trained on as it is."""
+        """Most rounds of sampling in a step; a batch that is not full after them is trained on as it is."""
 
         @model_validator(mode="after")
         def _penalty_starts_within_the_response(self) -> Self:

@@ -1,4 +1,4 @@
-"""DPO and its relatives: the policy itself as the reward model, relative to a frozen reference."""
+"""DPO and its variants: the policy itself as the reward model, relative to a frozen reference."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ MATCHES = {"matched_reference": "aot", "matched_rejected": "aot_unpaired", "matc
 class DPO(PairwiseAlgorithm):
     """Direct Preference Optimization (arXiv 2305.18290) with any loss of `PAIR_LOSSES`, or a weighted mixture of them.
 
-    Log-probabilities are sums over response tokens. Pairs count equally; one whose both responses are empty counts
-    not at all. bco_pair is shifted by the running mean reward of the steps *before* this one, so that it depends
+    Log-probabilities are sums over response tokens. Pairs have equal weight; a pair of two empty responses has
+    none. bco_pair is shifted by the running mean reward of the steps *before* this one, so that it depends
     neither on micro-batches nor on ranks (TRL 1.16 does not shift it at all). aot and aot_unpaired match over all pairs
-    of a step, by one more forward pass before it; with several optimizer steps a batch the matches stay as they were.
+    of a step, with one more forward pass before it; several optimizer steps on a batch use the same matches.
     """
 
     class Config(OfflineAlgorithm.Config, PairConfig):
@@ -42,13 +42,14 @@ class DPO(PairwiseAlgorithm):
         reference_free: bool = False
         """Treat the reference as uniform: its log-probabilities are 0."""
         f_divergence: FDivergence = "reverse_kl"
-        """What ties the policy to the reference, for losses of the margin: reverse_kl is DPO."""
+        """Divergence between policy and reference, for losses of the margin: reverse_kl is DPO."""
         f_alpha: OpenFraction = 0.5
         """Power of the alpha divergence: towards 0 the reverse KL, towards 1 the forward KL."""
         ld_alpha: Fraction = 1.0
         """Weight of a response's tokens beyond the length of the pair's shorter one: LD-DPO (arXiv 2409.06411)."""
         precomputed_reference: bool = False
-        """Batches of your own flow bring ``ref_logprobs``; the one-call trainers have ``reference_cache`` instead."""
+        """Batches already hold ``ref_logprobs``, in a flow of your own; the one-call trainers have
+        ``reference_cache``."""
 
         @property
         def weights(self) -> dict[str, float]:
@@ -68,11 +69,11 @@ class DPO(PairwiseAlgorithm):
             return self
 
         def _refuse_ignored(self) -> None:
-            # sft compares no labels; exo_pair cannot be without smoothing, whatever stands beside it
-            deaf = [name for name in self.weights if name not in (*SMOOTHED, "sft")]
-            if self.label_smoothing and "exo_pair" not in self.weights and (deaf or set(self.weights) == {"sft"}):
+            # sft has no labels to smooth; exo_pair always needs smoothing, whatever it is combined with
+            unaffected = [name for name in self.weights if name not in (*SMOOTHED, "sft")]
+            if self.label_smoothing and "exo_pair" not in self.weights and (unaffected or set(self.weights) == {"sft"}):
                 raise ValueError(
-                    f"label_smoothing={self.label_smoothing} has no effect on {deaf or ['sft']}; it is for "
+                    f"label_smoothing={self.label_smoothing} has no effect on {unaffected or ['sft']}; it is for "
                     f"{list(SMOOTHED)}, alone or with sft"
                 )
             for field, loss in {"ipo_length_norm": "ipo", "discopop_tau": "discopop"}.items():
@@ -121,7 +122,7 @@ class DPO(PairwiseAlgorithm):
         return [*super().data_stages(), weigh]
 
     def weigh_lengths(self, batch: Batch) -> None:
-        """Write ``length_weights``."""
+        """Write the token field ``length_weights``."""
         batch.tokens["length_weights"] = length_weights(batch, self.config.ld_alpha)
 
     def forward_stages(self) -> list[Stage]:
@@ -136,7 +137,7 @@ class DPO(PairwiseAlgorithm):
         return stages
 
     def match(self, batch: Batch) -> None:
-        """Write who stands against whom in aot and aot_unpaired, over all data-parallel ranks, the same at both
+        """Write the matches of aot and aot_unpaired over the pairs of all data-parallel ranks, the same value for both
         sequences of a pair. Collective."""
         self.actor.logprobs(write="policy_logprobs").run(batch)
         policy = self._response_sums(batch, batch.tokens.pop("policy_logprobs"))

@@ -1,4 +1,4 @@
-"""GRPO and Dr. GRPO: several responses to one prompt are each other's baseline."""
+"""GRPO and Dr. GRPO: the baseline of a response is the mean reward of all responses to its prompt."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class GRPO(PolicyGradient):
         return group_advantages(rewards, batch["groups"], normalize_std=self.config.normalize_std)
 
     def shaped_rewards(self, batch: Batch) -> Tensor:
-        """Rewards before grouping, ``[num_sequences]``: less the responses' KL when it is part of the reward."""
+        """Rewards before grouping, ``[num_sequences]``: minus the responses' KL when it is part of the reward."""
         rewards = batch["rewards"]
         if self.kl_in_reward:
             rewards = rewards - self.kl_coefficient * sum_over_tokens(batch, self.token_kl(batch))

@@ -27,9 +27,9 @@ from megatron_rl.workers.loss import LossInputs, Mean
 class GSPO(GRPO):
     """Group Sequence Policy Optimization (arXiv 2507.18071, eqs. 5 and 7).
 
-    The sequence ratio is exp(mean of the token log-ratios) and is what we differentiate. ``token_form`` is the paper's
-    GSPO-token (eqs. 13 and 14), where every token has that value and its own gradient; with one advantage per response
-    and the default aggregation both have the same value and gradient.
+    The sequence ratio is exp(mean of the token log-ratios); the gradient is taken through it. ``token_form`` is the
+    paper's GSPO-token (eqs. 13 and 14), where every token has that value and its own gradient; with one advantage per
+    response and the default aggregation both have the same value and gradient.
     """
 
     class Config(GRPO.Config):
@@ -107,7 +107,7 @@ class GMPO(GRPO):
 
 
 def check_sequence_level(aggregation: LossAggregation, correction: RolloutCorrection, name: str) -> None:
-    """Raises ValueError for settings that mean nothing for one ratio per response."""
+    """Raises ValueError for settings that have no meaning with one ratio per response."""
     if aggregation != "seq-mean-token-mean":
         raise ValueError(f"{name} averages over responses: loss_aggregation={aggregation!r} does not apply")
     if "token" in (correction.level, correction.reject):

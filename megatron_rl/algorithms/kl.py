@@ -23,7 +23,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: KLEstimator) -
     KL(policy || reference) and k3 that of KL(reference || policy); in a reward k1 is the unbiased choice.
 
     k3 of a token is not capped below exp(20) - 21 = 4.85e8, which it reaches where the policy is 20 nats below the
-    reference: one such token outweighs a batch (verl holds k3 within +-10, TRL not at all). Beyond +-20 nats it is
+    reference: one such token dominates a batch (verl holds k3 within +-10, TRL not at all). Beyond +-20 nats it is
     flat: a clamped exponential with a live linear part would push the wrong way.
     """
     difference = logprobs - ref_logprobs

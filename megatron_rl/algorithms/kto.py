@@ -34,7 +34,8 @@ class LabelledAlgorithm(OfflineAlgorithm):
         undesirable_weight: NonNegative = 1.0
         """Weight of the undesirable responses' losses."""
         precomputed_reference: bool = False
-        """Batches of your own flow bring ``ref_logprobs``; the one-call trainers have ``reference_cache`` instead."""
+        """Batches already hold ``ref_logprobs``, in a flow of your own; the one-call trainers have
+        ``reference_cache``."""
 
     config: Config
     token_reads = ("ref_logprobs",)
@@ -74,15 +75,15 @@ class KTO(LabelledAlgorithm):
 
     r = beta log(policy / reference) of the response; z is the KL of policy to reference, estimated before the step as
     the mean log-ratio of *mismatched* responses (those to other prompts of the whole batch, see
-    `kto_pairing.mismatched_indices`), not below 0 and without gradient. A batch of one prompt has none and is refused
-    (as TRL refuses a batch size of 1), since z would be 0 unnoticed.
+    `kto_pairing.mismatched_indices`), not below 0 and without gradient. A batch with one prompt only is refused (as
+    TRL refuses a batch size of 1): z would silently be 0.
     """
 
     class Config(LabelledAlgorithm.Config):
         """Settings of KTO."""
 
         estimate_kl: bool = True
-        """Estimate z (two more forward passes a step); off: z = 0, as APO-zero on single responses."""
+        """Estimate z, with two more forward passes a step; off: z = 0, as APO-zero on single responses."""
 
     name = "kto"
     config: Config
@@ -104,7 +105,7 @@ class KTO(LabelledAlgorithm):
         return [*super().forward_stages(), estimate]
 
     def estimate_kl(self, batch: Batch) -> None:
-        """Write ``kl_logratio``, the same number for every sequence of the world.
+        """Write ``kl_logratio``, the same number for every sequence of all ranks.
 
         Raises:
             ConfigError: the whole batch has one prompt only.
@@ -125,8 +126,8 @@ class BCO(LabelledAlgorithm):
     """Binary Classifier Optimization (arXiv 2404.04656, section 3): -log sigmoid(+-(r - d)), d a mean reward.
 
     d is the running mean, over the steps *before* this one, of the mean reward of all responses of a step, so that it
-    depends neither on micro-batches nor on ranks. Classes count by their size (in the paper each counts half, the same
-    where they are balanced). No density-ratio weights.
+    depends neither on micro-batches nor on ranks. Classes are weighted by their size (by one half each in the
+    paper, the same where they are balanced). No density-ratio weights.
     """
 
     class Config(LabelledAlgorithm.Config):
@@ -156,8 +157,8 @@ class BCO(LabelledAlgorithm):
 
 
 def with_margins(metrics: dict[str, float]) -> dict[str, float]:
-    """The metrics and, where responses of both classes were there, ``rewards/margins``: by how much the mean reward of
-    the desirable ones exceeds that of the others (as TRL's KTOTrainer logs it)."""
+    """The metrics and, where there were responses of both classes, ``rewards/margins``: mean reward of the desirable
+    ones minus that of the undesirable ones (as TRL's KTOTrainer logs it)."""
     if "rewards/chosen" in metrics and "rewards/rejected" in metrics:
         metrics = metrics | {"rewards/margins": metrics["rewards/chosen"] - metrics["rewards/rejected"]}
     return metrics

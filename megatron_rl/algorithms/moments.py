@@ -2,7 +2,7 @@
 
 Two passes (mean first, then squared distances from it), in float64, the variance unbiased: the same numbers whichever
 way the sequences are spread over ranks, and no cancellation when the mean is large. Every rank must call these
-functions, also one that has nothing to contribute.
+functions, also one without any values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ WHITEN_EPSILON = 1e-8  # added to the variance, as in verl.utils.torch_functiona
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Count, mean and unbiased variance of masked values over all data-parallel ranks; all zero when nothing counts."""
+    """Count, mean and unbiased variance of masked values over all data-parallel ranks; all zero when the mask is
+    empty."""
 
     count: float
     mean: float

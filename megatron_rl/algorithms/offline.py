@@ -1,4 +1,4 @@
-"""`OfflineAlgorithm` and `PairwiseAlgorithm`: what algorithms share that learn from a data set instead of samples.
+"""`OfflineAlgorithm` and `PairwiseAlgorithm`: base classes of algorithms that learn from a data set, without sampling.
 
 Their batches arrive packed (`Batch.from_sequences`). In preference batches sequence 2i is chosen and 2i + 1 rejected;
 a pair never leaves its micro-batch.
@@ -105,7 +105,7 @@ class PairwiseAlgorithm(OfflineAlgorithm):
         return Pairs.of_sequences(logprobs, reference, num_tokens)
 
     def weighed(self, inputs: LossInputs, per_token: Tensor) -> Tensor:
-        """Log-probabilities as they enter a response's sum, 0 off the mask; ``[num_tokens]``."""
+        """Weighted log-probabilities, which are then summed over each response; 0 off the mask; ``[num_tokens]``."""
         return inputs.masked(per_token)
 
     def pair_metrics(self, inputs: LossInputs, pairs: Pairs) -> dict[str, Mean]:

@@ -1,4 +1,4 @@
-"""From samples to the packed tensors of a step, and the checks on what forward passes return."""
+"""From samples to the packed tensors of a step, and the check for NaN and infinity."""
 
 from __future__ import annotations
 

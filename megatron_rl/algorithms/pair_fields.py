@@ -1,4 +1,4 @@
-"""Fields of preference batches that depend on both responses of a pair, or on all pairs of a step."""
+"""Fields of preference batches that are computed from both responses of a pair, or from all pairs of a step."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def length_weights(batch: Batch, alpha: float) -> Tensor:
 
 
 def matched(values: Tensor, others: Tensor, present: Tensor) -> Tensor:
-    """The k-th smallest of ``others`` for the k-th smallest of ``values``: optimal transport on the line, ``[n]``; what
-    is not ``present`` takes no part and gets its own."""
+    """The k-th smallest of ``others`` for the k-th smallest of ``values``, ``[n]``: optimal transport in one dimension.
+    Entries that are not ``present`` are left out and keep their own."""
     found = others.clone()
     order = values[present].argsort(stable=True)
     places = present.nonzero().squeeze(1)[order]
@@ -34,7 +34,7 @@ def matched(values: Tensor, others: Tensor, present: Tensor) -> Tensor:
 
 
 def matched_over_ranks(values: Tensor, others: Tensor, present: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """`matched` on all data-parallel ranks' entries end to end; returns this rank's. Collective."""
+    """`matched` over the entries of all data-parallel ranks end to end; returns this rank's. Collective."""
     shares = gather_objects(torch.stack([values.double(), others.double(), present.double()]).tolist(), group)
     rank = 0 if group is None else group.rank()
     first = sum(len(share[0]) for share in shares[:rank])

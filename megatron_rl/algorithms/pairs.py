@@ -1,8 +1,8 @@
-"""`Pairs`: what every preference loss is a function of, and the losses themselves in a registry.
+"""`Pairs`, the input of every preference loss, and the losses in a registry.
 
 Notation: l_w, l_l are the log-ratios log(policy / reference) of the whole chosen and rejected response, m = l_w - l_l.
-Each loss is minimised, ``[num_pairs]``, and named as in TRL's ``DPOConfig.loss_type``. Labels are smoothed wherever a
-loss accepts ``label_smoothing``.
+Each loss is minimised, ``[num_pairs]``, and named as in TRL's ``DPOConfig.loss_type``. Labels are smoothed in
+every loss that takes ``label_smoothing``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def f_slope(log_ratio: Tensor, divergence: FDivergence, alpha: float) -> Tensor:
 
 
 class PairConfig(ConfigRecord):
-    """What the losses below can be told."""
+    """Parameters of the losses below."""
 
     beta: Positive = 0.1
     """Strength of the tie to the reference."""
@@ -117,7 +117,7 @@ class PairConfig(ConfigRecord):
 
 PairLoss = Callable[[Pairs, PairConfig], Tensor]
 PAIR_LOSSES: Registry[PairLoss] = Registry("preference loss")
-SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm", "aot", "aot_unpaired")  # losses that obey label_smoothing
+SMOOTHED = ("sigmoid", "robust", "exo_pair", "sigmoid_norm", "aot", "aot_unpaired")  # losses that take label_smoothing
 OF_MARGINS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")  # functions of m alone
 
 
@@ -224,8 +224,8 @@ def aot_unpaired(pairs: Pairs, config: PairConfig) -> Tensor:
     """-log sigmoid(beta (a_(k) - b_(k))), a_(k) the k-th smallest l_w of all pairs, b_(k) the k-th smallest l_l: AOT on
     unpaired responses (arXiv 2406.05882, algorithm 2).
 
-    A pair's l_w and l_l each stand in one such term with a partner from anywhere in the step, whose value is given. So
-    the pair has half of both terms' values, and their whole gradients by its own two.
+    A pair's l_w and l_l are each in one such term, with a partner from any pair of the step that has no gradient. The
+    pair therefore gets half the value of both terms and their full gradient with respect to its own l_w and l_l.
     """
     chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
     below, above = pairs.matched_rejected, pairs.matched_chosen
@@ -240,5 +240,5 @@ def aot_unpaired(pairs: Pairs, config: PairConfig) -> Tensor:
 @PAIR_LOSSES.register("sft")
 def sft(pairs: Pairs, config: PairConfig) -> Tensor:
     """Negative log-likelihood of the chosen response per token (the term of RPO, arXiv 2404.19733, eq. 1). TRL averages
-    over all chosen tokens of a batch instead, which weighs long responses more."""
+    over all chosen tokens of a batch instead, which gives long responses more weight."""
     return -pairs.chosen / pairs.chosen_tokens.clamp_min(1)

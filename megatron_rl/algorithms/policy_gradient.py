@@ -1,4 +1,4 @@
-"""`PolicyGradient`: the loss that GRPO, its kin and PPO share; each overrides one small hook.
+"""`PolicyGradient`: the loss shared by GRPO, its variants and PPO; each overrides a small hook.
 
 loss = policy term (weighted by the trainer/rollout correction) + kl_coefficient * KL - entropy_coefficient * entropy,
 each averaged over tokens in the same way.
@@ -51,9 +51,9 @@ class PolicyGradient(BaseAlgorithm):
         """Settings shared by the policy-gradient family."""
 
         clip_low: NonNegative = 0.2
-        """The ratio is held above 1 - clip_low where that lowers the objective."""
+        """The ratio is clipped at 1 - clip_low where that lowers the objective."""
         clip_high: NonNegative = 0.2
-        """The ratio is held below 1 + clip_high where that lowers the objective."""
+        """The ratio is clipped at 1 + clip_high where that lowers the objective."""
         dual_clip: Finite | None = None
         """Bound c > 1 on the loss of tokens with negative advantage, in units of -advantage; none: unbounded."""
         loss_aggregation: LossAggregation = "token-mean"
@@ -65,11 +65,11 @@ class PolicyGradient(BaseAlgorithm):
         kl_estimator: KLEstimator = "k3"
         """Estimator of that KL per token."""
         kl_in: Literal["loss", "reward"] = "loss"
-        """Whether the KL is a term of the loss or is taken off the reward before advantages."""
+        """Whether the KL is a term of the loss or is subtracted from the reward before advantages."""
         entropy_coefficient: Finite = 0.0
         """Weight of the entropy bonus."""
         log_entropy: bool = True
-        """Report the policy's entropy also when it is not part of the loss."""
+        """Log the policy's entropy also when it is not part of the loss."""
         correction: RolloutCorrection = RolloutCorrection()
         """Correction for the mismatch between trainer and rollout engine."""
 
@@ -162,8 +162,8 @@ class PolicyGradient(BaseAlgorithm):
         return total, metrics
 
     def correction_weights(self, inputs: LossInputs, old: Tensor) -> tuple[Tensor, dict[str, Mean]]:
-        """Weight 1 without correction. How far apart the two policies are is measured either way, except where the
-        engine's own log-probabilities serve as the old ones and the trainer's are not known."""
+        """Weights, 1 without correction, and metrics of the mismatch, which is measured either way, except where the
+        engine's log-probabilities are used as the old ones: the trainer's are then unknown."""
         correction, measured = self.config.correction, "staleness" in inputs.fields
         if not correction.is_on and not measured:
             return inputs.mask, {}
@@ -177,7 +177,7 @@ class PolicyGradient(BaseAlgorithm):
         ratios = {level: ratio_at(inputs, log_ratio.detach(), level) for level in ("token", "sequence", "geometric")}
         metrics |= {f"mismatch/ratio_{level}": inputs.token_metric(ratio) for level, ratio in ratios.items()}
         more = correction_metrics(inputs, found, correction)
-        if correction.of_step:  # these are of the step before anything was left out
+        if correction.of_step:  # `correct_step` has written these, from the tokens before any was left out
             del more["mismatch/dropped_fraction"], more["mismatch/vetoed_fraction"]
         return found.weights, metrics | more
 
@@ -235,7 +235,7 @@ class PolicyGradient(BaseAlgorithm):
 
     @property
     def kl_coefficient(self) -> float:
-        """The weight in use now."""
+        """The present weight of the KL."""
         if self.config.kl_coefficient is None:
             return self.usual_kl_coefficient if self.reference is not None else 0.0
         return self.config.kl_coefficient

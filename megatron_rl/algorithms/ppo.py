@@ -27,9 +27,9 @@ from megatron_rl.workers.loss import LossInputs, LossOutput
 class PPO(PolicyGradient):
     """Proximal Policy Optimization (arXiv 1707.06347) as used for language models (arXiv 1909.08593, 2203.02155).
 
-    The reward of a response stands at its last token, less ``kl_coefficient`` times the KL at every token. Steps are
+    The reward of a response is given at its last token, minus ``kl_coefficient`` times the KL at every token. Steps are
     response tokens; observations of multi-turn responses are skipped, not discounted through. Truncated responses are
-    treated as ended: the value after the last token is 0.
+    treated as finished: the value after the last token is 0.
     """
 
     class Config(PolicyGradient.Config):
@@ -42,9 +42,9 @@ class PPO(PolicyGradient):
         whiten_advantages: bool = True
         """Mean 0 and variance 1 over all response tokens of the data-parallel world."""
         value_clip: Positive | None = 0.2
-        """How far a value may move from the old one before its loss stops falling; none: no clip."""
+        """Distance from the old value beyond which moving a value no longer lowers its loss; none: no clip."""
         critic_warmup_steps: int = Field(default=0, ge=0)
-        """Updates at the beginning in which only the critic learns."""
+        """Updates at the beginning in which only the critic is trained."""
         kl_in: Literal["loss", "reward"] = "reward"
         """Token by token in the reward."""
         kl_estimator: KLEstimator = "k1"
@@ -116,7 +116,7 @@ class PPO(PolicyGradient):
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether only values learn at this step."""
+        """Whether only the values are trained at this step."""
         return self.step < self.config.critic_warmup_steps
 
     @property

@@ -1,4 +1,4 @@
-"""RLOO, OPO, REINFORCE++ and its baseline form: plain policy gradients with a good baseline and no critic."""
+"""RLOO, OPO, REINFORCE++ and REINFORCE++-baseline: policy gradients with a baseline and no critic."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from megatron_rl.workers.loss import LossInputs, Mean
 
 @ALGORITHMS.register("rloo")
 class RLOO(GRPO):
-    """REINFORCE Leave-One-Out (arXiv 2402.14740): a response's baseline is the mean reward of its siblings.
+    """REINFORCE Leave-One-Out (arXiv 2402.14740): a response's baseline is the mean reward of the other responses to
+    its prompt.
 
     The response is one action: the ratio is that of the whole response, exp of the sum of its token log-ratios, and is
     clipped as one (as in TRL's RLOOTrainer); the KL to the reference is part of the reward. On policy the ratio is 1
@@ -42,7 +43,7 @@ class RLOO(GRPO):
         """Settings of RLOO."""
 
         loss_aggregation: LossAggregation = "seq-mean-token-sum"
-        """Fixed: a mean over responses of what belongs to the whole response."""
+        """Fixed: a mean over responses of a loss per response."""
         kl_in: Literal["loss", "reward"] = "reward"
         """As in the paper."""
         kl_estimator: KLEstimator = "k1"
@@ -56,7 +57,7 @@ class RLOO(GRPO):
                 self,
                 "RLOO",
                 loss_aggregation="a response is one action, and the loss a mean over responses",
-                normalize_std="its baseline is the siblings' mean alone; normalize_advantages scales over the batch",
+                normalize_std="the mean of the others is its baseline; normalize_advantages scales over the batch",
             )
             if "token" in (self.correction.level, self.correction.reject):
                 raise ValueError(
@@ -84,14 +85,14 @@ class OPO(GRPO):
     mean weighted by the responses' tokens.
 
     Meant for exactly one optimizer step a batch, which is the default: the ratio is 1 and nothing is clipped. There is
-    neither KL nor entropy term. With ``mask_truncated``, truncated responses are no part of the baseline.
+    neither KL nor entropy term. With ``mask_truncated``, truncated responses do not enter the baseline.
     """
 
     class Config(GRPO.Config):
         """Settings of OPO."""
 
         loss_aggregation: LossAggregation = "token-mean"
-        """Every token weighs the same, as the baseline supposes."""
+        """Every token has the same weight, as the baseline assumes."""
         normalize_std: bool | Literal["batch"] = False
         """Fixed: only centred."""
 
@@ -156,7 +157,7 @@ class ReinforcePPBaseline(GRPO):
     tokens of the data-parallel world; the KL is a k2 term of the loss."""
 
     class Config(GRPO.Config):
-        """Settings of the baseline form."""
+        """Settings of REINFORCE++-baseline."""
 
         loss_aggregation: LossAggregation = "token-mean"
         """Mean over all tokens of the mini-batch."""

@@ -1,5 +1,5 @@
-"""What an algorithm asks of its workers, as protocols: `Actor`, `Reference` and `Critic` of `megatron_rl.workers` have
-these methods. Algorithms know nothing else about models, so their formulas are testable without any.
+"""Protocols of the workers that algorithms use; `Actor`, `Reference` and `Critic` of `megatron_rl.workers` have these
+methods. Algorithms know nothing else about models, so their formulas can be tested without any.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from megatron_rl.workers.loss import LossFunction
 
 
 class NoWorker:
-    """Stands for a worker where an algorithm is used for its formulas alone."""
+    """Placeholder for a worker where an algorithm is used for its formulas alone."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"this algorithm was made without workers, so there is no {name!r}: give it an actor")
 
 
 class Replicas(Protocol):
-    """Where a worker stands among the data-parallel copies of its model."""
+    """The data-parallel replicas of a worker's model."""
 
     @property
     def dp_group(self) -> dist.ProcessGroup | None:
@@ -39,7 +39,7 @@ class Trainable(Protocol):
 
     @property
     def context(self) -> Replicas:
-        """Where this worker stands in its parallel layout."""
+        """Groups of this worker's parallel layout."""
 
     def optimize(
         self,
@@ -81,10 +81,10 @@ class Policy(Trainable, LogprobSource, Protocol):
 
     @property
     def policy_version(self) -> int:
-        """Of the weights in training, as samples count it."""
+        """Version of the training weights, as in `Sample.policy_version`."""
 
     def verify_weights(self) -> WeightCheck:
-        """Whether the rollout engines still hold what was pushed; all ranks call it together."""
+        """Check that the rollout engines still hold the pushed weights; collective over all ranks."""
 
 
 class ValueSource(Trainable, Protocol):

@@ -1,8 +1,8 @@
-"""How far the rollout engine's policy is from the trainer's, measured in every step, and what that comes from.
+"""The mismatch between the rollout engine's policy and the trainer's, measured in every step, and its likely cause.
 
-Both are asked for the probability of the tokens that were sampled. They differ because the sampling weights were older
-(staleness), were not the trainer's at all (weights), because prompt or mask are not what the engine saw (tokenisation),
-or because two implementations round differently (numerics). Each leaves its own trace.
+Both give the sampled tokens a probability. These differ because the sampling weights were older (staleness), were not
+the trainer's at all (weights), because prompt or mask are not what the engine saw (tokenisation), or because two
+implementations round differently (numerics). Each cause shows in other metrics.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from megatron_rl.rollout.base import WeightCheck
 from megatron_rl.workers.loss import LossInputs, Mean
 
 NUMERICS_KL = 0.02  # nats a token; bf16 against bf16 is one to two orders of magnitude below
-FIRST_TOKEN_FACTOR = 10.0  # a first token this much worse than the others was asked after another prompt
+FIRST_TOKEN_FACTOR = 10.0  # a first token with a KL this much higher than the others followed another prompt
 
 
 def staleness(batch: Batch, trained_version: int) -> Tensor:
-    """By how many versions the weights that sampled each token are older than ``trained_version``, ``[num_tokens]``
-    fp32; 0 on prompts."""
+    """Versions between the weights that sampled each token and ``trained_version``, ``[num_tokens]`` fp32; 0 on
+    prompts."""
     rows = []
     for sample in batch.samples:
         spans = sample.policy_version_spans or [(sample.policy_version, len(sample.response_ids))]
@@ -34,8 +34,8 @@ def staleness(batch: Batch, trained_version: int) -> Tensor:
 
 
 def response_starts(batch: Batch) -> Tensor:
-    """Tokens at which a response, or its part after an observation, begins, ``[num_tokens]`` bool. Found on whole
-    sequences: context-parallel ranks do not see the neighbours of all their tokens."""
+    """Whether a token is the first of a response, or of its part after an observation, ``[num_tokens]`` bool. Computed
+    on whole sequences: context-parallel ranks do not see the neighbours of all their tokens."""
     mask, owner = batch["response_mask"].bool(), batch.sequence_ids
     goes_on = torch.zeros_like(mask)
     goes_on[1:] = mask[:-1] & (owner[1:] == owner[:-1])
@@ -43,7 +43,7 @@ def response_starts(batch: Batch) -> Tensor:
 
 
 def mismatch_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
-    """What is measured in one micro-batch.
+    """Metrics of one micro-batch.
 
     Args:
         log_ratio: trainer minus rollout log-probabilities, 0 outside the response mask, ``[num_tokens]``. k3 of it
@@ -66,16 +66,16 @@ def mismatch_metrics(inputs: LossInputs, log_ratio: Tensor) -> dict[str, Mean]:
 
 
 def perplexity_ratio(metrics: Mapping[str, float]) -> float:
-    """Perplexity of the samples under the trainer over that under the engine; 1 where both are the same."""
+    """Perplexity of the samples under the trainer divided by that under the engine."""
     return math.exp(min(metrics["mismatch/log_perplexity_ratio"], 20.0))
 
 
 def explain(metrics: Mapping[str, float], check: WeightCheck) -> str:
-    """The cause of a gap, as far as it is known, and what to look at.
+    """The likely cause of a mismatch, and what to look at.
 
     Args:
-        metrics: of a step; parts of the gap are missing where no token belongs to them.
-        check: whether the engines hold the weights that they were given: knowledge, where the figures only hint.
+        metrics: of a step; ``mismatch/kl_...`` are missing where there are no such tokens.
+        check: whether the engines hold the weights that were pushed: a fact, where the metrics are only a hint.
     """
     if check.faults:
         return f"wrong or mixed weights: {'; '.join(check.faults)}"

@@ -1,6 +1,6 @@
-"""Policy objectives as losses per token or per sequence: pure functions of log-ratios and advantages.
+"""Policy losses per token or per sequence: pure functions of log-ratios and advantages.
 
-``log_ratio`` is log(policy) - log(policy that counts as old); positive advantages make a response likelier. Each
+``log_ratio`` is log(policy) - log(old policy); positive advantages make a response likelier. Each
 function says which paper and equation it implements. Exponents are clamped to +-20.
 """
 
@@ -16,7 +16,7 @@ from megatron_rl.algorithms.importance import bounded_exp
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """A loss to be minimised and where its clip took the gradient away; both ``[n]``, per token or per sequence."""
+    """A loss to be minimised, and where the clip has removed its gradient; both ``[n]``, per token or per sequence."""
 
     loss: Tensor
     clipped: Tensor  # bool

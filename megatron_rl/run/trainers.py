@@ -49,8 +49,8 @@ from megatron_rl.trainer.output_lock import check_writable
 from megatron_rl.trainer.refill import filled
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.actor_config import ActorConfig
-from megatron_rl.workers.assembly import job_context
 from megatron_rl.workers.critic import Critic
+from megatron_rl.workers.job_context import job_context
 from megatron_rl.workers.limits import model_limits
 from megatron_rl.workers.reference import Reference
 from megatron_rl.workers.reference_cache import CachedReference

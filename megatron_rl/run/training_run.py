@@ -29,7 +29,7 @@ from megatron_rl.trainer.loop import BatchSource, TrainingLoop
 from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers import Actor, Critic
-from megatron_rl.workers.assembly import check_share
+from megatron_rl.workers.job_context import check_share
 from megatron_rl.workers.trained_worker import TrainedWorker
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.engines.build import build_storage
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.loop import TrainingLoop
-from megatron_rl.trainer.restart_point import CheckpointError, find_checkpoint, intact_checkpoint, told
+from megatron_rl.trainer.restart_point import CheckpointError, attempt_write, find_checkpoint, intact_checkpoint
 from megatron_rl.trainer.retention import complete_checkpoints, record_newest, record_restored
 from megatron_rl.workers.trained_worker import TrainedWorker
 
@@ -107,7 +107,7 @@ class DistributedCheckpoints:
         if self.context.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         self._barrier()
-        told(lambda: self._write(trainer, partial, final), final, partial, self.context)
+        attempt_write(lambda: self._write(trainer, partial, final), final, partial, self.context)
         return str(final)
 
     def remember(self, trainer: TrainingLoop) -> None:
@@ -135,7 +135,7 @@ class DistributedCheckpoints:
 
     def _complete_background(self, wait: bool) -> None:
         if self._writing is not None:
-            told(lambda: self._storage.poll(wait), *self._writing, self.context)
+            attempt_write(lambda: self._storage.poll(wait), *self._writing, self.context)
 
     def _write(self, trainer: TrainingLoop, partial: Path, final: Path) -> None:
         def published() -> None:

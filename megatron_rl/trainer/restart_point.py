@@ -84,7 +84,7 @@ def shared_damage(checkpoint: Path, context: ParallelContext) -> str:
     return next((damage for damage in found if damage), "")
 
 
-def told(write: Callable[[], object], checkpoint: Path, partial: Path, context: ParallelContext) -> None:
+def attempt_write(write: Callable[[], object], checkpoint: Path, partial: Path, context: ParallelContext) -> None:
     """Do ``write``, a part of writing ``checkpoint``, on every rank; where it fails, remove what lies in ``partial``.
 
     Raises:

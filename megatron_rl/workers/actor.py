@@ -24,8 +24,8 @@ from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.actor_config import ActorConfig
-from megatron_rl.workers.assembly import check_share, place_of
 from megatron_rl.workers.forward_only import forward_only_stage
+from megatron_rl.workers.job_context import check_share, role_context
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
 from megatron_rl.workers.rollouts import Rollouts
@@ -50,7 +50,7 @@ class Actor(TrainedWorker):
         parallel_state: ``megatron.core.parallel_state`` of a job that has initialised it; None initialises it from
             ``parallel``.
         parallel: sizes of the parallel axes when there is no ``parallel_state`` yet.
-        context: that of another role of this job, in place of both.
+        context: another role's context, in place of both.
         scheduler: Megatron-Core's ``OptimizerParamScheduler``, advanced by 1 with each optimizer step; None: the job's
             own optimizer keeps its learning rate.
         config: everything else: an `Actor.Config`, or its fields by name.
@@ -79,7 +79,7 @@ class Actor(TrainedWorker):
         config = ActorConfig.of(config, "Actor")
         engine = build_engine(
             model,
-            place_of(model, context, parallel_state, parallel, config.seed),
+            role_context(model, context, parallel_state, parallel, config.seed),
             config,
             name="actor",
             vocab=len(tokenizer),
@@ -94,8 +94,8 @@ class Actor(TrainedWorker):
 
     @property
     def policy_version(self) -> int:
-        """Version of the weights that training holds: the number of calls of `optimize` so far, and of other changes
-        that were noticed (see `weights_changed`)."""
+        """Version of the training weights: the number of calls of `optimize` so far, plus other changes that were
+        noticed (see `weights_changed`)."""
         return self.rollouts.trained_version
 
     # Stages
@@ -112,7 +112,7 @@ class Actor(TrainedWorker):
 
         Args:
             n: samples a prompt; None = ``config.sampling.n``.
-            parts: the prompts are answered in so many parts, one after the other.
+            parts: number of parts in which the prompts are generated, one after the other.
             then: called with the samples of each part, on every rank, before the next part is generated; with
                 `RewardModel.begin` reward services work on one part while the engine generates the next.
             sampling: other fields of `SamplingParams`, over ``config.sampling``.
@@ -135,7 +135,7 @@ class Actor(TrainedWorker):
                 batch.samples += made
                 if then is not None:
                     then(made)
-            self.rollouts.rest()
+            self.rollouts.after_sampling()
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))
 
@@ -156,7 +156,7 @@ class Actor(TrainedWorker):
         """
         if not self.engine.shared_value_head:
             raise ConfigError(
-                "a critic on the actor's weights needs actor.value_head=true, and a model that is built here"
+                "a critic on the actor's weights needs actor.value_head=true, and a model that the Actor builds itself"
             )
         return forward_only_stage("actor.values", self.engine, value_output, write)
 
@@ -177,7 +177,7 @@ class Actor(TrainedWorker):
     def weights_changed(self) -> None:
         """As `TrainedWorker.weights_changed`; the next `sample` pushes the weights as a new version.
 
-        `sample` also finds out by itself, by checksums: one pass over the weights where it knows of no change.
+        `sample` also detects changes itself, by checksums: one pass over the weights when no change is known.
         """
         super().weights_changed()
         self._weights_stepped()
@@ -187,7 +187,7 @@ class Actor(TrainedWorker):
 
     def publish(self, metrics: dict[str, float] | None = None) -> None:
         """Push the weights to the rollout engine if it does not have the newest ones yet. Collective."""
-        if not self.rollouts.find_newest():
+        if not self.rollouts.needs_push():
             return
         self._follow_weights()
         started = time.perf_counter()
@@ -205,8 +205,8 @@ class Actor(TrainedWorker):
         return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds)
 
     def verify_weights(self) -> WeightCheck:
-        """Whether the rollout engines still hold what was pushed, and the training weights are still those, unless they
-        are known to be newer; collective over all ranks."""
+        """Check that the rollout engines still hold the pushed weights, and that the training weights are still those,
+        unless newer ones are known; collective over all ranks."""
         return self.rollouts.verify_weights()
 
     def close(self) -> None:
@@ -218,9 +218,9 @@ def _sample_metrics(samples: list[Sample]) -> dict[str, float]:
     if not samples:
         return {}
     lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float32)
-    stopped = sum(sample.finish_reason == "length" for sample in samples)
+    truncated = sum(sample.finish_reason == "length" for sample in samples)
     return {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),
-        "rollout/truncated_fraction": stopped / len(samples),
+        "rollout/truncated_fraction": truncated / len(samples),
     }

@@ -1,4 +1,4 @@
-"""Settings of the roles: those of a model in training, and for an Actor how it is sampled from."""
+"""`ActorConfig`: the config of an Actor: its engine, and how it is sampled from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RolloutConfig(ConfigRecord):
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks of one rollout replica."""
     dtype: DtypeName | None = None
-    """Of the rollout weights; None = the training dtype."""
+    """Dtype of the rollout weights; None = the training dtype."""
     max_running: int = Field(default=256, ge=1)
     """Sequences that one replica decodes at once."""
     max_staging_bytes: int = Field(default=64 * 2**20, ge=1)

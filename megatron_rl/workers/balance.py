@@ -1,8 +1,8 @@
-"""Even work over data-parallel ranks: which sequences another rank takes for one pass, and their way there and back.
+"""Load balancing over data-parallel ranks: which sequences move to another rank for one pass, and the exchange.
 
 Mini-batches are drawn over all ranks and responses differ in length, so one rank may hold twice the tokens of another,
 or nothing. `plan_moves` is a pure function of the sizes; every rank computes it alone. Few units move, and none where
-ranks are even enough: then the batch stays the object that it was.
+the loads are even enough: then the same batch object is returned.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ SLACK = 0.1  # by how much the fullest rank may exceed the mean before sequences
 
 
 def plan_moves(sizes: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
-    """Where units go that do not stay: (rank, number on that rank) -> new rank.
+    """The units that move: (rank, number on that rank) -> new rank.
 
-    While the fullest rank that can give is above the mean by more than `SLACK`, or a rank has nothing, it gives the
-    emptiest one the unit nearest to half of what they differ by. Every move lowers the larger of the two loads.
+    While the fullest rank is above the mean by more than `SLACK`, or a rank has nothing, the fullest rank that has more
+    than one unit gives the emptiest rank the unit whose size is nearest to half of their difference. Every move lowers
+    the larger of the two loads.
 
     Args:
         sizes: work of every unit (its tokens, above 0), by data-parallel rank.
@@ -53,7 +54,7 @@ def plan_moves(sizes: Sequence[Sequence[int]]) -> dict[tuple[int, int], int]:
 
 @dataclass(frozen=True)
 class Balanced:
-    """A batch after the exchange, and the way back."""
+    """A batch after the exchange, and what is needed to send results back."""
 
     batch: Batch
     units: list[int] | None  # unit of each sequence, as `plan_micro_batches` wants it
@@ -62,10 +63,11 @@ class Balanced:
     num_tokens: list[int] = field(default_factory=list)  # by rank: of what came from there
 
     def give_back(self, values: Tensor, original: Batch) -> Tensor:
-        """Bring ``values`` ``[num_tokens]`` of `batch`, on the CPU, to where its sequences came from; collective.
+        """Send ``values`` ``[num_tokens]`` of `batch`, on the CPU, back to the ranks that its sequences came from.
+        Collective.
 
         Returns:
-            Those of ``original``, the batch before the exchange.
+            The values of ``original``, the batch before the exchange.
         """
         if self.group is None:
             return values
@@ -91,8 +93,8 @@ def balance(
         by_tokens: False: every sequence is the same work (padded rows).
 
     Returns:
-        The very batch where nothing moves on any rank; otherwise one with token and sequence fields alone, what every
-        rank gave in the order of ranks.
+        The same batch object where nothing moves on any rank; otherwise a batch with token and sequence fields only,
+        in the order of the ranks that the sequences came from.
     """
     given = None if units is None else list(units)
     if group is None or group.size() == 1:
@@ -133,7 +135,7 @@ class _SentSequences:
 
 
 def _join(parts: list[_SentSequences], batch: Batch, sent: list[_SentSequences], group: dist.ProcessGroup) -> Balanced:
-    """One batch of what came; units are numbered anew, as equal numbers of two ranks are two units."""
+    """One batch of all received sequences; units are renumbered, as equal numbers of two ranks are two units."""
     numbers: dict[tuple[int, int], int] = {}
     units = [
         numbers.setdefault((rank, unit), len(numbers)) for rank, part in enumerate(parts) for unit in part.units or ()

@@ -10,8 +10,8 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.engines.build import build_engine
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.workers.assembly import place_of
 from megatron_rl.workers.forward_only import forward_only_stage
+from megatron_rl.workers.job_context import role_context
 from megatron_rl.workers.outputs import Predict, value_output
 from megatron_rl.workers.trained_worker import TrainedWorker
 
@@ -48,7 +48,7 @@ class Critic(TrainedWorker):
         config = EngineConfig.of(config, "Critic")
         engine = build_engine(
             model,
-            place_of(model, context, parallel_state, parallel, config.seed),
+            role_context(model, context, parallel_state, parallel, config.seed),
             config,
             name="critic",
             vocab=0 if tokenizer is None else len(tokenizer),

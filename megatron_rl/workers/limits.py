@@ -1,4 +1,4 @@
-"""`model_limits`: what a model can take, known before it is built, so that data are checked before the first step."""
+"""`model_limits`: vocabulary and context of a model before it is built, so that data are checked before training."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from megatron_rl.workers.actor_config import ActorConfig
 
 
 def model_limits(model: Any, tokenizer: Any, config: ActorConfig, max_tokens: int | None = None) -> Limits:
-    """Vocabulary and context of ``model``.
+    """Vocabulary and context length of ``model``.
 
     Args:
         model: as `Actor` takes it.
-        max_tokens: of an answer, where the data are prompts: the rollout engine's context counts then.
+        max_tokens: of a response, where the data are prompts: the limit is then the rollout engine's context.
 
     Raises:
         ConfigError: ``model`` cannot be read, or lacks rows for ids of the tokenizer.

@@ -27,7 +27,7 @@ class Totals:
 @dataclass(frozen=True, slots=True)
 class Mean:
     """A metric as its sum and its weight, so that it can be added over micro-batches and ranks before dividing. Of a
-    metric whose name ends in ``_max`` the largest total counts."""
+    metric whose name ends in ``_max`` the largest total is kept."""
 
     total: Tensor  # scalar, detached
     weight: Tensor  # scalar, detached
@@ -80,7 +80,7 @@ class LossInputs:
         return per_sequence[self.sequence_ids]
 
     def token_metric(self, per_token: Tensor) -> Mean:
-        """Mean over the masked tokens; what stands elsewhere is not looked at, NaN included."""
+        """Mean over the masked tokens; other positions are ignored, NaN included."""
         return Mean(self.masked(per_token.detach()).sum(), self.mask.sum())
 
     def sequence_metric(self, per_sequence: Tensor, weight: Tensor | None = None) -> Mean:

@@ -29,8 +29,8 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import REWARDS, Reward
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.starting_model import is_hf_model
-from megatron_rl.workers.assembly import job_context, place_of, running_context
 from megatron_rl.workers.forward_only import forward_only
+from megatron_rl.workers.job_context import job_context, role_context, running_context
 from megatron_rl.workers.outputs import value_output
 
 
@@ -38,8 +38,8 @@ from megatron_rl.workers.outputs import value_output
 class RewardTokenizer:
     """The token ids of a sample as the reward model sees it."""
 
-    tokenizer: Any  # None: it has the policy's vocabulary, and sees the sample's own token ids
-    pad_token_id: int | None  # trailing tokens of this id do not count
+    tokenizer: Any  # None: it shares the policy's vocabulary and reads the sample's own token ids
+    pad_token_id: int | None  # trailing tokens of this id are ignored
 
     def token_ids(self, sample: Sample) -> list[int]:
         """Prompt and response; re-tokenised, a response that stopped by itself ends with EOS again."""
@@ -92,13 +92,13 @@ class ModelReward(Reward):
         Args:
             config: options; what they name goes before the objects below.
             model: as `Actor` takes it, with a value head.
-            tokenizer: of the model: its length is the logical vocabulary of Megatron chunks; its padding does not
-                count.
+            tokenizer: of the model: its length is the logical vocabulary of Megatron chunks; its padding is
+                ignored.
             parallel_state, parallel, context: the job's; None of them: those of the job that runs when the first
                 rewards are computed.
             engine_config: an `EngineConfig`, or its fields by name.
             retokenize: re-encode the text with ``tokenizer``; False: the model shares the policy's vocabulary.
-            pad_token_id: trailing tokens of this id do not count; None = the model's config, or the tokenizer, says.
+            pad_token_id: trailing tokens of this id are ignored; None = as in the model's config, or the tokenizer's.
 
         Raises:
             ConfigError: no model was given, or Megatron chunks or ``retokenize`` without a tokenizer.
@@ -117,9 +117,9 @@ class ModelReward(Reward):
         self.engine_config = EngineConfig.of(engine_config, "RewardModel")
         self.tokenizer, self.retokenize = tokenizer, retokenize
         self._pad_token_id = pad_token_id
-        self._place = context
+        self._context = context
         if parallel_state is not None or parallel is not None:
-            self._place = job_context(parallel_state, parallel, self.engine_config.seed)
+            self._context = job_context(parallel_state, parallel, self.engine_config.seed)
         self._engine: TrainingEngine | None = None
 
     @property
@@ -130,10 +130,12 @@ class ModelReward(Reward):
             ConfigError: it has no value head: its rewards would all be 0.
         """
         if self._engine is None:
-            place = place_of(self.source, self._place or running_context(self.engine_config.seed), None, None, 0)
+            context = role_context(
+                self.source, self._context or running_context(self.engine_config.seed), None, None, 0
+            )
             vocab = 0 if self.tokenizer is None else len(self.tokenizer)
             engine = build_engine(
-                self.source, place, self.engine_config, name="reward", vocab=vocab, value_model=True, frozen=True
+                self.source, context, self.engine_config, name="reward", vocab=vocab, value_model=True, frozen=True
             )
             if engine.origin.lacks_head:
                 raise ConfigError(
@@ -145,7 +147,7 @@ class ModelReward(Reward):
 
     @property
     def pad_token_id(self) -> int | None:
-        """Trailing tokens of this id do not count."""
+        """Trailing tokens of this id are ignored."""
         hf_config = self.engine.origin.hf_config
         if self._pad_token_id is not None or hf_config is None:
             return getattr(self.tokenizer, "pad_token_id", None) if self._pad_token_id is None else self._pad_token_id
@@ -162,7 +164,7 @@ class ModelReward(Reward):
 
 
 def _named(config: ModelReward.Config) -> str | MegatronCheckpoint:
-    """What the configuration names; a model id stays one."""
+    """The Megatron checkpoint that the configuration names, or else the Hugging Face folder or id as it is."""
     return MegatronCheckpoint.find(config.model, config.model_config_path) or config.model
 
 

@@ -1,7 +1,7 @@
-"""What becomes of hidden states where the last layer is: log-probabilities, values, losses.
+"""Output functions: from the hidden states of the last layer to log-probabilities, values and losses.
 
-Each function here makes an `Output` for an engine's `forward` or `forward_backward`. Log-probabilities are those of
-tokens that count, and the fp32 logits of a whole micro-batch are never held.
+Each function here makes an `Output` for an engine's `forward` or `forward_backward`. Log-probabilities are computed for
+the tokens of the response mask only, and the fp32 logits of a whole micro-batch never exist at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def predicted_tokens(
         if index is None:
             return of(hidden, labels)
         index, length = index.to(hidden.device), len(hidden)
-        if not index.numel():  # one position all the same, times 0: the graph and its collectives must exist
+        if not index.numel():  # one position, times 0: the graph and its collectives must exist on every rank
             first, _ = of(hidden[:1], labels[:1])
             nothing = _spread(first * 0.0, index.new_zeros(1), length)
             return nothing, nothing if with_entropy else None
@@ -111,7 +111,7 @@ def loss_output(
 
 
 def _with_logprobs(predictions: dict[str, Tensor | None]) -> dict[str, Any]:
-    """A critic has values and no log-probabilities; a loss that reads what is absent should fail loudly."""
+    """A critic has values and no log-probabilities: an empty tensor, so that a loss that reads them fails."""
     absent = torch.empty(0)
     return {"logprobs": absent} | predictions
 

@@ -1,4 +1,4 @@
-"""What an optimizer step needs of all ranks: the totals that losses are divided by, metrics, whether all is finite."""
+"""Reductions over ranks for one optimizer step: the totals that losses are divided by, metrics, the check for NaN."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_rl.workers.loss import Mean, Totals
 
 
 def global_totals(context: ParallelContext, batch: Batch, units: Sequence[int] | None) -> Totals:
-    """Global counts of what is trained on; an empty sequence or unit counts not at all. A mask position is trained
-    on where some position predicts it: never a sequence's first."""
+    """Global counts of trained tokens, of sequences and of units that have any. The first token of a sequence is never
+    trained on: no position predicts it."""
     mask = batch.tokens["response_mask"].clone()
     starts = batch.cu_seqlens[:-1]
     mask[starts[starts < mask.numel()]] = False
@@ -36,7 +36,7 @@ def require_finite(name: str, step: int, values: Mapping[str, float]) -> None:
 
     Args:
         name, step: the role and its optimizer step, for the message.
-        values: by what they are.
+        values: by name, for the message.
     """
     flags = [float(not math.isfinite(value)) for value in values.values()]
     bad = torch.tensor(flags, device=current_platform().device)
@@ -51,8 +51,8 @@ def require_finite(name: str, step: int, values: Mapping[str, float]) -> None:
 
 
 def reduce_metrics(context: ParallelContext, collected: Sequence[dict[str, Mean]]) -> dict[str, float]:
-    """Metrics over all ranks that computed some: the last stage, one rank of each tensor-parallel group. A mean of
-    nothing is left out: 0 would be taken for a measurement."""
+    """Metrics over all ranks that computed some: the last pipeline stage, one rank of each tensor-parallel group. A
+    metric of weight 0 is left out: 0 would look like a measurement."""
     sums: dict[str, list[float]] = {}
     if context.coordinates.tp == 0:
         for metrics in collected:
@@ -66,7 +66,7 @@ def reduce_metrics(context: ParallelContext, collected: Sequence[dict[str, Mean]
 
 
 def _add(sums: dict[str, list[float]], name: str, total: float, weight: float) -> None:
-    """Totals and weights of means add up; of what ends in ``_max`` the largest stays."""
+    """Totals and weights of means add up; of names that end in ``_max`` the largest is kept."""
     entry = sums.setdefault(name, [0.0, 0.0])
     if name.endswith("_max"):
         entry[:] = max(entry[0], total) if entry[1] else total, 1.0

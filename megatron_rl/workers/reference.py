@@ -21,8 +21,8 @@ from megatron_rl.engines.build import build_engine, needs_vocab
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
-from megatron_rl.workers.assembly import place_of
 from megatron_rl.workers.forward_only import forward_only
+from megatron_rl.workers.job_context import role_context
 from megatron_rl.workers.outputs import logprob_output
 
 
@@ -64,7 +64,7 @@ class Reference:
         if tokenizer is None and needs_vocab(model):
             raise ConfigError("Reference of Megatron chunks needs the tokenizer: its length is the logical vocabulary")
         config = EngineConfig.of(config, "Reference")
-        place = place_of(model, context, parallel_state, parallel, config.seed)
+        place = role_context(model, context, parallel_state, parallel, config.seed)
         vocab = 0 if tokenizer is None else len(tokenizer)
         self.engine = build_engine(model, place, config, name="reference", vocab=vocab, frozen=True)
 

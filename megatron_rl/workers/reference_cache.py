@@ -1,8 +1,8 @@
 """`CachedReference`: log-probabilities of a fixed data set under the reference, computed once and kept on disk.
 
-It stands where a `Reference` stands, and looks rows up by their tokens. No frozen copy of the weights is held while
-training. A file is valid for one set of weights (by checksum, whatever the layout), one set of rows and one precision,
-which make its name; anything else is another file.
+It takes the place of a `Reference` and looks rows up by their tokens. No frozen copy of the weights is held while
+training. A file is valid for one set of weights (by checksum, whatever the layout), one set of rows and one precision;
+its name is their digest.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CachedReference:
     Args:
         actor: its present weights are the reference's. Collective.
         batches: all rows of the data set, packed, the same on every rank; masks say what counts as response.
-        folder: where the files lie; every rank must see it.
+        folder: where the files are kept; every rank must see it.
         fallback: computes rows that are not in the data set (KTO's mismatched ones); None: they are an error.
     """
 
@@ -124,7 +124,7 @@ def joined(rows: Sequence[Batch]) -> Batch:
 
 
 def write(path: Path, found: dict[str, Tensor]) -> None:
-    """The file appears whole or not at all."""
+    """Write the file under another name and rename it, so that it is never seen incomplete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     lengths = torch.tensor([value.numel() for value in found.values()])
@@ -134,12 +134,12 @@ def write(path: Path, found: dict[str, Tensor]) -> None:
 
 def cache_key(engine: TrainingEngine, digests: Sequence[str]) -> str:
     """Name of the file for these weights and rows; the same on every rank and layout."""
-    settings = f"{FORMAT} {engine.dtype} {weights_checksum(engine)}"
-    return hashlib.blake2b("\n".join([settings, *digests]).encode(), digest_size=16).hexdigest()
+    version = f"{FORMAT} {engine.dtype} {weights_checksum(engine)}"
+    return hashlib.blake2b("\n".join([version, *digests]).encode(), digest_size=16).hexdigest()
 
 
 def weights_checksum(engine: TrainingEngine) -> int:
-    """Of all logical tensors; each rectangle is counted once, whichever ranks hold it."""
+    """Checksum of all logical tensors; each rectangle is counted once, whichever ranks hold it."""
     engine.sync_parameters()
     context, tensors = engine.context, engine.tensors()
     own: dict[tuple[str, int, int, int, int], int] = {}

@@ -1,4 +1,4 @@
-"""`ResponseDecoder`: a response's token ids as text, and where in it special tokens stood.
+"""`ResponseDecoder`: a response's token ids as text, and the positions of special tokens in it.
 
 Rewards read text without special tokens. Those that a reward asks for can be put back (`Sample.text_with`), and those
 that `RolloutConfig.special_tokens` names stay for all of them. EOS and padding are never shown.
@@ -25,7 +25,7 @@ class ResponseDecoder:
 
     def __init__(self, tokenizer: Any, hidden: Collection[int], kept: Collection[str] = ()) -> None:
         self.tokenizer = tokenizer
-        # A tokenizer of one's own needs no more than `decode`.
+        # A custom tokenizer needs only `decode`.
         added = getattr(tokenizer, "added_tokens_decoder", {})
         names = {number: token.content for number, token in added.items() if token.special}
         special = getattr(tokenizer, "all_special_ids", [])
@@ -42,7 +42,7 @@ class ResponseDecoder:
         self._special = frozenset(names)
 
     def __call__(self, token_ids: Sequence[int]) -> tuple[str, list[tuple[int, str]]]:
-        """The text, and (offset in it, text) of each special token that it leaves out."""
+        """The text, and (offset in it, text) of each special token that is left out of it."""
         places = [place for place, number in enumerate(token_ids) if number in self.left_out]
         offsets = [(len(self._text(token_ids[:place])), self.left_out[token_ids[place]]) for place in places]
         return self._text(token_ids), offsets

@@ -1,4 +1,4 @@
-"""`RewardModel`: whatever turns samples into rewards, as a stage.
+"""`RewardModel`: the stage that gives samples their rewards.
 
 RewardModel(score_fn)                     a function of one `Sample`
 RewardModel(MathReward())                 any `Reward`
@@ -22,7 +22,7 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import NoReward, Reward, RewardError, as_reward, build_service, share
-from megatron_rl.workers.assembly import running_context
+from megatron_rl.workers.job_context import running_context
 from megatron_rl.workers.model_reward import ModelReward, is_model
 
 
@@ -72,9 +72,9 @@ class RewardModel:
         self._joined = False
 
     def score(self) -> Stage:
-        """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``; samples whose reward
-        cannot be had leave the batch. Metrics: ``rewards/dropped_fraction``, ``reward_parts/NAME/mean`` of each reward
-        where there are several, and what services count.
+        """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``; samples without
+        a reward are dropped from the batch. Metrics: ``rewards/dropped_fraction``, ``reward_parts/NAME/mean`` of each
+        reward where there are several, and what services count.
 
         Raises:
             RewardError: when run, if a reward raises or is not a finite number (the message names the sample), or if
@@ -112,7 +112,7 @@ class RewardModel:
 
 
 def _only(options: Mapping[str, Any], of_model: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``options``, where no model is run here."""
+    """``options``; arguments of a model are refused, as this reward runs none."""
     given = [name for name, value in of_model.items() if value is not None]
     if given:
         raise ConfigError(f"RewardModel: {', '.join(given)} belong to a model that this job runs: leave them out")
@@ -129,7 +129,7 @@ def _with_reward(name: str, samples: list[Sample], rewards: list[float | NoRewar
 
 
 def _part_means(samples: list[Sample]) -> dict[str, float]:
-    """Means of the named rewards, where they are more than the reward itself."""
+    """Means of the named rewards, where there are several."""
     values: dict[str, list[float]] = {}
     for sample in samples:
         for part, value in sample.reward_parts.items():

@@ -1,7 +1,7 @@
-"""`Rollouts`: the actor's link to its rollout engine: who generates what, and which version of the weights serves.
+"""`Rollouts`: the actor's link to its rollout engine: which rank generates what, and which weights version it serves.
 
-The prompts of a data-parallel rank are known to all ranks of its model replica. Together these ranks form one or more
-rollout replicas, share the prompts out and exchange the finished samples. The seed of a prompt depends on the run, the
+All ranks of a model replica know the prompts of their data-parallel rank. Together they form one or more rollout
+replicas, divide the prompts among these and exchange the finished samples. The seed of a prompt depends on the run, the
 call, the prompt and how often the global batch had it before, so the layout of training and rollout changes no sample.
 """
 
@@ -46,11 +46,11 @@ RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait 
 
 
 class _Reply(NamedTuple):
-    """What one rank tells the others of a call of its engine."""
+    """One rank's result of a generate call, for the other ranks of its model replica."""
 
     answers: dict[int, list[Completion]]  # by index of the prompt; on the first rank of a rollout replica only
-    lost: str = ""  # what is wrong where servers have lost their weights
-    gave_up: int = 0  # the signal for which it was given up
+    lost: str = ""  # the error of servers that have lost their weights
+    gave_up: int = 0  # the signal that ended the call
 
 
 class Rollouts:
@@ -81,7 +81,7 @@ class Rollouts:
         self._engine = engine
         self._sync: WeightSync | None = None
         self._transport: Transport | None = None
-        self._replica_sync: WeightSync | None = None  # among the ranks that share prompts
+        self._replica_sync: WeightSync | None = None  # among the ranks of this model replica
         self._asleep = False
         context = model.context
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
@@ -96,9 +96,9 @@ class Rollouts:
         found = self._fingerprint(self.model.tensors())
         return [name for name in found.keys() | self._pushed.keys() if found.get(name) != self._pushed.get(name)]
 
-    def find_newest(self) -> bool:
-        """Whether the engine lacks the newest weights; what has changed outside of `Actor.optimize` counts as a version
-        of its own. Collective, and the same on every rank, whichever of them the change is on."""
+    def needs_push(self) -> bool:
+        """Whether the engine lacks the newest weights. A change outside of `Actor.optimize`, on any rank, makes a new
+        version. Collective, with the same result on every rank."""
         outdated, changed = self._served_version != self.trained_version, []
         if not outdated:
             changed = self._changed()
@@ -146,19 +146,19 @@ class Rollouts:
         )
 
     def limits(self, max_tokens: int) -> Limits:
-        """What a prompt may be that is answered with up to ``max_tokens``."""
+        """Vocabulary and length limits of prompts whose responses may have ``max_tokens``."""
         architecture, config = self.model.architecture, self.config
         context = ENGINES[config.engine].context(config.options, architecture.max_positions)
         return Limits(architecture.vocab, context, max_tokens)
 
     def push(self) -> SyncReport:
-        """Carry the training weights into the engine as `trained_version`; collective over all ranks."""
+        """Push the training weights to the engine as `trained_version`; collective over all ranks."""
         engine = self.engine
         if self._asleep:
             engine.wake()
             self._asleep = False
         if self._sync is None:
-            self._transport = default_transport()  # making one can be collective over all ranks, which are here
+            self._transport = default_transport()  # creating it can be collective over all ranks: all take part here
             self._sync = self._make_sync(self.model.layout, engine, self._transport)
         report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
@@ -166,7 +166,7 @@ class Rollouts:
         return report
 
     def _replica_transport(self) -> Transport | None:
-        """Between the ranks that share prompts."""
+        """Between the ranks of this model replica."""
         context = self.model.context
         if context.world_size == len(self.placement.ranks):
             return self._transport
@@ -178,7 +178,7 @@ class Rollouts:
             source,
             target,
             rank=self.model.context.rank,
-            # An engine in another process has no tensors here that would tell.
+            # An engine in another process has no tensors here that show the dtype.
             wire_dtype=self.dtype if target.streams else None,
             max_staging_bytes=self.config.max_staging_bytes,
             attest=self.config.attest,
@@ -187,8 +187,8 @@ class Rollouts:
         )
 
     def training_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The seed of each prompt of this step; collective over all ranks. No two prompts of the global batch have the
-        same, even where it holds a row several times.
+        """The seed of each prompt of this step; collective over all ranks. Seeds differ within the global batch, also
+        where it holds a row several times.
 
         Args:
             prompts: this data-parallel rank's part of the global batch; the parts end to end, in the order of the
@@ -203,12 +203,12 @@ class Rollouts:
         return [self._seed(call, index, seen) for index in own]
 
     def evaluation_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Seeds of evaluation's own, the same in every evaluation; the training seeds stay as they were."""
+        """Seeds that are the same in every evaluation; they do not change the training seeds."""
         seen: Counter[int] = Counter()
         return [self._seed(-1, prompt.index, seen) for prompt in prompts]
 
     def _seed(self, call: int, index: int, seen: Counter[int]) -> int:
-        """The next of prompt ``index``, of which ``seen`` says how often it came before."""
+        """The next seed of prompt ``index``; ``seen`` counts its earlier occurrences."""
         seed, earlier = sample_seed(self.seed, call, index), seen[index]
         seen[index] += 1
         return sample_seed(seed, earlier, index) if earlier else seed
@@ -221,17 +221,17 @@ class Rollouts:
             seeds: one a prompt.
 
         Raises:
-            Abandoned: on every rank of this replica; others do not know of it yet.
+            Abandoned: on every rank of this replica; other replicas do not know of it yet.
         """
         missing, answers = list(range(len(prompts))), dict[int, list[Completion]]()
         while missing:
-            told = self.model.context.gather_objects(self._ask(prompts, params, seeds, missing), "model")
-            if signal := max(reply.gave_up for reply in told):
+            replies = self.model.context.gather_objects(self._generate_share(prompts, params, seeds, missing), "model")
+            if signal := max(reply.gave_up for reply in replies):
                 raise Abandoned(signal)
-            answers |= {index: group for reply in told for index, group in reply.answers.items()}
+            answers |= {index: group for reply in replies for index, group in reply.answers.items()}
             missing = [index for index in missing if index not in answers]
             if missing:
-                self._push_again(next(reply.lost for reply in told if reply.lost))
+                self._push_again(next(reply.lost for reply in replies if reply.lost))
         merged = [answers[index] for index in range(len(prompts))]
         return [
             self._sample(prompt, completion, group)
@@ -239,10 +239,10 @@ class Rollouts:
             for completion in completions
         ]
 
-    def _ask(
+    def _generate_share(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], wanted: Sequence[int]
     ) -> _Reply:
-        """What this rank's replica has to say to its share of the ``wanted`` prompts."""
+        """The samples of this rank's share of the ``wanted`` prompts."""
         rank, placement = self.model.context.rank, self.placement
         mine = [index for index in placement.share(len(prompts), placement.replica(rank)) if index in set(wanted)]
         engine = self.engine
@@ -258,8 +258,8 @@ class Rollouts:
         return _Reply(dict(zip(mine, made, strict=True)) if placement.tp_rank(rank) == 0 else {})
 
     def _push_again(self, why: str) -> None:
-        """Bring the newest weights back to servers that have lost them in the middle of a call. Only the ranks that
-        share the prompts are here: they hold all weights, unless experts are spread over data-parallel ranks.
+        """Push the newest weights again to servers that lost them during a generate call. Only the ranks of this model
+        replica take part: they hold all weights, unless experts are distributed over data-parallel ranks.
 
         Raises:
             RuntimeError: these ranks do not hold all weights.
@@ -278,8 +278,8 @@ class Rollouts:
             ) from None
 
     def verify_weights(self) -> WeightCheck:
-        """Whether all engines still hold what was pushed, and, where nothing is known to have changed it since, whether
-        training does; collective over all ranks."""
+        """Check that all engines still hold the pushed weights, and that the training weights are still those, unless
+        newer ones are known; collective over all ranks."""
         if self._served_version is None:
             return WeightCheck()
         rank = self.model.context.rank
@@ -294,7 +294,7 @@ class Rollouts:
         return WeightCheck(sum(compared for compared, _ in checks), tuple(fault for _, f in checks for fault in f))
 
     def _verify_here(self) -> WeightCheck:
-        """An engine whose weights lie in this process; each replica is counted once."""
+        """`verify_weights` of an engine in this process; each replica is counted once."""
         found = self._sync.verify() if self._sync is not None else None
         if found is None:
             return WeightCheck()
@@ -302,8 +302,8 @@ class Rollouts:
         named = tuple(f"the engine on rank {rank} no longer holds what was pushed: {fault}" for fault in found)
         return WeightCheck(int(self.placement.tp_rank(rank) == 0), named)
 
-    def rest(self) -> None:
-        """Sampling is over for this step: let the engine sleep if the config says so. Its weights are lost."""
+    def after_sampling(self) -> None:
+        """With ``sleep_while_training``, put the engine to sleep until the next push; it loses its weights."""
         if self.config.sleep_while_training and not self._asleep:
             self.engine.sleep()
             self._served_version, self._asleep = None, True

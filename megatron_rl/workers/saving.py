@@ -1,6 +1,6 @@
-"""What a role in training leaves behind: a Hugging Face folder, adapters in PEFT's form, a checkpoint's description.
+"""Saving a model in training: a Hugging Face folder, adapters in PEFT's format, the description in a checkpoint.
 
-All are called on every rank.
+All functions are called on every rank.
 """
 
 from __future__ import annotations

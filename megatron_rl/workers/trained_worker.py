@@ -1,7 +1,7 @@
 """`TrainedWorker`: what `Actor` and `Critic` share: a `TrainingEngine`, and the steps that it takes on a loss.
 
 `optimize` is one update: epochs, mini-batches, and for each of these one forward, backward and step of the engine.
-A subclass says what its loss sees of the model (`predictor`).
+A subclass defines which model outputs its loss reads (`predictor`).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class TrainedWorker:
         Args:
             loss: pure function of `LossInputs`, run where the last layer is for each micro-batch.
             reads, sequence_reads: token and sequence fields of the batch that the loss reads.
-            with_entropy: whether the loss reads entropies.
+            with_entropy: whether the loss reads the entropy.
             group_field: sequence field; sequences with equal values stay in one micro-batch and mini-batch.
             seed: of the order of mini-batches; the worker's own seed and its number of updates are mixed in.
 
@@ -134,7 +134,7 @@ class TrainedWorker:
         raise NotImplementedError
 
     def _plan(self, batch: Batch, spec: LossSpec) -> tuple[Batch, list[MicroBatch], Output]:
-        """The batch with even work on all data-parallel ranks, its micro-batches, and what is made of each of them."""
+        """The batch balanced over data-parallel ranks, its micro-batches, and the output function of each."""
         engine, by_tokens = self.engine, self.engine.micro_batching.packing
         balanced = balance(batch, self.context.dp_group, spec.groups(batch), by_tokens=by_tokens)
         batch = balanced.batch
@@ -171,14 +171,16 @@ class TrainedWorker:
     # Weights that something else has changed
 
     def weights_changed(self) -> None:
-        """Say, on every rank, that something else than `optimize` has changed the weights: a checkpoint was loaded into
-        the model, or other steps were taken. The optimizer's fp32 copies of bf16 and fp16 weights then follow those
-        that were not written by itself."""
+        """To be called on every rank after anything but `optimize` has changed the weights: a checkpoint was loaded
+        into the model, or steps were taken elsewhere. The optimizer's fp32 copies of bf16 and fp16 weights are then
+        updated from the weights that it has not written itself."""
         self._follow_weights()
 
     def _follow_weights(self) -> None:
         if followed := self.engine.follow_weights():
-            logger.info("the optimizer's fp32 copies of %d weights on this rank follow the new values", followed)
+            logger.info(
+                "the optimizer's fp32 copies of %d weights on this rank were updated to their new values", followed
+            )
 
     def _weights_stepped(self) -> None:
         """Called after each `optimize`."""
@@ -189,8 +191,8 @@ class TrainedWorker:
         """Write a Hugging Face folder that `transformers`, SGLang and vLLM load as it is. Called on every rank.
 
         Args:
-            dtype: of the weights there; None = that of the folder, model or checkpoint which they came from, whatever
-                precision they were trained in. A job's own chunks have no such source: their own dtype.
+            dtype: of the saved weights; None = that of the folder, model or checkpoint that they came from, whatever
+                precision they were trained in; of a job's own chunks their own.
 
         A value model becomes a sequence classifier with one label: its output is the value after the last token of a
         sequence that is not padding. The value head of a critic on shared weights goes into the sub-folder
@@ -210,7 +212,7 @@ class TrainedWorker:
         return save_adapters(self.engine, Path(folder), base, overwrite)
 
     def describe_into(self, checkpoint: Path) -> None:
-        """Write into a checkpoint what model it holds, for `megatron-rl convert`: config and tokenizer."""
+        """Write the description of the model into a checkpoint, for `megatron-rl convert`: config and tokenizer."""
         describe_checkpoint(self.engine, self.tokenizer, checkpoint)
 
     def state(self, prefix: str, loading: bool) -> dict[str, Any]:

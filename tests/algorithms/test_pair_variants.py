@@ -90,7 +90,7 @@ def test_aot_matched_over_a_step_is_the_same_however_pairs_are_cut(loss):
         loss=loss,
         label_smoothing=SMOOTHING,
     )
-    for stage in algorithm.preparation():
+    for stage in (*algorithm.data_stages(), *algorithm.forward_stages()):
         stage.run(batch)
     fields = {name: batch[name].tolist() for name in algorithm.sequence_reads}
     assert len(fields) == (1 if loss == "aot" else 2)
@@ -180,7 +180,7 @@ def test_ld_dpo_scales_the_tail_of_the_longer_response():
     algorithm = dpo(ld_alpha=0.4)
     check_against_oracle(algorithm.loss, lambda rows: average(rows, term), rows, rtol=1e-5)
     batch = batch_of(rows)
-    for stage in algorithm.preparation():
+    for stage in (*algorithm.data_stages(), *algorithm.forward_stages()):
         stage.run(batch)
     kept = batch["response_mask"]
     given = [weight for row in rows for weight in (0.0, *row["length_weights"])]

@@ -30,7 +30,7 @@ from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_fields import NEUTRAL, NEUTRAL_WITH_EXPERTS, classified, refused_fields
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.actor_config import ActorConfig
-from megatron_rl.workers.assembly import running_context
+from megatron_rl.workers.job_context import running_context
 
 VOCAB = 96
 DENSE: dict[str, Any] = {

@@ -18,7 +18,7 @@ from test_resume import PROGRAM, environment, torchrun
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.trainer.output_lock import LOCK_FILE, OutputLock
-from megatron_rl.workers.assembly import check_share
+from megatron_rl.workers.job_context import check_share
 
 ALONE = SimpleNamespace(rank=0, gather_objects=lambda value: [value])
 

@@ -1,4 +1,4 @@
-"""Where a role finds its place: the parallel context of the job that it belongs to."""
+"""Which `ParallelContext` a role uses: that of the running job, a given one, or a new one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 
 
 def running_context(seed: int) -> ParallelContext:
-    """The context of the job that runs in this process; where none does yet, that of one model a rank."""
+    """The context of the job in this process; if there is none yet, a new one with data parallelism only."""
     return ParallelContext.current() or job_context(None, None, seed)
 
 
 def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) -> ParallelContext:
     """The context of this process: around the job's ``parallel_state``, or a new one of the given sizes.
 
-    Without torchrun the process is a world of one.
+    Without torchrun the world has one rank.
     """
     if parallel_state is not None:
         if parallel is not None:
@@ -33,24 +33,24 @@ def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) 
     return ParallelContext.create(parallel or ParallelSizes(), seed=seed)
 
 
-def place_of(
+def role_context(
     model: Any, context: ParallelContext | None, parallel_state: Any, parallel: ParallelSizes | None, seed: int
 ) -> ParallelContext:
-    """The context of a role: that of its training engine, the given one, or as `job_context`."""
+    """The context of a role: its training engine's, the given one, or that of `job_context`."""
     if isinstance(model, TrainingEngine):
         return model.context
     return context or job_context(parallel_state, parallel, seed)
 
 
 def check_share(share: tuple[int, int], context: ParallelContext) -> None:
-    """``share``: (data-parallel rank, number of such ranks) that a loader cuts its batches for.
+    """Check the (data-parallel rank, data-parallel size) that a loader was made for.
 
     Raises:
-        ConfigError: this rank is another one: replicas would train on the same records.
+        ConfigError: they are not this rank's: replicas would train on the same records.
     """
-    place = (context.coordinates.dp, context.dp_size)
-    if share != place:
+    own = (context.coordinates.dp, context.dp_size)
+    if share != own:
         raise ConfigError(
-            f"the loader was made for data-parallel rank {share[0]} of {share[1]}, but this is rank {place[0]} of "
-            f"{place[1]}: give the actor to the loader, as in PromptLoader(dataset, batch_size, actor)"
+            f"the loader was made for data-parallel rank {share[0]} of {share[1]}, but this is rank {own[0]} of "
+            f"{own[1]}: give the actor to the loader, as in PromptLoader(dataset, batch_size, actor)"
         )
