@@ -18,8 +18,8 @@ The configured algorithm makes one update on a small random model of the configu
 one process; in small micro-batches; in padded rows; and with two ranks along each of DP, CP, TP and PP. Everything that
 the update computes is compared with one process in the order of computation: the fields that stages write
 (log-probabilities, values, advantages, returns), the loss, the gradient of every weight, all metrics. The first that
-differs is named. The configured model, data and rewards are not needed; clipping of the gradient and the optimizer are
-left out (plain SGD, fp32).
+differs is named. The configured model, data and rewards are not needed; gradient clipping and the configured optimizer
+are not used (plain SGD, fp32).
 
 The exit code is 0 when nothing differs, 1 when something does, 2 when the configuration or the update itself is broken.
 

@@ -1,4 +1,4 @@
-"""How the commands end when something is wrong: the user's mistakes as one line, anything else with its traceback."""
+"""Errors of the commands: the user's mistakes as one line, anything else with its traceback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXIT_CODE = 2  # of a mistake in configuration, data or user code
 def clear_errors(rank: int = 0) -> Iterator[None]:
     """Print a mistake of the user as one line, on every rank that meets it, and end this process with `EXIT_CODE`.
 
-    What else is raised ends it with its traceback and code 1. Neither shows credentials.
+    Any other exception ends it with its traceback and code 1. Credentials are masked in both.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def clear_errors(rank: int = 0) -> Iterator[None]:
 
 
 def mistakes() -> tuple[type[Exception], ...]:
-    """The errors whose message says all that there is to say."""
+    """The exceptions that are printed as their message alone."""
     from megatron_rl.algorithms.pack_samples import NotFiniteError
     from megatron_rl.config import ConfigError
     from megatron_rl.data import DataError
@@ -56,12 +56,12 @@ def mistakes() -> tuple[type[Exception], ...]:
 
 
 def environment_world_size() -> int | None:
-    """Ranks of this run, as torchrun, a scheduler or the user says; None where nobody does."""
+    """World size given by torchrun, a scheduler or the user; None if nobody gives it."""
     given = os.environ.get("WORLD_SIZE", "")
     if not given:
         return None
     if not given.isdecimal() or not 1 <= int(given) < 2**31:
-        raise LaunchError(f"WORLD_SIZE={given!r} in the environment is no number of ranks: expected 1 or more")
+        raise LaunchError(f"WORLD_SIZE={given!r} in the environment is not a number of ranks: expected 1 or more")
     return int(given)
 
 

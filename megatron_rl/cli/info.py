@@ -1,4 +1,4 @@
-"""``megatron-rl info``: what this installation consists of."""
+"""``megatron-rl info``: versions, devices and accelerated parts of this installation."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ Engines on 64 nodes of their own, as JSON: `megatron-rl plan my-model --train tp
 Gradient all-reduce, library against hierarchical paths, on the cluster that a file describes (docs/all_reduce.md):
 `megatron-rl plan --all-reduce cluster.yaml`
 
-Bytes are exact: a run counts the same ones. Each stands beside the least that any plan could reach. Seconds are an
-estimate from link speeds alone.
+Bytes are exact: a run sends the same. Each is printed with the minimum of any plan. Seconds are an estimate from link
+speeds alone.
 """
 
 

@@ -1,4 +1,4 @@
-"""`TrainArguments`: what `train(...)` of the one-call trainers takes, in its words, with the ranges of a YAML file."""
+"""The arguments of the one-call trainers and of their `train(...)`, checked as in a YAML file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrainArguments(ConfigRecord):
 
     @property
     def trainer_config(self) -> TrainerConfig:
-        """The same as a config of the loop."""
+        """These arguments as the config of the loop."""
         return TrainerConfig(
             output_dir=self.output_dir,
             num_steps=self.max_steps,
@@ -110,7 +110,7 @@ def check_callbacks(callbacks: Any, where: str) -> Sequence[Callback]:
 
 
 def check_model_and_tokenizer(model: Any, tokenizer: Any, trainer: str) -> None:
-    """Raises ConfigError for what cannot be either; what a model really is, is found out when it is read."""
+    """Raises ConfigError for what cannot be either; the model itself is checked when it is read."""
     if isinstance(model, (str, Path)) and not str(model).strip():
         raise ConfigError(f"{trainer}: model is an empty text: give a Hugging Face folder or id")
     if model is None or isinstance(model, (bool, int, float, bytes, dict, set)):

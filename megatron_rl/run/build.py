@@ -38,7 +38,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     """Every part of the run, connected. Collective over all ranks.
 
     Raises:
-        ConfigError, DataError: what cannot work, said once and clearly, on every rank.
+        ConfigError, DataError: the configuration or the data cannot be used; the same error on every rank.
     """
     check_writable(Path(config.trainer.output_dir))
     algorithm_type, algorithm_config = find_algorithm(config)
@@ -48,7 +48,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     find_checkpoint(checkpoint_folder, config.trainer.resume)
     model = starting_model(config)
     described = model.tokenizer_folder if isinstance(model, MegatronCheckpoint) else model
-    size_of(model, 0)  # before the tokenizer, which reads config.json too and would be blamed for its faults
+    size_of(model, 0)  # before the tokenizer, which reads config.json too and would report its errors as its own
     tokenizer = load_tokenizer(config.tokenizer or described, config.pad_token)
     limits = model_limits(model, tokenizer, config.actor, config.actor.sampling.max_tokens)
     prompts = PromptDataset(None, tokenizer, config.data, limits)
@@ -83,7 +83,7 @@ def build_trainer(config: RunConfig) -> Trainer:
 
 
 def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorithm.Config]:
-    """The class that ``algorithm.name`` names, and its own Config.
+    """The class that ``algorithm.name`` names, and its Config.
 
     Raises:
         ConfigError: no such algorithm, or its fields are wrong.
@@ -103,7 +103,7 @@ def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorith
 
 
 def check_engine(config: RunConfig) -> None:
-    """Raises ConfigError for a rollout engine or options of it that cannot work; it is built only in the first step."""
+    """Raises ConfigError for an unknown rollout engine or bad options of it; the engine is built in the first step."""
     try:
         engine = ENGINES[config.actor.rollout.engine]
     except ValueError as error:
@@ -118,7 +118,7 @@ def build_actor(config: RunConfig, context: ParallelContext, tokenizer: object, 
 
 
 def starting_model(config: RunConfig) -> str | MegatronCheckpoint:
-    """What the policy starts from: a Hugging Face folder or id, or a Megatron checkpoint."""
+    """The initial model: a Hugging Face folder or id, or a Megatron checkpoint."""
     found = MegatronCheckpoint.find(config.model, config.model_config_path)
     if found is None and config.model_config_path is not None:
         raise ConfigError(

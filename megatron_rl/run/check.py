@@ -1,6 +1,6 @@
-"""`check_run`: everything about a configuration that can be known without a device or a process group, all at once.
+"""`check_run`: all checks of a configuration that need no device and no process group, at once.
 
-Each part is checked by the code that builds it in a run, so that nothing is said twice or differently.
+Each part is checked by the code that builds it in a run, so that the messages are the same.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ class Attempts:
 
 
 def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
-    """Check names, files, columns and sizes: all that needs no device.
+    """Check names, files, columns and sizes.
 
     Args:
         world_size: ranks that the run will have; None = not known, so that only sizes of one replica are checked.
 
     Returns:
-        What the user should know though it is no mistake, a line each.
+        Notes that are no mistakes, a line each.
 
     Raises:
-        ConfigError: everything that is wrong, numbered where it is more than one thing.
+        ConfigError: all mistakes, numbered if there are several.
     """
     attempt, output = Attempts(), Path(config.trainer.output_dir)
     algorithm = attempt(find_algorithm, config)
@@ -94,7 +94,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
 
 
 def _check_models(attempt: Attempts, config: RunConfig) -> None:
-    """The models, and what is made of their tokenizer: prompts, and rewards over their answers."""
+    """The models, the tokenizer, and with it prompts and rewards."""
     reward = attempt(build_reward, config.rewards)
     for other in (config.critic, config.reference):
         if other is not None and other.model is not None:
@@ -138,7 +138,7 @@ def _check_sizes(folder: Path, config: RunConfig) -> bool:
 
 
 def _check_weights(folder: Path, config: RunConfig) -> None:
-    """What the headers of the files say; weights of a Megatron checkpoint are not beside its description."""
+    """The headers of the weight files; a Megatron checkpoint's weights are not in the folder of its description."""
     if not isinstance(starting_model(config), MegatronCheckpoint):
         with SafetensorsFolder(folder) as source:
             check_folder(source, logical_tensors(architecture_from_hf(read_hf_config(folder))))

@@ -1,6 +1,6 @@
-"""What this installation consists of: versions, device, and each accelerated part with the reason where it is not used.
+"""The report of `megatron-rl info`: versions, device, and each accelerated part with the reason where it is not used.
 
-Nothing is decided here: every line asks the place that decides (the layer spec, the operations' registry, the face).
+Nothing is decided here: every line asks the code that decides (the layer spec, the operations' registry, the face).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class AcceleratedPart:
     """One accelerated part.
 
     Attributes:
-        name: as people call it.
+        name: common name.
         in_use: whether a run on this machine goes through it.
-        note: for what, or why not.
+        note: what for, or why not.
     """
 
     name: str
@@ -58,7 +58,7 @@ def describe_environment() -> str:
 
 
 def versions() -> list[str]:
-    """One line for each package that a run stands on."""
+    """One line for each package that a run depends on."""
     packages = ("torch", "transformers", "safetensors", "mlflow", "tensorboard", "wandb")
     lines = [f"{'python':{WIDTH}}{host.python_version()}, {host.system()} {host.machine()}"]
     lines.append(f"{'megatron-core':{WIDTH}}{megatron_core_version(installed('megatron-core'))}")
@@ -66,7 +66,7 @@ def versions() -> list[str]:
 
 
 def megatron_core_version(version: str | None) -> str:
-    """The version and what is known of it on machines without an accelerator."""
+    """The version, and whether it was tested on machines without an accelerator."""
     if version is None:
         return "not installed: pip install megatron-core"
     known = ", ".join(f"{name} ({state})" for name, state in KNOWN_VERSIONS.items())
@@ -74,7 +74,7 @@ def megatron_core_version(version: str | None) -> str:
 
 
 def device_lines(platform: Platform) -> list[str]:
-    """Where tensors live and how ranks talk."""
+    """Device and communication backends."""
     cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
     if platform.name == "cpu":
         return [
@@ -90,7 +90,7 @@ def device_lines(platform: Platform) -> list[str]:
 
 
 def accelerated_parts(platform: Platform, rows: Sequence[Availability]) -> list[AcceleratedPart]:
-    """Every part that can make a run faster, whether it does here, and why not."""
+    """Every part that can make a run faster, and whether this machine uses it."""
     engine = transformer_engine(platform.name)
     return [
         engine,
@@ -157,7 +157,7 @@ def sglang() -> AcceleratedPart:
 
 
 def operation_lines(device: str, rows: Sequence[Availability]) -> list[str]:
-    """For each operation what runs, and why something better does not."""
+    """For each operation the implementation in use, and why no better one is."""
     lines = []
     for op in operations():
         chosen = running(op, device)

@@ -1,6 +1,6 @@
-"""`forecast`: what a weight sync will cost on a cluster that need not exist: bytes, link loads, memory and time.
+"""`forecast`: the cost of a weight sync on any cluster, computed without it: bytes, link loads, memory and time.
 
-The same layouts and the same planner as in a run, so the bytes are those that the run will count; only the seconds are
+The same layouts and the same planner as in a run, so the bytes are exactly those of the run; only the seconds are
 an estimate.
 """
 
@@ -140,7 +140,7 @@ def forecast(
     """Plan the sync of every rank of ``cluster`` on this one.
 
     Args:
-        dtype: of the rollout weights, and so of what travels.
+        dtype: of the rollout weights, and so of the bytes sent.
 
     Raises:
         ConfigError: the sizes fit neither the model nor the cluster.

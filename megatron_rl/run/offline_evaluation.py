@@ -1,4 +1,4 @@
-"""Evaluation of preference, label and imitation training: the algorithm's own loss and metrics on held-out rows."""
+"""Evaluation of offline training (DPO, KTO, SFT, reward models): the algorithm's loss and metrics on held-out rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parts of a configuration a run uses: what its algorithm needs and lacks, and what is given and never read."""
+"""Which sections of a configuration a run uses: what its algorithm needs, and what is given but not used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_rl.workers.actor_config import ActorConfig
 
 def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> None:
     """Raise ConfigError where the algorithm cannot be run from prompts and rewards, lacks a section that it needs, or
-    has no use for the value model that one describes. Algorithms of one's own may do with a critic what they like."""
+    does not use the value model of the section critic. Custom algorithms may use a critic as they like."""
     name = config.algorithm.get("name", "grpo")
     if issubclass(algorithm, OfflineAlgorithm):
         raise ConfigError(
@@ -27,8 +27,8 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
         shared = bool(getattr(algorithm_config, "shared_critic", False))
         if shared and config.critic is not None:
             raise ConfigError(
-                "the section critic is given, but algorithm.shared_critic=true has the actor's own weights give the "
-                "values: leave one of them out"
+                "the section critic is given, but with algorithm.shared_critic=true the values come from the actor's "
+                "own weights: leave one of them out"
             )
         if shared and not config.actor.value_head:
             raise ConfigError("algorithm.shared_critic=true needs actor.value_head=true")
@@ -45,7 +45,7 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
 
 
 def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> bool:
-    """Whether the reference's log-probabilities are read; taken for granted of an algorithm of one's own."""
+    """Whether the reference's log-probabilities are read; always assumed of a custom algorithm."""
     if config.reference is None:
         return False
     if config.algorithm.get("name", "grpo") not in ALGORITHMS or not issubclass(algorithm, PolicyGradient):
@@ -58,7 +58,7 @@ def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_
 def unused_parts(
     config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config
 ) -> list[str]:
-    """What is given and has no effect, a line each."""
+    """Settings that are given and have no effect, a line each."""
     found: list[str] = []
     reference, trainer = config.reference, config.trainer
 
@@ -99,7 +99,7 @@ def unused_parts(
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless the sizes fit ``world_size`` ranks: of the model, its rollout replicas, and a step."""
+    """Raise ConfigError unless model, rollout replicas and step can be divided among ``world_size`` ranks."""
     grid = RankGrid(config.parallel, world_size)
     RolloutPlacement(grid.ranks(dp=0), config.actor.rollout.tp)
     if config.prompts_per_step % grid.dp:
@@ -110,6 +110,6 @@ def check_layout(config: RunConfig, world_size: int) -> None:
 
 
 def smallest_world(sizes: ParallelSizes) -> int:
-    """Ranks that the number of ranks must be a multiple of."""
+    """The number that the number of ranks must be a multiple of."""
     model, experts = sizes.tp * sizes.pp * sizes.cp, sizes.etp * sizes.ep * sizes.pp
     return next(n for n in range(model, model * experts + 1, model) if n % experts == 0)

@@ -1,4 +1,4 @@
-"""What a run leaves for people beside its metrics: the reward curve as a picture."""
+"""Plots of a run: the reward curve and the training curve."""
 
 from __future__ import annotations
 

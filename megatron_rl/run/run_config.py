@@ -52,13 +52,13 @@ class RunConfig(ConfigRecord):
     """One training run."""
 
     model: str
-    """Hugging Face folder or id, or a Megatron distributed checkpoint, such as one of another run's."""
+    """Hugging Face folder or id, or a Megatron distributed checkpoint, for example of another run."""
     model_config_path: str | None = None
     """Hugging Face folder or config.json that describes a Megatron checkpoint which does not carry its own."""
     tokenizer: str | None = None
     """Folder or id of the tokenizer; None = the model's."""
     pad_token: str | None = None
-    """What pads where the tokenizer has no pad token: "eos", or a token of its vocabulary."""
+    """The pad token of a tokenizer that has none: "eos", or a token of its vocabulary."""
     algorithm: dict[str, Any] = Field(default_factory=lambda: {"name": "grpo"})
     """``name`` of the algorithm, or python:file.py:Class, and the fields of its own Config."""
     parallel: ParallelSizes = ParallelSizes()
@@ -68,19 +68,20 @@ class RunConfig(ConfigRecord):
     critic: CriticConfig | None = None
     """The value model, for algorithms that have one."""
     reference: ReferenceConfig | None = None
-    """The frozen reference; leave it out where no KL is wanted."""
+    """The frozen reference; leave it out for training without KL."""
     data: PromptDataset.Config
     """Training prompts."""
     prompts_per_step: int = Field(default=16, ge=1)
     """Prompts of one step, over all data-parallel ranks; times `actor.sampling.n` samples."""
     rollout_parts: int = Field(default=1, ge=1)
-    """A step's prompts are answered in so many parts; reward services work on one part while the next is generated."""
+    """Number of parts in which the prompts of a step are generated; reward services work on one part while the next is
+    generated."""
     shuffle: bool = True
     """Shuffle the prompts anew in each epoch."""
     rewards: tuple[RewardConfig, ...]
     """The rewards of samples; several are summed with their weights."""
     evaluation: EvaluationConfig | None = None
-    """Held-out evaluation; its times are in `trainer`."""
+    """Held-out evaluation; `trainer.evaluate_every` says when."""
     callbacks: tuple[str, ...] = ()
     """Callbacks of your own: file.py:Class or package.module:Class."""
     trainer: TrainerConfig = TrainerConfig()
@@ -88,6 +89,6 @@ class RunConfig(ConfigRecord):
     tracking: TrackerGroup.Config = TrackerGroup.Config()
     """Where metrics go."""
     seed: Seed = 0
-    """Of data order, sampling and initialisation."""
+    """Seed of data order, sampling and initialisation."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
-    """Of the console log on rank 0."""
+    """Level of the console log on rank 0."""

@@ -3,7 +3,7 @@
     DPOTrainer(model=model, tokenizer=tokenizer, dataset=dataset, beta=0.1, max_length=1024).train(
         num_train_epochs=1, per_device_train_batch_size=2, learning_rate=5e-7, output_dir="./dpo_output")
 
-Everything here is assembled from public parts: a worker, an algorithm, a loader and `connect`.
+Everything here is assembled from public parts: a worker, an algorithm, a loader and `Trainer`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from megatron_rl.workers.reward_model import RewardModel
 
 
 class OneCallTrainer:
-    """What all of them share.
+    """Base class of the one-call trainers.
 
     Args:
         model: Hugging Face folder, id or model; or Megatron chunks with ``parallel_state`` (and ``optimizer``).
@@ -131,7 +131,7 @@ class OneCallTrainer:
         resume: str = "auto",
         tracking: TrackerGroup.Config | Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
-        """Train, and leave a Hugging Face folder at ``<output_dir>/hf``. Collective under torchrun.
+        """Train, and write a Hugging Face folder to ``<output_dir>/hf``. Collective under torchrun.
 
         Args:
             per_device_train_batch_size: records (prompts, pairs, completions) a step on each data-parallel replica.
@@ -243,7 +243,7 @@ class KTOTrainer(OneCallTrainer):
 
 
 class SFTTrainer(OneCallTrainer):
-    """Completions to imitate: columns prompt, completion; or messages."""
+    """Supervised fine-tuning: columns prompt, completion; or messages."""
 
     algorithm_type, dataset_type, loader_type = SFT, CompletionDataset, CompletionLoader
     pack = staticmethod(pack_completions)
@@ -253,7 +253,7 @@ class SFTTrainer(OneCallTrainer):
 
 
 class RewardTrainer(OneCallTrainer):
-    """A reward model from preference pairs: columns as for `DPOTrainer`, with ``margin="column"`` also how much better.
+    """A reward model from preference pairs: columns as for `DPOTrainer`, optionally a margin (``margin="column"``).
 
     ``model`` is a language model, whose decoder gets a value head, or a sequence classifier with one label; what is
     saved is such a classifier (`AutoModelForSequenceClassification`), and `RewardModel(folder)` takes it as it is.

@@ -1,6 +1,6 @@
 """`Trainer`: a flow and its data as a run, with checkpoints, tracking and a reward curve.
 
-This is the last step of `build_trainer`, and the way in for a job that has made its parts in Python:
+`build_trainer` ends with it, and a job that builds its parts in Python starts with it:
 
     flow = actor.sample(n=8) >> reward.score() >> grpo.update()
     Trainer(flow, loader, num_steps=100).train()
@@ -47,8 +47,7 @@ class Trainer(TrainingLoop):
 
     Raises:
         ConfigError: no algorithm, or several, update weights in the flow; a tracker is unknown or not installed;
-            another run uses the output folder; ``source`` gives this rank another share of the data than its
-            data-parallel place.
+            another run uses the output folder; ``source`` was made for another data-parallel rank.
         DataError: the model cannot take a record of the source: token ids, or length.
     """
 
@@ -68,7 +67,7 @@ class Trainer(TrainingLoop):
         if overrides:
             config = TrainerConfig.parse(config.model_dump() | overrides, "Trainer")
         algorithm = algorithm_of(flow)
-        model = cast(Actor | Critic, algorithm.actor)  # the one that the run is about: a critic for a reward model
+        model = cast(Actor | Critic, algorithm.actor)  # the trained model: a critic when a reward model is trained
         output_dir, context = Path(config.output_dir), model.context
         _check_data(source, model)
         lock = OutputLock(output_dir, context)
@@ -124,7 +123,7 @@ def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
 
 
 def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> None:
-    """The model that the run is about, and beside its folder that of a critic with weights of its own."""
+    """Export the trained model, and next to it a critic with weights of its own."""
     actor.save_pretrained(folder, overwrite=True)
     if isinstance(algorithm.critic, Critic) and algorithm.critic is not actor:
         algorithm.critic.save_pretrained(folder.with_name(f"{folder.name}_critic"), overwrite=True)

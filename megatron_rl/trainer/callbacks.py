@@ -1,4 +1,4 @@
-"""`Callback`: what a user may do at each event of a training run; override the methods you need.
+"""`Callback`: user code at each event of a training run; override the methods you need.
 
 Callbacks run on every rank, in the order given. They may read the trainer, change ``metrics`` in place before they are
 tracked, and end the run with ``trainer.stop("why")``.
@@ -42,7 +42,7 @@ class Callback:
         """After a checkpoint was restored, before the first step."""
 
     def on_step_begin(self, trainer: TrainerView, batch: Batch) -> None:
-        """The batch holds its input only."""
+        """The batch holds only its input."""
 
     def on_step_end(self, trainer: TrainerView, batch: Batch, metrics: dict[str, float]) -> None:
         """``metrics`` are reduced over ranks and not yet tracked; ``batch`` holds samples and rewards."""
@@ -51,16 +51,16 @@ class Callback:
         """After an evaluation; ``metrics`` are named ``eval/...``."""
 
     def on_checkpoint(self, trainer: TrainerView, folder: str) -> None:
-        """A checkpoint was handed to the writer (an asynchronous one may still be on its way to the disk)."""
+        """A checkpoint was written; an asynchronous one may still be being written."""
 
     def on_train_end(self, trainer: TrainerView) -> None:
-        """The run has ended by itself; not called after an error."""
+        """The run has finished; not called after an error."""
 
     def on_error(self, trainer: TrainerView, error: BaseException) -> None:
         """The run is about to end with ``error``; no collectives here: other ranks may be gone."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """What a resumed run must know; saved with each checkpoint under the class name."""
+        """State for a resumed run; saved with each checkpoint under the class name."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

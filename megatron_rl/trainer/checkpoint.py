@@ -30,15 +30,15 @@ PARTIAL = ".partial"
 
 
 class Stateful(Protocol):
-    """Anything whose small state travels in the common part of a checkpoint; equal on all ranks."""
+    """Anything whose small state is saved in the common part of a checkpoint; equal on all ranks."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
-class Before(NamedTuple):
-    """What a step changes before it changes weights, as it was when the step began."""
+class StepStart(NamedTuple):
+    """The state at the beginning of a step, of everything that a step changes before it changes weights."""
 
     state: dict[str, Any]  # of the loop and of other parts: the common part of a checkpoint
     rng: dict[str, Any]
@@ -55,7 +55,7 @@ class DistributedCheckpoints:
         resume: as `TrainerConfig.resume`.
         keep_last: complete checkpoints to keep.
         asynchronous: write in a background process.
-        describe: adds to a checkpoint's folder what it holds beside tensors; called on rank 0.
+        describe: writes the description of the model into a checkpoint's folder; called on rank 0.
         verify: compare a checkpoint's files with their digests before it is restored.
     """
 
@@ -80,7 +80,7 @@ class DistributedCheckpoints:
         self.resume = resume
         self.keep_last = keep_last
         self.verify = verify
-        self._before: Before | None = None  # inside of a step
+        self._before: StepStart | None = None  # during a step
         self._writing: tuple[Path, Path] | None = None  # what the background process writes: its name, and its folder
         self._asynchronous = asynchronous
         self._storage = build_storage(asynchronous)
@@ -112,7 +112,7 @@ class DistributedCheckpoints:
 
     def remember(self, trainer: TrainingLoop) -> None:
         """Keep what a step changes before its optimizer step: cursor, counters, generators."""
-        self._before = Before(self._small_state(trainer), self._storage.rng_state(), self._num_updates())
+        self._before = StepStart(self._small_state(trainer), self._storage.rng_state(), self._num_updates())
 
     def forget(self) -> None:
         """The step is complete: `save` writes the present state again."""
@@ -148,7 +148,7 @@ class DistributedCheckpoints:
             self._writing = final, partial
 
     def _publish(self, partial: Path, final: Path) -> None:
-        """Give it its name, and take the oldest away; the order comes first, as the disk may have no room for it."""
+        """Rename to the final name and delete the oldest. The order is written first: the disk may be full."""
         replaced = final.with_name(f".{final.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
@@ -162,7 +162,7 @@ class DistributedCheckpoints:
             raise
         shutil.rmtree(replaced, ignore_errors=True)
         for old in complete_checkpoints(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old, ignore_errors=True)  # what is left is the first to go the next time
+            shutil.rmtree(old, ignore_errors=True)  # what could not be deleted is deleted the next time
 
     # Restoring
 
@@ -170,8 +170,8 @@ class DistributedCheckpoints:
         """Load the checkpoint that ``resume`` asks for; False for a fresh start.
 
         Raises:
-            ConfigError: the named checkpoint is absent, or ``resume=never`` in a folder that has checkpoints.
-            CheckpointError: it is damaged, and no other may or can take its place; see `intact_checkpoint`.
+            ConfigError: the named checkpoint does not exist, or ``resume=never`` in a folder that has checkpoints.
+            CheckpointError: it is damaged, and there is no other to continue from; see `intact_checkpoint`.
         """
         if self.verify:
             found = intact_checkpoint(self.folder, self.resume, self.context)

@@ -29,12 +29,12 @@ ONE_SIGNAL_SECONDS = 2.0  # Ctrl-C reaches a rank twice: from the terminal, and 
 
 
 class Interruption:
-    """What this process was told.
+    """The signals that asked this process to stop.
 
     Args:
-        grace_seconds: after which the process is ended wherever it is.
+        grace_seconds: after which the process is ended, whatever it is doing.
         on_expiry: called before that, in another thread.
-        lost: says what is lost then.
+        lost: describes what is lost then, for the log.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class Interruption:
             if is_abandonable() and not _is_inside(frame, NEVER_INSIDE):
                 raise Abandoned(self.signal)
         elif time.monotonic() - self._came > ONE_SIGNAL_SECONDS:
-            raise ended_by(number, "told twice: stopped at once")
+            raise ended_by(number, "second signal: stopped at once")
 
     def _keep_time(self) -> None:
-        """In a thread. What is abandonable hears of it by a signal: sleeping and waiting end for nothing else."""
+        """Runs in a thread. Code that can be abandoned is interrupted by a signal: nothing else ends sleeps and
+        waits."""
         deadline = self._came + self.grace_seconds
         while not self._over.wait(RETRY_SECONDS) and time.monotonic() < deadline:
             if self.overdue() and is_abandonable():
@@ -116,5 +117,5 @@ def _is_inside(frame: FrameType | None, places: tuple[str, ...]) -> bool:
 
 
 def ended_by(number: int, what: str) -> BaseException:
-    """What a run that a signal stopped raises: KeyboardInterrupt for Ctrl-C, else SystemExit with 128 + the signal."""
+    """The exception of a run that a signal has stopped: KeyboardInterrupt for Ctrl-C, else SystemExit(128 + signal)."""
     return KeyboardInterrupt(what) if number == signal.SIGINT else SystemExit(128 + number)

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class BatchSource(Protocol):
-    """What the loop draws its input from; resumable."""
+    """The resumable source of the loop's batches."""
 
     def next_batch(self) -> Batch:
         """This rank's input of the next step."""
@@ -42,7 +42,7 @@ class BatchSource(Protocol):
 
 
 class Checkpoints(Protocol):
-    """Where the loop leaves and finds its state; see `trainer.checkpoint`."""
+    """Saves and restores the state of the loop; see `trainer.checkpoint`."""
 
     def restore(self, trainer: TrainingLoop) -> bool:
         """Load the checkpoint that the config asks for; False for a fresh start."""
@@ -51,13 +51,13 @@ class Checkpoints(Protocol):
         """Write a checkpoint of the present step; returns its folder."""
 
     def remember(self, trainer: TrainingLoop) -> None:
-        """A step begins: if it is given up, `save` writes the state as it is now."""
+        """A step begins: if it is abandoned, `save` writes the present state."""
 
     def forget(self) -> None:
         """The step is complete."""
 
     def poll(self) -> None:
-        """Complete what has been written in the background; collective, once a step."""
+        """Complete checkpoints written in the background; collective, once a step."""
 
     def finish(self) -> None:
         """Wait until everything is on the disk."""
@@ -158,7 +158,7 @@ class TrainingLoop:
         logger.info(
             "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow
         )
-        if self._evaluation_is_due():  # a fresh run's first, or one that an interrupted run did not come to
+        if self._evaluation_is_due():  # the first of a fresh run, or one that an interrupted run has missed
             self._track(self._evaluate({}))
         while self.step < self.total_steps and self._stop_reason is None and not self._ended_by:
             try:
@@ -204,8 +204,8 @@ class TrainingLoop:
         return due and self._evaluated_step != step
 
     def _evaluate(self, line: Mapping[str, float]) -> dict[str, float]:
-        """``line``, what is to be tracked of this step, with the metrics of an evaluation; one that fails must not take
-        the step's own with it."""
+        """``line``, the metrics to be tracked of this step, and those of an evaluation; where this fails, ``line`` is
+        tracked all the same."""
         if self.evaluate is None:
             return dict(line)
         started = time.perf_counter()
@@ -230,7 +230,7 @@ class TrainingLoop:
             self._saved = state
 
     def _finish_early(self) -> None:
-        """Save and end, where a signal says so.
+        """Save and end the run, if a signal asked for it.
 
         Raises:
             KeyboardInterrupt, SystemExit: see `ended_by`.
@@ -266,7 +266,7 @@ class TrainingLoop:
         self._each("on_train_end")
 
     def _track(self, metrics: Mapping[str, float]) -> None:
-        """One call a step, so that no tracker has two lines of one."""
+        """Called once a step, so that trackers get one line a step."""
         for tracker in self.trackers if metrics else ():
             tracker.log(metrics, self.step)
 
@@ -274,7 +274,7 @@ class TrainingLoop:
         for callback in self.callbacks:
             getattr(callback, event)(self, *arguments)
 
-    # What a checkpoint holds of the loop itself
+    # The loop's part of a checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         """The loop's own state: step, data cursor, callbacks."""

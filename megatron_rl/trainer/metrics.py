@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 
 def reduce_metrics(per_rank: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """One number a metric: times and ``_max`` are the maximum over ranks (the slowest rank sets the pace), ``_min``
+    """One number a metric: times and ``_max`` are the maximum over ranks (all wait for the slowest), ``_min``
     the minimum, bytes and ``_count`` the sum, everything else the mean over the ranks that have it."""
     return {name: _reduce(name, numbers) for name, numbers in _by_name(per_rank).items()}
 

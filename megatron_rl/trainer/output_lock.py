@@ -24,7 +24,7 @@ LOCK_FILE = ".lock"
 
 
 class OutputLock:
-    """Makes ``folder`` where it is missing, and holds it until `release`. Collective; rank 0 holds the lock.
+    """Creates ``folder`` if it does not exist, and locks it until `release`. Collective; rank 0 holds the lock.
 
     Raises:
         ConfigError: on every rank: another run holds the folder, or it cannot be written to.
@@ -32,7 +32,7 @@ class OutputLock:
 
     def __init__(self, folder: Path, context: ParallelContext) -> None:
         self.folder = folder
-        self._created: Path | None = None  # the topmost folder that this made
+        self._created: Path | None = None  # the topmost folder that was created
         self._file: TextIO | None = None
         problem = self._take() if context.rank == 0 else ""
         problem = context.gather_objects(problem)[0]
@@ -40,13 +40,13 @@ class OutputLock:
             raise ConfigError(problem)
 
     def release(self) -> None:
-        """Let the next run in."""
+        """Release the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def discard(self) -> None:
-        """Take away the folder if this made it, and let go: the run failed before it had anything to keep."""
+        """Delete the folder if this object created it, and release the lock: the run failed before its first step."""
         if self._created is not None and self._file is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
             for folder in self.folder.parents:
@@ -56,7 +56,7 @@ class OutputLock:
         self.release()
 
     def _take(self) -> str:
-        """What hinders; nothing = the lock is held."""
+        """Take the lock; returns the reason why it cannot be taken, empty when it is held."""
         missing = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

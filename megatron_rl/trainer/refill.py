@@ -1,9 +1,9 @@
-"""Dynamic sampling: prompts whose samples teach nothing are replaced by new ones until the batch is full.
+"""Dynamic sampling: prompts whose samples have no gradient are replaced by new ones until the batch is full.
 
 `filled(sample, reward, algorithm, source, context)` is ``sample >> reward`` for an algorithm that keeps everything. For
 one that drops samples (DAPO, arXiv 2503.14476, section 3.2) it is a stage that samples and computes rewards in rounds.
-Which groups are kept is decided over all data-parallel ranks together, in the order of the prompts, and they are shared
-out evenly anew: the batch does not depend on the number of ranks.
+Which groups are kept is decided over all data-parallel ranks together, in the order of the prompts, and they are
+redistributed evenly: the batch does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Refill:
         self.reward.execute(part, self.context.agreement)
 
     def _gather(self, samples: Sequence[Sample]) -> tuple[list[Group], list[Group]]:
-        """Groups that are kept and groups that are not, of all data-parallel ranks, in the order of the ranks."""
+        """The kept and the dropped groups of all data-parallel ranks, in the order of the ranks."""
         split = split_groups(samples, self.algorithm.keep_samples(samples))
         own = split if self.context.leads_replica else ([], [])
         parts = self.context.gather_objects((self.context.coordinates.dp, own))
@@ -92,13 +92,14 @@ class Refill:
         return good, [group for found in ordered for group in found[1]]
 
     def _choose(self, kept: list[Group], dropped: list[Group], wanted: int) -> list[Group]:
-        """The first ``wanted``; where not even one for each rank was found, dropped ones, so that no rank is idle."""
+        """The first ``wanted``; with fewer than one for each rank, dropped ones too, so that no rank is without
+        work."""
         chosen = kept[:wanted]
         return chosen + dropped[: max(0, self.context.dp_size - len(chosen))]
 
 
 def split_groups(samples: Sequence[Sample], keep: Sequence[bool]) -> tuple[list[Group], list[Group]]:
-    """(groups with a kept sample, without those that are not kept; the other groups, whole)."""
+    """(groups with a kept sample, reduced to their kept samples; the other groups, complete)."""
     good: list[Group] = []
     bad: list[Group] = []
     pairs = zip(samples, keep, strict=True)
@@ -113,18 +114,18 @@ def split_groups(samples: Sequence[Sample], keep: Sequence[bool]) -> tuple[list[
 
 
 def mean_reward(groups: Sequence[Group]) -> float:
-    """Over all samples, dropped ones included: how good the policy is."""
+    """Mean reward over all samples, dropped ones included."""
     rewards = [sample.reward for group in groups for sample in group if sample.reward is not None]
     return sum(rewards) / max(len(rewards), 1)
 
 
 def own_share(groups: Sequence[Group], dp_rank: int, dp_size: int) -> list[Group]:
-    """A contiguous part of the groups, as long as the others' or one longer."""
+    """This rank's contiguous part of the groups; parts differ in length by at most one."""
     return list(groups[len(groups) * dp_rank // dp_size : len(groups) * (dp_rank + 1) // dp_size])
 
 
 def renumbered(groups: Sequence[Group]) -> list[Sample]:
-    """The samples of all groups, each group with the number of its place."""
+    """The samples of all groups, with ``group`` set to the position of their group."""
     for number, group in enumerate(groups):
         for sample in group:
             sample.group = number

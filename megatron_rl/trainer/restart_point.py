@@ -1,7 +1,7 @@
 """Which checkpoint a run starts from: the one that was asked for, if its files are as they were written.
 
-Under ``resume: auto`` a damaged one is passed over, with a warning, for the newest that is intact. One that was asked
-for by name is refused, as is a folder in which all are damaged: training again from the start is never the answer.
+With ``resume: auto`` a damaged checkpoint is skipped, with a warning, and the newest intact one is used. A damaged one
+that was named is an error, and so is a folder in which all are damaged: a run never restarts from the beginning.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ FULL = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT))
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none that could be read is left; one line, the same on every rank."""
+    """A checkpoint could not be written, or no readable one is left; one line, the same on every rank."""
 
 
 def find_checkpoint(folder: Path, resume: str) -> Path | None:
     """The checkpoint to start from.
 
     Raises:
-        ConfigError: the named checkpoint is absent, or ``resume`` is "never" and ``folder`` has checkpoints.
+        ConfigError: the named checkpoint does not exist, or ``resume`` is "never" and ``folder`` has checkpoints.
     """
     existing = complete_checkpoints(folder)
     if resume == "never":
@@ -85,10 +85,10 @@ def shared_damage(checkpoint: Path, context: ParallelContext) -> str:
 
 
 def attempt_write(write: Callable[[], object], checkpoint: Path, partial: Path, context: ParallelContext) -> None:
-    """Do ``write``, a part of writing ``checkpoint``, on every rank; where it fails, remove what lies in ``partial``.
+    """Call ``write``, a part of writing ``checkpoint``, on every rank; if it fails, delete the folder ``partial``.
 
     Raises:
-        CheckpointError: what went wrong, and what the run can go on from.
+        CheckpointError: what went wrong, and which checkpoint the run can continue from.
     """
     try:
         write()

@@ -21,13 +21,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def record_newest(folder: Path, name: str) -> None:
-    """``name`` is complete now, or will be in a moment."""
+    """Record ``name`` as the newest complete checkpoint."""
     _write(folder, [path.name for path in complete_checkpoints(folder) if path.name != name] + [name])
 
 
 def record_restored(folder: Path, restored: Path) -> None:
-    """The run goes on from ``restored``: what was written after it belongs to a course that was given up, and counts as
-    older than everything that this one has written."""
+    """Record that the run continues from ``restored``: checkpoints written after it count as older than the others."""
     names = [path.name for path in complete_checkpoints(folder)]
     inside = restored.parent.resolve() == folder.resolve() and restored.name in names
     kept = names[: names.index(restored.name) + 1] if inside else []

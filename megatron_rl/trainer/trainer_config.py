@@ -1,4 +1,4 @@
-"""`TrainerConfig`: how long a run lasts, and what it does on the way."""
+"""`TrainerConfig`: length of a run, evaluation, checkpoints and outputs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class TrainerConfig(ConfigRecord):
     output folder with checkpoints is then refused); or the path of a checkpoint."""
     grace_seconds: float = Field(default=25.0, gt=0)
     """Seconds that a run may take to end after SIGTERM, SIGINT or SIGHUP: half of them for the step, which is then
-    given up if it is still sampling or computing rewards, the rest for saving. Then it ends as it is. torchrun kills
-    after 30."""
+    abandoned if it is still sampling or computing rewards, the rest for saving. Then the process is ended. torchrun
+    kills after 30."""
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
 

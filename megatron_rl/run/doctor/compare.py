@@ -1,4 +1,4 @@
-"""What was measured on two layouts, compared in the order in which an update computes it."""
+"""Comparison of the measurements on two layouts, in the order in which an update computes them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Measured:
     gradients: Mapping[str, Tensor]  # by role and logical tensor: change of the weights
 
     def copies(self, name: str) -> list[Tensor]:
-        """The field over all data-parallel ranks, once for each rank of a model replica."""
+        """The field over all data-parallel ranks, one copy for each rank of a model replica."""
         replicas: dict[int, list[Tensor]] = {}
         for dp, value in self.fields[name]:
             replicas.setdefault(dp, []).append(value)
@@ -35,7 +35,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A quantity that is not what it is in one process."""
+    """A quantity that differs from its value in one process."""
 
     step: str  # one of STEPS
     quantity: str

@@ -42,7 +42,7 @@ HINTS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What the examination found."""
+    """The differences found on each layout."""
 
     subject: str
     found: dict[Variant, list[Difference]]
@@ -91,7 +91,7 @@ def examine(
         algorithm: ``module:Class``, ``file.py:Class`` or a registered name, in place of the configured one.
         max_ranks: processes of the largest world.
         timeout: seconds for all layouts of one world size.
-        progress: told what runs.
+        progress: called with a line about what runs.
         launch: starts the ranks; None: `torchrun`.
 
     Raises:
@@ -123,7 +123,7 @@ def examine(
 
 
 def with_algorithm(config: RunConfig, name: str) -> RunConfig:
-    """The configuration with another algorithm; of the fields given for the old one those stay that the new one has."""
+    """The configuration with another algorithm; fields of the old one are kept where the new one has them."""
     values = {**config.algorithm, "name": f"{USER_CODE}{name}" if ":" in name and USER_CODE not in name else name}
     kind, _ = find_algorithm(config.model_copy(update={"algorithm": {"name": values["name"]}}))
     kept = {key: value for key, value in values.items() if key == "name" or key in kind.Config.model_fields}
@@ -131,7 +131,7 @@ def with_algorithm(config: RunConfig, name: str) -> RunConfig:
 
 
 def configured_architecture(config: RunConfig) -> Architecture:
-    """Of the configured model where its description lies on this machine; else a plain Llama."""
+    """The architecture of the configured model if its config is on this machine; else a plain Llama."""
     path = Path(config.model_config_path or config.model).expanduser()
     folder = path.parent if path.name == "config.json" else path
     return architecture_from_hf(read_hf_config(folder)) if (folder / "config.json").is_file() else PLAIN
@@ -182,7 +182,7 @@ def last_error(log: str) -> str:
 
 
 def read_world(plan: Plan, ranks: int, variants: list[Variant], actor: Architecture) -> dict[Variant, Measured]:
-    """What the ranks of one world size left."""
+    """The measurements of one world size."""
     raw = torch.load(plan.result(ranks), weights_only=True)
     results = {}
     for variant in variants:

@@ -1,4 +1,4 @@
-"""`Variant`: one way to lay out and cut up the same update; and the variants that a configuration is proved on."""
+"""`Variant`: a layout and micro-batching of the update; and the list of those that the doctor compares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Variant:
     """A layout, and how its batches become micro-batches."""
 
     name: str
-    axis: str  # what is new in it: "dp", "cp", "tp", "pp", "ep", "micro-batch", "packing"
+    axis: str  # what it tests: "dp", "cp", "tp", "pp", "ep", "micro-batch", "packing"
     ranks: int = 1
     sizes: dict[str, Any] = field(default_factory=dict)  # of `ParallelSizes`
     worker: dict[str, Any] = field(default_factory=dict)  # of `ActorConfig`

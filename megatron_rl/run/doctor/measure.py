@@ -36,7 +36,7 @@ NUMBERS = ("groups", "pairs")  # of prompts and pairs: each rank counts its own
 
 
 class Plan(ConfigRecord):
-    """What the parent process tells its ranks."""
+    """The parent process's instructions to its ranks."""
 
     config: RunConfig
     """The configuration under test."""
@@ -91,7 +91,7 @@ def build(plan: Plan, variant: Variant) -> Parts:
     actor = Actor(str(plan.actor), tokenizer, context=context, config=config)
     reference, value_model = None, None
     if plan.config.reference is not None:
-        # Of other weights than the actor's, or the KL would be 0 wherever it is computed.
+        # Its weights differ from the actor's: otherwise every KL would be 0.
         reference = Reference(str(plan.folder / "reference"), tokenizer, context=context, config=config)
     if plan.config.critic is not None:
         value_model = Critic(str(plan.folder / "critic"), context=context, config=config)

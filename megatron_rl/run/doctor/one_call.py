@@ -1,6 +1,6 @@
-"""Configurations for the doctor: those of `megatron-rl train`, and those of the trainers in one call.
+"""Configurations for the doctor: those of `megatron-rl train`, and those of the one-call trainers.
 
-The second kind is what examples/dpo_pairs, kto_binary and reward_model have: a section that names the trainer (``dpo``,
+The second kind is that of examples/dpo_pairs, kto_binary and reward_model: a section that names the trainer (``dpo``,
 ``kto``, ``reward`` or ``sft``) with fields of its algorithm and of its data, beside ``parallel``, ``worker`` and
 ``train``.
 """
@@ -35,11 +35,11 @@ class OneCallConfig(ConfigRecord):
     """The YAML of a trainer in one call; exactly one of the sections that name a trainer is given."""
 
     model: str = ""
-    """Hugging Face folder or id: the doctor examines a small model of the same kind."""
+    """Hugging Face folder or id: the doctor uses a small random model of the same family."""
     data: str = ""
-    """The doctor does without."""
+    """Not used by the doctor."""
     parallel: ParallelSizes = ParallelSizes()
-    """The doctor goes through layouts of its own."""
+    """Not used: the doctor has its own layouts."""
     worker: ActorConfig = ActorConfig()
     """The worker."""
     dpo: dict[str, Any] | None = None
@@ -79,7 +79,7 @@ def names_trainer(path: Path) -> bool:
 
 
 def as_run(config: OneCallConfig, section: str) -> RunConfig:
-    """What of a trainer's configuration the update depends on, as a `RunConfig`."""
+    """The parts of a trainer's configuration that an update depends on, as a `RunConfig`."""
     trainer, options = SECTIONS[section], getattr(config, section)
     of_data = trainer.dataset_type.Config.model_fields
     algorithm = {name: value for name, value in options.items() if name not in of_data}

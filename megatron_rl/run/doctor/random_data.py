@@ -1,4 +1,4 @@
-"""Small random models and batches, fixed by seeds: what every layout is given alike."""
+"""Small random models and batches from fixed seeds, the same for every layout."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = Architecture("llama", 4, 32, 64, 4, 2, 8, VOCAB, tied=False, max_positio
 
 
 class NumberTokenizer:
-    """What a worker asks of a tokenizer, for a vocabulary of bare numbers."""
+    """The tokenizer methods that workers use, for a vocabulary of numbers."""
 
     pad_token_id, bos_token_id, eos_token_id = 0, 1, 2
 
