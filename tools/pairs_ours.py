@@ -26,7 +26,7 @@ from pairs_task import (
 from megatron_rl import DPO, Actor, Reference
 from megatron_rl.data import PairDataset
 from megatron_rl.data.preferences import PairLoader
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.models.tokenizer import load_tokenizer
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     overrides = {name: yaml.safe_load(value) for name, value in (a.split("=") for a in sys.argv[2:])}
     tokenizer = load_tokenizer(folder)
-    optimizer = OptimizerSettings(
+    optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip_gradient=CLIP_GRADIENT, weight_decay=0.0
     )
     config = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")

@@ -29,7 +29,7 @@ from stories_task import (
 from megatron_rl import GRPO, Actor, Reference, RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.dataflow import Flow
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.parallel import ParallelSizes
 
@@ -42,7 +42,7 @@ def build(tp: int, overrides: dict[str, object]) -> tuple[Actor, list[Prompt], F
     """The actor, its prompts and the flow of one step."""
     folder = find_model()
     tokenizer = load_tokenizer(folder)
-    optimizer = OptimizerSettings(
+    optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, beta1=BETAS[0], beta2=BETAS[1], clip_gradient=CLIP_GRADIENT
     )
     config = Actor.Config.parse({"optimizer": optimizer} | overrides, "command line")

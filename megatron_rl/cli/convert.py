@@ -81,7 +81,7 @@ def convert(
         import torch
 
         from megatron_rl.config import ConfigError, masked
-        from megatron_rl.engines.convert import convert as convert_weights
+        from megatron_rl.engines.conversion import convert as convert_weights
         from megatron_rl.parallel import ParallelSizes
 
         configure_logging(rank, rewrite=masked)

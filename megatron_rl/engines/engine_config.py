@@ -17,7 +17,7 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
-class OptimizerSettings(ConfigRecord):
+class OptimizerConfig(ConfigRecord):
     """AdamW and its schedule."""
 
     learning_rate: NonNegative = 1e-6
@@ -64,7 +64,7 @@ class OptimizerSettings(ConfigRecord):
         return self.distributed and self.optimizer == "adam"
 
 
-class LoraSettings(ConfigRecord):
+class LoraConfig(ConfigRecord):
     """Low-rank adapters in place of training all weights (Hu et al. 2021, arXiv:2106.09685)."""
 
     rank: int = Field(default=16, ge=1, le=1 << 16)
@@ -87,7 +87,7 @@ class EngineConfig(ConfigRecord):
     """Of the weights and of the forward pass."""
     recompute: bool = False
     """Recompute activations in the backward pass instead of keeping them."""
-    lora: LoraSettings | None = None
+    lora: LoraConfig | None = None
     """Train low-rank adapters on frozen weights; None = train all weights. What is published and saved is merged."""
     compare_with_export: bool = True
     """Compare a Megatron job's own chunks, when they are taken over, with the Hugging Face model that they are exported
@@ -98,7 +98,7 @@ class EngineConfig(ConfigRecord):
     """Pack sequences end to end; False = padded rows; None = pack where the model's attention can."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Sequences of one padded micro-batch; None = as many as `token_budget` holds."""
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and schedule, for models that do not bring their own."""
     collectives: CollectivesConfig = CollectivesConfig()
     """How gradients are reduced over data-parallel ranks."""
@@ -106,8 +106,8 @@ class EngineConfig(ConfigRecord):
     """Of sampling and mini-batch order."""
 
     @classmethod
-    def of(cls, settings: EngineConfig | Mapping[str, Any] | None, where: str) -> Self:
-        """A role's ``settings``: a record, its fields by name, or None for the defaults.
+    def of(cls, config: EngineConfig | Mapping[str, Any] | None, where: str) -> Self:
+        """A role's ``config``: a record, its fields by name, or None for the defaults.
 
         Args:
             where: the role, in errors.
@@ -115,10 +115,10 @@ class EngineConfig(ConfigRecord):
         Raises:
             ConfigError: a field that does not exist, or a bad value.
         """
-        if isinstance(settings, EngineConfig):
-            known = {name: getattr(settings, name) for name in cls.model_fields if name in type(settings).model_fields}
-            return settings if isinstance(settings, cls) else cls(**known)
-        return cls.parse(dict(settings or {}), where)
+        if isinstance(config, EngineConfig):
+            known = {name: getattr(config, name) for name in cls.model_fields if name in type(config).model_fields}
+            return config if isinstance(config, cls) else cls(**known)
+        return cls.parse(dict(config or {}), where)
 
     def over(self, num_optimizer_steps: int) -> Self:
         """The same, its learning rate decaying over so many optimizer steps where it names no number itself."""

@@ -43,7 +43,3 @@ class Architecture:
     experts: Experts | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it
     score_head: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary
-
-    @property
-    def queries_per_group(self) -> int:
-        return self.num_heads // self.num_kv_heads

@@ -8,7 +8,6 @@ guessed, because batches, servers and exported folders would disagree about it i
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,25 +148,6 @@ def _align_config(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
         if getattr(config, key) != value:
             logger.info("model config: %s %s -> %s, as in the tokenizer", key, getattr(config, key), value)
             setattr(config, key, value)
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
-    """Token ids of a prompt: a text with the tokenizer's own special tokens, or messages through its chat template,
-    open for the assistant's turn.
-
-    Raises:
-        ConfigError: messages were given, but the tokenizer has no chat template.
-    """
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-        return ids[1:] if ids[:2] == [tokenizer.bos_token_id] * 2 else ids
-    if tokenizer.chat_template is None:
-        raise ConfigError(
-            "the prompt is a list of messages, but the tokenizer has no chat template: give plain text, or set "
-            "tokenizer.chat_template"
-        )
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _brief(error: Exception) -> str:

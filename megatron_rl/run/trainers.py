@@ -29,7 +29,7 @@ from megatron_rl.data.completions import CompletionLoader
 from megatron_rl.data.loader import GlobalBatchLoader
 from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
-from megatron_rl.engines.engine_config import LoraSettings
+from megatron_rl.engines.engine_config import LoraConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rewards import check_answers
 from megatron_rl.rollout.base import SamplingParams
@@ -68,7 +68,7 @@ class OneCallTrainer:
             same weights and rows, then no reference model is held. For algorithms with a reference on fixed data.
         parallel: parallel sizes when there is no ``parallel_state``.
         config: precision, micro-batches and rollouts of the worker: an `Actor.Config`, or its fields by name.
-        lora: fields of `LoraSettings`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
+        lora: fields of `LoraConfig`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
             then the model without them, and what is saved has them merged.
         callbacks: `Callback` objects.
         options: fields of the algorithm's Config and of the data set's Config, by name.
@@ -96,7 +96,7 @@ class OneCallTrainer:
         parallel_state: Any = None,
         parallel: ParallelSizes | Mapping[str, Any] | None = None,
         config: ActorConfig | Mapping[str, Any] | None = None,
-        lora: LoraSettings | Mapping[str, Any] | None = None,
+        lora: LoraConfig | Mapping[str, Any] | None = None,
         callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
@@ -113,7 +113,7 @@ class OneCallTrainer:
         self.parallel_state = parallel_state
         self.parallel = record_of(ParallelSizes, parallel, f"{trainer}: parallel")
         if lora is not None:
-            adapters = record_of(LoraSettings, lora, f"{trainer}: lora")
+            adapters = record_of(LoraConfig, lora, f"{trainer}: lora")
             self.config = self.config.model_copy(update={"lora": adapters})
         self.callbacks = check_callbacks(callbacks, f"{trainer}: callbacks")
 

@@ -85,7 +85,7 @@ class HFDescription:
             self.tokenizer.save_pretrained(folder)
 
     def write_into(self, checkpoint: Path, dtype: torch.dtype) -> None:
-        """Make a Megatron checkpoint say what model it holds; `engines.convert` reads it."""
+        """Make a Megatron checkpoint say what model it holds; `engines.conversion` reads it."""
         folder = checkpoint / DESCRIPTION_FOLDER
         folder.mkdir()
         self.write(folder, dtype)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 
@@ -110,7 +110,7 @@ def fixed_batch(context) -> Batch:
 
 
 def run_layout(model: str, layout: str) -> dict[str, dict[str, float]]:
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-4, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=1e-4, clip_gradient=0.0)
     sizes, overrides = LAYOUTS[layout]
     config = Actor.Config(optimizer=sgd, token_budget=96, **overrides)
     actor = Actor(model, AutoTokenizer.from_pretrained(model), parallel=ParallelSizes(**sizes), config=config)

@@ -19,7 +19,7 @@ from megatron_rl.algorithms.advantages import sum_over_tokens
 from megatron_rl.algorithms.offline import OfflineAlgorithm, PairwiseAlgorithm
 from megatron_rl.algorithms.reward_modelling import append_value_tokens
 from megatron_rl.batch import Batch, Prompt
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
 
@@ -63,7 +63,7 @@ class Task:
         self.model = model
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.context = ParallelContext.create(ParallelSizes(tp=tp), seed=0)
-        adam = OptimizerSettings(learning_rate=1e-3)
+        adam = OptimizerConfig(learning_rate=1e-3)
         self.config = Actor.Config(optimizer=adam, token_budget=2048)
 
     def own(self, rows: list) -> list:

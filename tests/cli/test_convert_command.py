@@ -1,4 +1,4 @@
-"""`convert` as people type it; what it does with weights is tests/engines/test_convert.py's subject."""
+"""`convert` as people type it; what it does with weights is tests/engines/test_conversion.py's subject."""
 
 from __future__ import annotations
 

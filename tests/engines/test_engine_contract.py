@@ -24,7 +24,7 @@ from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import MicroBatching, TrainingEngine
 from megatron_rl.engines.build import build_engine
-from megatron_rl.engines.engine_config import EngineConfig, OptimizerSettings
+from megatron_rl.engines.engine_config import EngineConfig, OptimizerConfig
 from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.models import hf_layout
 from megatron_rl.models.hf_config import hf_config_from
@@ -37,7 +37,7 @@ from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import logprob_output
 
 SMALL = replace(LLAMA, num_layers=2, hidden=32, ffn=48, num_kv_heads=4, head_dim=4)
-ADAM = OptimizerSettings(learning_rate=1e-3, clip_gradient=0.5)
+ADAM = OptimizerConfig(learning_rate=1e-3, clip_gradient=0.5)
 ENGINES = ("megatron", "torch")
 
 

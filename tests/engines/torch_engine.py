@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngine
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.models import architecture_from_hf, transformers_layout
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout
@@ -29,7 +29,7 @@ class TorchEngine(TrainingEngine):
     """
 
     def __init__(
-        self, model: PreTrainedModel, context: ParallelContext, optimizer: OptimizerSettings, rows: int | None = None
+        self, model: PreTrainedModel, context: ParallelContext, optimizer: OptimizerConfig, rows: int | None = None
     ) -> None:
         assert context.world_size == 1, "this engine knows one rank"
         self.model = model

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.workers import Actor, Reference
 
 VOCAB = 16
@@ -56,7 +56,7 @@ def main(folder: Path) -> None:
     folder.mkdir(parents=True)
     write_run(folder)
     model = str(folder / "model")
-    config = Actor.Config(optimizer=OptimizerSettings(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
+    config = Actor.Config(optimizer=OptimizerConfig(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
     actor = Actor(model, AutoTokenizer.from_pretrained(model), config=config)
     place = current_platform()
     place.reset_peak_memory()

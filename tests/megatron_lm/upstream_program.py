@@ -16,7 +16,7 @@ import torch.distributed as dist
 import upstream
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.engines.megatron.build import from_hf
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import starting_model

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models.tokenizer import SpecialTokens, align_tokenizer, check_vocabulary, load_tokenizer, render_prompt
+from megatron_rl.models.tokenizer import SpecialTokens, align_tokenizer, check_vocabulary, load_tokenizer
 
 WORDS = ["<s>", "</s>", "<pad>", "<end>", "user", "assistant", "hello", "you"]
 
@@ -82,19 +82,6 @@ def test_an_id_above_a_gap_is_refused() -> None:
     inner = Tokenizer(WordLevel({"<s>": 0, "far": 40}, unk_token="<s>"))
     with pytest.raises(ConfigError, match=r"ids up to 40, .* has 8 rows"):
         check_vocabulary(PreTrainedTokenizerFast(tokenizer_object=inner), 8)
-
-
-def test_messages_need_a_chat_template_and_are_open_for_the_assistant() -> None:
-    words = tokenizer(eos_token="</s>", pad_token="<pad>")
-    messages = [{"role": "user", "content": "hello you"}]
-    with pytest.raises(ConfigError, match="no chat template"):
-        render_prompt(words, messages)
-    words.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ ' assistant' }}{% endif %}"
-    )
-    assert render_prompt(words, messages) == [4, 6, 7, 5]
-    assert render_prompt(words, "hello") == [6]
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path) -> None:

@@ -19,7 +19,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl import Actor, Callback, Critic, PPOTrainer
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.workers.actor_config import ActorConfig

@@ -13,16 +13,16 @@ from transformers import AutoTokenizer
 from megatron_rl import DPOTrainer, GRPOTrainer, KTOTrainer
 from megatron_rl.algorithms.rollout_correction import RolloutCorrection
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.run.arguments import TrainArguments
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
 PAIRS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(10, 18)]
 SAME = {
     "num_train_epochs": (TrainerConfig, "num_epochs"),
-    "learning_rate": (OptimizerSettings, "learning_rate"),
+    "learning_rate": (OptimizerConfig, "learning_rate"),
     "max_steps": (TrainerConfig, "num_steps"),
-    "warmup_steps": (OptimizerSettings, "warmup_steps"),
+    "warmup_steps": (OptimizerConfig, "warmup_steps"),
     "evaluate_every": (TrainerConfig, "evaluate_every"),
     "save_every": (TrainerConfig, "save_every"),
 }

@@ -18,9 +18,9 @@ from megatron_rl.models.architecture import Experts
 from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.doctor.compare import Measured, differences
 from megatron_rl.run.doctor.examine import Report, examine, torchrun
-from megatron_rl.run.doctor.layouts import variants_for
 from megatron_rl.run.doctor.one_call import load_examined
 from megatron_rl.run.doctor.random_data import PLAIN, write_random_model
+from megatron_rl.run.doctor.variants import variants_for
 
 CONFIG = ROOT / "examples" / "arithmetic_grpo" / "config.yaml"
 FAULTS = Path(__file__).with_name("faulty_algorithms.py")

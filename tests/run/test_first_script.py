@@ -21,7 +21,7 @@ with open("runs", "a") as file:
 
 from transformers import AutoTokenizer
 from megatron_rl import SFTTrainer
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 
 rows = [{"prompt": "1" * 200, "completion": "2"}]  # skipped: longer than the model
 rows += [{"prompt": f"{a}+1=", "completion": str(a + 1)} for a in range(10, 26)]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from small_run import ROOT, metrics_of, write_run
 from transformers import AutoModelForCausalLM
 
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 
 pytestmark = pytest.mark.distributed
 PROGRAM, TRAIN = (ROOT / "tests" / "run" / f"{name}_program.py" for name in ("lora", "train"))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from stored_arguments import change_common, forget_arguments
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.models import Architecture
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.models.inert_load import load_inert

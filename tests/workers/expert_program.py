@@ -18,7 +18,7 @@ import megatron_rl  # noqa: F401  (first: the CPU face)
 
 from megatron_rl.algorithms import DPO, GRPO  # isort: skip
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of
 from megatron_rl.models import megatron_layout
@@ -71,7 +71,7 @@ def own_chunks(folder: Path, context: ParallelContext, overrides: dict) -> Any:
 
 def run_case(folder: Path, case: str, algorithm: str) -> dict[str, float]:
     sizes, overrides = CASES[case]
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
     context = ParallelContext.create(ParallelSizes(**sizes), timeout=120, seed=0)
     config = Actor.Config(optimizer=sgd, **overrides)
     model = own_chunks(folder / "actor", context, OWN[case]) if case in OWN else str(folder / "actor")

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.reference import Reference
@@ -75,7 +75,7 @@ def own_share(rows: list[Sample], dp_rank: int, dp: int) -> Batch:
 
 def run_case(model: str, name: str) -> dict:
     sizes, overrides = CASES[name]
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-3, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=1e-3, clip_gradient=0.0)
     actor = Actor(
         model,
         AutoTokenizer.from_pretrained(model),

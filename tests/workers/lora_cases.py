@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
-from megatron_rl.engines.megatron.model.lora_adapter import Adapter
+from megatron_rl.engines.engine_config import OptimizerConfig
+from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
 from megatron_rl.models import Architecture, Experts
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -70,7 +70,7 @@ def whole_parameters(actor: Actor, take: Any) -> dict[str, torch.Tensor]:
     return {name: assembled([parts[tp] for tp in sorted(parts)], name) for name, parts in gathered.items()}
 
 
-def split_dim(adapter: Adapter, letter: str) -> int | None:
+def split_dim(adapter: LoraAdapter, letter: str) -> int | None:
     return {"a": 1 if adapter.row_parallel else None, "b": None if adapter.row_parallel else 0}[letter]
 
 
@@ -120,7 +120,7 @@ def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
 
 def run_case(model: str, folder: Path, name: str) -> dict:
     sizes, overrides = CASES[name]
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
     config = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
     source, tokenizer = random_experts() if name.startswith("experts") else model, AutoTokenizer.from_pretrained(model)
     actor = Actor(source, tokenizer, parallel=ParallelSizes(**sizes), config=Actor.Config(**config))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import LoraSettings, OptimizerSettings
+from megatron_rl.engines.engine_config import LoraConfig, OptimizerConfig
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.engines.megatron.model.lora import add_adapters
 from megatron_rl.models import Architecture
@@ -63,7 +63,7 @@ def random_hf(architecture: Architecture, seed: int = 2) -> PreTrainedModel:
 
 
 def lora_actor(context: ParallelContext, architecture: Architecture = SMALL, **overrides: Any) -> Actor:
-    optimizer = overrides.pop("optimizer", OptimizerSettings(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
+    optimizer = overrides.pop("optimizer", OptimizerConfig(optimizer="sgd", learning_rate=0.1, clip_gradient=0.0))
     config = Actor.Config(**{"lora": LORA, "optimizer": optimizer} | overrides)
     actor = Actor(random_hf(architecture), Tokenizer(), context=context, config=config)
     generator = torch.Generator().manual_seed(5)
@@ -139,7 +139,7 @@ def test_logprobs_and_gradients_are_those_of_plain_torch_in_float64(context) -> 
 
 
 def test_only_adapters_have_gradient_buffers_and_optimizer_state(context) -> None:
-    adam = OptimizerSettings(learning_rate=1e-2)
+    adam = OptimizerConfig(learning_rate=1e-2)
     actor, full = lora_actor(context, optimizer=adam), lora_actor(context, lora=None, optimizer=adam)
     for one in (actor, full):
         one.optimize(batch(), weighted, reads=("weights",))
@@ -242,12 +242,12 @@ def test_a_jobs_own_bare_chunks_get_adapters_and_wrapped_ones_are_refused(contex
 
 def test_settings_that_cannot_work_are_refused(context) -> None:
     with pytest.raises(ConfigError, match="linear_out"):
-        LoraSettings.parse({"target_modules": ["linear_out"]}, where="lora")
+        LoraConfig.parse({"target_modules": ["linear_out"]}, where="lora")
     with pytest.raises(ConfigError, match="rank = 0"):
-        LoraSettings.parse({"rank": 0}, where="lora")
+        LoraConfig.parse({"rank": 0}, where="lora")
     chunks = build_model(SMALL, transformer_config(SMALL, context.sizes))
     with pytest.raises(ConfigError, match=r"target_modules = \(\)"):
-        add_adapters(chunks, LoraSettings(target_modules=()), seed=0)
+        add_adapters(chunks, LoraConfig(target_modules=()), seed=0)
 
 
 def test_first_values_depend_on_seed_and_layer_only(context) -> None:
@@ -277,7 +277,7 @@ def test_pushes_and_exports_change_no_frozen_weight_and_agree(context, tmp_path)
 
 
 def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
-    adam = OptimizerSettings(learning_rate=1e-2)
+    adam = OptimizerConfig(learning_rate=1e-2)
     actor = lora_actor(context, dtype="bfloat16", optimizer=adam)
     assert {parameter.dtype for parameter in adapters_of(actor).values()} == {torch.bfloat16}
     losses = [actor.optimize(batch(), weighted, reads=("weights",))["loss/total"] for _ in range(4)]
@@ -292,7 +292,7 @@ def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
 
 
 def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_path) -> None:
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=0.05, clip_gradient=0.0)
     critic = Critic(random_hf(SMALL), context=context, config=Critic.Config(lora=LORA, optimizer=sgd))
     trained = {name for name, parameter in critic.engine.parameters().items() if parameter.requires_grad}
     assert {name for name in trained if "_adapter." not in name} == {"output_layer.weight"}
@@ -307,7 +307,7 @@ def test_a_critic_trains_adapters_and_its_head_and_is_saved_merged(context, tmp_
 
 
 def test_adapters_alone_are_saved_of_policies_that_have_some(context, tmp_path) -> None:
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=0.05)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=0.05)
     critic = Critic(random_hf(SMALL), context=context, config=Critic.Config(lora=LORA, optimizer=sgd))
     for worker in (critic, Actor(random_hf(SMALL), Tokenizer(), context=context)):
         with pytest.raises(ConfigError, match="use save_pretrained"):

@@ -14,7 +14,7 @@ from stored_arguments import forget_arguments
 from megatron_rl import RewardModel
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.rewards import RewardError
 
 

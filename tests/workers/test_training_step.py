@@ -16,7 +16,7 @@ from small_run import write_run
 from megatron_rl.algorithms import DPO, KTO, SFT
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Stage
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.workers import Actor
 from megatron_rl.workers.loss import LossInputs, LossOutput
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def actor(folder) -> Actor:
-    config = Actor.Config(optimizer=OptimizerSettings(learning_rate=1e-2), token_budget=16)
+    config = Actor.Config(optimizer=OptimizerConfig(learning_rate=1e-2), token_budget=16)
     return Actor(str(folder), AutoTokenizer.from_pretrained(folder), config=config)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import (
@@ -22,7 +23,7 @@ from megatron.core.optimizer.optimizer import (
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.engines.megatron.optimizer import (
     experts_reduced_as_dense,
     precision_fields,
@@ -219,13 +220,13 @@ def as_megatron(
     optimizer: MegatronOptimizer | torch.optim.Optimizer,
     chunks: Sequence[torch.nn.Module],
     context: ParallelContext,
-    settings: OptimizerSettings,
+    optimizer_config: OptimizerConfig,
 ) -> MegatronOptimizer:
     """A Megatron-Core optimizer as it is; a torch one in Megatron-Core's wrapper for its precision, which clips over
     the whole model and keeps fp32 copies of bf16 and fp16 weights. After `require_fitting`, with wrapped chunks.
 
     Args:
-        settings: its ``clip_gradient`` holds for a torch optimizer.
+        optimizer_config: its ``clip_gradient`` holds for a torch optimizer.
     """
     if isinstance(optimizer, MegatronOptimizer):
         return optimizer
@@ -234,9 +235,9 @@ def as_megatron(
         # last one is nothing but a name there.
         names = {"wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": index}
         group.update({key: value for key, value in names.items() if key not in group})
-    config = OptimizerConfig(
+    config = MegatronOptimizerConfig(
         lr=optimizer.param_groups[0]["lr"],
-        clip_grad=settings.clip_gradient,
+        clip_grad=optimizer_config.clip_gradient,
         **precision_fields(precision_of(chunks)),
     )
     if config.params_dtype == torch.float32:
@@ -249,7 +250,7 @@ def as_megatron(
     return ChainedOptimizer([wrapped])
 
 
-def _loss_scaler(config: OptimizerConfig) -> DynamicGradScaler:
+def _loss_scaler(config: MegatronOptimizerConfig) -> DynamicGradScaler:
     """As `get_megatron_optimizer` makes it."""
     return DynamicGradScaler(
         initial_scale=config.initial_loss_scale,
@@ -261,5 +262,5 @@ def _loss_scaler(config: OptimizerConfig) -> DynamicGradScaler:
     )
 
 
-def _no_state(optimizer: torch.optim.Optimizer, config: OptimizerConfig | None = None) -> None:
+def _no_state(optimizer: torch.optim.Optimizer, config: MegatronOptimizerConfig | None = None) -> None:
     """State of a torch optimizer comes with its first step; `optimizer_state` fills it in for checkpoints."""

@@ -177,7 +177,7 @@ def _require_alone(model: Any, config: EngineConfig, optimizer: Any) -> None:
 
 def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any, scheduler: Any) -> None:
     """Add adapters, data parallelism, optimizer and schedule, as far as the job has not brought its own."""
-    context, settings = engine.context, config.optimizer
+    context, optimizer_config = engine.context, config.optimizer
     if config.lora is not None:
         engine.adapters = add_adapters(engine.chunks, config.lora, config.seed)
     wrapped = ddp_config_of(engine.chunks) is not None
@@ -191,15 +191,15 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
             "allreduce=False on the experts' parameters before DistributedDataParallel wraps them"
         )
     if not wrapped:
-        whole = settings if optimizer is None else settings.model_copy(update={"distributed": False})
+        whole = optimizer_config if optimizer is None else optimizer_config.model_copy(update={"distributed": False})
         engine.chunks = list(wrap_data_parallel(engine.chunks, whole))
     if config.collectives.all_reduce == "hybrid":
         use_hybrid_groups(engine.chunks, context, config.collectives)
     if optimizer is None:
-        engine.optimizer = build_optimizer(engine.chunks, settings)  # type: ignore[arg-type]
-        engine.scheduler = build_scheduler(engine.optimizer, settings)
+        engine.optimizer = build_optimizer(engine.chunks, optimizer_config)  # type: ignore[arg-type]
+        engine.scheduler = build_scheduler(engine.optimizer, optimizer_config)
     else:
-        engine.optimizer = as_megatron(optimizer, engine.chunks, context, settings)
+        engine.optimizer = as_megatron(optimizer, engine.chunks, context, optimizer_config)
         engine.scheduler = scheduler
 
 

@@ -27,7 +27,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngine
 from megatron_rl.engines.megatron.checkpoint.sharded_state import load_sharded_state, sharded_state
 from megatron_rl.engines.megatron.main_parameters import follow_weights
-from megatron_rl.engines.megatron.model.lora_adapter import Adapter
+from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
 from megatron_rl.engines.megatron.model.model_chunk import (
     chunk_tensors,
     layer_indices,
@@ -58,7 +58,7 @@ class MegatronEngine(TrainingEngine):
     origin: Origin = field(default_factory=Origin)
     micro_batching: MicroBatching = field(default_factory=MicroBatching)
     shared_value_head: bool = False  # the last chunk has a value head beside its output layer
-    adapters: dict[str, Adapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
+    adapters: dict[str, LoraAdapter] = field(default_factory=dict)  # LoRA: by shard name of the frozen weight
     optimizer: MegatronOptimizer | None = None  # None: frozen
     scheduler: OptimizerParamScheduler | None = None
     name: str = "model"

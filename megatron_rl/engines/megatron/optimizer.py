@@ -1,4 +1,4 @@
-"""Megatron-Core's own data-parallel wrapper, optimizer and learning-rate schedule, from `OptimizerSettings`.
+"""Megatron-Core's own data-parallel wrapper, optimizer and learning-rate schedule, from `OptimizerConfig`.
 
 Nothing here is ours but the defaults: `DistributedDataParallel`, `get_megatron_optimizer` and `OptimizerParamScheduler`
 do the work. A job that already has them passes its own.
@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler, MegatronGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 
 
 def wrap_data_parallel(
-    chunks: Sequence[torch.nn.Module], settings: OptimizerSettings, *, groups: Any = None
+    chunks: Sequence[torch.nn.Module], optimizer_config: OptimizerConfig, *, groups: Any = None
 ) -> list[DistributedDataParallel]:
     """Wrap model chunks in Megatron's DDP and give every data-parallel rank the same weights."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=settings.gradient_reduce_in_fp32,
-        overlap_grad_reduce=settings.overlap_gradient_reduce,
-        use_distributed_optimizer=settings.is_sharded,
+        grad_reduce_in_fp32=optimizer_config.gradient_reduce_in_fp32,
+        overlap_grad_reduce=optimizer_config.overlap_gradient_reduce,
+        use_distributed_optimizer=optimizer_config.is_sharded,
         check_for_nan_in_grad=False,  # a NaN is reported by the worker with the name of the step, see `Actor.optimize`
     )
     extra = {} if groups is None else {"pg_collection": groups}
@@ -64,7 +65,7 @@ def precision_of(chunks: Sequence[torch.nn.Module]) -> torch.dtype:
 
 
 def precision_fields(dtype: torch.dtype) -> dict[str, Any]:
-    """Fields of `OptimizerConfig` for weights in ``dtype``.
+    """Fields of Megatron's `OptimizerConfig` for weights in ``dtype``.
 
     Megatron-Core's first loss scale of 2^32 overflows fp16 about twenty times before a step succeeds, each time with a
     batch of samples.
@@ -77,29 +78,29 @@ def precision_fields(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], settings: OptimizerSettings) -> MegatronOptimizer:
+def build_optimizer(chunks: list[DistributedDataParallel], optimizer_config: OptimizerConfig) -> MegatronOptimizer:
     """Megatron's optimizer over DDP-wrapped chunks: sharded, and its parameters gathered, as their wrapper expects.
 
     Raises:
-        ConfigError: the wrapper shards the optimizer, and ``settings`` name one that cannot be.
+        ConfigError: the wrapper shards the optimizer, and ``optimizer_config`` names one that cannot be.
     """
     ddp = chunks[0].ddp_config
-    if ddp.use_distributed_optimizer and settings.optimizer != "adam":
+    if ddp.use_distributed_optimizer and optimizer_config.optimizer != "adam":
         raise ConfigError(
-            f"optimizer={settings.optimizer}, but the model chunks are wrapped for Megatron's distributed optimizer, "
-            "which is Adam: wrap them with use_distributed_optimizer=False, or choose adam"
+            f"optimizer={optimizer_config.optimizer}, but the model chunks are wrapped for Megatron's distributed "
+            "optimizer, which is Adam: wrap them with use_distributed_optimizer=False, or choose adam"
         )
     return get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=settings.optimizer,
-            lr=settings.learning_rate,
-            min_lr=settings.min_learning_rate,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.beta1,
-            adam_beta2=settings.beta2,
-            adam_eps=settings.epsilon,
+        MegatronOptimizerConfig(
+            optimizer=optimizer_config.optimizer,
+            lr=optimizer_config.learning_rate,
+            min_lr=optimizer_config.min_learning_rate,
+            weight_decay=optimizer_config.weight_decay,
+            adam_beta1=optimizer_config.beta1,
+            adam_beta2=optimizer_config.beta2,
+            adam_eps=optimizer_config.epsilon,
             sgd_momentum=0.0,
-            clip_grad=settings.clip_gradient,
+            clip_grad=optimizer_config.clip_gradient,
             use_distributed_optimizer=ddp.use_distributed_optimizer,
             overlap_param_gather=ddp.overlap_param_gather,
             **precision_fields(precision_of(chunks)),
@@ -155,26 +156,28 @@ def _of_another(hook: Any, own: Sequence[Any]) -> bool:
     return any(all(owner is not one for one in own) for owner in models)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, settings: OptimizerSettings) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, optimizer_config: OptimizerConfig) -> OptimizerParamScheduler:
     """Learning-rate schedule counted in optimizer steps. A resumed run goes on with these settings at the checkpoint's
     step: a longer run decays over its new length, a changed learning rate counts.
 
     Raises:
         ConfigError: a decay without its length.
     """
-    if settings.decay != "constant" and not settings.decay_steps:
-        raise ConfigError(f"decay={settings.decay} without decay_steps: give the number of optimizer steps it takes")
-    steps = max(settings.decay_steps, settings.warmup_steps + 1)
+    if optimizer_config.decay != "constant" and not optimizer_config.decay_steps:
+        raise ConfigError(
+            f"decay={optimizer_config.decay} without decay_steps: give the number of optimizer steps it takes"
+        )
+    steps = max(optimizer_config.decay_steps, optimizer_config.warmup_steps + 1)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=settings.learning_rate,
-        min_lr=settings.min_learning_rate,
-        lr_warmup_steps=settings.warmup_steps,
+        max_lr=optimizer_config.learning_rate,
+        min_lr=optimizer_config.min_learning_rate,
+        lr_warmup_steps=optimizer_config.warmup_steps,
         lr_decay_steps=steps,
-        lr_decay_style=settings.decay,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
+        lr_decay_style=optimizer_config.decay,
+        start_wd=optimizer_config.weight_decay,
+        end_wd=optimizer_config.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,

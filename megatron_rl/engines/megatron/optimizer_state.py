@@ -24,7 +24,7 @@ from megatron_rl.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-SETTINGS = {  # keys of schedules and of parameter groups -> fields of `OptimizerSettings`
+SETTINGS = {  # keys of schedules and of parameter groups -> fields of `OptimizerConfig`
     "max_lr": "learning_rate",
     "min_lr": "min_learning_rate",
     "lr_warmup_steps": "warmup_steps",

@@ -21,9 +21,9 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.run.build import USER_CODE, find_algorithm
 from megatron_rl.run.doctor.compare import STEPS, Difference, Measured, differences
-from megatron_rl.run.doctor.layouts import BASE, Variant, variants_for
 from megatron_rl.run.doctor.measure import Plan
 from megatron_rl.run.doctor.random_data import PLAIN, read_model, shrunk, write_random_model
+from megatron_rl.run.doctor.variants import BASE, Variant, variants_for
 from megatron_rl.run.run_config import RunConfig
 
 HINTS = {

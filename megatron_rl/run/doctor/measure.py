@@ -20,11 +20,11 @@ from megatron_rl.batch import Batch
 from megatron_rl.config import ConfigRecord
 from megatron_rl.dataflow import Flow
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.engine_config import OptimizerSettings
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.run.build import find_algorithm
-from megatron_rl.run.doctor.layouts import Variant, variants_for
 from megatron_rl.run.doctor.random_data import NumberTokenizer, fixed_batch, sampled_batch
+from megatron_rl.run.doctor.variants import Variant, variants_for
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor, Critic, Reference
@@ -80,7 +80,7 @@ class Parts:
 def build(plan: Plan, variant: Variant) -> Parts:
     """The configured algorithm over random models in this layout."""
     kind, algorithm_config = find_algorithm(plan.config)
-    sgd = OptimizerSettings(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
     own = {"optimizer": sgd, "seed": plan.config.seed, "value_head": plan.config.actor.value_head}
     config = ActorConfig(**{**own, **variant.worker})
     context = ParallelContext.create(ParallelSizes(**variant.sizes), timeout=plan.timeout, seed=plan.config.seed)

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from megatron_rl.engines.megatron.model.rope import RotaryTable
+from megatron_rl.engines.megatron.model.rope import CosSinTable
 from megatron_rl.ops.packed_attention import packed_attention
 from megatron_rl.ops.packed_attention.reference import rotate
 
@@ -37,7 +37,7 @@ class CoreAttention(MegatronModule):
     """
 
     supports_packing = True
-    rotary: RotaryTable | None = None  # None: queries and keys arrive turned, as from Megatron's own layers
+    rotary: CosSinTable | None = None  # None: queries and keys arrive turned, as from Megatron's own layers
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
-"""LoRA: a model whose own weights are frozen, with a trained `Adapter` on each of the chosen linear layers.
+"""LoRA: a model whose own weights are frozen, with a trained `LoraAdapter` on each of the chosen linear layers.
 
-adapters = add_adapters(chunks, LoraSettings(rank=16, alpha=32), seed=0)      # before DDP and the optimizer are built
+adapters = add_adapters(chunks, LoraConfig(rank=16, alpha=32), seed=0)      # before DDP and the optimizer are built
 
 Frozen weights have no gradient buffers and no optimizer state; value heads are trained whole. Each layer keeps its
 class, its parameters and their names: an adapter stands beside it and is added by a forward hook.
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import LoraSettings, Target
-from megatron_rl.engines.megatron.model.lora_adapter import Adapted, Adapter
+from megatron_rl.engines.engine_config import LoraConfig, Target
+from megatron_rl.engines.megatron.model.lora_adapter import AdaptedLayer, LoraAdapter
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.model.value_head import ValueHead
 from megatron_rl.models.lora_update import SUFFIX
@@ -42,7 +42,7 @@ class _Place(NamedTuple):
     tp_group: Any
 
 
-def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, seed: int) -> dict[str, Adapter]:
+def add_adapters(chunks: Sequence[nn.Module], lora: LoraConfig, seed: int) -> dict[str, LoraAdapter]:
     """Freeze a rank's bare chunks and add adapters: name of the adapted weight (as layouts name it) -> its adapter.
 
     Args:
@@ -56,18 +56,18 @@ def add_adapters(chunks: Sequence[nn.Module], settings: LoraSettings, seed: int)
             "LoRA was asked for with model chunks that are wrapped in DistributedDataParallel: its gradient buffers "
             "hold the whole model's already. Give bare chunks without an optimizer, and both are made here"
         )
-    if not settings.target_modules:
+    if not lora.target_modules:
         raise ConfigError(f"lora.target_modules is empty: choose some of {', '.join(PARENTS)}")
-    _refuse_experts(unwrap(chunks[0]).config, settings)
-    places = [place for index, chunk in enumerate(chunks) for place in _places(chunk, index, len(chunks), settings)]
+    _refuse_experts(unwrap(chunks[0]).config, lora)
+    places = [place for index, chunk in enumerate(chunks) for place in _places(chunk, index, len(chunks), lora)]
     for chunk in chunks:
         _freeze(unwrap(chunk))
-    return {place.shard: _add(place, settings, seed) for place in places}
+    return {place.shard: _add(place, lora, seed) for place in places}
 
 
-def _refuse_experts(config: Any, settings: LoraSettings) -> None:
+def _refuse_experts(config: Any, lora: LoraConfig) -> None:
     """On every rank alike, whichever layers it holds."""
-    given = [target for target in settings.target_modules if PARENTS[target] == "mlp"]
+    given = [target for target in lora.target_modules if PARENTS[target] == "mlp"]
     if config.num_moe_experts and given:
         raise ConfigError(
             f"lora.target_modules has {' and '.join(given)}, but the model is a mixture of experts, whose experts take "
@@ -75,10 +75,10 @@ def _refuse_experts(config: Any, settings: LoraSettings) -> None:
         )
 
 
-def _places(chunk: nn.Module, index: int, num_chunks: int, settings: LoraSettings) -> Iterator[_Place]:
+def _places(chunk: nn.Module, index: int, num_chunks: int, lora: LoraConfig) -> Iterator[_Place]:
     model = unwrap(chunk)
     for local, layer in enumerate(model.decoder.layers):
-        for target in dict.fromkeys(settings.target_modules):
+        for target in dict.fromkeys(lora.target_modules):
             parent = getattr(layer, PARENTS[target])
             within = f"{PARENTS[target]}.{target}"
             _check(parent, target, f"layer {layer.layer_number - 1}")
@@ -111,18 +111,18 @@ def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
         output.requires_grad_(True)
 
 
-def _add(place: _Place, settings: LoraSettings, seed: int) -> Adapter:
+def _add(place: _Place, lora: LoraConfig, seed: int) -> LoraAdapter:
     layer = getattr(place.parent, place.target)
     config: Any = place.parent.config
     gated = place.target == "linear_fc1" and bool(config.gated_linear_unit)
-    adapted = Adapted(place.name, layer.weight, place.target in ROW_PARALLEL, gated)
-    adapter = Adapter(
+    adapted = AdaptedLayer(place.name, layer.weight, place.target in ROW_PARALLEL, gated)
+    adapter = LoraAdapter(
         config,
         adapted,
         place.tp_group,
-        rank=settings.rank,
-        scale=settings.alpha / settings.rank,
-        dropout=settings.dropout,
+        rank=lora.rank,
+        scale=lora.alpha / lora.rank,
+        dropout=lora.dropout,
         seed=seed,
     )
     place.parent.add_module(place.target + SUFFIX, adapter)

@@ -1,4 +1,4 @@
-"""`Adapter`: the low-rank update of one of Megatron's linear layers, in that layer's own tensor-parallel layout.
+"""`LoraAdapter`: the low-rank update of one of Megatron's linear layers, in that layer's own tensor-parallel layout.
 
     y = x W^T + scale * (x A^T) B^T          A: [rank, in], B: [out, rank]      (Hu et al. 2021, arXiv:2106.09685)
 
@@ -37,7 +37,7 @@ from megatron_rl.models.lora_update import merged
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
+class AdaptedLayer:
     """The layer that an adapter belongs to."""
 
     name: str  # of the layer in the whole model, the same on every layout: seeds the initial values
@@ -46,7 +46,7 @@ class Adapted:
     gated: bool  # its outputs are [gate; up], each split over the ranks
 
 
-class Adapter(MegatronModule):
+class LoraAdapter(MegatronModule):
     """A is drawn uniformly within 1 / sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B is zero: at first it adds 0.
 
     The draw is that of the whole A, so initial values do not depend on the layout. Off, it adds nothing at all.
@@ -55,7 +55,7 @@ class Adapter(MegatronModule):
     def __init__(
         self,
         config: TransformerConfig,
-        layer: Adapted,
+        layer: AdaptedLayer,
         tp_group: dist.ProcessGroup,
         *,
         rank: int,

@@ -25,7 +25,7 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
     return describe(architecture).shared(lambda layer: layer.attention.rotary, "rotary positions").inverse_frequencies()
 
 
-class RotaryTable:
+class CosSinTable:
     """Cosines and sines of all positions so far asked for; one for all layers of a model."""
 
     def __init__(self, frequencies: Tensor) -> None:
@@ -54,10 +54,10 @@ class NoRotary(nn.Module):
 
 def rotate_in_attention(chunk: nn.Module, model: ModelDescription) -> None:
     """Let the core attentions of ``chunk`` (a `GPTModel` of our local layer spec) apply the rotary embedding."""
-    tables: dict[Rotary, RotaryTable] = {}
+    tables: dict[Rotary, CosSinTable] = {}
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
         rotary = model.layers[layer.layer_number - 1].attention.rotary  # type: ignore[operator]
         if rotary not in tables:
-            tables[rotary] = RotaryTable(rotary.inverse_frequencies())
+            tables[rotary] = CosSinTable(rotary.inverse_frequencies())
         layer.self_attention.core_attention.rotary = tables[rotary]  # type: ignore[union-attr]
     chunk.rotary_pos_emb = NoRotary()

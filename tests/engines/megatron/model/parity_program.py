@@ -25,7 +25,7 @@ import megatron_rl  # noqa: F401  (installs the CPU face before megatron.core is
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of
 from megatron_rl.models import Architecture, megatron_layout

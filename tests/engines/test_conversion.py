@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import megatron_rl
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.convert import convert
+from megatron_rl.engines.conversion import convert
 from megatron_rl.models import Architecture
 from megatron_rl.models.checkpoint_reader import candidates
 from megatron_rl.models.hf_config import hf_config_from
