@@ -48,6 +48,7 @@ EXPERT_KEYS = {
     "ffn": "moe_intermediate_size",
     "normalize_weights": "norm_topk_prob",
 }
+FULL, SLIDING = "full_attention", "sliding_attention"  # the values of ``layer_types`` that are computed
 RENAMED = {"num_experts": "num_local_experts"}  # keys that transformers 5 writes under another name
 
 
@@ -61,7 +62,8 @@ class ModelFamily:
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     names_head_dim: ClassVar[bool] = True  # the config has ``head_dim`` also where it is hidden / heads
-    windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``, of all layers
+    windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``
+    names_windows: ClassVar[bool] = False  # and says by ``layer_types`` which layers have it; otherwise all do
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
     expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
 
@@ -93,6 +95,7 @@ class ModelFamily:
         given = {key: config.get(key) or implied[key] if key in implied else config[key] for key in KEYS.values()}
         rope = dict(config["rope_parameters"])
         theta = rope.pop("rope_theta")
+        window, full_layers = self.windows(config)
         return Architecture(
             family=self.model_type,
             **{ours: given[key] for ours, key in KEYS.items()},
@@ -101,7 +104,8 @@ class ModelFamily:
             rope_theta=theta,
             rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
             experts=self.experts(config),
-            window=config.get("sliding_window") if self.windowed else None,
+            window=window,
+            full_layers=full_layers,
         )
 
     def experts(self, config: Mapping[str, Any]) -> Experts | None:
@@ -110,6 +114,14 @@ class ModelFamily:
             return None
         keys = {ours: RENAMED[key] if RENAMED.get(key) in config else key for ours, key in self.expert_keys.items()}
         return Experts(**{ours: config[key] for ours, key in keys.items()}, dense_layers=self.dense_layers(config))
+
+    def windows(self, config: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
+        """`Architecture.window` and `Architecture.full_layers`."""
+        window = config.get("sliding_window") if self.windowed else None
+        if window is None or not self.names_windows:
+            return window, ()
+        full = tuple(index for index, kind in enumerate(config["layer_types"]) if kind == FULL)
+        return (window, full) if len(full) < config["num_hidden_layers"] else (None, ())
 
     def dense_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Layers of a mixture of experts that have none."""
@@ -123,6 +135,7 @@ class ModelFamily:
             del fields["head_dim"]
         rope = dict(a.rope_scaling) or {"rope_type": "default"}
         fields |= {"sliding_window": a.window} if self.windowed else {}
+        fields |= _layer_types(a) if self.windowed and self.names_windows else {}
         fields |= {"architectures": [self.hf_name(a)], "rope_parameters": {"rope_theta": a.rope_theta, **rope}}
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
@@ -134,6 +147,7 @@ class ModelFamily:
             "attention_bias": bool(config.get("attention_bias")),
             "mlp_bias": bool(config.get("mlp_bias")),
             "sliding_window": window is not None and (not self.windowed or window < 1),
+            "layer_types": not {FULL, SLIDING}.issuperset(config.get("layer_types") or ()),
             "quantization_config": config.get("quantization_config") is not None,
         }
         for key, refused in unsupported.items():
@@ -179,8 +193,9 @@ class ModelFamily:
             self.norm(a, f"self_attn.{letter}_norm.weight", a.head_dim) if a.qk_norm else None for letter in "qk"
         )
         rotary = Rotary(a.head_dim, a.rope_theta, a.rope_scaling)
+        window = None if index in a.full_layers else a.window
         return GroupedQueryAttention(
-            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm, a.window
+            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm, window
         )
 
     def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
@@ -227,9 +242,17 @@ def in_a_family(architecture: Architecture) -> Architecture:
     a = architecture
     raise ConfigError(
         f"no Hugging Face family has qkv_bias={a.qkv_bias}, qk_norm={a.qk_norm}, experts={a.experts is not None}, "
-        f"window={a.window}: Llama has none of them, Qwen2 the bias, Qwen3 the norm, Qwen3-MoE norm and experts, "
-        "Mistral the window, Mixtral experts and the window"
+        f"window={a.window}: Llama has none of them, Qwen2 the bias, Qwen3 the norm, both with a window of all or some "
+        "layers, Qwen3-MoE norm and experts, Mistral the window, Mixtral experts and the window"
     )
+
+
+def _layer_types(a: Architecture) -> dict[str, Any]:
+    """How Qwen's configs say which layers have a window; older readers know only how many at the beginning do not."""
+    windowed = [a.window is not None and index not in a.full_layers for index in range(a.num_layers)]
+    first = windowed.index(True) if any(windowed) else a.num_layers
+    kinds = [SLIDING if one else FULL for one in windowed]
+    return {"use_sliding_window": a.window is not None, "max_window_layers": first, "layer_types": kinds}
 
 
 def _without_idle(a: Architecture) -> Architecture:

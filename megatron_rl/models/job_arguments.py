@@ -219,7 +219,7 @@ def arguments_from_architecture(
         use_rope_scaling=dict(a.rope_scaling) == LLAMA3_SCALING,
         layernorm_epsilon=a.norm_eps,
         window_size=None if a.window is None else (a.window - 1, 0),
-        window_attn_skip_freq=None,
+        window_attn_skip_freq=[int(i not in a.full_layers) for i in range(a.num_layers)] if a.full_layers else None,
         add_qkv_bias=a.qkv_bias,
         qk_layernorm=a.qk_norm,
         untie_embeddings_and_output_weights=not a.tied,

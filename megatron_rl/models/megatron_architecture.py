@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
@@ -37,6 +38,7 @@ def architecture_from_megatron(
         ConfigError: the model is none that a supported Hugging Face family computes.
     """
     refuse(refused_fields(config))
+    window, full_layers = _windows(config)
     architecture = Architecture(
         family="",
         num_layers=config.num_layers,
@@ -54,18 +56,22 @@ def architecture_from_megatron(
         rope_scaling=rope_scaling,
         max_positions=max_positions,
         experts=_experts(config),
-        window=_window(config),
+        window=window,
+        full_layers=full_layers,
     )
     return in_a_family(architecture)
 
 
-def _window(config: TransformerConfig) -> int | None:
+def _windows(config: TransformerConfig) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and the layers without it."""
     if config.window_size is None:
-        return None
+        return None, ()
     left, right = config.window_size
     if left < 0 or right != 0:
         refuse([Refusal("window_size", str(config.window_size), "None or (keys to the left, 0)")])
-    return left + 1
+    size, frequency, layers = config.window_size, config.window_attn_skip_freq, range(config.num_layers)
+    full = tuple(i for i in layers if not is_layer_window_attention(size, frequency, i + 1))
+    return (left + 1, full) if len(full) < len(layers) else (None, ())
 
 
 def _experts(config: TransformerConfig) -> Experts | None:

@@ -45,6 +45,7 @@ NAMES = {
     "qkv_bias": ("attention bias", "add_qkv_bias"),
     "qk_norm": ("query and key norms", "qk_layernorm"),
     "window": ("sliding_window", "window_size"),
+    "full_layers": ("layers without a window (layer_types)", "window_attn_skip_freq"),
     "num_experts": ("num_experts", "num_experts"),
     "experts_per_token": ("num_experts_per_tok", "moe_router_topk"),
     "normalize_weights": ("norm_topk_prob", "not moe_router_pre_softmax"),

@@ -105,6 +105,10 @@ TAKEN_OVER: dict[str, tuple[dict, dict]] = {
     "apply_query_key_layer_scaling": (DENSE | {"apply_query_key_layer_scaling": True}, {}),
     "recompute_granularity": (DENSE | {"recompute_granularity": "selective"}, {}),
     "window_size": (DENSE | {"window_size": (8, 0)}, {}),
+    "window_attn_skip_freq": (
+        DENSE | {"add_qkv_bias": True, "window_size": (8, 0), "window_attn_skip_freq": [0, 1]},
+        {},
+    ),
     "num_moe_experts": (MOE, {}),
     "num_moe_experts, window_size": (MOE | {"qk_layernorm": False, "window_size": (8, 0)}, {}),
     "moe_router_pre_softmax": (MOE | {"moe_router_pre_softmax": True}, {}),

@@ -30,6 +30,7 @@ QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, tied=True)
 QWEN3 = replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=2)
 QWEN3_MOE = replace(QWEN3, family="qwen3_moe", experts=Experts(8, 2, 16, dense_layers=(1,)))
 MISTRAL = replace(LLAMA, family="mistral", window=7)  # shorter than the sequences of the tests
+QWEN2_WINDOWS = replace(QWEN2, window=7, full_layers=(1,))
 MIXTRAL = replace(MISTRAL, family="mixtral", ffn=16, experts=Experts(8, 3, 16))
 ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL)
 

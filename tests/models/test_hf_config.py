@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from models.oracle import ALL, LLAMA, MISTRAL, MIXTRAL, QWEN3_MOE
-from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
+from models.oracle import ALL, LLAMA, MISTRAL, MIXTRAL, QWEN2_WINDOWS, QWEN3_MOE
+from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.builder import transformer_config
@@ -18,7 +18,7 @@ from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.parallel import ParallelSizes
 
 
-@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+@pytest.mark.parametrize("architecture", [*ALL, QWEN2_WINDOWS], ids=lambda a: a.family)
 def test_an_exported_config_reads_back_as_the_same_architecture(architecture: Architecture, tmp_path) -> None:
     config = hf_config_from(architecture, dtype="float32")
     config.save_pretrained(tmp_path)
@@ -26,7 +26,7 @@ def test_an_exported_config_reads_back_as_the_same_architecture(architecture: Ar
     assert config.architectures == [family_of(architecture.family).hf_class]
 
 
-@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+@pytest.mark.parametrize("architecture", [*ALL, QWEN2_WINDOWS], ids=lambda a: a.family)
 def test_a_megatron_config_reads_back_as_the_same_architecture(architecture: Architecture) -> None:
     config = transformer_config(architecture, ParallelSizes())
     assert architecture_from_megatron(config, architecture.vocab, architecture.tied) == architecture
@@ -77,7 +77,7 @@ def test_what_would_be_computed_differently_is_refused(fields: dict, named: str)
 
 def test_sliding_windows_are_refused() -> None:
     with pytest.raises(ConfigError, match="sliding_window=8"):
-        architecture_from_hf(Qwen2Config(use_sliding_window=True, sliding_window=8))
+        architecture_from_hf(Qwen3MoeConfig(use_sliding_window=True, sliding_window=8))
 
 
 def test_a_window_is_taken_from_the_families_that_have_one() -> None:
@@ -86,6 +86,22 @@ def test_a_window_is_taken_from_the_families_that_have_one() -> None:
     assert architecture_from_hf(MixtralConfig(sliding_window=64)).window == 64
     with pytest.raises(ConfigError, match="sliding_window=0"):
         architecture_from_hf(MistralConfig(sliding_window=0))
+
+
+def test_layers_with_and_without_a_window_are_taken_from_layer_types() -> None:
+    four = {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8}
+    found = architecture_from_hf(Qwen2Config(**four, max_window_layers=1))
+    assert (found.window, found.full_layers) == (8, (0,))
+    fields = family_of("qwen2").config_fields(found)
+    assert (fields["max_window_layers"], fields["layer_types"]) == (1, ["full_attention"] + 3 * ["sliding_attention"])
+    assert architecture_from_hf(Qwen2Config(**four, max_window_layers=4)).window is None
+    with pytest.raises(ConfigError, match="layer_types"):
+        architecture_from_hf(Qwen3Config(**four, layer_types=["chunked_attention"] * 4))
+
+
+def test_megatron_has_a_window_in_some_layers() -> None:
+    config = transformer_config(QWEN2_WINDOWS, ParallelSizes())
+    assert (config.window_size, config.window_attn_skip_freq) == ((6, 0), [1, 0, 1, 1])
 
 
 def test_megatron_models_find_the_first_family_that_can_say_all_of_them() -> None:

@@ -47,10 +47,14 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+_ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SMALL, tie_word_embeddings=False),
     "llama3_rope": LlamaConfig(**_SMALL, tie_word_embeddings=False, rope_parameters=_LLAMA3),
     "qwen2": Qwen2Config(**_SMALL, tie_word_embeddings=True),
+    "qwen2_windows": Qwen2Config(
+        **_SMALL, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, layer_types=_ALTERNATING
+    ),
     "qwen3": Qwen3Config(**_SMALL, head_dim=16, tie_word_embeddings=False),
     "mistral": MistralConfig(**_SMALL, sliding_window=9, tie_word_embeddings=False),
     "mixtral": MixtralConfig(
@@ -113,7 +117,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
         max_positions=config.max_position_embeddings,
         experts=experts,
-        window=config.sliding_window if config.model_type in ("mistral", "mixtral") else None,
+        window=getattr(config, "sliding_window", None),
+        full_layers=(1,) if config.model_type == "qwen2" and config.sliding_window else (),
     )
 
 

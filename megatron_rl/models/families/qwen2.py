@@ -7,7 +7,8 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 
 @FAMILIES.register("qwen2")
 class Qwen2(ModelFamily):
-    """Biases on query, key and value; a config without ``head_dim`` where it is hidden / heads."""
+    """Biases on query, key and value; windows in some layers; no ``head_dim`` where it is hidden / heads."""
 
     qkv_bias = True
     names_head_dim = False
+    windowed = names_windows = True

@@ -15,6 +15,7 @@ class Qwen3Moe(Qwen3):
     """Routed experts."""
 
     expert_keys = EXPERT_KEYS
+    windowed = names_windows = False
 
     def dense_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         step, only_dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []

@@ -49,6 +49,7 @@ def shrunk(architecture: Architecture) -> Architecture:
         qk_norm=architecture.qk_norm,
         experts=experts,
         window=architecture.window and min(architecture.window, WINDOW),
+        full_layers=architecture.full_layers and (0,),
     )
 
 

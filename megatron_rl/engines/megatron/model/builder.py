@@ -135,7 +135,6 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
     """
     model = describe(architecture)
     heads = model.shared(lambda layer: (layer.attention.num_heads, layer.attention.num_kv_heads), "attention heads")
-    window = model.shared(lambda layer: layer.attention.window, "sliding windows")
     dense = [layer.mlp.ffn for layer in model.layers if isinstance(layer.mlp, DenseMLP)]
     return {
         "num_layers": len(model.layers),
@@ -144,7 +143,6 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         "num_attention_heads": heads[0],
         "num_query_groups": heads[1],
         "kv_channels": model.shared(lambda layer: layer.attention.head_dim, "head sizes"),
-        "window_size": None if window is None else (window - 1, 0),  # keys to the left of a query, and to its right
         "layernorm_epsilon": model.shared(lambda layer: layer.attention_norm.eps, "the epsilon of norms"),
         "add_qkv_bias": model.shared(lambda layer: layer.attention.qkv_bias, "biases"),
         "qk_layernorm": model.shared(lambda layer: layer.attention.q_norm is not None, "query and key norms"),
@@ -153,7 +151,23 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         "activation_func": F.silu,
         "gated_linear_unit": True,
         "add_bias_linear": False,
-    }
+    } | _windows(model)
+
+
+def _windows(model: ModelDescription) -> dict[str, Any]:
+    """Megatron-Core knows one window, which each layer has or has not."""
+    windows = [layer.attention.window for layer in model.layers]
+    sizes = sorted({window for window in windows if window is not None})
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"the layers of this {model.family} model have sliding windows of {', '.join(map(str, sizes))} tokens; "
+            "Megatron-Core has one size (window_size), which a layer has or has not"
+        )
+    if not sizes:
+        return {"window_size": None}
+    some = [int(window is not None) for window in windows] if None in windows else None
+    # Keys to the left of a query, and to its right; 1 in the list, despite its name, for the layers that have it.
+    return {"window_size": (sizes[0] - 1, 0), "window_attn_skip_freq": some}
 
 
 def _zero_centered(model: ModelDescription) -> bool:
