@@ -18,6 +18,7 @@ from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.parameters import Parameter
+from megatron_rl.reshard.layout import Recomputed
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class LayerDescription:
     attention: GroupedQueryAttention
     mlp_norm: Norm
     mlp: DenseMLP | ExpertMLP
+    recomputed: tuple[Recomputed, ...] = ()  # what SGLang computes from its shards; names lack the layer's prefix
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -159,14 +159,20 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
             if only is None or any(name.startswith(prefix) for name in only):
                 yield from parameter.rollout(replace(place, hf=prefix, local=prefix))
 
-    symmetry = Symmetry(_RolloutKind(describe(architecture), ep), emit)
+    model = describe(architecture)
+    symmetry = Symmetry(_RolloutKind(model, ep), emit)
     held = {
         prefix + name: Held(add=parameter.rollout_add)
-        for prefix, parameter in describe(architecture).parameters()
+        for prefix, parameter in model.parameters()
         if parameter.rollout_add
         for name, _ in parameter.logical()
     }
-    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held)
+    recomputed = tuple(
+        replace(tensor, name=model.prefix(index) + tensor.name, source=model.prefix(index) + tensor.source)
+        for index, layer in enumerate(model.layers)
+        for tensor in layer.recomputed
+    )
+    return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held, recomputed)
 
 
 class _RolloutKind:

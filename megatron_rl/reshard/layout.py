@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -76,6 +78,24 @@ AS_IT_IS = Held()
 
 
 @dataclass(frozen=True)
+class Recomputed:
+    """A tensor that each rank of a system computes from one of its shards, and must compute again once that was
+    written: the two halves into which SGLang cuts kv_b_proj of latent attention are such tensors.
+
+    Args:
+        name: that system's.
+        source: name of the shard.
+        compute: values of the shard -> values of this tensor, to know whether the system did.
+        by_loader: only the system's own loader computes it, while it reads the source; nothing does afterwards.
+    """
+
+    name: str
+    source: str
+    compute: Callable[[Tensor], Tensor]
+    by_loader: bool = False
+
+
+@dataclass(frozen=True)
 class Symmetry:
     """The symmetry of a layout.
 
@@ -100,6 +120,7 @@ class Layout:
         emit: replica group -> the shards of each of its ranks.
         symmetry: lets the planner of a large model look at a few tensors only; None makes it look at all.
         held: logical tensor -> how this system holds its values; those that are missing as they are.
+        recomputed: what the system computes from its shards, and keeps.
     """
 
     name: str
@@ -107,6 +128,7 @@ class Layout:
     emit: Callable[[Hashable], Iterable[Shard]]
     symmetry: Symmetry | None = None
     held: Mapping[str, Held] = field(default_factory=dict)
+    recomputed: tuple[Recomputed, ...] = ()
 
     def added(self, tensor: str) -> float:
         """What this system's values of logical ``tensor`` are more than the logical ones."""

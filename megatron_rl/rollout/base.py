@@ -88,6 +88,7 @@ class RolloutEngine(ABC):
     """
 
     streams = False  # its weights live in another process and get there bucket by bucket; the same on every rank
+    recomputes = False  # an update ends with the tensors of `Layout.recomputed` computed anew
     bucket_copies = 2  # of an engine that streams: how often a bucket may lie in one rank's memory, the next included
 
     @classmethod  # noqa: B027  not every engine has something to check
@@ -134,6 +135,10 @@ class RolloutEngine(ABC):
     def begin_update(self) -> None:
         """Stop serving: from here until `commit_update` the weights may be a mixture of two versions. May be called
         again after an update that was neither committed nor aborted."""
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """Of an engine that streams: memory for the shards of `write_shards`, ``[num_bytes]`` uint8 on ``device``."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     @abstractmethod
     def write_shards(self, shards: Mapping[str, torch.Tensor], fault: str = "") -> None:

@@ -8,6 +8,7 @@ than a buffer, because a single shard is, has the memory to itself; where even t
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -107,7 +108,7 @@ class BucketStream:
         Raises:
             TransportError: another rank is gone.
         """
-        report, pool, buffers = StreamReport(), self._resharder.make_pool(device), _Buffers(self._room, device)
+        report, pool, buffers = StreamReport(), self._resharder.make_pool(device), self._buffers(device)
         for number, bucket in enumerate(self.buckets):
             alone = bucket.num_bytes > self.limit
             if alone:  # what is being read must have been, before its memory is given back
@@ -124,6 +125,9 @@ class BucketStream:
                 buffers.clear()
         report.unverified = self._engine(report, self._target.finish_update) or ""
         return report
+
+    def _buffers(self, device: torch.device) -> _Buffers:
+        return _Buffers(self._room, functools.partial(self._target.new_buffer, device=device))
 
     def _hand_on(
         self,
@@ -160,8 +164,8 @@ class BucketStream:
 class _Buffers:
     """The memory of the buckets that are under way: two equal buffers in turn, or one of a larger bucket."""
 
-    def __init__(self, room: int, device: torch.device) -> None:
-        self._room, self._device = room, device
+    def __init__(self, room: int, new: Callable[[int], Tensor]) -> None:
+        self._room, self._new = room, new
         self._turns: deque[Tensor] = deque()
 
     @property
@@ -175,7 +179,7 @@ class _Buffers:
         sizes = [shard_bytes(shard, wire) for shard in shards]
         if len(self._turns) < 2:
             room = max(sum(sizes), self._room if sum(sizes) <= self._room else 0)
-            self._turns.append(torch.empty(room, dtype=torch.uint8, device=self._device))
+            self._turns.append(self._new(room))
         else:
             self._turns.rotate()
         parts, held = self._turns[-1][: sum(sizes)].split(sizes), {}

@@ -221,6 +221,7 @@ class WeightSync:
                 "wire_dtype must be given where some ranks hold no rollout weights, since they cannot know the "
                 "engine's dtype: pass the dtype that the rollout engine runs in"
             )
+        self._refuse_stale()
         plan = ReshardPlan(self.source, self.target.layout, self._topology)
         cap = self._max_staging_bytes
         messages = message_bytes(cap) if self.target.streams else cap
@@ -232,6 +233,14 @@ class WeightSync:
             self._stream = BucketStream(self.target, self.rank, resharder, cap, self._attestor)
         self._resharder = resharder
         logger.info("weights: %s -> %s; %s", self.source.name, self.target.layout.name, resharder.plan)
+
+    def _refuse_stale(self) -> None:
+        stale = [tensor.name for tensor in self.target.layout.recomputed]
+        if stale and not self.target.recomputes:
+            raise ConfigError(
+                f"a push would leave {len(stale)} tensors stale, first {stale[0]!r}: such an engine computes them from "
+                f"its weights, and {type(self.target).__name__} does not do it again (RolloutEngine.recomputes)"
+            )
 
     def _statement(self, version: int) -> str:
         """What all ranks must agree on before anything moves."""

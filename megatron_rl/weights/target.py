@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_rl.reshard import Layout
@@ -29,6 +30,15 @@ class WeightTarget(Protocol):
     def bucket_copies(self) -> int:
         """For an engine that streams: how often the bytes of a bucket may lie in one rank's memory, that of the next
         bucket included; at least 2. The same on every rank."""
+        ...
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """For an engine that streams: memory for buckets, ``[num_bytes]`` uint8, where it reads them best."""
+        ...
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether an update ends with the tensors of ``layout.recomputed`` computed anew. The same on every rank."""
         ...
 
     def targets(self) -> Mapping[str, Tensor]:
@@ -65,7 +75,8 @@ class PartialTarget:
 
     def __init__(self, target: WeightTarget, ranks: Collection[int]) -> None:
         self.layout = within(target.layout, ranks)
-        self.streams, self.bucket_copies, self.targets = target.streams, target.bucket_copies, target.targets
+        self.streams, self.bucket_copies, self.recomputes = target.streams, target.bucket_copies, target.recomputes
+        self.targets, self.new_buffer = target.targets, target.new_buffer
         self.begin_update, self.commit_update, self.abort_update = (
             target.begin_update,
             target.commit_update,

@@ -69,6 +69,7 @@ class StandIn:
     generate: Generate = counting
     load: Callable[[Mapping[str, torch.Tensor]], None] = lambda weights: None
     spoil: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor  # what a write makes of a tensor
+    post_load: Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]] = lambda weights: {}
     tp: int = 1
     port: int = 0
     sglang_version: str = "0.5.23"
@@ -85,6 +86,7 @@ class StandIn:
     cache_keys: set[str | None] = field(default_factory=set)
     paused: bool = False
     in_session: bool = False
+    wrote: bool = False  # in the session
 
     def __post_init__(self) -> None:
         stand_in = self
@@ -156,11 +158,12 @@ class StandIn:
         return 200, b"Cache flushed.\n"
 
     def _begin_weight_update(self, body: Any) -> tuple[int, Any]:
-        self.in_session = True
+        self.in_session, self.wrote = True, False
         return 200, {"success": True, "message": ""}
 
     def _end_weight_update(self, body: Any) -> tuple[int, Any]:
         self.in_session = False
+        self.weights |= {} if self.wrote else self.post_load(self.weights)
         return 200, {"success": True, "message": ""}
 
     def _update_weights_from_tensor(self, body: Any) -> tuple[int, Any]:
@@ -171,6 +174,7 @@ class StandIn:
             sent = dict(pickle.loads(base64.b64decode(payload)))
             self.weights |= {name: self.spoil(name, tensor.clone()) for name, tensor in sent.items()}
         self.load(self.weights)
+        self.wrote = True
         return 200, {"success": True, "message": ""}
 
     def _update_weights_from_disk(self, body: Any) -> tuple[int, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import hf_layout, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport
+from megatron_rl.reshard.layout import Layout, Recomputed
 from megatron_rl.rollout import SamplingParams, ServersLostError, SGLangEngine
 from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 from megatron_rl.weights.fill import empty_tensors, fill
@@ -36,10 +38,10 @@ def server() -> Iterator[StandIn]:
     one.die()
 
 
-def engine_over(*servers: StandIn, **options: Any) -> SGLangEngine:
+def engine_over(*servers: StandIn, layout: Layout = LAYOUT, **options: Any) -> SGLangEngine:
     quick = {"recovery_timeout": 20.0, "request_timeout": 20.0} | options
     urls = [server.url for server in servers]
-    return SGLangEngine(LLAMA, LAYOUT, dtype=torch.float32, urls=urls, **quick)
+    return SGLangEngine(LLAMA, layout, dtype=torch.float32, urls=urls, **quick)
 
 
 def held(layout: Any, version: int) -> dict[str, torch.Tensor]:
@@ -179,6 +181,50 @@ def test_a_server_that_loses_pushed_weights_in_the_middle_asks_for_them_again(se
         assert successor[0].started_with == ["4"] * len(missing)
         assert equal(successor[0].weights, held(LAYOUT, 4))
     successor[0].die()
+
+
+TRANSPOSED = O_PROJ.replace("weight", "w_t")
+DERIVING = replace(LAYOUT, recomputed=(Recomputed(TRANSPOSED, O_PROJ, lambda weight: weight.T.contiguous()),))
+
+
+def transpose(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {TRANSPOSED: weights[O_PROJ].T.contiguous()}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_servers_compute_from_the_weights_is_computed_anew_and_compared(server: StandIn, device: str) -> None:
+    server.device, server.post_load = device, transpose
+    with engine_over(server, layout=DERIVING) as engine:
+        for version in (1, 2):
+            report = push(engine, version)
+            assert torch.equal(server.weights[TRANSPOSED], held(LAYOUT, version)[O_PROJ].T)
+            assert (report.unverified, report.peak_bytes <= CAP) == ("", True)
+
+
+def test_a_server_that_would_serve_stale_derived_values_fails_the_push(
+    server: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.post_load = transpose
+    with engine_over(server, layout=DERIVING) as engine:
+        push(engine, 1)
+        server.post_load = lambda weights: {}
+        with pytest.raises(RuntimeError, match=f"does not hold the weights.*1 parameters differ.*{TRANSPOSED}"):
+            push(engine, 2)
+        with pytest.raises(RuntimeError, match="middle of a weight update"):
+            engine.generate([[5, 6]], SamplingParams(max_tokens=2))
+        del server.weights[TRANSPOSED]  # plain attributes of a model are not among its checksums
+        with caplog.at_level(logging.WARNING):
+            assert TRANSPOSED in push(engine, 3).unverified
+    assert "cannot be verified" in caplog.records[-1].message
+
+
+def test_what_only_the_servers_own_loader_computes_is_refused_before_any_byte_moves(server: StandIn) -> None:
+    by_loader = tuple(replace(tensor, by_loader=True) for tensor in DERIVING.recomputed)
+    with pytest.raises(ConfigError, match=f"{TRANSPOSED}.*delivery=disk"):
+        engine_over(server, layout=replace(LAYOUT, recomputed=by_loader))
+    assert not server.calls
+    with engine_over(server, layout=replace(LAYOUT, recomputed=by_loader), delivery="disk"):
+        pass
 
 
 def test_each_way_of_transfer_says_what_a_bucket_costs_in_memory() -> None:

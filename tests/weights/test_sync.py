@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -19,7 +19,8 @@ from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout
 from megatron_rl.models.layouts import rollout_vocab
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.parallel.agreement import PeerError
-from megatron_rl.reshard import Layout, Transport, TransportError
+from megatron_rl.reshard import Layout, LocalTransport, Transport, TransportError
+from megatron_rl.reshard.layout import Recomputed
 from megatron_rl.weights.diagnosis import AttestationError
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
@@ -39,10 +40,14 @@ class Engine:
     reading: Mapping[str, Tensor] = field(default_factory=dict)
     streams: bool = False
     bucket_copies: int = 2
+    recomputes: bool = False
     fails: int = 0  # so many buckets more are refused
 
     def targets(self) -> Mapping[str, Tensor]:
         return self.storage
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def begin_update(self) -> None:
         self.calls.append("begin")
@@ -132,6 +137,22 @@ def test_trainers_and_engines_may_be_different_ranks() -> None:
         assert engine.calls == ([] if rank < 2 else ["begin", "commit 1"])
         expected = rollout_by_hand(LLAMA, full, rank % 2, 2, 1, 64) if rank >= 2 else {}
         assert all(torch.equal(engine.storage[name], expected[name]) for name in expected)
+
+
+def test_an_engine_that_would_keep_stale_derived_values_is_refused_before_any_byte_moves() -> None:
+    source, plain = megatron_layout(LLAMA, RankGrid(ParallelSizes(), 1), 64), rollout_layout(LLAMA, 1, [[0]])
+    turned = Recomputed("embedding_t", "model.embed_tokens.weight", torch.t)
+    for streams in (False, True):
+        target = replace(plain, recomputed=(turned,))
+        engine = Engine(target, {} if streams else empty_tensors(target, 0, torch.float32), streams=streams)
+        sync = WeightSync(source, engine, 0, LocalTransport(), torch.float32)
+        with pytest.raises(ConfigError, match="1 tensors stale, first 'embedding_t'"):
+            sync.push(trained(LLAMA, source, 0, seed=0), 1)
+        assert not engine.calls
+        assert not any(tensor.any() for tensor in engine.storage.values())
+        engine.recomputes = True
+        sync.push(trained(LLAMA, source, 0, seed=0), 1)
+        assert engine.calls[-1] == "commit 1"
 
 
 def test_a_failed_push_is_never_committed_and_the_next_one_heals() -> None:

@@ -51,6 +51,8 @@ class LocalEngine(RolloutEngine):
         ValueError: a limit below 1, or the layout does not hold this rank, or its shards do not fit the architecture.
     """
 
+    recomputes = True  # it keeps nothing that is computed from weights
+
     def __init__(
         self,
         architecture: Architecture,

@@ -70,7 +70,7 @@ class SGLangEngine(RolloutEngine):
         ConfigError: options are wrong, or the servers would hold another layout.
     """
 
-    streams = True
+    streams = recomputes = True
 
     def __init__(
         self,
@@ -153,7 +153,10 @@ class SGLangEngine(RolloutEngine):
 
     @property
     def bucket_copies(self) -> int:  # type: ignore[override]
-        return self._transfer.bucket_copies
+        return self._transfer.bucket_copies + bool(self._layout.recomputed)  # computed here too, to compare
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        return self._transfer.new_buffer(num_bytes, device)
 
     # --- weights ---------------------------------------------------------------------------------------------------
 

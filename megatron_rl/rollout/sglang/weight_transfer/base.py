@@ -21,8 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.config import ConfigError
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
+from megatron_rl.reshard.layout import Recomputed
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
@@ -76,6 +78,10 @@ class WeightTransfer(ABC):
     ) -> None:
         self.loop, self.layout, self.rank, self.dtype, self.group = loop, layout, rank, dtype, tp_group
         self.bucket_bytes, self._verify = bucket_bytes, verify
+        self._recomputed: dict[str, list[Recomputed]] = {}  # by the shard that they are computed from
+        for tensor in layout.recomputed:
+            self._recomputed.setdefault(tensor.source, []).append(tensor)
+        self._refuse_stale()
         self.ranks = [rank] if tp_group is None else dist.get_process_group_ranks(tp_group)
         self.shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
         self._proofs: dict[str, Proof] = {}  # by url, on the first rank
@@ -86,9 +92,21 @@ class WeightTransfer(ABC):
         self._devices: tuple[str, ...] = ()  # of the servers
         self._sums: dict[str, dict[str, str]] = {}  # device -> shard -> checksum
 
+    def _refuse_stale(self) -> None:
+        stale = [tensor.name for tensor in self.layout.recomputed if tensor.by_loader and not self.runs_loader]
+        if stale:
+            raise ConfigError(
+                f"servers compute {len(stale)} tensors, first {stale[0]!r}, while their own loader reads the weights; "
+                "shards that are written past it would leave them stale: choose actor.rollout.options.delivery=disk"
+            )
+
     @property
     def leads(self) -> bool:
         return self.rank == self.ranks[0]
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Memory for shards, ``[num_bytes]`` uint8."""
+        return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     # --- the update ------------------------------------------------------------------------------------------------
 
@@ -125,7 +143,10 @@ class WeightTransfer(ABC):
             return
         self.send(shards)
         for device in self._devices if self._verify else ():
-            self._sums[device].update({name: server_checksum(tensor, device) for name, tensor in shards.items()})
+            for name, tensor in shards.items():
+                self._sums[device][name] = server_checksum(tensor, device)
+                for other in self._recomputed.get(name, ()):
+                    self._sums[device][other.name] = server_checksum(other.compute(tensor), device)
         self._written.update(shards)
 
     def close(self) -> str:
@@ -261,6 +282,11 @@ class WeightTransfer(ABC):
         async def finish(client: SGLangClient) -> None:
             await self.complete(client)
             if self.needs_session:
+                await client.end_weight_update()
+            if self._recomputed and not self.runs_loader:
+                # The end of a session without a write runs the model's post_load_weights (end_weight_update in
+                # sglang.srt.managers.scheduler_components.weight_updater); after writes SGLang leaves it out.
+                await client.begin_weight_update()
                 await client.end_weight_update()
             if self._verify:
                 proof = self._proofs[client.url] = await prove(client, sums, self.runs_loader, self.layout, self.dtype)

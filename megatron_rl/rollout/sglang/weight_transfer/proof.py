@@ -58,14 +58,17 @@ async def prove(
     other = ServerLayout.of(layout, dtype).differences(info) if runs_loader else []
     if other:
         return Proof(ranks, f"{client} holds its weights in a layout of its own: {'; '.join(other)}")
-    expected = {tp_rank: sums[tp_rank].get(device, {}) for tp_rank in ranks}
+    expected: dict[int, Mapping[str, str]] = {tp_rank: sums[tp_rank].get(device, {}) for tp_rank in ranks}
     if version_numbers(str(info.get("version"))) > KNOWN_HASHES and not _any_equal(ranks, expected):
         return Proof(ranks, f"{client} runs SGLang {info.get('version')}, whose checksums may be made in another way")
+    unseen = sorted({tensor.name for tensor in layout.recomputed} - {name for held in ranks.values() for name in held})
     for tp_rank, held in ranks.items():
+        expected[tp_rank] = {name: value for name, value in expected[tp_rank].items() if name not in unseen}
         if runs_loader:
             held = {name: value for name, value in held.items() if name in expected[tp_rank]}
         compare(f"{client}, rank {tp_rank}", held, expected[tp_rank])
-    return Proof(ranks, "")
+    reason = f"{client} does not report {unseen[:MAX_NAMED]}, which it computes from the weights" if unseen else ""
+    return Proof(ranks, reason)
 
 
 def _any_equal(ranks: RankSums, expected: RankSums) -> bool:

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import INLINE_BYTES, TRANSFERS, WeightTransfer
-from megatron_rl.rollout.sglang.weight_transfer.wire import named_tensors, requests
+from megatron_rl.rollout.sglang.weight_transfer.wire import (
+    free_shared_memory,
+    named_tensors,
+    requests,
+    shared_buffer,
+)
 
 
 @TRANSFERS.register("direct")
 class ShardedTransfer(WeightTransfer):
     """See `WeightTransfer`. Servers read a bucket while this process goes on."""
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        """Shared from the beginning where there is room: servers on this machine then need no second copy of it."""
+        if device.type == "cpu" and free_shared_memory() > 2 * len(self.ranks) * num_bytes:
+            return shared_buffer(num_bytes)
+        return super().new_buffer(num_bytes, device)
 
     def send(self, shards: Mapping[str, Tensor]) -> None:
         limit = self.bucket_bytes if self.shared else min(self.bucket_bytes, INLINE_BYTES)

@@ -7,11 +7,12 @@ SGLang unpickles data types only (`sglang.srt.utils.common.SafeUnpickler`), whic
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import os
 import pickle
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
@@ -55,17 +56,30 @@ def serialize(content: Any, shared: bool = False) -> str:
     if any(tensor.is_cuda for tensor in _tensors(content)):
         _HandlePickler(buffer, PROTOCOL).dump(content)
     elif shared:
-        # By name: the file descriptors of torch's other way may only be fetched by a child process, and a server that
-        # tries dies of an AuthenticationError.
-        before = multiprocessing.get_sharing_strategy()
-        multiprocessing.set_sharing_strategy("file_system")
-        try:
+        with _by_name():
             ForkingPickler(buffer, PROTOCOL).dump(content)
-        finally:
-            multiprocessing.set_sharing_strategy(before)
     else:
         pickle.Pickler(buffer, PROTOCOL).dump(content)
     return base64.b64encode(buffer.getbuffer()).decode()
+
+
+@contextlib.contextmanager
+def _by_name() -> Iterator[None]:
+    """Shared memory has names: the file descriptors of torch's other way may only be fetched by a child process, and a
+    server that tries dies of an AuthenticationError."""
+    before = multiprocessing.get_sharing_strategy()
+    multiprocessing.set_sharing_strategy("file_system")
+    try:
+        yield
+    finally:
+        multiprocessing.set_sharing_strategy(before)
+
+
+def shared_buffer(num_bytes: int) -> Tensor:
+    """``[num_bytes]`` uint8 in shared memory, as `serialize` would move them there; see `free_shared_memory`."""
+    with _by_name():
+        storage = torch.UntypedStorage._new_shared(num_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 
 
 def requests(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:

@@ -1,5 +1,6 @@
-"""What no family of today has, in two tiny families made here: tensors that are fused in the Hugging Face file (as
-Phi-3's, against transformers' own), and norms whose weight lacks 1 (as Gemma's), on every way that weights take."""
+"""What no family of today has, in tiny families made here: tensors that are fused in the Hugging Face file (as
+Phi-3's, against transformers' own), and norms whose weight lacks 1 (as Gemma's), on every way that weights take. And
+windows of two sizes, which Megatron-Core has not."""
 
 from __future__ import annotations
 
@@ -14,13 +15,15 @@ from rollout.rollout_models import reference_logprobs
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
+from megatron_rl.config import ConfigError
 from megatron_rl.models import FAMILIES, hf_layout, logical_tensors, megatron_layout, rollout_layout
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.builder import transformer_config
 from megatron_rl.models.family import ModelFamily
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.parallel.context import ParallelContext
-from megatron_rl.reshard.layout import Span
+from megatron_rl.reshard.layout import Recomputed, Span
 from megatron_rl.rollout import LocalEngine, SamplingParams
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
@@ -28,6 +31,7 @@ from megatron_rl.weights.sync import WeightSync
 
 FUSED = replace(LLAMA, family="phi3")
 LACKING = replace(LLAMA, family="lacking_one")
+TWO_WINDOWS = replace(LLAMA, family="two_windows")
 
 
 class Phi3(ModelFamily):
@@ -47,9 +51,24 @@ class LackingOne(ModelFamily):
         return replace(super().norm(a, hf, size), offset=1.0)
 
 
+class TwoWindows(ModelFamily):
+    """Each layer has a window of its own."""
+
+    def attention(self, a: Architecture, index: int):
+        return replace(super().attention(a, index), window=7 + index % 2)
+
+
+class Deriving(ModelFamily):
+    """SGLang's model would keep a transposed copy of each output projection."""
+
+    def layer(self, a: Architecture, index: int):
+        turned = Recomputed("self_attn.w_t", "self_attn.o_proj.weight", torch.t)
+        return replace(super().layer(a, index), recomputed=(turned,))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def families() -> Iterator[None]:
-    added = {"phi3": Phi3, "lacking_one": LackingOne}
+    added = {"phi3": Phi3, "lacking_one": LackingOne, "two_windows": TwoWindows, "deriving": Deriving}
     for name, family in added.items():
         FAMILIES.register(name)(family)
     yield
@@ -157,3 +176,16 @@ def test_a_push_adds_what_the_engine_holds_more_and_is_attested() -> None:
         expected = reference_logprobs(plain_llama(full), [5, 9, 11], answer.token_ids)
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
     engine.close()
+
+
+def test_windows_of_two_sizes_are_refused_by_megatron_and_kept_apart_by_the_local_engine() -> None:
+    with pytest.raises(ConfigError, match="sliding windows of 7, 8 tokens"):
+        transformer_config(TWO_WINDOWS, ParallelSizes())
+    with LocalEngine(TWO_WINDOWS, rollout_layout(TWO_WINDOWS, 1, [[0]])) as engine:
+        assert [layer.window for layer in engine._decoder.layers] == [7, 8, 7, 8]
+
+
+def test_a_description_says_what_engines_compute_from_the_weights() -> None:
+    tensors = rollout_layout(replace(LLAMA, family="deriving"), 2, [[0, 1]]).recomputed
+    names = [f"model.layers.{layer}.self_attn.{name}" for layer in range(4) for name in ("w_t", "o_proj.weight")]
+    assert [name for tensor in tensors for name in (tensor.name, tensor.source)] == names
