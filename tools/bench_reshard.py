@@ -16,20 +16,18 @@ TP2 PP2 -> TP4; the other layouts are under ``layouts``, pushes into a real serv
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from push_to_sglang import measure as measure_pushes
 from reshard_ways import Gathered, MegatronCore, Planned, Way
+from resident_memory import growth
 from torch import Tensor
 
 from megatron_rl.devices import current_platform
@@ -114,20 +112,10 @@ def timed(way: Way) -> tuple[float, float]:
 
 def extra_bytes(way: Way) -> int:
     """Growth of the resident set of the worst rank while the way runs."""
-    ctypes.CDLL(None).malloc_trim(0)
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark (proc_pid_clear_refs(5))
-    before = resident("VmRSS")
-    way.run()
-    grown = torch.tensor([resident("VmHWM") - before])
+    grown = torch.tensor([growth(way.run)])
     dist.all_reduce(grown, dist.ReduceOp.MAX)
     return int(grown)
-
-
-def resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found[1]) * 1024
 
 
 def measure(sizes: ParallelSizes, rollout_tp: int, rounds: int) -> dict:
@@ -153,12 +141,6 @@ def measure(sizes: ParallelSizes, rollout_tp: int, rounds: int) -> dict:
     return figures
 
 
-def measure_sglang(python: str, rounds: int) -> dict:
-    """Pushes into a real server, at several limits on extra memory."""
-    context, model = build(ParallelSizes(**LAYOUTS[MAIN][0]), seed=1)
-    return measure_pushes(ARCHITECTURE, context, VOCAB, chunk_tensors([model]), python, rounds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
@@ -168,14 +150,14 @@ def main() -> None:
     rounds = arguments.rounds
     if "RANK" not in os.environ:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-        sys.exit(subprocess.run([*command, __file__, *sys.argv[1:]], timeout=1800, check=False).returncode)
-    current_platform().init_process_group(timeout=120)
+        sys.exit(subprocess.run([*command, __file__, *sys.argv[1:]], timeout=5400, check=False).returncode)
+    current_platform().init_process_group(timeout=1200)  # a server may take minutes to start
     layouts = {}
     for name, (sizes, rollout_tp) in () if arguments.only_sglang else LAYOUTS.items():
         layouts[name] = measure(ParallelSizes(**sizes), rollout_tp, rounds)
         if dist.get_rank() == 0:
             print(name, json.dumps(layouts[name]), flush=True)
-    pushes = measure_sglang(arguments.sglang, rounds) if arguments.sglang else {}
+    pushes = measure_pushes(arguments.sglang, rounds) if arguments.sglang else {}
     if dist.get_rank() == 0:
         print(json.dumps(layouts.pop(MAIN, {}) | {"layouts": layouts, "sglang": pushes}), flush=True)
     dist.destroy_process_group()
