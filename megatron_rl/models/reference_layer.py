@@ -31,8 +31,16 @@ class ReferenceLayer:
         if experts is not None:
             experts = replace(experts, dense_layers=(0,) if index in experts.dense_layers else ())
         self.index = index
+        window = None if index in architecture.full_layers else architecture.window
         self.alone = replace(
-            architecture, num_layers=1, vocab=SMALLEST_VOCAB, tied=True, score_head=False, experts=experts
+            architecture,
+            num_layers=1,
+            vocab=SMALLEST_VOCAB,
+            tied=True,
+            score_head=False,
+            experts=experts,
+            window=window,
+            full_layers=(),
         )
 
     def layout(self, rank: int) -> Layout:
