@@ -25,7 +25,7 @@ from megatron_rl.batch import Batch
 from megatron_rl.data.packing import Alignment, MicroBatch
 from megatron_rl.models import Architecture
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout, Readable
+from megatron_rl.reshard import Layout, Readable, WireFormat
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import GenerationFile, HFConfig
@@ -50,7 +50,7 @@ class Origin:
 
     hf_config: HFConfig | None = None
     generation: GenerationFile | None = None
-    dtype: torch.dtype | None = None  # of the weights there
+    dtypes: WireFormat | None = None  # of the weights there
     lacks_head: bool = False  # the model has a value head, and there was none: it starts at zero
 
 

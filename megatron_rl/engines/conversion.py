@@ -42,7 +42,8 @@ def convert(
         to: "hf" for a Hugging Face folder, "megatron" for a distributed checkpoint.
         sizes: the layout that the ranks hold the model in while a checkpoint is written.
         config: see `weights.opened_weights.open_weights`.
-        dtype: of the result; None keeps the source's.
+        dtype: of the result; None keeps that of each tensor. A Megatron checkpoint has one dtype for the tensors of one
+            kind in all layers, the widest of them.
         max_shard_bytes: largest file of a Hugging Face folder.
         overwrite: replace an existing target.
         verify: compare a checkpoint's files with their digests first.
@@ -56,7 +57,7 @@ def convert(
     if to not in ("hf", "megatron"):
         raise ConfigError(f"cannot convert to {to!r}: expected 'hf' or 'megatron'")
     with open_weights(source, config) as opened:
-        writer = HFFolderWriter(target, opened.description, dtype or opened.dtype, max_shard_bytes, overwrite)
+        writer = HFFolderWriter(target, opened.description, dtype or opened.dtypes, max_shard_bytes, overwrite)
         context = ParallelContext.create(sizes or ParallelSizes() if to == "megatron" else ParallelSizes())
         if verify and opened.checkpoint is not None:
             _refuse_damage(opened.checkpoint, context, tensors_only=config is not None)
@@ -85,7 +86,7 @@ def _to_hf(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelConte
         with together.attempt():
             for file in writer.files[context.rank :: context.world_size]:
                 part = restricted(layout, set(file.tensors))
-                tensors = empty_tensors(part, 0, writer.dtype)
+                tensors = empty_tensors(part, 0, writer.dtypes)
                 fill(part, 0, tensors, opened.tensors)
                 writer.write(file, tensors)
         with together.attempt():

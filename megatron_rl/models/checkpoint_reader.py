@@ -179,6 +179,11 @@ class CheckpointReader:
                 return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
         raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
 
+    def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
+        """What the tensor of a shard is stored in; there is one rank."""
+        stored = next((self.tensors[one.key] for one in candidates(shard.name) if one.key in self.tensors), None)
+        return self.dtype if stored is None else stored.properties.dtype
+
     @property
     def has_adapters(self) -> bool:
         """Whether it was written by a run that trained adapters."""

@@ -19,7 +19,7 @@ from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard.layout import Held, Layout, Shard, Symmetry
+from megatron_rl.reshard.layout import AS_IT_IS, Held, Layout, Shard, Symmetry
 
 EVERYWHERE = "everywhere"  # the one replica group of a layout in which all ranks hold the same
 
@@ -37,6 +37,7 @@ def hf_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout
         "huggingface",
         dict.fromkeys(ranks, EVERYWHERE),
         lambda replica: [whole(name, name, shape) for name, shape in tensors.items()],
+        held=_held(describe(architecture), with_added=False),
     )
 
 
@@ -161,18 +162,23 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
 
     model = describe(architecture)
     symmetry = Symmetry(_RolloutKind(model, ep), emit)
-    held = {
-        prefix + name: Held(add=parameter.rollout_add)
-        for prefix, parameter in model.parameters()
-        if parameter.rollout_add
-        for name, _ in parameter.logical()
-    }
+    held = _held(model, with_added=True)
     recomputed = tuple(
         replace(tensor, name=model.prefix(index) + tensor.name, source=model.prefix(index) + tensor.source)
         for index, layer in enumerate(model.layers)
         for tensor in layer.recomputed
     )
     return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held, recomputed)
+
+
+def _held(model: ModelDescription, with_added: bool) -> dict[str, Held]:
+    """What files, or rollout engines (which also hold ``with_added`` values), hold otherwise than most tensors."""
+    found = {}
+    for prefix, parameter in model.parameters():
+        held = Held(parameter.rollout_add if with_added else 0.0, parameter.dtype)
+        if held != AS_IT_IS:
+            found.update({prefix + name: held for name, _ in parameter.logical()})
+    return found
 
 
 class _RolloutKind:

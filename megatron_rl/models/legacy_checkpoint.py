@@ -122,6 +122,10 @@ class LegacyCheckpoint:
     def padded_vocab(self) -> int:
         return self._embedding.shape[0] * self.grid.tp
 
+    def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
+        """What the tensor of a shard is stored in."""
+        return self.load(rank, shard).dtype
+
     @property
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype

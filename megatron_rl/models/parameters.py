@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
 from megatron_rl.models.naming import MegatronNaming
 from megatron_rl.reshard.layout import Shard, Span, block, stack_rows
 
@@ -44,6 +46,7 @@ class Parameter(ABC):
     """One or more logical tensors that every system places together."""
 
     rollout_add = 0.0
+    dtype: torch.dtype | None = None  # of files and rollout engines, where it is not the model's
 
     @abstractmethod
     def logical(self) -> Iterable[tuple[str, Shape]]:
@@ -105,6 +108,7 @@ class Replicated(Parameter):
     fused_name: str = ""  # Megatron's name where TransformerEngine fuses the norm into the linear layer behind it
     transformers_name: str = ""  # in memory, where it differs from the file's
     rollout_add: float = 0.0  # what the rollout engine's values are more than the file's
+    dtype: torch.dtype | None = None
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         return [(self.hf, self.shape)]

@@ -13,7 +13,10 @@ import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
+
+from megatron_rl.reshard.wire import WireFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,11 @@ class Held:
 
     Args:
         add: what its values are more than the logical ones: 1.0 of norms that hold ``1 + weight``.
+        dtype: of its values; None = that of most tensors there.
     """
 
     add: float = 0.0
+    dtype: torch.dtype | None = None
 
 
 AS_IT_IS = Held()
@@ -133,6 +138,10 @@ class Layout:
     def added(self, tensor: str) -> float:
         """What this system's values of logical ``tensor`` are more than the logical ones."""
         return self.held.get(tensor, AS_IT_IS).add
+
+    def dtypes(self, most: torch.dtype) -> WireFormat:
+        """What this system holds each logical tensor in, ``most`` of them alike."""
+        return WireFormat(most, {tensor: held.dtype for tensor, held in self.held.items() if held.dtype is not None})
 
     def shards(self, rank: int) -> tuple[Shard, ...]:
         """The shards of ``rank``; empty when the rank takes no part."""

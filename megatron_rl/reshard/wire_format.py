@@ -1,4 +1,4 @@
-"""`WireFormat`: the dtype in which each logical tensor travels. Both ends must use the same one."""
+"""`WireFormat`: the dtype in which each logical tensor travels, or is held. Both ends must use the same one."""
 
 from __future__ import annotations
 

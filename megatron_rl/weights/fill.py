@@ -11,16 +11,22 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.reshard import WireFormat
+from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.reshard.layout import Layout
 from megatron_rl.reshard.lazy_tensor import Readable
 from megatron_rl.weights.source import TensorSource, check_shape
 
 
 def empty_tensors(
-    layout: Layout, rank: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    layout: Layout, rank: int, dtype: torch.dtype | WireFormat, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Zeros for each shard of ``rank``: name -> tensor."""
-    return {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in layout.shards(rank)}
+    """Zeros for each shard of ``rank``: name -> tensor; ``dtype``: of all, or of each logical tensor."""
+    dtypes = dtype if isinstance(dtype, WireFormat) else WireFormat(dtype)
+    return {
+        shard.name: torch.zeros(shard.shape, dtype=shard_dtype(shard, dtypes), device=device)
+        for shard in layout.shards(rank)
+    }
 
 
 def fill(layout: Layout, rank: int, tensors: Mapping[str, Tensor], source: TensorSource) -> None:

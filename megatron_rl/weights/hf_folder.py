@@ -29,6 +29,7 @@ from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.parallel import ParallelContext
+from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,12 @@ class HFFile:
     num_bytes: int
 
 
-def plan_files(tensors: Mapping[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> tuple[HFFile, ...]:
+def plan_files(tensors: Mapping[str, tuple[int, ...]], dtypes: WireFormat, max_bytes: int) -> tuple[HFFile, ...]:
     """Divide ``tensors``, in order, into files of at most ``max_bytes``; a larger tensor gets a file of its own."""
     groups: list[dict[str, tuple[int, ...]]] = []
     sizes: list[int] = []
     for name, shape in tensors.items():
-        size = math.prod(shape) * itemsize
+        size = math.prod(shape) * dtypes.of(name).itemsize
         if not groups or sizes[-1] + size > max_bytes:
             groups.append({})
             sizes.append(0)
@@ -128,7 +129,7 @@ class HFFolderWriter:
 
     Args:
         folder: the result; its parent must exist or be creatable.
-        dtype: of all tensors.
+        dtype: of all tensors, or of each of them.
         max_shard_bytes: largest file, and with it the largest buffer a writer needs.
         overwrite: replace a folder that exists and is not empty.
     """
@@ -137,15 +138,16 @@ class HFFolderWriter:
         self,
         folder: str | Path,
         description: HFDescription,
-        dtype: torch.dtype,
+        dtype: torch.dtype | WireFormat,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         overwrite: bool = False,
     ) -> None:
         self.folder = Path(folder).expanduser().absolute()
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
-        self.description, self.dtype, self.overwrite = description, dtype, overwrite
+        self.description, self.overwrite = description, overwrite
+        self.dtypes = dtype if isinstance(dtype, WireFormat) else WireFormat(dtype)
         self.tensors = logical_tensors(description.architecture)
-        self.files = plan_files(self.tensors, dtype.itemsize, max_shard_bytes)
+        self.files = plan_files(self.tensors, self.dtypes, max_shard_bytes)
 
     def begin(self) -> None:
         """Make the hidden folder, removing what an earlier, broken attempt left. One rank calls this.
@@ -172,7 +174,7 @@ class HFFolderWriter:
 
     def commit(self) -> None:
         """Write what belongs beside the tensors and give the folder its name. One rank calls this, after all writes."""
-        self.description.write(self.partial, self.dtype)
+        self.description.write(self.partial, self.dtypes.dtype)
         if len(self.files) > 1:
             index = {
                 "metadata": {"total_size": sum(file.num_bytes for file in self.files)},

@@ -17,9 +17,10 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.layouts import hf_layout
 from megatron_rl.models.parameters import whole
 from megatron_rl.parallel.agreement import Agreement
-from megatron_rl.reshard import Layout, Readable, Resharder, Shard, Transport
+from megatron_rl.reshard import Layout, Readable, Resharder, Shard, Transport, WireFormat
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.fill import check_tensors, empty_tensors
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFDescription, HFFile, HFFolderWriter
@@ -39,7 +40,7 @@ def save_hf(
     hf_config: PretrainedConfig | Mapping[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | WireFormat | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     max_staging_bytes: int = MAX_STAGING_BYTES,
     overwrite: bool = False,
@@ -56,7 +57,8 @@ def save_hf(
         transport: reaches all ranks of ``layout``; None takes the default process group, if there is one.
         hf_config: of the Hugging Face model the weights came from; None makes a fresh one. The first rank's counts,
             and so do its tokenizer and generation settings.
-        dtype: of the files; None keeps that of ``tensors``.
+        dtype: of all tensors in the files, or of each; None keeps that of most of ``tensors``, and gives those that
+            the model's description has in another dtype that one.
         max_shard_bytes: largest file; a rank needs this much memory, on the device of ``tensors``.
         overwrite: replace an existing folder.
         beside: called on every rank with the unfinished folder, for what else belongs into it.
@@ -68,7 +70,8 @@ def save_hf(
     transport = transport or default_transport()
     some = next(iter(tensors.values()))
     description = HFDescription(architecture, hf_config, tokenizer, generation_config)
-    writer = HFFolderWriter(folder, description, dtype or some.dtype, max_shard_bytes, overwrite)
+    dtypes = dtype or hf_layout(architecture).dtypes(some.dtype)
+    writer = HFFolderWriter(folder, description, dtypes, max_shard_bytes, overwrite)
     ranks = tuple(sorted(layout.replica_of))
     together = Agreement(transport.peers(ranks, rank, some.device), "nothing was published")
     with together.attempt():
@@ -79,7 +82,7 @@ def save_hf(
     with _abandoned_on_failure(writer if rank == ranks[0] else None):
         with together.attempt() as writing:
             for wave in writer.shares(ranks):
-                filled = _gather(wave, layout, tensors, rank, transport, writer.dtype, max_staging_bytes)
+                filled = _gather(wave, layout, tensors, rank, transport, writer.dtypes, max_staging_bytes)
                 if rank in wave:
                     writing.run(writer.write, wave[rank], filled)
             if beside is not None:
@@ -106,15 +109,15 @@ def _gather(
     tensors: Mapping[str, Readable],
     rank: int,
     transport: Transport,
-    dtype: torch.dtype,
+    dtypes: WireFormat,
     max_staging_bytes: int,
 ) -> dict[str, Tensor]:
     """The tensors of this rank's file of the wave, from wherever they sit."""
     target = _wave_layout(wave)
     source = restricted(layout, {name for file in wave.values() for name in file.tensors})
     device = next(iter(tensors.values())).device
-    filled = empty_tensors(target, rank, dtype, device)
-    Resharder(source, target, rank, transport, dtype, max_staging_bytes).run(tensors, filled)
+    filled = empty_tensors(target, rank, dtypes, device)
+    Resharder(source, target, rank, transport, dtypes, max_staging_bytes).run(tensors, filled)
     return filled
 
 

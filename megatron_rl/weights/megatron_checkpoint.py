@@ -97,7 +97,7 @@ class MegatronCheckpoint:
             ConfigError: the checkpoint holds another model than its description says.
         """
         reader = self.reader
-        return LayoutSource(reader.layout(self.architecture), reader.ranks, reader.load)
+        return LayoutSource(reader.layout(self.architecture), reader.ranks, reader.load, dtype=reader.dtype_of)
 
     @functools.cached_property
     def architecture(self) -> Architecture:

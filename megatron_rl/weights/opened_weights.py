@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -17,10 +16,11 @@ from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, re
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.tokenizer import load_tokenizer
+from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_in import SCORE, check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_rl.weights.source import SafetensorsFolder, TensorSource
+from megatron_rl.weights.source import SafetensorsFolder, TensorSource, dtypes_of
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 
 
@@ -30,7 +30,7 @@ class OpenedWeights:
 
     description: HFDescription
     tensors: TensorSource
-    dtype: torch.dtype
+    dtypes: WireFormat
     value_head: Tensor | None = None  # [1, hidden], of a policy that a critic shares its weights with
     checkpoint: Path | None = None  # the Megatron checkpoint that it is
 
@@ -57,12 +57,14 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
         with SafetensorsFolder(folder) as source:
             check_folder(source, logical_tensors(description.architecture))
             head = read_value_head(folder, description.architecture.hidden)
-            yield OpenedWeights(description, source, source.dtype("model.embed_tokens.weight"), head)
+            dtypes = dtypes_of(source, logical_tensors(description.architecture))
+            yield OpenedWeights(description, source, dtypes, head)
         return
     reader, description, head = checkpoint.reader, checkpoint.description, None
     if isinstance(reader, CheckpointReader) and SECOND_HEAD in reader.tensors:
         head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
-    yield OpenedWeights(description, checkpoint.source, reader.dtype, head, checkpoint.folder)
+    dtypes = dtypes_of(checkpoint.source, logical_tensors(description.architecture))
+    yield OpenedWeights(description, checkpoint.source, dtypes, head, checkpoint.folder)
 
 
 def _describe(folder: Path) -> HFDescription:

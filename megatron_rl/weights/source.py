@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.reshard import WireFormat
 from megatron_rl.reshard.layout import Layout, Shard, Span, matrix_shape
 
 SINGLE_FILE = "model.safetensors"
@@ -44,6 +45,17 @@ class TensorSource(Protocol):
         """
         ...
 
+    def dtype(self, tensor: str) -> torch.dtype:
+        """What the values of ``tensor``, which it has, are stored in."""
+        ...
+
+
+def dtypes_of(source: TensorSource, tensors: Iterable[str]) -> WireFormat:
+    """What ``tensors``, as far as the source has them, are stored in; the first one's dtype stands for most."""
+    found = {tensor: source.dtype(tensor) for tensor in tensors if tensor in source}
+    most = next(iter(found.values()))
+    return WireFormat(most, {tensor: dtype for tensor, dtype in found.items() if dtype != most})
+
 
 class SpanLocation(NamedTuple):
     """Where a rectangle of a logical tensor lies."""
@@ -60,13 +72,19 @@ class LayoutSource:
         layout: how the logical tensors sit in the shards of ``ranks``.
         ranks: which together hold all; of rectangles that several hold the first one's is read.
         load: fetches a rank's shard, in its shape.
+        dtype: of a rank's shard, where that can be known without fetching it.
         keep: shards to keep loaded: neighbouring tensors of a layer often share one.
     """
 
     def __init__(
-        self, layout: Layout, ranks: Iterable[int], load: Callable[[int, Shard], Tensor], keep: int = 2
+        self,
+        layout: Layout,
+        ranks: Iterable[int],
+        load: Callable[[int, Shard], Tensor],
+        keep: int = 2,
+        dtype: Callable[[int, Shard], torch.dtype] | None = None,
     ) -> None:
-        self._added = layout.added
+        self._added, self._dtype = layout.added, dtype
         self._load = functools.lru_cache(keep)(load)
         self._locations: dict[str, list[SpanLocation]] = {}
         seen = set()
@@ -80,6 +98,11 @@ class LayoutSource:
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self._locations
+
+    def dtype(self, tensor: str) -> torch.dtype:
+        place = self._places[tensor][0]
+        known = self._dtype
+        return known(place.rank, place.shard) if known else self._load(place.rank, place.shard).dtype
 
     def read(self, span: Span) -> Tensor:
         pieces = [(_overlap(span, location.span), location) for location in self._locations[span.tensor]]

@@ -6,17 +6,15 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from megatron_rl.models.hf_config import read_hf_config
-from megatron_rl.weights.hf_in import resolve_folder
+from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.reshard import WireFormat
+from megatron_rl.weights.hf_in import model_source, read_architecture, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_rl.weights.source import SafetensorsFolder
+from megatron_rl.weights.source import SafetensorsFolder, dtypes_of
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFConfig, HFModel
-
-EMBEDDING = "model.embed_tokens.weight"  # of a Hugging Face folder
 
 
 def is_hf_model(model: Any) -> bool:
@@ -44,11 +42,12 @@ def hf_config_of(source: Path | HFModel | MegatronCheckpoint) -> HFConfig:
     return copy.deepcopy(source.config)
 
 
-def dtype_of(source: Path | HFModel | MegatronCheckpoint) -> torch.dtype:
-    """What the weights of a resolved source are stored in; the embedding stands for all of them."""
+def stored_dtypes(source: Path | HFModel | MegatronCheckpoint) -> WireFormat:
+    """What the weights of a resolved source are stored in; the embedding's dtype stands for most of them."""
     if isinstance(source, MegatronCheckpoint):
-        return source.reader.dtype
+        return dtypes_of(source.source, logical_tensors(source.architecture))
     if isinstance(source, Path):
         with SafetensorsFolder(source) as stored:
-            return stored.dtype(EMBEDDING)
-    return source.get_input_embeddings().weight.dtype  # type: ignore[union-attr, return-value]
+            return dtypes_of(stored, logical_tensors(read_architecture(source)))
+    architecture, weights = model_source(source)
+    return dtypes_of(weights, logical_tensors(architecture))

@@ -82,8 +82,9 @@ class WeightSync:
         rank: this rank, as both layouts number ranks.
         transport: reaches every rank of both layouts; None takes the default process group, if there is one. Its
             timeout is the longest that a push waits for a rank that has died.
-        wire_dtype: what the values travel in, equal on all ranks: the engine's dtype moves the fewest bytes. None takes
-            that of the engine's tensors, which every rank of ``source`` must then hold.
+        wire_dtype: what the values travel in, equal on all ranks: the engine's dtype moves the fewest bytes, and
+            tensors that ``target.layout`` gives another dtype travel in that. None takes the engine's, whose tensors
+            every rank of ``source`` must then hold.
         max_staging_bytes: limit on extra memory of a rank during a push; see `BucketStream` on shards that are larger.
         topology: which ranks share a node; None puts all on one.
         attest: compare checksums of both sides before a version is committed; equal on all ranks.
@@ -214,7 +215,7 @@ class WeightSync:
     def _plan(self, own: Mapping[str, Tensor]) -> None:
         if self._resharder is not None:
             return
-        wire = self._wire or next((tensor.dtype for tensor in own.values()), None)
+        wire = self._wire or self._own_dtype(own)
         apart = self.source.replica_of.keys() - self.target.layout.replica_of.keys()
         if wire is None or (self._wire is None and apart):
             raise ConfigError(
@@ -222,6 +223,7 @@ class WeightSync:
                 "engine's dtype: pass the dtype that the rollout engine runs in"
             )
         self._refuse_stale()
+        wire = wire if isinstance(wire, WireFormat) else self.target.layout.dtypes(wire)
         plan = ReshardPlan(self.source, self.target.layout, self._topology)
         cap = self._max_staging_bytes
         messages = message_bytes(cap) if self.target.streams else cap
@@ -233,6 +235,13 @@ class WeightSync:
             self._stream = BucketStream(self.target, self.rank, resharder, cap, self._attestor)
         self._resharder = resharder
         logger.info("weights: %s -> %s; %s", self.source.name, self.target.layout.name, resharder.plan)
+
+    def _own_dtype(self, own: Mapping[str, Tensor]) -> torch.dtype | None:
+        """What most of the engine's tensors are in: those that its layout gives no dtype of their own."""
+        excepted = self.target.layout.dtypes(torch.float32).exceptions
+        shards = self.target.layout.shards(self.rank) if own else ()
+        most = (shard for shard in shards if not any(span.tensor in excepted for span in shard.spans))
+        return next((own[shard.name].dtype for shard in most if shard.name in own), None)
 
     def _refuse_stale(self) -> None:
         stale = [tensor.name for tensor in self.target.layout.recomputed]

@@ -33,7 +33,7 @@ def save_pretrained(
         tokenizer=tokenizer,
         hf_config=origin.hf_config,
         generation_config=origin.generation,
-        dtype=dtype or origin.dtype,
+        dtype=dtype or origin.dtypes,
         overwrite=overwrite,
         beside=lambda partial: _write_shared_head(engine, partial),
     )

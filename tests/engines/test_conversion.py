@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical
+from models.parity_program import mixed_dtypes
 from safetensors.torch import load_file, save_file
 from stored_arguments import forget_arguments
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -47,6 +48,35 @@ def test_to_megatron_and_back_is_bitwise(architecture: Architecture, tmp_path) -
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "back").dtype == torch.float32
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "megatron", "back"}
+
+
+@pytest.mark.parametrize("architecture", ALL, ids=lambda a: a.family)
+def test_each_tensor_keeps_its_dtype_to_megatron_and_back(architecture: Architecture, tmp_path) -> None:
+    full = mixed_dtypes(hf_folder(architecture, tmp_path / "hf"))
+    save_file(full, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    convert(tmp_path / "megatron", tmp_path / "back", "hf", max_shard_bytes=20_000)
+    convert(tmp_path / "hf", tmp_path / "again", "hf")
+    convert(tmp_path / "megatron", tmp_path / "half", "hf", dtype=torch.float16)
+    for folder in ("back", "again"):
+        found = read_files(tmp_path / folder)
+        assert {name: tensor.dtype for name, tensor in found.items()} == {n: t.dtype for n, t in full.items()}
+        assert all(torch.equal(found[name], full[name]) for name in full)
+    assert {tensor.dtype for tensor in full.values()} == {torch.bfloat16, torch.float32}
+    assert {tensor.dtype for tensor in read_files(tmp_path / "half").values()} == {torch.float16}
+
+
+def test_tensors_that_megatron_stores_as_one_get_the_widest_dtype_and_keep_their_values(tmp_path) -> None:
+    full = {name: tensor.bfloat16() for name, tensor in hf_folder(LLAMA, tmp_path / "hf").items()}
+    wide = "model.layers.2.self_attn.k_proj.weight"
+    full[wide] = random_logical(LLAMA)[wide]
+    save_file(full, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
+    convert(tmp_path / "megatron", tmp_path / "back", "hf")
+    for name, tensor in read_files(tmp_path / "back").items():
+        fused = any(f"{letter}_proj" in name for letter in "qkv")
+        assert tensor.dtype == (torch.float32 if fused else torch.bfloat16)
+        assert torch.equal(tensor, full[name].to(tensor.dtype))
 
 
 def test_a_reward_model_stays_the_classifier_that_it_is(tmp_path) -> None:

@@ -17,7 +17,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models import hf_layout, megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport
-from megatron_rl.reshard.layout import Layout, Recomputed
+from megatron_rl.reshard.layout import Held, Layout, Recomputed
 from megatron_rl.rollout import SamplingParams, ServersLostError, SGLangEngine
 from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 from megatron_rl.weights.fill import empty_tensors, fill
@@ -181,6 +181,17 @@ def test_a_server_that_loses_pushed_weights_in_the_middle_asks_for_them_again(se
         assert successor[0].started_with == ["4"] * len(missing)
         assert equal(successor[0].weights, held(LAYOUT, 4))
     successor[0].die()
+
+
+@pytest.mark.parametrize("delivery", ["direct", "disk"])
+def test_servers_get_each_tensor_in_the_dtype_that_they_hold(server: StandIn, delivery: str) -> None:
+    layout = replace(LAYOUT, held={O_PROJ: Held(dtype=torch.bfloat16)})
+    with engine_over(server, layout=layout, delivery=delivery) as engine:
+        assert not push(engine, 1, cap=1 << 15).unverified
+    expected = held(LAYOUT, 1)
+    expected[O_PROJ] = expected[O_PROJ].bfloat16()
+    assert server.weights[O_PROJ].dtype == torch.bfloat16
+    assert delivery == "disk" or equal(server.weights, expected)
 
 
 TRANSPOSED = O_PROJ.replace("weight", "w_t")

@@ -20,7 +20,7 @@ from megatron_rl.models import Architecture, hf_layout, megatron_layout, rollout
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.parallel.agreement import PeerError
-from megatron_rl.reshard import Layout, LocalTransport
+from megatron_rl.reshard import Layout, LocalTransport, WireFormat
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import HFFolderWriter, plan_files
 from megatron_rl.weights.hf_in import load_folder, read_architecture
@@ -157,7 +157,7 @@ def test_a_config_of_another_model_is_refused_and_nothing_is_left(tmp_path) -> N
 
 def test_files_keep_to_the_limit_and_hold_each_tensor_once() -> None:
     tensors = {"a": (10, 10), "b": (5,), "c": (100, 10), "d": (5, 2)}
-    files = plan_files(tensors, itemsize=4, max_bytes=450)
+    files = plan_files(tensors, WireFormat(torch.float32), max_bytes=450)
     assert [list(file.tensors) for file in files] == [["a", "b"], ["c"], ["d"]]
     assert [file.num_bytes for file in files] == [420, 4000, 40]
     assert files[0].name == "model-00001-of-00003.safetensors"

@@ -46,7 +46,7 @@ from megatron_rl.models.hf_config import architecture_from_hf, read_generation
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_rl.weights.starting_model import dtype_of, hf_config_of, is_hf_model, resolved
+from megatron_rl.weights.starting_model import hf_config_of, is_hf_model, resolved, stored_dtypes
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFModel
@@ -126,7 +126,7 @@ def from_hf(
     vocab = padded_vocab(architecture.vocab, sizes.tp)
     engine = MegatronEngine(list(chunks), context, architecture, vocab, shared_value_head=shared_value_head)
     generation = read_generation(found.hf_folder if isinstance(found, MegatronCheckpoint) else found)
-    stored = dtype_of(found)
+    stored = stored_dtypes(found)
     engine.origin = Origin(hf_config, generation, stored, lacks_head=not fill_model(engine, found))
     return engine
 

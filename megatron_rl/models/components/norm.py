@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from megatron_rl.models.parameters import Parameter, Replicated
 
 
@@ -19,6 +21,7 @@ class Norm:
     size: int
     eps: float
     offset: float = 0.0
+    dtype: torch.dtype | None = None  # of files and rollout engines; None = the model's
 
     def parameter(self, megatron_name: str, fused_name: str = "") -> Parameter:
         """Its weight.
@@ -26,4 +29,4 @@ class Norm:
         Args:
             fused_name: Megatron's name where TransformerEngine fuses the norm into the linear layer behind it.
         """
-        return Replicated(self.hf, (self.size,), megatron_name, fused_name, rollout_add=self.offset)
+        return Replicated(self.hf, (self.size,), megatron_name, fused_name, rollout_add=self.offset, dtype=self.dtype)

@@ -39,6 +39,8 @@ class NormWeight:
     eps: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.dtype != x.dtype:  # as SGLang's RMSNorm: all of it in fp32
+            return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
@@ -165,6 +167,8 @@ class Decoder:
 
     def _add(self, hidden: torch.Tensor, partial: torch.Tensor, norm: NormWeight) -> torch.Tensor:
         """Add the sum over the ranks to ``hidden``, in place, and return the norm of that."""
+        if norm.weight.dtype != hidden.dtype:
+            return norm(hidden.add_(self.tp.reduce(partial)))
         return self._add_rms_norm(hidden, self.tp.reduce(partial), norm.weight, norm.eps)
 
     def _qkv(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ class ExpertLayer:
     def route(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights (in the input's dtype) and indices of each token's experts, both ``[tokens, experts_per_token]``.
         Softmax over all experts in fp32 first, then the choice (transformers `Qwen3MoeTopKRouter`)."""
-        probs = torch.softmax(F.linear(hidden, self.gate).float(), -1)
+        probs = torch.softmax(F.linear(hidden.to(self.gate.dtype), self.gate).float(), -1)
         weights, chosen = probs.topk(self.experts.experts_per_token, -1)
         if self.experts.normalize_weights:
             weights = weights / weights.sum(-1, keepdim=True)

@@ -7,7 +7,6 @@ It holds its weights in the per-rank layout of SGLang, so the plan that feeds a 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.distributed as dist
 
 from megatron_rl.models import Architecture, describe
 from megatron_rl.reshard import Layout
+from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
 from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
 from megatron_rl.rollout.gate import UpdateGate
@@ -37,7 +37,7 @@ class LocalEngine(RolloutEngine):
         architecture: the model's sizes.
         layout: where the shards of the rollout weights sit; allocated here, written by weight sync.
         rank: this process's global rank in ``layout``.
-        dtype: of all weights, activations and the cache.
+        dtype: of weights (but those that ``layout`` gives another one), activations and the cache.
         tp_group: the ranks that share one copy of the weights; None = this rank alone.
         eos_token_ids: the model's own end-of-sequence tokens.
         tokenizer: needed for stop texts only.
@@ -205,6 +205,7 @@ def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.devic
         raise ValueError(
             f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {sorted(layout.replica_of)})"
         )
-    numel = sum(math.prod(shard.shape) for shard in shards)
-    logger.info("rollout weights: %d tensors, %.1f MB", len(shards), numel * dtype.itemsize / 1e6)
-    return {shard.name: torch.zeros(shard.shape, dtype=dtype, device=device) for shard in shards}
+    dtypes = layout.dtypes(dtype)
+    tensors = {s.name: torch.zeros(s.shape, dtype=shard_dtype(s, dtypes), device=device) for s in shards}
+    logger.info("rollout weights: %d tensors, %.1f MB", len(shards), sum(t.nbytes for t in tensors.values()) / 1e6)
+    return tensors

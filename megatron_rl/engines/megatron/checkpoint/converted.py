@@ -21,8 +21,10 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_reader import LATEST, RELEASE, point_to
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
 from megatron_rl.models.layouts import megatron_layout
+from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.reshard import Layout, WireFormat
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_folder import HFFolderWriter
 from megatron_rl.weights.megatron_checkpoint import differences
@@ -31,17 +33,21 @@ from megatron_rl.weights.value_head_file import SECOND_HEAD
 
 logger = logging.getLogger(__name__)
 
+NUMBERS = re.compile(r"^chunk\d+\.|(?<=\.)\d+(?=\.)|(?<=weight)\d+$")  # of chunk, layer and expert
+
 
 def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext) -> None:
     """Write the Megatron checkpoint; each rank reads and holds its part of the model. Collective."""
     a, sizes = opened.description.architecture, context.sizes
-    config = transformer_config(a, sizes, dtype=writer.dtype, **_stacked_layers(a))
+    dtype = writer.dtypes.dtype
+    config = transformer_config(a, sizes, dtype=dtype, **_stacked_layers(a))
     head = opened.value_head
     chunks = build_model(
         a, config, pg_collection=context.collection, value_head=a.score_head, second_head=head is not None
     )
     vocab = padded_vocab(a.vocab, sizes.tp)
     layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
+    _set_dtypes(chunks, layout, writer.dtypes)
     together = context.agreement
     # One iteration of a run where the target is named as one; else a run with nothing but a release.
     alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
@@ -55,15 +61,32 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
             for name in own:
                 if head is not None and name.endswith(SECOND_HEAD):
                     own[name].copy_(head)
-        _save_weights(chunks, folder, _job_state(a, sizes, vocab, writer.dtype, folder.name))
+        _save_weights(chunks, folder, _job_state(a, sizes, vocab, dtype, folder.name))
         with together.attempt():
             if context.rank == 0:
-                opened.description.write_into(folder, writer.dtype)
+                opened.description.write_into(folder, dtype)
                 if not alone:
                     (writer.partial / LATEST).write_text(RELEASE)
                 writer.publish()
                 if alone:
                     point_to(writer.folder)
+
+
+def _set_dtypes(chunks: Sequence[nn.Module], layout: Layout, dtypes: WireFormat) -> None:
+    """Give the parameters of a rank's chunks the dtypes of their logical tensors. Megatron-Core stores the layers of a
+    model, and the experts of a layer, as one tensor: what differs there gets the widest dtype of all."""
+    if not dtypes.exceptions:
+        return
+    kinds: dict[str, torch.dtype] = {}
+    for replica in layout.replicas:
+        for shard in layout.shards_of(replica):
+            kind = NUMBERS.sub("*", shard.name)
+            for span in shard.spans:
+                kinds[kind] = torch.promote_types(kinds.get(kind, dtypes.of(span.tensor)), dtypes.of(span.tensor))
+    for index, chunk in enumerate(chunks):
+        for name, parameter in unwrap(chunk).named_parameters():
+            kind = NUMBERS.sub("*", chunk_prefix(index, len(chunks)) + name)
+            parameter.data = parameter.data.to(kinds.get(kind, parameter.dtype))
 
 
 def _stacked_layers(a: Architecture) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from megatron_rl.config import ConfigError
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
+from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.reshard.layout import Recomputed
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
@@ -55,7 +56,7 @@ class WeightTransfer(ABC):
     Args:
         loop: runs the clients' coroutines, in a thread of its own.
         layout: of the rollout weights; ``layout.shards(rank)`` are this rank's.
-        dtype: of the servers' weights.
+        dtype: of the servers' weights, but those that ``layout`` gives another one.
         tp_group: the replica's ranks, in the order of the servers' tensor-parallel ranks; None = this rank alone.
         bucket_bytes: of one request, on each rank; a larger shard goes alone.
         verify: compare the servers' checksums with those of the shards; one pass over all weights on either side.
@@ -84,6 +85,7 @@ class WeightTransfer(ABC):
         self._refuse_stale()
         self.ranks = [rank] if tp_group is None else dist.get_process_group_ranks(tp_group)
         self.shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
+        self._dtypes = {shard.name: shard_dtype(shard, layout.dtypes(dtype)) for shard in layout.shards(rank)}
         self._proofs: dict[str, Proof] = {}  # by url, on the first rank
         self._posting: Future[object] | None = None
         # Of the update under way:
@@ -248,8 +250,8 @@ class WeightTransfer(ABC):
                 return f"unknown or written twice: {name}"
             if tuple(tensor.shape) != tuple(self.shapes[name]):
                 return f"shard {name!r} has shape {tuple(tensor.shape)}, expected {tuple(self.shapes[name])}"
-            if tensor.dtype != self.dtype:
-                return f"shard {name!r} is in {tensor.dtype}, but the servers' weights in {self.dtype}"
+            if tensor.dtype != self._dtypes[name]:
+                return f"shard {name!r} is in {tensor.dtype}, but the servers' in {self._dtypes[name]}"
         return ""
 
     def _settle(self) -> str:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span
+from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span, shifted
+from megatron_rl.reshard.buckets import ALIGNMENT
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS, WeightTransfer
@@ -49,7 +50,7 @@ class FullTransfer(WeightTransfer):
             def emit(replica: Hashable) -> list[Shard]:
                 return [shard for shard in layout.shards_of(replica) if shard.name in names]
 
-            part = Layout(layout.name, layout.replica_of, emit)
+            part = replace(layout, emit=emit, symmetry=None)
             self._collectors[names] = FullTensors(
                 part, self.ranks, self.rank, self.group, self.dtype, self.bucket_bytes
             )
@@ -90,7 +91,8 @@ class FullTensors:
         bucket_bytes: int,
     ) -> None:
         self._layout = replace(layout, replica_of={r: layout.replica_of[r] for r in ranks}, symmetry=None)
-        self._leader, self._rank, self._dtype, self._bucket_bytes = ranks[0], rank, dtype, bucket_bytes
+        self._leader, self._rank, self._bucket_bytes = ranks[0], rank, bucket_bytes
+        self._dtypes = layout.dtypes(dtype)
         self._transport = LocalTransport() if group is None else P2PTransport(group)
         self._shapes = _shapes(self._layout)
         self._resharders: list[tuple[list[str], Resharder]] = []
@@ -98,28 +100,36 @@ class FullTensors:
     def collect(self, shards: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Collective over the replica: bucket after bucket by Hugging Face names; empty but on the first rank. The
         tensors of a bucket are overwritten by the next."""
-        memory = torch.empty(0, dtype=self._dtype)
+        memory = torch.empty(0, dtype=torch.uint8)
+        logical = shifted(shards, self._layout, Layout("whole tensors", {}, lambda cell: ()), self._rank)
         for names, resharder in self._planned():
             tensors: dict[str, Tensor] = {}
             if self._rank == self._leader:
-                sizes = [_numel(self._shapes[name]) for name in names]
+                sizes = [-(-self._num_bytes(name) // ALIGNMENT) * ALIGNMENT for name in names]
                 device = next(iter(shards.values())).device
                 memory = (
-                    memory if memory.numel() >= sum(sizes) else torch.empty(sum(sizes), dtype=self._dtype).to(device)
+                    memory
+                    if memory.numel() >= sum(sizes)
+                    else torch.empty(sum(sizes), dtype=torch.uint8, device=device)
                 )
                 parts = memory[: sum(sizes)].split(sizes)
-                tensors = {n: part.view(self._shapes[n]) for n, part in zip(names, parts, strict=True)}
-            resharder.run(shards, tensors)
+                for name, part in zip(names, parts, strict=True):
+                    flat = part[: self._num_bytes(name)].view(self._dtypes.of(name))
+                    tensors[name] = flat.view(self._shapes[name])
+            resharder.run(logical, tensors)
             yield tensors
+
+    def _num_bytes(self, name: str) -> int:
+        return _numel(self._shapes[name]) * self._dtypes.of(name).itemsize
 
     def _planned(self) -> list[tuple[list[str], Resharder]]:
         if not self._resharders:
-            sizes = {name: _numel(shape) * self._dtype.itemsize for name, shape in self._shapes.items()}
+            sizes = {name: self._num_bytes(name) for name in self._shapes}
             for names in requests(sizes, self._bucket_bytes):
                 whole = [_whole(name, self._shapes[name]) for name in names]
                 target = Layout("whole tensors", {self._leader: 0}, lambda replica, whole=whole: whole)  # type: ignore[misc]
                 source = restricted(self._layout, set(names))
-                resharder = Resharder(source, target, self._rank, self._transport, self._dtype)
+                resharder = Resharder(source, target, self._rank, self._transport, self._dtypes)
                 self._resharders.append((names, resharder))
         return self._resharders
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -116,14 +116,25 @@ def check(architecture: Architecture, folder: Path, sizes: ParallelSizes, expect
 
 
 def there_and_back(folder: Path, sizes: ParallelSizes) -> None:
-    """To a Megatron checkpoint written in ``sizes``, and back to a Hugging Face folder written by all ranks."""
+    """To a Megatron checkpoint written in ``sizes``, and back to a Hugging Face folder written by all ranks: fp32 norms
+    and routers beside bf16 weights."""
     parallel_state.destroy_model_parallel()
-    checkpoint, back = folder / "checkpoint", folder / "back"
-    convert(folder, checkpoint, "megatron", sizes)
+    mixed, checkpoint, back = folder / "mixed", folder / "checkpoint", folder / "back"
+    if dist.get_rank() == 0:
+        mixed.mkdir()
+        shutil.copy(folder / "config.json", mixed)
+        save_file(mixed_dtypes(read_files(folder)), mixed / "model.safetensors", {"format": "pt"})
+    dist.barrier()
+    convert(mixed, checkpoint, "megatron", sizes)
     parallel_state.destroy_model_parallel()
     convert(checkpoint, back, "hf", max_shard_bytes=30_000)
-    assert_same_files(folder, back)
+    assert_same_files(mixed, back)
     dist.barrier()
+
+
+def mixed_dtypes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    kept = ("norm.weight", "gate.weight")
+    return {name: tensor if name.endswith(kept) else tensor.bfloat16() for name, tensor in tensors.items()}
 
 
 def read_files(folder: Path) -> dict[str, Tensor]:
@@ -133,6 +144,7 @@ def read_files(folder: Path) -> dict[str, Tensor]:
 def assert_same_files(expected: Path, found: Path) -> None:
     original, saved = read_files(expected), read_files(found)
     assert sorted(saved) == sorted(original)
+    assert [saved[name].dtype for name in original] == [tensor.dtype for tensor in original.values()]
     assert all(torch.equal(saved[name], original[name]) for name in original)
 
 

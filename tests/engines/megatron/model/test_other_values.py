@@ -10,27 +10,30 @@ from dataclasses import replace
 import pytest
 import torch
 from engines.megatron.model.test_hf_parity import megatron_logits, random_hf
-from models.oracle import LLAMA, random_logical
+from models.oracle import LLAMA, QWEN3_MOE, random_logical
 from rollout.rollout_models import reference_logprobs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import FAMILIES, hf_layout, logical_tensors, megatron_layout, rollout_layout
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.builder import transformer_config
-from megatron_rl.models.family import ModelFamily
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.family import ModelFamily, family_of
 from megatron_rl.models.hf_config import hf_config_from
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.parallel.context import ParallelContext
 from megatron_rl.reshard.layout import Recomputed, Span
 from megatron_rl.rollout import LocalEngine, SamplingParams
 from megatron_rl.weights.fill import empty_tensors, fill
+from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.weights.source import in_memory
 from megatron_rl.weights.sync import WeightSync
 
 FUSED = replace(LLAMA, family="phi3")
 LACKING = replace(LLAMA, family="lacking_one")
+MIXED = replace(QWEN3_MOE, family="mixed")
 TWO_WINDOWS = replace(LLAMA, family="two_windows")
 
 
@@ -51,6 +54,17 @@ class LackingOne(ModelFamily):
         return replace(super().norm(a, hf, size), offset=1.0)
 
 
+class Mixed(type(family_of("qwen3_moe"))):
+    """Norms and routers are fp32 in files and engines, whatever the model's dtype."""
+
+    def norm(self, a: Architecture, hf: str, size: int | None = None):
+        return replace(super().norm(a, hf, size), dtype=torch.float32)
+
+    def mlp(self, a: Architecture, index: int):
+        found = super().mlp(a, index)
+        return replace(found, router_dtype=torch.float32) if isinstance(found, ExpertMLP) else found
+
+
 class TwoWindows(ModelFamily):
     """Each layer has a window of its own."""
 
@@ -68,7 +82,7 @@ class Deriving(ModelFamily):
 
 @pytest.fixture(scope="module", autouse=True)
 def families() -> Iterator[None]:
-    added = {"phi3": Phi3, "lacking_one": LackingOne, "two_windows": TwoWindows, "deriving": Deriving}
+    added = {"phi3": Phi3, "lacking_one": LackingOne, "two_windows": TwoWindows, "deriving": Deriving, "mixed": Mixed}
     for name, family in added.items():
         FAMILIES.register(name)(family)
     yield
@@ -176,6 +190,34 @@ def test_a_push_adds_what_the_engine_holds_more_and_is_attested() -> None:
         expected = reference_logprobs(plain_llama(full), [5, 9, 11], answer.token_ids)
         torch.testing.assert_close(torch.tensor(answer.logprobs), expected, atol=1e-4, rtol=0)
     engine.close()
+
+
+def test_a_push_carries_each_tensor_in_the_dtype_that_the_engine_holds() -> None:
+    source = megatron_layout(MIXED, RankGrid(ParallelSizes(), 1), 64)
+    full = random_logical(MIXED)
+    trained = empty_tensors(source, 0, torch.float32)
+    fill(source, 0, trained, in_memory(full, hf_layout(MIXED)))
+    with LocalEngine(MIXED, rollout_layout(MIXED, 1, [[0]]), dtype=torch.bfloat16) as engine:
+        for wire in (None, torch.bfloat16):
+            WeightSync(source, engine, 0, wire_dtype=wire).push(trained, 1)
+            exact = {name for name, tensor in engine.targets().items() if tensor.dtype == torch.float32}
+            assert exact == {name for name in full if name.endswith(("norm.weight", "mlp.gate.weight"))}
+            assert all(torch.equal(engine.targets()[name], full[name]) for name in exact)
+            assert torch.equal(engine.targets()["lm_head.weight"][: MIXED.vocab], full["lm_head.weight"].bfloat16())
+        ((answer,),) = engine.generate([[5, 9, 11]], SamplingParams(max_tokens=12, ignore_eos=True))
+    assert all(logprob <= 0.0 for logprob in answer.logprobs)
+
+
+def test_a_saved_folder_has_the_dtypes_of_the_description_unless_one_is_asked_for(tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(FAMILIES._entries, "qwen3_moe", Mixed)
+    architecture = replace(QWEN3_MOE, norm_eps=3e-6)  # described by no other test
+    full = {name: tensor.bfloat16() for name, tensor in random_logical(architecture).items()}
+    for dtype, expected in ((None, {torch.bfloat16, torch.float32}), (torch.float16, {torch.float16})):
+        folder = tmp_path / str(dtype)
+        save_hf(hf_layout(architecture), full, architecture, folder, rank=0, dtype=dtype)
+        found = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in found.values()} == expected
+        assert all(torch.equal(tensor, full[name].to(tensor.dtype)) for name, tensor in found.items())
 
 
 def test_windows_of_two_sizes_are_refused_by_megatron_and_kept_apart_by_the_local_engine() -> None:
