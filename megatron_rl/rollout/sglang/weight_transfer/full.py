@@ -101,7 +101,7 @@ class FullTensors:
         """Collective over the replica: bucket after bucket by Hugging Face names; empty but on the first rank. The
         tensors of a bucket are overwritten by the next."""
         memory = torch.empty(0, dtype=torch.uint8)
-        logical = shifted(shards, self._layout, Layout("whole tensors", {}, lambda cell: ()), self._rank)
+        logical = shifted(shards, self._layout, Layout("whole tensors", {}, lambda replica: ()), self._rank)
         for names, resharder in self._planned():
             tensors: dict[str, Tensor] = {}
             if self._rank == self._leader:
