@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from megatron_rl.config import ConfigError
+from megatron_rl.engines.megatron.model.builder import transformer_config
 from megatron_rl.models import FAMILIES, hf_layout, logical_tensors, megatron_layout, rollout_layout
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.builder import transformer_config
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.family import ModelFamily, family_of
 from megatron_rl.models.hf_config import hf_config_from
