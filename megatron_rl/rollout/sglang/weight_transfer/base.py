@@ -47,6 +47,7 @@ class _Ready(NamedTuple):
     fault: str  # why it must not be
     is_misuse: bool  # the fault is the caller's: nothing of this call was written
     new_bytes: int  # that would have to move to shared memory
+    payload: Any  # what `prepare` gives, and so what need not be gathered by itself
     free_bytes: int  # there, as the first rank sees it; 0 = servers are on other machines
 
 
@@ -143,7 +144,8 @@ class WeightTransfer(ABC):
         self.shared = shared
         if not shards:
             return
-        self.send(shards)
+        payloads = [one.payload for one in ready]
+        self.send(shards, payloads if shared and all(payload is not None for payload in payloads) else None)
         for device in self._devices if self._verify else ():
             for name, tensor in shards.items():
                 self._sums[device][name] = server_checksum(tensor, device)
@@ -171,16 +173,25 @@ class WeightTransfer(ABC):
         """The update under way, if any, is given up."""
         if self._posting is not None:
             self._posting.cancel()
-        self._posting, self._written = None, set[str]()
+        self._posting, self._written, self.shared = None, set[str](), False
 
     def proof(self, url: str) -> RankSums | None:
         """The checksums of a server right after the last update of it; None = it was not asked for them. On the
         replica's first rank only."""
         return self._proofs[url].sums if url in self._proofs else None
 
+    def prepare(self, shards: Mapping[str, Tensor]) -> Any:
+        """What the first rank needs of this one to send a bucket that servers can map already; None = it is gathered
+        as it is sent."""
+        return None
+
     @abstractmethod
-    def send(self, shards: Mapping[str, Tensor]) -> None:
-        """Put a bucket on its way (`post`); all ranks of the replica together."""
+    def send(self, shards: Mapping[str, Tensor], prepared: Sequence[Any] | None) -> None:
+        """Put a bucket on its way (`post`); all ranks of the replica together.
+
+        Args:
+            prepared: by `prepare` of all ranks.
+        """
 
     async def complete(self, client: SGLangClient) -> None:  # noqa: B027  most have nothing left to do
         """After the last bucket."""
@@ -234,7 +245,10 @@ class WeightTransfer(ABC):
             fault, is_misuse = failure or fault, is_misuse and not failure
             here = all(_is_here(client.url) for client in self.clients)
             free = free_shared_memory() if here else 0
-        mine = _Ready(fault and f"rank {self.rank}: {fault}", is_misuse, unshared_bytes(shards.values()), free)
+        new_bytes = unshared_bytes(shards.values())
+        # The first bucket of an update finds out whether servers can map memory of this process at all.
+        payload = self.prepare(shards) if shards and self.shared and not fault and not new_bytes else None
+        mine = _Ready(fault and f"rank {self.rank}: {fault}", is_misuse, new_bytes, payload, free)
         ready: list[Any] = [mine] * len(self.ranks)
         if self.group is not None:
             dist.all_gather_object(ready, mine, group=self.group)

@@ -35,7 +35,7 @@ class FullTransfer(WeightTransfer):
         # The shards of two buckets, and on the first rank the whole tensors, once more as they travel.
         self.bucket_copies = 2 + 2 * len(set(self.layout.replica_of.values()))
 
-    def send(self, shards: Mapping[str, Tensor]) -> None:
+    def send(self, shards: Mapping[str, Tensor], prepared: Sequence[Any] | None) -> None:
         for tensors in self._collector(frozenset(shards)).collect(shards):
             self.lead(lambda tensors=tensors: self.send_whole(tensors))  # type: ignore[misc]
 

@@ -31,13 +31,16 @@ class ShardedTransfer(WeightTransfer):
             return shared_buffer(num_bytes)
         return super().new_buffer(num_bytes, device)
 
-    def send(self, shards: Mapping[str, Tensor]) -> None:
+    def prepare(self, shards: Mapping[str, Tensor]) -> list[list[str]]:
+        """Request -> server -> payload."""
         limit = self.bucket_bytes if self.shared else min(self.bucket_bytes, INLINE_BYTES)
         # A handle counts its one reader, so each server gets one of its own.
         count = self.num_servers if self.shared else 1
         cut = requests({name: tensor.nbytes for name, tensor in shards.items()}, limit)
-        mine = [[named_tensors({n: shards[n] for n in names}, self.shared) for _ in range(count)] for names in cut]
-        of_ranks = self.gather(mine)
+        return [[named_tensors({n: shards[n] for n in names}, self.shared) for _ in range(count)] for names in cut]
+
+    def send(self, shards: Mapping[str, Tensor], prepared: Sequence[list[list[str]]] | None) -> None:
+        of_ranks = prepared or self.gather(self.prepare(shards))
         self.post(lambda client: self._write(client, of_ranks))
 
     async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
