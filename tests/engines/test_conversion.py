@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from engines.megatron.model.parity_program import mixed_dtypes
 from models.oracle import ALL, LLAMA, QWEN3_MOE, random_logical
-from models.parity_program import mixed_dtypes
 from safetensors.torch import load_file, save_file
 from stored_arguments import forget_arguments
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
