@@ -205,15 +205,15 @@ def worst(value: float) -> float:
 def compare(packages: Mapping[str, Path], python: str, rounds: int) -> dict:
     """The figures of each package: a server, and four ranks of each that take turns."""
     from megatron_rl.rollout.sglang.model_folder import write_model_folder
-    from megatron_rl.rollout.sglang.server import ServerSettings, SGLangServer
+    from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
 
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=WAIT)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model_folder(folder / "model", ARCHITECTURE, None, "bfloat16")
-        settings = ServerSettings(python=python, context_length=64, max_total_tokens=256)
+        config = ServerConfig(python=python, context_length=64, max_total_tokens=256)
         options: dict[str, Any] = {"tp": TP, "max_running": 2, "with_tokenizer": False}
-        server = stack.enter_context(SGLangServer(folder / "model", settings, **options))
+        server = stack.enter_context(SGLangServer(folder / "model", config, **options))
         running = []
         for name, package in packages.items():
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]

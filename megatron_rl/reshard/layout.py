@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from megatron_rl.reshard.wire import WireFormat
+from megatron_rl.reshard.wire_format import WireFormat
 
 
 @dataclass(frozen=True, slots=True)

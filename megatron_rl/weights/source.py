@@ -100,9 +100,8 @@ class LayoutSource:
         return tensor in self._locations
 
     def dtype(self, tensor: str) -> torch.dtype:
-        place = self._places[tensor][0]
-        known = self._dtype
-        return known(place.rank, place.shard) if known else self._load(place.rank, place.shard).dtype
+        first, known = self._locations[tensor][0], self._dtype
+        return known(first.rank, first.shard) if known else self._load(first.rank, first.shard).dtype
 
     def read(self, span: Span) -> Tensor:
         pieces = [(_overlap(span, location.span), location) for location in self._locations[span.tensor]]
