@@ -1,16 +1,17 @@
 """Pushes into a real SGLang server: seconds, and extra memory of the trainer's ranks, at several limits on it.
 
 75M parameters of a Llama in bf16. Four gloo ranks hold them at TP2 x PP2; ranks 0 and 1 feed one server of two
-tensor-parallel ranks on this machine. The limits take turns. ``wall_s``: of the slowest rank, median over rounds.
-``peak_extra_bytes``: counted as buffers are allocated, on the worst rank. ``resident_growth_bytes``: how far the
-resident set of the worst rank grew during a push, as the kernel counts it, median of rounds of their own. Of this what
-a push does not allocate by itself is also part: messages to the server, the interpreter's own objects.
+tensor-parallel ranks on this machine. The limits take turns. ``wall_s``: of the slowest rank, median over rounds;
+``cpu_s``: of all ranks together, without the server's, median. ``peak_extra_bytes``: counted as buffers are allocated,
+on the worst rank. ``resident_growth_bytes``: how far the resident set of the worst rank grew during a push, as the
+kernel counts it, median of rounds of their own; what a push does not allocate by itself, such as messages to the server
+and the interpreter's own objects, is part of it.
 
 `bench_reshard.py` calls this. By itself it can compare with another checkout of this package, of today's interfaces or
 of the time when a whole copy of the weights was kept (``kept_bytes``): each has four ranks of its own, all push into
 the same server, and the packages take turns in each round.
 
-    python tools/push_to_sglang.py --sglang PYTHON [--package OTHER_CHECKOUT] [--rounds 9]
+    python tools/push_to_sglang.py --sglang PYTHON|URL [--package OTHER_CHECKOUT] [--rounds 9]
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ class Pushes:
     def __init__(self, syncs: Mapping[str, WeightSync], tensors: Mapping[str, Tensor], turns: Turns | None) -> None:
         self._syncs, self._tensors, self._turns, self._version = syncs, tensors, turns, 0
         self._reports: dict[str, Any] = {}
+        self._cpu: dict[str, list[float]] = {name: [] for name in syncs}
 
     def figures(self, rounds: int) -> dict:
         for name in self._syncs:  # plans, and is not counted
@@ -166,9 +168,10 @@ class Pushes:
         peak = getattr(report, "peak_bytes", report.transfer.peak_staging_bytes)
         return {
             "wall_s": round(statistics.median(seconds), 4),
-            "peak_extra_bytes": int(worst(peak + kept)),
+            "cpu_s": round(statistics.median(self._cpu[name]), 4),
+            "peak_extra_bytes": int(over_ranks(peak + kept)),
             "resident_growth_bytes": int(statistics.median(grown)),
-            "kept_bytes": int(worst(kept)),
+            "kept_bytes": int(over_ranks(kept)),
             "buckets": getattr(report, "num_buckets", 1),
             "buckets_over_the_limit": getattr(report, "num_oversized", 0),
         }
@@ -178,7 +181,7 @@ class Pushes:
         if self._turns is not None and dist.get_rank() == 0:
             self._turns.wait()
         dist.barrier()
-        found = worst(action())
+        found = over_ranks(action())
         if self._turns is not None:
             if dist.get_rank() == 0:
                 self._turns.done()
@@ -186,9 +189,11 @@ class Pushes:
         return found
 
     def _timed(self, name: str) -> float:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         self._push(name)
-        return time.perf_counter() - start
+        wall = time.perf_counter() - start
+        self._cpu[name].append(over_ranks(time.process_time() - cpu, dist.ReduceOp.SUM))
+        return wall
 
     def _push(self, name: str) -> float:
         self._version += 1
@@ -196,13 +201,13 @@ class Pushes:
         return 0.0
 
 
-def worst(value: float) -> float:
+def over_ranks(value: float, how: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> float:
     found = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
+    dist.all_reduce(found, how)
     return float(found)
 
 
-def compare(packages: Mapping[str, Path], python: str, rounds: int) -> dict:
+def compare(packages: Mapping[str, Path], where: str, rounds: int) -> dict:
     """The figures of each package: a server, and four ranks of each that take turns."""
     from megatron_rl.rollout.sglang.model_folder import write_model_folder
     from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
@@ -211,13 +216,14 @@ def compare(packages: Mapping[str, Path], python: str, rounds: int) -> dict:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         write_model_folder(folder / "model", ARCHITECTURE, None, "bfloat16")
-        config = ServerConfig(python=python, context_length=64, max_total_tokens=256)
+        config = ServerConfig(python=where, context_length=64, max_total_tokens=256)
         options: dict[str, Any] = {"tp": TP, "max_running": 2, "with_tokenizer": False}
-        server = stack.enter_context(SGLangServer(folder / "model", config, **options))
+        is_url = where.startswith("http")
+        url = where if is_url else stack.enter_context(SGLangServer(folder / "model", config, **options)).url
         running = []
         for name, package in packages.items():
             launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
-            own = [__file__, "--sglang", server.url, "--rounds", str(rounds), "--turns", name, str(store.port)]
+            own = [__file__, "--sglang", url, "--rounds", str(rounds), "--turns", name, str(store.port)]
             ranks = subprocess.Popen([*launch, *own], env=os.environ | {"PYTHONPATH": str(package)})
             stack.callback(ranks.terminate)
             running.append(ranks)
@@ -233,7 +239,7 @@ def compare(packages: Mapping[str, Path], python: str, rounds: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sglang", required=True, help="Python of SGLang's environment")
+    parser.add_argument("--sglang", required=True, help="Python of SGLang's environment, or the url of a server at TP2")
     parser.add_argument("--package", type=Path, help="root of another checkout to compare with")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--turns", nargs=2, metavar=("NAME", "PORT"), help=argparse.SUPPRESS)
