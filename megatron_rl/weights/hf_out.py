@@ -47,7 +47,6 @@ def save_hf(
     beside: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a folder that transformers, SGLang and vLLM load as it is. Collective over all ranks of ``layout``.
-
     The folder appears complete or not at all; all ranks must see one file system.
 
     Args:
@@ -57,8 +56,7 @@ def save_hf(
         transport: reaches all ranks of ``layout``; None takes the default process group, if there is one.
         hf_config: of the Hugging Face model the weights came from; None makes a fresh one. The first rank's counts,
             and so do its tokenizer and generation settings.
-        dtype: of all tensors in the files, or of each; None keeps that of most of ``tensors``, and gives those that
-            the model's description has in another dtype that one.
+        dtype: of all tensors in the files, or of each; None is that of ``tensors``, and the description's exceptions.
         max_shard_bytes: largest file; a rank needs this much memory, on the device of ``tensors``.
         overwrite: replace an existing folder.
         beside: called on every rank with the unfinished folder, for what else belongs into it.
@@ -70,8 +68,8 @@ def save_hf(
     transport = transport or default_transport()
     some = next(iter(tensors.values()))
     description = HFDescription(architecture, hf_config, tokenizer, generation_config)
-    dtypes = dtype or hf_layout(architecture).dtypes(some.dtype)
-    writer = HFFolderWriter(folder, description, dtypes, max_shard_bytes, overwrite)
+    dtype = dtype or hf_layout(architecture).dtypes(some.dtype)
+    writer = HFFolderWriter(folder, description, dtype, max_shard_bytes, overwrite)
     ranks = tuple(sorted(layout.replica_of))
     together = Agreement(transport.peers(ranks, rank, some.device), "nothing was published")
     with together.attempt():
