@@ -218,15 +218,15 @@ def test_a_server_that_would_serve_stale_derived_values_fails_the_push(
 ) -> None:
     server.post_load = transpose
     with engine_over(server, layout=DERIVING) as engine:
-        push(engine, 1)
+        push(engine, 1, cap=1 << 16)
         server.post_load = lambda weights: {}
         with pytest.raises(RuntimeError, match=f"does not hold the weights.*1 parameters differ.*{TRANSPOSED}"):
-            push(engine, 2)
+            push(engine, 2, cap=1 << 16)
         with pytest.raises(RuntimeError, match="middle of a weight update"):
             engine.generate([[5, 6]], SamplingParams(max_tokens=2))
         del server.weights[TRANSPOSED]  # plain attributes of a model are not among its checksums
         with caplog.at_level(logging.WARNING):
-            assert TRANSPOSED in push(engine, 3).unverified
+            assert TRANSPOSED in push(engine, 3, cap=1 << 16).unverified
     assert "cannot be verified" in caplog.records[-1].message
 
 
