@@ -7,7 +7,7 @@ from megatron_rl.reshard.certificate import Certificate, Measure, certify
 from megatron_rl.reshard.layout import Held, Layout, Shard, Span, Symmetry, block, stack_rows
 from megatron_rl.reshard.lazy_tensor import LazyTensor, Readable, shifted
 from megatron_rl.reshard.link_load import LinkLoad, LinkSpeeds, link_load
-from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer, plan_transfers
+from megatron_rl.reshard.plan import LocalCopy, RankPlan, ReshardPlan, Transfer
 from megatron_rl.reshard.resharder import Resharder, TransferReport
 from megatron_rl.reshard.topology import Topology
 from megatron_rl.reshard.transport import (
@@ -49,7 +49,6 @@ __all__ = [
     "block",
     "certify",
     "link_load",
-    "plan_transfers",
     "shifted",
     "stack_rows",
 ]

@@ -143,11 +143,6 @@ class ReshardPlan:
         )
 
 
-def plan_transfers(source: Layout, target: Layout, rank: int, topology: Topology | None = None) -> RankPlan:
-    """``ReshardPlan(source, target, topology).for_rank(rank)``."""
-    return ReshardPlan(source, target, topology).for_rank(rank)
-
-
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """Planning makes millions of records and no cycles: the cyclic collector would double its time."""

@@ -7,13 +7,9 @@ share of the prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from megatron_rl.config import ConfigError
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +51,3 @@ class RolloutPlacement:
         """Indices of the ``count`` prompts that ``replica`` answers: every n-th one, so that prompts that lie
         together (and are alike in length) are spread, and shares differ by one prompt at most."""
         return range(replica, count, len(self.ranks) // self.tp)
-
-    def merge(self, shares: Sequence[Sequence[T]]) -> list[T]:
-        """Undo `share`: ``shares[i]`` holds replica i's results in its own order; returns them in prompt order.
-
-        Raises:
-            ValueError: the shares are not those of one batch.
-        """
-        count = sum(len(share) for share in shares)
-        merged: dict[int, T] = {}
-        for replica, share in enumerate(shares):
-            indices = self.share(count, replica)
-            if len(indices) != len(share):
-                raise ValueError(
-                    f"replica {replica} returned {len(share)} results for its {len(indices)} of {count} prompts"
-                )
-            merged.update(zip(indices, share, strict=True))
-        return [merged[index] for index in range(count)]

@@ -79,7 +79,11 @@ def main() -> None:
 
 
 def report(model: PreTrainedModel, version: int, placement: RolloutPlacement, shares: list, pushed: float) -> None:
-    merged = placement.merge([answers for answers, _, _ in shares])
+    parts = {index: placement.share(len(PROMPTS), index) for index in range(len(shares))}
+    merged: list = [None] * len(PROMPTS)
+    for index, (answers, _, _) in enumerate(shares):
+        for prompt, group in zip(parts[index], answers, strict=True):
+            merged[prompt] = group
     assert [len(group) for group in merged] == [2] * len(PROMPTS)
     assert all(c.policy_version_spans == [(version, 12)] for group in merged for c in group)
     assert len({url for _, urls, _ in shares for url in urls}) == 2, "each replica has a server of its own"

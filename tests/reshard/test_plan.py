@@ -10,7 +10,7 @@ from reshard.random_layouts import rows_layout
 
 from megatron_rl.models import megatron_layout, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
-from megatron_rl.reshard import Layout, ReshardPlan, Shard, Span, Topology, plan_transfers
+from megatron_rl.reshard import Layout, ReshardPlan, Shard, Span, Topology
 from megatron_rl.reshard.certificate import certify
 from megatron_rl.reshard.index import LayoutIndex, SourceIndex, patterns_of
 
@@ -88,7 +88,7 @@ def test_what_a_rank_stores_twice_is_received_once() -> None:
 
 
 def test_a_rank_outside_both_layouts_has_nothing_to_do() -> None:
-    part = plan_transfers(rows_layout("a", [0], 1), rows_layout("b", [1], 1), rank=9)
+    part = ReshardPlan(rows_layout("a", [0], 1), rows_layout("b", [1], 1)).for_rank(9)
     assert (part.sends, part.receives, part.copies) == ((), (), ())
 
 
@@ -118,7 +118,7 @@ def test_a_plan_that_looks_at_one_tensor_of_each_kind_is_the_same_plan(architect
     assert all(plan.for_rank(rank) == slow.for_rank(rank) for rank in plan.ranks)
 
 
-def test_the_index_of_a_large_layout_grows_with_cells_not_ranks() -> None:
+def test_the_index_of_a_large_layout_grows_with_replica_groups_not_ranks() -> None:
     def index(world: int) -> SourceIndex:
         return SourceIndex(megatron_layout(QWEN3_MOE, RankGrid(ParallelSizes(tp=2, pp=2, ep=2), world), 64))
 

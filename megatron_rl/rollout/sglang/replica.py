@@ -1,25 +1,29 @@
 """`Replica`: one rank's place among the ranks that share servers, and how the first of them calls the others.
 
-While the first rank waits for answers, the others wait for its calls: to write weights again, or that all is done.
-A call comes at least every so often, because collectives give up after a time.
+While the first rank waits for answers, the others wait for its calls: to write weights again, or that generation has
+ended. A call comes at least every so often, because collectives give up after a time. Whether generation succeeded is
+then agreed on, as everywhere (`parallel.agreement`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 import torch.distributed as dist
 
 from megatron_rl.config import ConfigError
+from megatron_rl.parallel.agreement import Agreement, Alone, GroupPeers
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.base import ServersLostError
 
-Call = Literal["wait", "rewrite", "done", "lost", "failed"]
+Call = Literal["wait", "rewrite", "done", "lost"]
 
 
 @dataclass
@@ -32,10 +36,13 @@ class Replica:
     ranks: tuple[int, ...]  # global ranks, in the order of the servers' tensor-parallel ranks
     rank: int
     group: dist.ProcessGroup | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where the group's backend takes tensors
     _called: float = field(default_factory=time.monotonic, repr=False)
 
     @classmethod
-    def of(cls, layout: Layout, rank: int, group: dist.ProcessGroup | None) -> Replica:
+    def of(
+        cls, layout: Layout, rank: int, group: dist.ProcessGroup | None, device: torch.device | str = "cpu"
+    ) -> Replica:
         """The replica of ``rank`` in a `rollout_layout`; collective over ``group``.
 
         Raises:
@@ -46,7 +53,8 @@ class Replica:
             raise ConfigError(f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {order})")
         tp = len(set(layout.replica_of.values()))
         index = order.index(rank) // tp
-        replica = cls(index, len(order) // tp, tp, tuple(order[index * tp : (index + 1) * tp]), rank, group)
+        ranks = tuple(order[index * tp : (index + 1) * tp])
+        replica = cls(index, len(order) // tp, tp, ranks, rank, group, torch.device(device))
         hosts = replica.gather(socket.gethostname())
         if len(set(hosts)) > 1:
             raise ConfigError(
@@ -78,34 +86,40 @@ class Replica:
         if time.monotonic() - self._called >= seconds:
             self.call("wait")
 
+    @functools.cached_property
+    def agreement(self) -> Agreement:
+        """Of the replica's ranks."""
+        peers = Alone(self.rank) if self.group is None else GroupPeers(self.group, self.device)
+        return Agreement(peers)
+
     @contextlib.contextmanager
     def calling(self) -> Iterator[None]:
-        """On the first rank: the others are let go at the end, with an error where there was one here."""
+        """On the first rank, beside `rewrites` on the others: the last call at the end, and the vote on how it went."""
         self._called = time.monotonic()
-        try:
-            yield
-        except ServersLostError:
-            self.call("lost")
-            raise
-        except BaseException:
-            self.call("failed")
-            raise
-        self.call("done")
+        lost: ServersLostError | None = None
+        with self.agreement.attempt("generation"):
+            last: Call = "done"
+            try:
+                yield
+            except ServersLostError as error:
+                last, lost = "lost", error
+            finally:
+                self.call(last)
+        if lost is not None:
+            raise lost
 
-    def calls(self) -> Iterator[Call]:
-        """On the other ranks: each call, until the last.
+    def rewrites(self) -> Iterator[None]:
+        """On the other ranks, beside `calling` on the first: each call to write weights again, until generation ends.
 
         Raises:
             ServersLostError: the first rank's servers hold no weights.
-            RuntimeError: the first rank failed.
+            PeerError: the first rank failed.
         """
-        while True:
-            received: list[Call] = ["wait"]
-            dist.broadcast_object_list(received, src=self.ranks[0], group=self.group)
-            if received[0] == "lost":
-                raise ServersLostError(f"the servers of rank {self.ranks[0]} hold no weights any more", {})
-            if received[0] == "failed":
-                raise RuntimeError(f"rank {self.ranks[0]}, which talks to the servers, failed: see its message")
-            if received[0] == "done":
-                return
-            yield received[0]
+        received: list[Call] = ["wait"]
+        with self.agreement.attempt("generation"):
+            while received[0] not in ("done", "lost"):
+                dist.broadcast_object_list(received, src=self.ranks[0], group=self.group)
+                if received[0] == "rewrite":
+                    yield
+        if received[0] == "lost":
+            raise ServersLostError(f"the servers of rank {self.ranks[0]} hold no weights any more", {})

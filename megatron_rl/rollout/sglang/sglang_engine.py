@@ -92,7 +92,7 @@ class SGLangEngine(RolloutEngine):
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
         self.max_context = self.config.server.context_length or architecture.max_positions
         check_served(architecture, self.max_context)
-        self.replica = Replica.of(layout, rank, tp_group)
+        self.replica = Replica.of(layout, rank, tp_group, device)
         self._gate, self._asleep = UpdateGate(), set[str]()
         self._shards: Mapping[str, torch.Tensor] = {}  # the caller's, of `load_shards`
         self._shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
@@ -108,7 +108,13 @@ class SGLangEngine(RolloutEngine):
                 self.config, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
             )
         self._transfer = TRANSFERS[self.config.delivery](
-            loop=self._loop, layout=layout, rank=rank, dtype=dtype, tp_group=tp_group, **self.config.delivery_options
+            loop=self._loop,
+            layout=layout,
+            rank=rank,
+            dtype=dtype,
+            tp_group=tp_group,
+            device=device,
+            **self.config.delivery_options,
         )
         expected = ServerLayout.of(layout, dtype)
         self._membership = Membership(members, self.config.retry_policy, expected, self._transfer.runs_loader)
@@ -329,12 +335,11 @@ class SGLangEngine(RolloutEngine):
 
     def _follow(self) -> None:
         """The other ranks' part in `generate`: bring their shards when they are called for."""
-        for call in self.replica.calls():
-            if call == "rewrite":
-                try:
-                    self._write_all(self._shards)
-                except RuntimeError as error:
-                    logger.warning("weights could not be written anew: %s", error)
+        for _ in self.replica.rewrites():
+            try:
+                self._write_all(self._shards)
+            except RuntimeError as error:
+                logger.warning("weights could not be written anew: %s", error)
 
     # --- memory and end --------------------------------------------------------------------------------------------
 

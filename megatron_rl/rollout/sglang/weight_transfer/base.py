@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.parallel.agreement import Agreement, Alone, GroupPeers
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 from megatron_rl.reshard.buckets import shard_dtype
@@ -59,6 +60,7 @@ class WeightTransfer(ABC):
         layout: of the rollout weights; ``layout.shards(rank)`` are this rank's.
         dtype: of the servers' weights, but those that ``layout`` gives another one.
         tp_group: the replica's ranks, in the order of the servers' tensor-parallel ranks; None = this rank alone.
+        device: where the group's backend takes tensors.
         bucket_bytes: of one request, on each rank; a larger shard goes alone.
         verify: compare the servers' checksums with those of the shards; one pass over all weights on either side.
     """
@@ -75,6 +77,7 @@ class WeightTransfer(ABC):
         rank: int,
         dtype: torch.dtype,
         tp_group: dist.ProcessGroup | None,
+        device: torch.device | str = "cpu",
         bucket_bytes: int = REQUEST_BYTES,
         verify: bool = True,
     ) -> None:
@@ -85,6 +88,7 @@ class WeightTransfer(ABC):
             self._recomputed.setdefault(tensor.source, []).append(tensor)
         self._refuse_stale()
         self.ranks = [rank] if tp_group is None else dist.get_process_group_ranks(tp_group)
+        self.agreement = Agreement(Alone(rank) if tp_group is None else GroupPeers(tp_group, device))
         self.shapes = {shard.name: shard.shape for shard in layout.shards(rank)}
         self._dtypes = {shard.name: shard_dtype(shard, layout.dtypes(dtype)) for shard in layout.shards(rank)}
         self._proofs: dict[str, Proof] = {}  # by url, on the first rank
@@ -212,18 +216,20 @@ class WeightTransfer(ABC):
         Raises:
             RuntimeError: it failed; on every rank.
         """
-        failure: Exception | None = None
-        told: list[Any] = [None, None]
-        if self.leads:
+        results: list[Any] = [None]
+
+        def act() -> None:
             try:
-                told[1] = action()
-            except Exception as error:
-                failure, told[0] = error, f"{type(error).__name__}: {error}"
+                results[0] = action()
+            except Exception as error:  # of one type on every rank: a push is retried by all of them or none
+                raise RuntimeError(f"weights were not delivered: {type(error).__name__}: {error}") from error
+
+        with self.agreement.attempt("writing weights to the servers") as attempt:
+            if self.leads:
+                attempt.run(act)
         if self.group is not None:
-            dist.broadcast_object_list(told, src=self.ranks[0], group=self.group)
-        if told[0] is not None:
-            raise RuntimeError(f"weights were not delivered: {told[0]}") from failure
-        return told[1]
+            dist.broadcast_object_list(results, src=self.ranks[0], group=self.group)
+        return results[0]
 
     def post(self, action: Callable[[SGLangClient], Post]) -> None:
         """On the first rank: begin ``action`` on all servers at once, beside what this thread does next."""
