@@ -56,9 +56,9 @@ class MicroBatch:
     members: tuple[int, ...]  # indices of the batch's sequences
     cu_seqlens: Tensor | None  # [s + 1] int32 of the padded sequences over all cp ranks; None = padded rows
 
-    def input_ids(self, batch: Batch, pad_id: int = 0) -> Tensor:
-        """``[rows, columns]`` int64."""
-        return gather(batch.tokens["input_ids"], self.input_index, pad_id).view(self.rows, self.columns)
+    def input_ids(self, batch: Batch) -> Tensor:
+        """``[rows, columns]`` int64; 0 on padding."""
+        return gather(batch.tokens["input_ids"], self.input_index).view(self.rows, self.columns)
 
     def labels(self, batch: Batch) -> Tensor:
         """The token predicted at each position, ``[n]`` int64; 0 where none is."""

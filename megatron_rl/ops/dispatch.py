@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: the folder is the registry.
+"""Which implementation of an operation runs; the files of its folder are the choices.
 
 `megatron_rl/ops/<op>/<implementation>.py` holds a callable named `<op>`; adding the file registers it. A module that
 needs more than torch also has `requires(device_type)`, which raises `UnavailableError` with the reason. `choose` takes
@@ -162,13 +162,13 @@ def _forced_by_environment(text: str) -> dict[str, str]:
     return forced
 
 
-def availability(device_types: tuple[str, ...] = ("cuda", "cpu")) -> list[Availability]:
+def availability() -> list[Availability]:
     """Every implementation of every operation, whether it can run, and why not (loads them: may compile once)."""
     rows = []
     for op in operations():
         for name in implementations(op):
-            for device_type in device_types:
-                if name not in PREFERENCE.get(device_type, ANY_DEVICE):
+            for device_type, preferred in PREFERENCE.items():
+                if name not in preferred:
                     continue
                 try:
                     load(op, name, device_type)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as megatron_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,10 +22,10 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
-from megatron_rl.parallel.groups import gather_objects, own_group, ranks_of, world_group
+from megatron_rl.parallel.groups import gather_objects, own_group, ranks_of
 
 T = TypeVar("T")
-Axis = Literal["tp", "pp", "cp", "dp", "dp_cp", "ep", "etp", "edp", "model", "world"]
+Axis = Literal["tp", "pp", "cp", "dp", "dp_cp", "ep", "etp", "edp"]
 
 # Our name of an axis, Megatron-Core's name of its group, and the axes along which the group's ranks differ.
 AXES: tuple[tuple[Axis, str, tuple[str, ...]], ...] = (
@@ -208,36 +207,8 @@ class ParallelContext:
         return self.collection.dp
 
     @property
-    def dp_cp_group(self) -> dist.ProcessGroup:
-        return self.collection.dp_cp
-
-    @property
-    def ep_group(self) -> dist.ProcessGroup:
-        return self.collection.ep
-
-    @property
-    def etp_group(self) -> dist.ProcessGroup:
-        return self.collection.expt_tp
-
-    @property
-    def edp_group(self) -> dist.ProcessGroup:
-        return self.collection.expt_dp
-
-    @property
-    def embedding_group(self) -> dist.ProcessGroup | None:
-        """First and last stage, which share a tied embedding; None on the stages between."""
-        return getattr(self.collection, "embd", None)
-
-    @property
-    def world_group(self) -> dist.ProcessGroup:
-        return world_group()
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.coordinates.pp == 0
-
-    @property
     def is_last_stage(self) -> bool:
+        """Whether this is the last pipeline stage, where logits and losses are."""
         return self.coordinates.pp == self.sizes.pp - 1
 
     @property
@@ -245,28 +216,6 @@ class ParallelContext:
         """Whether this is the first rank of its replica, all of whose ranks hold the same samples."""
         at = self.coordinates
         return at.tp == at.pp == at.cp == 0
-
-    @property
-    def is_output_rank(self) -> bool:
-        """True where logits and losses exist: on the last pipeline stage."""
-        return self.is_last_stage
-
-    def group(self, axis: Axis) -> dist.ProcessGroup:
-        """The group of this rank along ``axis``."""
-        return getattr(self, f"{axis}_group")
-
-    def all_reduce_sum(self, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-        """Sum ``tensor`` over ``axis`` in place, and return it."""
-        group = self.group(axis)
-        if group.size() > 1:
-            dist.all_reduce(tensor, group=group)
-        return tensor
-
-    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Overwrite ``tensor`` on all pipeline stages with the last stage's, in place, and return it."""
-        if self.sizes.pp > 1:
-            dist.broadcast(tensor, src=ranks_of(self.pp_group)[-1], group=self.pp_group)
-        return tensor
 
     @functools.cached_property
     def agreement(self) -> Agreement:

@@ -45,7 +45,7 @@ class AcceleratedPart:
 def describe_environment() -> str:
     """The report of `megatron-rl info`. Looking at compiled operations may build them once."""
     platform = current_platform()
-    rows = availability(("cuda", "cpu"))
+    rows = availability()
     sections = {
         f"megatron-rl {__version__}": versions(),
         "Device": device_lines(platform),
