@@ -44,7 +44,7 @@ MRL_INLINE void convert(const S* __restrict src, D* __restrict dst, int64_t n) {
   for (int64_t i = 0; i < n; ++i) dst[i] = Cast<D>::from(src[i]);
 }
 
-// Reads and writes take turns by the line, so that neither waits for the other; the processor's own prefetching stops
+// Reads and writes alternate line by line, so that neither waits for the other; the processor's own prefetching stops
 // at the end of a page, so each page asks for the next.
 template <class S, class D, void (*Store)(void*, const void*)>
 MRL_INLINE void stream(const S* __restrict src, D* __restrict dst, int64_t num_lines) {

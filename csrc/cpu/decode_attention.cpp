@@ -1,5 +1,5 @@
-// decode_attention: one new token per sequence. Each (sequence, key head) is one task: turn its queries and its key by
-// their position, put key and value into the cache, and attend to what the cache holds of this sequence, no more.
+// decode_attention: one new token per sequence. Each (sequence, key head) is one task: rotate its queries and key by
+// their position, put key and value into the cache, and attend to this sequence's part of the cache.
 #include <algorithm>
 #include <cmath>
 #include <vector>

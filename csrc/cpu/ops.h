@@ -21,7 +21,7 @@ void span_checksum(const void* const* tensors, const ChecksumSpan* spans, int64_
 
 // One layer's attention of one new token per sequence; float32, contiguous.
 struct DecodeAttention {
-  float* qkv;                // [rows, q_heads + 2 * kv_heads, head_dim]; queries and keys are turned in place
+  float* qkv;                // [rows, q_heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
   const float* cos;          // [rows, head_dim]
   const float* sin;          // [rows, head_dim], negative in the first half
   float* cache;              // [rows or more, kv_heads, 2, length, head_dim]

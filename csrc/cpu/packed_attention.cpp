@@ -37,7 +37,7 @@ MRL_INLINE void rows(const float* from, int64_t stride, int64_t count, int64_t d
   }
 }
 
-// Turns one head of a token at `position` (Su et al. 2021, arXiv:2104.09864), dimension i with i + dim / 2; -1: back.
+// Rotates one head of a token at `position` (Su et al. 2021, arXiv:2104.09864), dimension i with i + dim / 2; -1: back.
 MRL_INLINE void rotate(const Rotary& rotary, int64_t position, float direction, int64_t dim, float* x) {
   const int64_t half = dim / 2;
   const float* const cos = rotary.cos + position * half;
@@ -49,7 +49,7 @@ MRL_INLINE void rotate(const Rotary& rotary, int64_t position, float direction, 
   }
 }
 
-// The keys of a segment and group, turned: [num_keys, padded dim].
+// The keys of a segment and group, rotated: [num_keys, padded dim].
 MRL_INLINE void keys_in_rows(const PackedAttention& a, const AttentionSegment& at, int64_t group, float* to) {
   const int64_t padded_dim = round_up(a.dim, kLanes);
   rows(a.key.at(at.first_key, group), a.key.token, at.num_keys, a.dim, padded_dim, to);
@@ -127,7 +127,7 @@ MRL_INLINE float softmax_row(float* scores, int64_t count, float scale, float* m
   return sum;
 }
 
-// Four queries from the i-th of a segment, turned; those that do not exist are 0.
+// Four queries from the i-th of a segment, rotated; those that do not exist are 0.
 MRL_INLINE void load_queries(const PackedAttention& a, const AttentionSegment& at, int64_t i, int64_t head,
                              float* to) {
   for (int64_t r = 0; r < kRows; ++r) {

@@ -69,7 +69,7 @@ void add_rms_norm(Tensor hidden, Tensor delta, Tensor weight, Tensor out, double
 
 mrl::TokenHeads token_heads(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
 
-// rotary: [2, positions, dim / 2], cosines and sines; no positions: none.
+// rotary: [2, positions, dim / 2], cosines and sines; no positions = no rotation.
 mrl::Rotary rotary_of(const Tensor& rotary) {
   if (rotary.size(1) == 0) return {nullptr, nullptr};
   return {floats(rotary), floats(rotary) + rotary.stride(0)};
@@ -162,7 +162,7 @@ void fold_logits(Tensor logits, Tensor targets, Tensor maximum, Tensor total, Te
   mrl::fold_logits(tile, logits.size(0), static_cast<int>(type), static_cast<int>(num_threads));
 }
 
-// grad_entropy: [0] where none flows.
+// grad_entropy: [0] where no gradient flows through entropies.
 void grad_logits(Tensor logits, Tensor targets, Tensor maximum, Tensor log_total, Tensor grad_logprob,
                  Tensor grad_entropy, Tensor entropy, int64_t first_row, double temperature, int64_t type,
                  int64_t num_threads) {

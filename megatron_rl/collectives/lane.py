@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_rl.collectives.link import Link, split
 from megatron_rl.ops.accumulate import accumulate
 
-POLL = 2e-4  # seconds between looks
-PATIENCE = 3  # time limits that an exchange may take at all, where there are several links
-VOTE = 8  # time limits that nodes may come to a vote apart: two exchanges, on either side
+POLL = 2e-4  # seconds between polls
+PATIENCE = 3  # with several links: the longest that an exchange may take, in time limits
+VOTE = 8  # how far apart nodes may reach a vote, in time limits: two exchanges on either side
 
 
 class Lane:
@@ -83,7 +83,7 @@ class Lane:
     def vote(self, mask: int, usable: Iterable[int]) -> int | None:
         """The bitwise or of all nodes' masks, by whichever link answers first; None where none does.
 
-        Nodes come here apart, when one of them waited for a link that failed.
+        Nodes reach this at different times when one of them waited for a link that failed.
         """
         limit = VOTE * self.timeout + 1
         votes = {}

@@ -36,7 +36,7 @@ class LibraryPath:
             self.finish(self._group._allgather_base(out, tensor, dist.AllgatherOptions()))
 
     def agree(self, figures: Tensor) -> None:
-        """Rank 0's ``figures``, a CPU tensor, on all ranks, in place."""
+        """Broadcast rank 0's ``figures``, a CPU tensor, to all ranks, in place."""
         on_device = figures.to(self._device)
         self.finish(self._group.broadcast([on_device], dist.BroadcastOptions()))
         figures.copy_(on_device)

@@ -21,7 +21,7 @@ def weigh_links(pipelines: Pipelines, agree: Callable[[torch.Tensor], None]) -> 
     """Set the shares of the links; collective, a few seconds.
 
     Args:
-        agree: rank 0's fp64 tensor on all ranks, in place.
+        agree: broadcasts rank 0's fp64 tensor to all ranks, in place.
     """
     path = pipelines.paths[0]
     all_links, rows = dict(path.shares), []

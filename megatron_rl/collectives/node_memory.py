@@ -2,8 +2,8 @@
 
     slot 0 | slot 1 | ... | result          one slot a rank to write its input to, one area for the node's result
 
-Before them lies a line for each rank: the barrier's count, a word that the rank says to the others (`say`, `heard`),
-and its process. The file is unlinked as soon as all ranks have mapped it: nothing is left behind when one is killed.
+Before the slots there is a cache line for each rank: the barrier's count, a word for the other ranks (`say`, `heard`),
+and its process id. The file is unlinked as soon as all ranks have mapped it: nothing is left behind when one is killed.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import Tensor
 
 LINE = 64  # bytes of a cache line: a rank's words never share one with another's
 SHARED = Path("/dev/shm")
-SPINS = 200  # yields of the processor before a barrier sleeps between its looks
+SPINS = 200  # yields of the processor before a barrier sleeps between polls
 NAP = 5e-5  # seconds
-CHECK = 1000  # looks between two questions whether the late ranks still run
+CHECK = 1000  # polls between two checks that the late ranks still run
 
 
 class CollectiveError(RuntimeError):
@@ -110,7 +110,7 @@ def _whole_lines(count: int) -> int:
 
 
 def _shared_map(store: dist.Store, rank: int, size: int, total: int, timeout: float) -> mmap.mmap:
-    """Rank 0 makes the file and says its name; all map it; then it is unlinked."""
+    """Rank 0 creates the file and publishes its name; every rank maps it; then it is unlinked."""
     if rank == 0:
         descriptor, name = tempfile.mkstemp(prefix="megatron_rl_", dir=SHARED if SHARED.is_dir() else None)
         os.posix_fallocate(descriptor, 0, total)  # a full /dev/shm is an error here, not a SIGBUS later

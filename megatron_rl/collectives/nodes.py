@@ -1,8 +1,7 @@
 """`NodeMap`: which ranks of a group share a machine, and so its memory.
 
-Ranks find out by what each one says of itself (`identity`), exchanged once through the group's store. All collectives
-of this room number nodes by their first rank, and the ranks of a node in rank order: that order is also the order of
-every sum.
+Each rank publishes its `identity` once through the group's store. All collectives here number nodes by their first
+rank, and the ranks of a node in rank order; every sum is taken in that order.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class NodeMap:
 
     @classmethod
     def of(cls, identities: Sequence[str]) -> NodeMap:
-        """From what each rank says of itself, in rank order."""
+        """From the identity of each rank, in rank order."""
         members: dict[str, list[int]] = {}
         for rank, name in enumerate(identities):
             members.setdefault(name, []).append(rank)
@@ -58,7 +57,7 @@ class NodeMap:
 
     @functools.cached_property
     def lanes(self) -> int:
-        """Ranks of each node that speak to other nodes: as many as the smallest node has."""
+        """Ranks of each node that exchange data with other nodes: as many as the smallest node has."""
         return min(len(ranks) for ranks in self.nodes)
 
     def place(self, rank: int) -> tuple[int, int]:

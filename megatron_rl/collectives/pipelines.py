@@ -1,6 +1,6 @@
 """`Pipelines`: two hierarchical paths that halve each message, so that one sums while the other sends.
 
-Each has its own memory, process groups and thread. What an element is added to does not depend on which half it is in.
+Each has its own memory, process groups and thread. The sum of an element does not depend on which half it is in.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SMALLEST = 1 << 18  # bytes of a half: below, latency counts more than overlap
 
 
 class Pipelines:
-    """See `HierarchicalPath` for what the arguments mean; used by one thread at a time."""
+    """Arguments as for `HierarchicalPath`; used by one thread at a time."""
 
     def __init__(
         self, store: dist.Store, rank: int, nodes: NodeMap, config: CollectivesConfig, device: torch.device

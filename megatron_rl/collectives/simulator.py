@@ -13,11 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.ranges import Positive
 
 GIGA = 1e9
 MISSION = 0.37  # less communication time than the library, the figure that is asked for
@@ -43,11 +44,11 @@ class LinkConfig(ConfigRecord):
 class ClusterConfig(ConfigRecord):
     """Nodes of one kind and the links of each."""
 
-    nodes: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    nodes: tuple[Annotated[int, Field(ge=1)], ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
     """Numbers of nodes to look at."""
     ranks_per_node: int = Field(default=8, ge=1)
     """Data-parallel ranks of one group on a node."""
-    megabytes: tuple[float, ...] = (4.0, 64.0, 1024.0)
+    megabytes: tuple[Positive, ...] = (4.0, 64.0, 1024.0)
     """MB (2**20 bytes) of fp32 messages; Megatron's gradient buckets are 40 million elements by default."""
     inside: LinkConfig
     """From rank to rank of a node: NVLink, PCIe or host memory."""

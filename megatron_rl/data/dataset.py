@@ -25,10 +25,10 @@ from megatron_rl.data.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects: another one in every process
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the repr of objects: differs between processes
 
 T = TypeVar("T")
-Settings = TypeVar("Settings", bound="TokenisedDataset.Config")
+ConfigT = TypeVar("ConfigT", bound="TokenisedDataset.Config")
 
 
 class SkipRowError(Exception):
@@ -41,9 +41,9 @@ class SkipRowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model that will see the data can take; None = not known yet."""
+    """Limits of the model that will train on the data; None = not known yet."""
 
-    vocab: int | None = None  # every token id lies below it
+    vocab: int | None = None  # every token id is below it
     context: int | None = None  # tokens of a sequence
     response: int = 0  # tokens of the context that are kept free for an answer (max_tokens)
 
@@ -88,12 +88,12 @@ class Limits:
             )
 
 
-class TokenisedDataset(Generic[T, Settings]):
+class TokenisedDataset(Generic[T, ConfigT]):
     """A fixed list of records.
 
     Args:
         source: a path or glob pattern, a `datasets.Dataset` or a list of dicts; None means ``config.path``.
-        limits: of the model, where it is known: what it cannot take is refused, or skipped where ``overlong`` says so.
+        limits: of the model, where it is known: rows that exceed them are refused, or skipped if ``overlong`` says so.
 
     Attributes:
         skipped: number of rows left out, by reason.
@@ -104,14 +104,14 @@ class TokenisedDataset(Generic[T, Settings]):
     """
 
     class Config(ConfigRecord):
-        """What every data set can be told."""
+        """Options of every data set."""
 
         path: str = ""
         """File or glob pattern: .jsonl, .jsonl.gz, .json or .parquet. Empty when a data set is given in Python."""
         max_records: int | None = Field(default=None, ge=1)
         """Read only so many rows."""
 
-    def __init__(self, source: Any, tokenizer: Tokenizer, config: Settings, limits: Limits | None = None) -> None:
+    def __init__(self, source: Any, tokenizer: Tokenizer, config: ConfigT, limits: Limits | None = None) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.limits = limits or Limits()
@@ -137,7 +137,7 @@ class TokenisedDataset(Generic[T, Settings]):
         raise NotImplementedError
 
     def check(self, limits: Limits) -> None:
-        """Look whether a model of these limits can take all records, for data that were made without them.
+        """Check that a model with these limits can take all records, for a data set built without them.
 
         Raises:
             DataError: a record has a token outside of the vocabulary, or is longer than the context.
@@ -149,8 +149,8 @@ class TokenisedDataset(Generic[T, Settings]):
 
     @cached_property
     def digest(self) -> str:
-        """Of what all records train on: their tokens, answers, labels and margins, but not their other columns. The
-        same on every rank and in every run."""
+        """A hash of what all records train on: their tokens, answers, labels and margins, but not their other columns.
+        The same on every rank and in every run."""
         found = hashlib.blake2b(digest_size=8)
         for item in self.items:
             for row in self.token_rows(item):
@@ -159,7 +159,7 @@ class TokenisedDataset(Generic[T, Settings]):
         return found.hexdigest()
 
     def truth(self, item: T) -> object:
-        """What a record says beside its tokens: an answer, a label, a margin."""
+        """The answer, label or margin of a record."""
         return None
 
     def token_rows(self, item: T) -> Iterable[Sequence[int]]:

@@ -47,12 +47,12 @@ def epoch_order(num_items: int, seed: int, epoch: int, shuffle: bool = True) -> 
 
 
 class GlobalBatchLoader(Generic[T]):
-    """Endless: batches run on across the end of an epoch, so all of them are full.
+    """Endless: a batch that reaches the end of an epoch continues with the next one, so all batches are full.
 
     Args:
         batch_size: records of a global batch, over all data-parallel ranks.
-        replica: the actor, or its `ParallelContext`: its data-parallel place decides about this rank's part. None:
-            one process takes all.
+        replica: the actor, or its `ParallelContext`: its data-parallel coordinate selects this rank's part. None: one
+            process takes all.
 
     Raises:
         ConfigError: ``replica`` is something else, or ``batch_size`` is not a positive multiple of the data-parallel
@@ -70,9 +70,7 @@ class GlobalBatchLoader(Generic[T]):
     ) -> None:
         context: Any = getattr(replica, "context", replica)
         if context is not None and not hasattr(context, "coordinates"):
-            raise ConfigError(
-                f"replica={replica!r} is no place among data-parallel ranks: give the actor, or its context"
-            )
+            raise ConfigError(f"replica={replica!r} has no data-parallel coordinate: pass the actor, or its context")
         dp_rank, dp_size = (context.coordinates.dp, context.dp_size) if context is not None else (0, 1)
         if batch_size < 1 or batch_size % dp_size:
             raise ConfigError(

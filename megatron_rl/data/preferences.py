@@ -1,7 +1,7 @@
 """`PairDataset`: a prompt with a chosen and a rejected completion, for DPO and its kin and for reward models.
 
-Rows may be plain text or messages; without a prompt column, what chosen and rejected begin with in common is the
-prompt (as in TRL's `extract_prompt`).
+Rows may be plain text or messages; without a prompt column, the common prefix of chosen and rejected is the prompt (as
+in TRL's `extract_prompt`).
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def read_pair(records: Records, index: int, prompt: str, chosen: str, rejected: 
 def extract_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text] | None:
     """(prompt, chosen, rejected) from completions that both begin with the prompt; None when they share nothing.
 
-    Texts are cut before the last white space that they share, lest a word be cut in two. Of equal completions the last
-    message, or the last word, is the completion.
+    Texts are cut before the last white space that they share, so that no word is cut in two. Of equal completions the
+    last message, or the last word, is the completion.
     """
     if isinstance(chosen, str) != isinstance(rejected, str):
         return None

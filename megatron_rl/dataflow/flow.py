@@ -26,20 +26,20 @@ class FlowError(ValueError):
 class Stage:
     """One step: ``run(batch)`` mutates the batch so that every field in ``writes`` is there afterwards."""
 
-    name: str  # "actor.sample": the part, then the verb
+    name: str  # "actor.sample": role or algorithm, then the verb
     run: Callable[[Batch], None]
     reads: tuple[str, ...] = ()  # fields that must be in the batch
     writes: tuple[str, ...] = ()  # fields that are in the batch afterwards
-    place: str = ""  # where it runs, for people: "TP2 x PP2", "rollout TP1", "host"
+    place: str = ""  # where it runs, for printing: "TP2 x PP2", "rollout TP1", "host"
     collective: bool = True  # whether ranks wait for one another inside ``run``, so that all must come into it
-    may_abandon: bool = False  # whether single ranks may give up in a collective ``run``, and leave no other waiting
+    may_abandon: bool = False  # whether one rank may abandon a collective ``run`` without leaving another waiting
     check: Callable[[Batch], None] | None = None  # of this rank's part of the batch, before any rank enters ``run``
     agreement: Agreement | None = None  # of the ranks that run the flow
-    part: object = None  # whose step this is, for whoever looks for the parts of a flow
+    part: object = None  # the role or algorithm whose step this is; `Trainer` finds its parts by it
 
     def execute(self, batch: Batch, agreement: Agreement | None) -> None:
         """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error
-        on every rank. A step that must be given up is given up where that is safe; see `parallel.abandon`.
+        on every rank. A step past its deadline is interrupted where that is safe; see `parallel.abandon`.
 
         Args:
             agreement: None: this rank alone.
@@ -55,7 +55,7 @@ class Stage:
             self.run(batch)
 
     def _run_settled(self, batch: Batch, agreement: Agreement) -> None:
-        """An error ends this rank, as in any collective; giving up ends all."""
+        """An error ends this rank, as in any collective; `Abandoned` is raised on all ranks."""
         gave_up: Abandoned | None = None
         try:
             self.run(batch)

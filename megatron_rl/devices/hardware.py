@@ -110,7 +110,7 @@ class Platform:
         return peak if sys.platform == "darwin" else peak * 1024
 
     def reset_peak_memory(self) -> None:
-        """Start a new peak. Where the system cannot (no /proc, or not ours to write) the peak stays the process's."""
+        """Start a new peak. Without a writable /proc the peak stays that of the whole process."""
         if self.name == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
@@ -130,8 +130,8 @@ class Platform:
 
 
 def warn_of_shared_store() -> None:
-    """For a job that has made its process group itself: torchrun's agents lend it a store that keeps the addresses of
-    dead ranks over restarts (see `devices.rendezvous`), and its own start then fails."""
+    """For a job that created its process group itself: torchrun's agents give it a store that keeps the addresses of
+    dead ranks over restarts (see `devices.rendezvous`), with which a restart can fail."""
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         logger.warning(

@@ -1,7 +1,7 @@
 """Who started this process: torchrun, or a scheduler whose variables are translated into torchrun's.
 
 `srun` with one task a rank, and `mpirun`, start ranks without RANK and WORLD_SIZE. Each would be a world of its own,
-all of them writing into one folder: their variables are read as torch.distributed expects them, or refused.
+all of them writing into one folder, so their variables are translated into torch.distributed's, or refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class LaunchError(ValueError):
 
 
 def join_launcher() -> None:
-    """Give this process torchrun's variables where a scheduler started it; nothing where they are there already.
+    """Set torchrun's variables if a scheduler started this process; nothing if they are already set.
 
     Raises:
         LaunchError: see `launcher_variables`.

@@ -1,9 +1,9 @@
 """A store for the process group in which no key of an earlier start of the same job can be read.
 
 torchrun's agents lend their ranks one store for all restarts (torch 2.13, TORCHELASTIC_USE_AGENT_STORE), in which the
-addresses of dead ranks remain; and agents count restarts differently, so that count tells starts not apart. Here the
-ranks that are alive agree on a name for this start: rank 0 invents it, every other rank answers under it with a word of
-its own, and goes on when rank 0 has repeated that word. What an earlier start left is never repeated.
+addresses of dead ranks remain; and agents count restarts differently, so that count does not tell starts apart. Here
+the ranks that are alive agree on a name for this start: rank 0 chooses it, every other rank answers under it with a
+token of its own, and continues when rank 0 has repeated that token. Tokens of an earlier start are never repeated.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def store_of_this_start(store: Store, rank: int, world_size: int, timeout: float
     """``store`` under a prefix that only the ranks of this start know. Collective.
 
     Args:
-        timeout: seconds that ranks may take to come.
+        timeout: seconds that ranks may take to start.
 
     Raises:
-        TimeoutError: a rank did not come.
+        TimeoutError: a rank did not start in time.
     """
     deadline = time.monotonic() + timeout
     word = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Which addresses are this machine: it never lies behind the proxy that http_proxy or all_proxy names."""
+"""Which addresses are this machine: it is never reached through the proxy that http_proxy or all_proxy names."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def is_this_machine(host: str) -> bool:
 
 
 def reach_directly(url: str) -> None:
-    """Have HTTP clients of other packages, which read ``no_proxy`` as it is when they ask, reach ``url`` without a
-    proxy where it is on this machine."""
+    """Make HTTP clients of other packages, which read ``no_proxy`` at each request, reach ``url`` without a proxy if it
+    is on this machine."""
     try:
         host = urlsplit(url).hostname
     except ValueError:  # no address; whoever opens it says so

@@ -1,12 +1,12 @@
-"""Giving up a step that takes too long, where that leaves no rank waiting for another.
+"""Interrupting a step that overruns its deadline, only where that cannot leave another rank waiting.
 
-A run that was told to stop has a deadline for the step that it is in. What may be given up then at any moment runs in
+A run that was told to stop has a deadline for its current step. Code that may then be interrupted at any moment runs in
 
     with abandonable():
-        answers = engine.generate(...)   # holds no collective
+        answers = engine.generate(...)   # no collective inside
 
-and is ended by `Abandoned` there; nothing else is. Python notices signals between its own instructions: one long call
-into C (a kernel, a collective) is waited for.
+and is ended there by `Abandoned`; nothing else is. Python handles signals between its own instructions, so a long call
+into C (a kernel, a collective) finishes first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 
 
 class Abandoned(BaseException):
-    """The step was given up: the run was told to stop, and the time for this step is over. Not an Exception: the code
-    that it ends, a user's reward function for one, has no answer to it.
+    """The step was abandoned: the run was told to stop, and this step's deadline has passed. Not an Exception, so that
+    ``except Exception`` in the interrupted code, a user's reward function for example, does not swallow it.
 
-    The rank that gives up says so in the next `Agreement.attempt`, on leaving which all ranks give up.
+    The next `Agreement.attempt` passes it on, so that all ranks abandon the step.
 
     Attributes:
-        signal: that told it.
+        signal: the signal that told the run to stop.
     """
 
     def __init__(self, signal: int) -> None:
@@ -31,19 +31,19 @@ class Abandoned(BaseException):
 
 
 class _Process:
-    """Signals belong to a process, and so does this."""
+    """State of the whole process, as signals are delivered to the process."""
 
-    inside = False  # the main thread is in what may be given up
-    due: Callable[[], int] = staticmethod(lambda: 0)  # the signal, once the time is over
+    inside = False  # the main thread is inside `abandonable`
+    due: Callable[[], int] = staticmethod(lambda: 0)  # the signal, once the deadline has passed
 
 
 def watch(due: Callable[[], int]) -> None:
-    """Ask ``due`` from now on whether the time is over: the signal that told the run to stop, else 0."""
+    """Take the deadline from ``due``: it returns the signal that told the run to stop once the time is over, else 0."""
     _Process.due = staticmethod(due)
 
 
 def overdue() -> int:
-    """The signal that told this process to stop where the time for its step is over; else 0."""
+    """The signal that told this process to stop, once the deadline of its step has passed; else 0."""
     return _Process.due()
 
 
@@ -54,10 +54,10 @@ def is_abandonable() -> bool:
 
 @contextlib.contextmanager
 def abandonable(allowed: bool = True) -> Iterator[None]:
-    """The body may be ended by `Abandoned`; at once where the time is over already.
+    """The body may be ended by `Abandoned`, at once if the deadline has already passed.
 
     Args:
-        allowed: False = not this time: the body holds a collective.
+        allowed: False = the body contains a collective and must not be interrupted.
     """
     if not allowed:
         yield

@@ -32,8 +32,8 @@ P = ParamSpec("P")
 
 TEXT_BYTES = 2048  # of a message; what is longer is cut
 SETTLE_SECONDS = 0.2  # at the end of a process, for gloo's threads
-SUCCEEDED, FAILED, MISTAKEN = 0, 1, 2  # the first number of a vote; MISTAKEN: by a ConfigError
-ABANDONED = 64  # and more: by this much less, the signal
+SUCCEEDED, FAILED, MISTAKEN = 0, 1, 2  # the first number of a vote; MISTAKEN = a ConfigError
+ABANDONED = 64  # plus the signal
 
 
 class TransportError(RuntimeError):
@@ -128,7 +128,7 @@ class Attempt:
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
-        self.statement = ""  # what this rank takes for granted: the attempt fails unless all ranks say the same
+        self.statement = ""  # must be equal on all ranks, or the attempt fails
 
     def run(self, action: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call ``action``, unless an earlier one failed; keep its error."""
@@ -143,7 +143,7 @@ class Agreement:
     """Attempts of ``peers`` that succeed on all of them or fail on all of them.
 
     Args:
-        consequence: ends the message of `PeerError`.
+        consequence: appended to the message of `PeerError`.
     """
 
     def __init__(self, peers: Peers, consequence: str = "") -> None:
@@ -154,14 +154,14 @@ class Agreement:
         """Collective: on leaving, wait for all ranks and raise on each of them if any failed.
 
         Args:
-            what: is attempted, for the message of `PeerError`.
-            consequence: in place of the usual one.
+            what: the operation, for the message of `PeerError`.
+            consequence: replaces the default of this `Agreement`.
 
         Raises:
             Exception: this rank's own error, after the others were told.
             PeerError: another rank's, or ranks state different things; a `ConfigError` as well where that rank met one.
             TransportError: a rank is gone.
-            Abandoned: a rank has given up, whatever else went wrong.
+            Abandoned: a rank has abandoned the step, whatever else went wrong.
         """
         attempt = Attempt()
         try:

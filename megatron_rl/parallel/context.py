@@ -163,7 +163,7 @@ class ParallelContext:
 
     @classmethod
     def current(cls) -> ParallelContext | None:
-        """Around the groups that Megatron-Core has in this process; None before there are any."""
+        """The context of the groups that Megatron-Core has in this process; None before there are any."""
         if not megatron_state.model_parallel_is_initialized():
             return None
         return cls.from_parallel_state(megatron_state)

@@ -33,7 +33,7 @@ class RewardError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class NoReward:
-    """In place of a number: this sample's reward cannot be had. `RewardModel.score` drops the sample and counts it."""
+    """In place of a number: this sample has no reward. `RewardModel.score` drops the sample and counts it."""
 
     reason: str  # for the log
 
@@ -67,10 +67,10 @@ class Reward:
         """
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """These samples will be scored soon: what can be asked for in the background is asked for now."""
+        """Called before these samples are scored: requests that can run in the background start now."""
 
     def take_metrics(self) -> dict[str, float]:
-        """What was counted since the last call, by metric name."""
+        """Counts since the last call, by metric name."""
         return {}
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:

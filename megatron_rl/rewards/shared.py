@@ -1,7 +1,7 @@
 """`SharedReward`: ask once for each replica of the model, and give every rank of it the same answer.
 
-The ranks of one replica (TP x PP x CP) hold the same samples. A service asked by each of them would be asked many times
-over, and a judge that answers them differently would let their weights drift apart without a word.
+The ranks of one replica (TP x PP x CP) hold the same samples. If each of them asked a service, it would get
+every request many times, and a judge that answers them differently would let the ranks' weights silently diverge.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SharedReward(Reward):
 
 
 def share(reward: Reward, context: ParallelContext) -> Reward:
-    """``reward`` for the ranks of ``context``: whatever of it asks for that is computed once for each replica."""
+    """``reward`` for the ranks of ``context``: parts with ``once_per_replica`` are computed once a replica."""
     if context.world_size == context.dp_size:
         return reward
     if isinstance(reward, WeightedReward):

@@ -17,8 +17,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.rewards.answers import GSM8K_MARK
 from megatron_rl.rewards.reward import Reward, RewardError, describe
 
-TRUTH_KEY = "ground_truth"  # verl's reward_model column: what stands beside it says how to score
-SOLE_KEYS = (TRUTH_KEY, "answer", "final_answer", "solution", "target", "label", "value")  # where nothing stands beside
+TRUTH_KEY = "ground_truth"  # verl's reward_model column; its other keys say how to score
+SOLE_KEYS = (TRUTH_KEY, "answer", "final_answer", "solution", "target", "label", "value")  # of a record with one key
 
 
 def ground_truth(answer: Any) -> str:
@@ -31,7 +31,7 @@ def ground_truth(answer: Any) -> str:
 
 
 def answer_text(answer: Any) -> str:
-    """The answer as a service reads it: `ground_truth` unwraps it, what has another structure is JSON."""
+    """The answer as a service reads it: unwrapped as by `ground_truth`, or as JSON where it has another structure."""
     try:
         return _unwrapped(answer)
     except ValueError:

@@ -51,7 +51,7 @@ class WeightedReward(Reward):
             reward.begin(samples)
 
     def note(self, samples: Sequence[Sample], rewards: Sequence[float | NoReward]) -> None:
-        """Nothing: each part has kept its own, and the sum becomes ``Sample.reward``."""
+        """Nothing: each part keeps its own reward, and the sum becomes ``Sample.reward``."""
 
     def take_metrics(self) -> dict[str, float]:
         return {name: value for reward, _ in self.parts.values() for name, value in reward.take_metrics().items()}

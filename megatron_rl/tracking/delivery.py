@@ -1,7 +1,7 @@
-"""`Delivery`: stands between a run and one of its trackers, so that what goes wrong there never ends training.
+"""`Delivery` wraps one tracker of a run, so that its failures never end training.
 
-Trackers on this machine are called at once. Those behind a network are called by a thread, in order: an outage is
-waited out while training goes on. What cannot be delivered is counted, and told when the run ends.
+Trackers on this machine are called at once. Those over a network are called by a thread, in order, which retries during
+an outage while training goes on. Records that cannot be delivered are counted and reported when the run ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 MAX_WAITING = 100_000  # records kept in memory during an outage; later ones are lost
 MAX_DELAY = 30.0  # seconds between two tries
 
-Record = tuple[str, Callable[[], object]]  # what it is called in messages, and how it is delivered
+Record = tuple[str, Callable[[], object]]  # its name in messages, and the call that delivers it
 
 
 class Delivery(Tracker):
@@ -63,14 +63,14 @@ class Delivery(Tracker):
         self._hand_over(f"the file {path}", lambda: self.tracker.log_artifact(path, folder))
 
     def close(self, status: str = "finished") -> None:
-        """Waits for what is on its way, at most ``patience`` seconds, and says what was lost."""
+        """Waits for pending records, at most ``patience`` seconds, and reports how many were lost."""
         self._deadline = time.monotonic() + self.patience
         self._hand_over(f"the end of the run ({status})", lambda: self.tracker.close(status))
         waiting = 0
         if self._thread is not None:
             self._records.put(None)
             self._thread.join(self.patience + 5.0)
-            if self._thread.is_alive():  # inside of a call that does not return
+            if self._thread.is_alive():  # in a call that does not return
                 waiting = self._records.qsize()
         if self.num_lost or waiting:
             logger.warning(
@@ -101,7 +101,7 @@ class Delivery(Tracker):
                 self._deliver(*record)
 
     def _deliver(self, what: str, call: Callable[[], object]) -> None:
-        """Once; after an outage of what is behind a network again and again, until the run has ended."""
+        """Once; during an outage of a remote tracker again and again, until the run has ended."""
         delay = self.first_delay
         while True:
             try:
@@ -114,7 +114,7 @@ class Delivery(Tracker):
                     self._lose(what)
                     return
                 if delay == self.first_delay:
-                    logger.warning("tracking: %s is away, waiting for it: %s", self.name, self._last_error)
+                    logger.warning("tracking: %s does not respond, retrying: %s", self.name, self._last_error)
             self._wait(delay)
             delay = min(2 * delay, MAX_DELAY)
 

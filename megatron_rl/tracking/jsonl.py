@@ -24,7 +24,7 @@ class JsonlTracker(Tracker):
     """Appends to ``<output_dir>/metrics.jsonl``; each line reaches the file before `log` returns.
 
     A run that starts anew overwrites the file. A resumed run keeps the lines up to the checkpoint's step and drops
-    what the interrupted run wrote later, half a last line included, so that the file never holds a step twice.
+    what the interrupted run wrote later, a partial last line included, so that the file never holds a step twice.
     """
 
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:

@@ -53,7 +53,7 @@ class MlflowTracker(Tracker):
         super().__init__(run, config)
         # Read by MLflow on import; training jobs should not report anywhere unless their owner says so.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        # `Delivery` waits outages out; MLflow's own tries would go on for minutes, also when the run has ended.
+        # `Delivery` retries during outages; MLflow's own retries would go on for minutes after the run has ended.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         # Creating the store logs a line per schema migration.
@@ -70,7 +70,7 @@ class MlflowTracker(Tracker):
         logger.info("MLflow run %r: mlflow ui --backend-store-uri %s", run.name, masked(self.uri))
 
     def is_outage(self, error: Exception) -> bool:
-        """What a server answers for a while, and what MLflow makes of a connection that fails (INTERNAL_ERROR)."""
+        """Overload and server errors; MLflow reports a failed connection as INTERNAL_ERROR."""
         from mlflow.exceptions import MlflowException
 
         if isinstance(error, MlflowException):

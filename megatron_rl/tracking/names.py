@@ -1,4 +1,4 @@
-"""`LegalNames`: metric and parameter names as a backend takes them, two different names never as one."""
+"""`LegalNames`: metric and parameter names as a backend accepts them; different names stay different."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class LegalNames:
     """Maps names to legal ones; a legal name stays as it is.
 
     Args:
-        illegal: matches what must not occur; it is replaced by "_".
+        illegal: matches what is not allowed; it is replaced by "_".
         longest: characters of a name; None = any number.
     """
 
@@ -24,7 +24,7 @@ class LegalNames:
             legal = self._illegal.sub("_", name) or "_"
             too_long = self._longest is not None and len(legal) > self._longest
             if too_long or legal in self._legal.values():
-                # Of the name alone, so that a resumed run finds the same.
+                # A digest of the name alone, so that a resumed run maps it to the same name.
                 digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=4).hexdigest()
                 legal = f"{legal[: self._longest - 9 if self._longest else None]}_{digest}"
             self._legal[name] = legal

@@ -23,7 +23,7 @@ ILLEGAL = r"[^-/\w.]|^/+"  # torch.utils.tensorboard replaces these itself, and 
 @TRACKERS.register("tensorboard")
 class TensorboardTracker(Tracker):
     """One scalar per metric; parameters as a text table. What a run wrote after the checkpoint that it is resumed from
-    is taken out of its event files; a run that starts anew begins without any."""
+    is removed from its event files; a run that starts anew begins without any."""
 
     package: ClassVar[str] = "tensorboard"
 
@@ -45,7 +45,7 @@ class TensorboardTracker(Tracker):
             else:
                 keep(path, lambda event: event.step <= resume_step)
                 self._earlier.append(path)
-        # A TensorBoard that is looking on has read what was taken out: told so, it forgets it.
+        # A running TensorBoard has already read the removed events; purge_step makes it drop them.
         self._writer = self._open(purge_step=None if not left else 0 if resume_step is None else resume_step + 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -64,7 +64,7 @@ class TensorboardTracker(Tracker):
 
 
 def keep(path: Path, wanted: Callable[[Any], bool]) -> None:
-    """Take all but the ``wanted`` events out of an event file, and half a last record."""
+    """Remove all but the ``wanted`` events from an event file, and a partial last record."""
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter

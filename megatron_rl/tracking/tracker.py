@@ -1,4 +1,4 @@
-"""`Tracker`: the face of one place that metrics go to, and `TrackedRun`: what every tracker knows about the run.
+"""`Tracker`: the interface of one destination of metrics, and `TrackedRun`: what every tracker knows about the run.
 
 A new tracker is one class in a file beside the others and one registry line. Its constructor does the slow and
 fallible work (imports, connections), so it is built on rank 0 only; see `build_tracker`. `start` comes once, when it is
@@ -37,7 +37,7 @@ class Tracker:
     class Config(ConfigRecord):
         """Options of this tracker, ``tracking.options.<name>`` in YAML."""
 
-    remote: ClassVar[bool] = False  # behind a network: called by a thread, which waits outages out; see `Delivery`
+    remote: ClassVar[bool] = False  # over a network: called by a thread, which retries during outages; see `Delivery`
     package: ClassVar[str] = ""  # the third-party module it needs, and the name of our extra that installs it
 
     def __init__(self, run: TrackedRun, config: ConfigRecord | None = None) -> None:
@@ -58,7 +58,7 @@ class Tracker:
             )
 
     def is_outage(self, error: Exception) -> bool:
-        """Whether what a method of a ``remote`` tracker raised may be over when it is called again."""
+        """Whether an error of a ``remote`` tracker is transient, so that another try may succeed."""
         return isinstance(error, OSError)
 
     def start(self, resume_step: int | None = None) -> None:

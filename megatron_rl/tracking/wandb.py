@@ -64,7 +64,7 @@ class WandbTracker(Tracker):
         kept.write_text(self._run.id + "\n")
 
     def _forget(self, run_id: str, resume_step: int | None) -> None:
-        """Take out of the run's offline files what it recorded after ``resume_step``; None = all, if it did not end."""
+        """Cut the run's offline files after ``resume_step``; None = remove them, if the run did not finish."""
         files = sorted((self.run.output_dir / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
         finished = any(is_finished(file) for file in files)
         for file in files:

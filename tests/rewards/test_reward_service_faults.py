@@ -96,7 +96,7 @@ def test_a_fault_that_passes_is_retried_and_every_sample_gets_its_reward(server:
 def test_a_fault_that_stays_stops_the_run_in_time_and_names_a_sample(server: ContractServer, fault: str) -> None:
     server.fault = lambda handler, number: FAULTS[fault](handler) is None
     started = time.monotonic()
-    with pytest.raises(RewardError, match=r"could not be had for 7 of 7 samples.*sample: prompt 0 'q'"):
+    with pytest.raises(RewardError, match=r"is missing for 7 of 7 samples.*sample: prompt 0 'q'"):
         service(server)(samples(7))
     assert time.monotonic() - started < LONGEST
     assert len(server.bodies) == 2 * 3  # two requests, three attempts each
@@ -220,7 +220,7 @@ def test_an_answer_of_another_form_is_no_answer(server: ContractServer, case: st
     wrong = [True]
     server.fault = lambda handler, number: wrong[0] and handler.send_bytes(200, content) is None
     options = {"retries": 1, "max_response_bytes": 1 << 20}
-    with pytest.raises(RewardError, match=rf"could not be had for 2 of 2 samples: .*{reason}.*; sample: prompt 0 'q'"):
+    with pytest.raises(RewardError, match=rf"is missing for 2 of 2 samples: .*{reason}.*; sample: prompt 0 'q'"):
         service(server, **options)(samples(2))
     assert len(server.bodies) == 2  # it was tried again
     dropping = service(server, on_failure="drop", **options)
@@ -233,7 +233,7 @@ def test_only_the_sample_whose_reward_is_no_number_is_lost(server: ContractServe
     rows = [{"embedding": [value]} for value in (1.0, math.inf, None, 10**400, 2.5)]
     server.plain["/sglang/classify"] = lambda body: rows
     options = {"batch_size": 5, "retries": 0}
-    with pytest.raises(RewardError, match=r"could not be had for 3 of 5 samples: it is inf.*sample: prompt 1 'q'"):
+    with pytest.raises(RewardError, match=r"is missing for 3 of 5 samples: it is inf.*sample: prompt 1 'q'"):
         service(server, **options)(samples(5))
     rewards = service(server, on_failure="drop", **options)(samples(5))
     assert [rewards[0], rewards[4]] == [1.0, 2.5]
@@ -268,7 +268,7 @@ def test_every_kind_of_service_takes_a_wrong_form_for_no_answer(server: Contract
     kind, options, answer = OF_EACH_KIND[case]
     server.fault = lambda handler, number: handler.send(200, answer) is None
     asked = OPTIONS | {"retries": 0} | options
-    with pytest.raises(RewardError, match="could not be had for 2 of 2 samples"):
+    with pytest.raises(RewardError, match="is missing for 2 of 2 samples"):
         build_service(server.url, kind, **asked)(samples(2))
     rewards = build_service(server.url, kind, on_failure="drop", **asked)(samples(2))
     assert all(isinstance(value, NoReward) for value in rewards)

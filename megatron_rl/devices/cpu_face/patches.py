@@ -1,4 +1,4 @@
-"""The patches of Megatron-Core modules that no rewrite of single expressions can do, as data.
+"""Patches of Megatron-Core modules, as data, for what rewriting single expressions cannot do.
 
 Each runs once, on the module just imported, before anything else has seen its names.
 """

@@ -44,7 +44,7 @@ class LogprobOptions:
 
 
 class Statistics(NamedTuple):
-    """Of each token over this rank's rows, ``[tokens]`` fp32, logits already divided by the temperature."""
+    """Statistics of each token over this rank's rows, ``[tokens]`` fp32, logits already divided by the temperature."""
 
     maximum: Tensor  # NOTHING where there are no rows
     total: Tensor  # sum of exp(logit - maximum)
@@ -79,17 +79,17 @@ class LogprobInputs:
 
 
 def nothing(tokens: int, device: torch.device) -> Statistics:
-    """Of no rows."""
+    """Statistics over no rows."""
     zeros = torch.zeros(4, tokens, dtype=torch.float32, device=device)
     zeros[0] = NOTHING
     return Statistics(*zeros)
 
 
 class Kernels(Protocol):
-    """Local work of one implementation; one object serves one call, and may keep what its backward pass can use."""
+    """Local work of one implementation; one object serves one call and may keep what the backward pass can reuse."""
 
     def logit_statistics(self, logits: Tensor, targets: Tensor, options: LogprobOptions) -> Statistics:
-        """Of contiguous undivided logits [tokens, rows] that exist already; leaves them as they are."""
+        """Statistics of contiguous logits [tokens, rows], not yet divided by the temperature; does not change them."""
         ...
 
     def logit_gradients(self, logits: Tensor, targets: Tensor, softmax: Softmax, options: LogprobOptions) -> Tensor:

@@ -20,7 +20,7 @@ from megatron_rl.ops.token_logprobs.differentiable import LogprobInputs, Logprob
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Sizes of what exists at a time."""
+    """Limits of what is in memory at once."""
 
     tile_bytes: int  # logits of a tile, counted in fp32
     tile_tokens: int  # tokens of a tile, where the caller does not say
@@ -30,7 +30,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What one step of a loop works on."""
+    """The tokens and vocabulary rows of one step."""
 
     tokens: slice
     rows: slice

@@ -25,7 +25,7 @@ class AnswerCache:
     """Answers by key.
 
     Args:
-        folder: made on the first `put`; None = only this process remembers nothing either.
+        folder: created by the first `put`; None = nothing is kept, not even in memory.
     """
 
     def __init__(self, folder: str | Path | None) -> None:

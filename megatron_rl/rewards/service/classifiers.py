@@ -15,7 +15,7 @@ from pydantic import Field
 
 from megatron_rl.batch import Sample
 from megatron_rl.rewards.reward import REWARDS, NoReward, RewardError, describe
-from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_client import TransientError
 from megatron_rl.rewards.service.service_config import ServiceConfig
 from megatron_rl.rewards.service.service_reward import Outcome, Scored, ServiceReward
 
@@ -61,7 +61,7 @@ class VllmReward(ServiceReward):
         rows = answer.get("data") if isinstance(answer, dict) else None
         by_index = {row.get("index"): row for row in rows if isinstance(row, dict)} if isinstance(rows, list) else {}
         if not isinstance(rows, list) or len(rows) != len(samples) or set(by_index) != set(range(len(samples))):
-            raise PassingError(f"expected {len(samples)} numbered rows in data, the server sent {_brief(answer)}")
+            raise TransientError(f"expected {len(samples)} numbered rows in data, the server sent {_brief(answer)}")
         key = {"classify": "probs", "pooling": "data", "score": "score"}[self.config.endpoint]
         return [
             pick_number(self.name, by_index[place].get(key), self.config.class_index, sample)
@@ -151,10 +151,10 @@ def expect_rows(answer: Any, samples: Sequence[Sample]) -> list[Any]:
     """The answer as a list with one entry a sample.
 
     Raises:
-        PassingError: it is something else.
+        TransientError: it is something else.
     """
     if not isinstance(answer, list) or len(answer) != len(samples):
-        raise PassingError(f"expected a list of {len(samples)} results, the server sent {_brief(answer)}")
+        raise TransientError(f"expected a list of {len(samples)} results, the server sent {_brief(answer)}")
     return answer
 
 

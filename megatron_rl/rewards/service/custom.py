@@ -1,4 +1,4 @@
-"""`HttpReward`: any JSON service, described by a template of the request and the place of the number in the answer.
+"""`HttpReward`: any JSON service, described by a template of the request and the path of the number in the answer.
 
 rewards:
   - name: http
@@ -21,7 +21,7 @@ from pydantic import Field
 from megatron_rl.batch import Sample
 from megatron_rl.rewards.reward import REWARDS
 from megatron_rl.rewards.service.classifiers import expect_rows, pick_number
-from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_client import TransientError
 from megatron_rl.rewards.service.service_config import ServiceConfig
 from megatron_rl.rewards.service.service_reward import Outcome, ServiceReward
 from megatron_rl.rewards.service.template import fill, fill_lists, look_up, takes_lists
@@ -61,6 +61,6 @@ class HttpReward(ServiceReward):
         try:
             found = look_up(answer, self.config.path)
         except LookupError as error:
-            raise PassingError(f"path {self.config.path!r} leads nowhere: {error}") from None
+            raise TransientError(f"path {self.config.path!r} leads nowhere: {error}") from None
         rows = expect_rows(found, samples) if self.takes_lists else [found]
         return [pick_number(self.name, row, None, sample) for row, sample in zip(rows, samples, strict=True)]

@@ -26,7 +26,7 @@ from megatron_rl.batch import Sample
 from megatron_rl.config import ConfigError
 from megatron_rl.config.ranges import Finite, NonNegative
 from megatron_rl.rewards.reward import REWARDS
-from megatron_rl.rewards.service.service_client import PassingError
+from megatron_rl.rewards.service.service_client import TransientError
 from megatron_rl.rewards.service.service_config import ServiceConfig
 from megatron_rl.rewards.service.service_reward import Outcome, Scored, ServiceReward
 from megatron_rl.rewards.service.template import fill, look_up
@@ -117,7 +117,7 @@ class JudgeReward(ServiceReward):
         try:
             verdict = look_up(answer, "choices.0.message.content")
         except LookupError as error:
-            raise PassingError(f"not a chat completion: {error}") from None
+            raise TransientError(f"not a chat completion: {error}") from None
         grades = {grade: self._grade(grade, str(verdict or "")) for grade in self.weights}
         total = sum(self.weights.values())
         value = sum(self.weights[grade] * found for grade, found in grades.items()) / total
@@ -128,5 +128,5 @@ class JudgeReward(ServiceReward):
         low, high = self.config.lowest, self.config.highest
         if not found or not low <= float(found[-1]) <= high:
             said = f"{grade} {found[-1]}" if found else f"no line '{grade}: NUMBER'"
-            raise PassingError(f"the judge gave {said}, expected {low:g} to {high:g}: {verdict[-200:]!r}")
+            raise TransientError(f"the judge gave {said}, expected {low:g} to {high:g}: {verdict[-200:]!r}")
         return (float(found[-1]) - low) / (high - low)

@@ -1,6 +1,6 @@
 """Whether a service is reached directly or through the proxy that http_proxy, https_proxy or all_proxy names.
 
-This machine itself never lies behind a proxy, whatever the environment says. Other hosts do, as the user asked for,
+This machine is always reached directly, whatever the environment says. Other hosts are reached through the proxy
 unless no_proxy covers them: exact names, domains with what is below them, addresses, networks such as 10.0.0.0/8, each
 with or without a port, and "*" (as curl's CURLOPT_NOPROXY; httpx alone knows no networks).
 """

@@ -1,8 +1,8 @@
 """`ServiceClient`: one JSON request, answered by one JSON value within bounds of time and size, or by a clear error.
 
-What may pass by itself (refused or broken connections, timeouts, overload, half an answer) is retried here with
-exponential waits and jitter. What will not pass is told apart: a request that the server rejects, and a server that is
-not the one it was taken for.
+Transient failures (refused or broken connections, timeouts, overload, truncated answers) are retried here with
+exponential waits and jitter. Permanent ones are told apart: a request that the server rejects, and a server that is
+not the service that was configured.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PASSING = frozenset({408, 425, 429})  # and 5xx: worth another attempt
+TRANSIENT = frozenset({408, 425, 429})  # and 5xx: worth another attempt
 REJECTED = frozenset({400, 413, 422})  # this request is at fault, others may not be
 LONGEST_WAIT = 20.0
 LONGEST_RETRY_AFTER = 60.0  # seconds; a server that asks for more is asked again after these
@@ -39,11 +39,11 @@ BODY_HEAD = 300  # characters of an error's body in messages
 
 
 class NoAnswerError(RuntimeError):
-    """No usable answer was had; the message says why."""
+    """No usable answer; the message says why."""
 
 
-class PassingError(NoAnswerError):
-    """The same, for a reason that may have passed at the next attempt, at least ``retry_after`` seconds from now."""
+class TransientError(NoAnswerError):
+    """A transient failure: worth another attempt, at least ``retry_after`` seconds from now."""
 
     def __init__(self, message: str, retry_after: float = 0.0) -> None:
         super().__init__(message)
@@ -55,7 +55,7 @@ class RejectedError(NoAnswerError):
 
 
 class WrongServerError(RuntimeError):
-    """What answers there is not the service that was asked for, or does not let us in."""
+    """The server is not the configured service, or refuses our credentials."""
 
 
 class ServiceClient:
@@ -101,7 +101,7 @@ class ServiceClient:
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self.config.retries + 1),
             wait=_wait(self.config.retry_wait),
-            retry=retry_if_exception_type(PassingError),
+            retry=retry_if_exception_type(TransientError),
             reraise=True,
         )
         async for attempt in attempts:
@@ -114,7 +114,7 @@ class ServiceClient:
 
     async def _once(self, path: str, body: Any) -> Any:
         url = self.config.url + path
-        shown = masked(url)  # in messages, which end where the caller's errors end
+        shown = masked(url)  # for messages, which reach logs
         try:
             sent = json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:  # a lone surrogate, NaN, an object
@@ -124,18 +124,18 @@ class ServiceClient:
                 async with self._http.stream("POST", url, content=sent) as response:
                     content = await self._content(shown, response)
         except TimeoutError:
-            raise PassingError(f"{shown} did not answer within {self.config.timeout:g} s") from None
+            raise TransientError(f"{shown} did not answer within {self.config.timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise PassingError(f"{shown}: {type(error).__name__}: {error}") from None
+            raise TransientError(f"{shown}: {type(error).__name__}: {error}") from None
         content = self._without_token(content)
         _check_status(shown, response.status_code, content, response.headers.get("retry-after"))
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise PassingError(f"{shown} answered with what is not JSON: {_head(content)}") from None
+            raise TransientError(f"{shown} answered with what is not JSON: {_head(content)}") from None
 
     def _without_token(self, content: bytes) -> bytes:
-        """What a server says of our request must not carry the token into messages."""
+        """``content`` without the token, which a server may echo and messages would then show."""
         token = self._http.headers.get("Authorization", "").removeprefix("Bearer ")
         return content.replace(token.encode(), MASK.encode()) if token else content
 
@@ -155,7 +155,7 @@ def _wait(first: float) -> Callable[[RetryCallState], float]:
 
     def seconds(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        return max(usual(state), error.retry_after if isinstance(error, PassingError) else 0.0)
+        return max(usual(state), error.retry_after if isinstance(error, TransientError) else 0.0)
 
     return seconds
 
@@ -178,8 +178,8 @@ def _check_status(url: str, status: int, content: bytes, retry_after: str | None
     if 200 <= status < 300:
         return
     message = f"{url} answered with status {status}: {_head(content)}"
-    if status in PASSING or status >= 500:
-        raise PassingError(message, _retry_after(retry_after))
+    if status in TRANSIENT or status >= 500:
+        raise TransientError(message, _retry_after(retry_after))
     if status in REJECTED:
         raise RejectedError(message)
     hint = {401: "; set token_env", 403: "; is the token in token_env right?", 404: "; is the kind of service right?"}

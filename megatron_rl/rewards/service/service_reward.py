@@ -1,7 +1,7 @@
-"""`ServiceReward`: a reward that a server gives, batched and bounded; a reward that cannot be had is never a number.
+"""`ServiceReward`: a reward that a server gives, batched and bounded; a missing reward is never taken for a number.
 
 A protocol says three things: the path, the request for some samples (`request`), and the rewards in an answer (`read`).
-Everything else is here: cache, batches, concurrency, and what becomes of samples whose answer could not be had.
+Everything else is here: cache, batches, concurrency, and what happens to samples without an answer.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_rl.rewards.reward import NoReward, Reward, RewardError, describe
 from megatron_rl.rewards.service.cache import AnswerCache, answer_key
 from megatron_rl.rewards.service.service_client import (
     NoAnswerError,
-    PassingError,
     RejectedError,
     ServiceClient,
+    TransientError,
     WrongServerError,
 )
 from megatron_rl.rewards.service.service_config import ServiceConfig, bearer_headers, check_ca_file
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scored:
-    """What a service said of one sample."""
+    """The service's answer for one sample."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)  # named criteria, for logs
@@ -64,7 +64,7 @@ class ServiceReward(Reward):
     def __init__(self, config: ServiceConfig, name: str) -> None:
         self.config = config
         self.name = name
-        bearer_headers(config, name)  # absent tokens are found now, not after the first rollout
+        bearer_headers(config, name)  # a missing token is reported now, not after the first rollout
         check_ca_file(config, name)
         self.cache = AnswerCache(config.cache_dir)
         self._counts: Counter[str] = Counter()
@@ -90,8 +90,8 @@ class ServiceReward(Reward):
         """The rewards in an answer, in the order of ``samples``; `NoReward` where one of them has none.
 
         Raises:
-            PassingError: the answer is not of the form that this service gives; another attempt may be answered better.
-            RewardError: the configuration does not fit what this service gives.
+            TransientError: the answer does not have this service's form; another attempt may succeed.
+            RewardError: the configuration does not fit the service's answers.
         """
         raise NotImplementedError
 
@@ -100,10 +100,10 @@ class ServiceReward(Reward):
         return str(fill(self.config.text, sample))
 
     def score(self, samples: Sequence[Sample]) -> list[float | NoReward]:
-        """Rewards in order; `NoReward` where ``on_failure`` is drop and no answer was had.
+        """Rewards in order; `NoReward` where ``on_failure`` is drop and there was no answer.
 
         Raises:
-            RewardError: no answer was had and ``on_failure`` is stop, or the configuration does not fit the service.
+            RewardError: there was no answer and ``on_failure`` is stop, or the configuration does not fit the service.
         """
         started = time.perf_counter()
         begun, self._begun = self._begun, []
@@ -117,14 +117,14 @@ class ServiceReward(Reward):
         return self._settle(samples, outcomes)
 
     def begin(self, samples: Sequence[Sample]) -> None:
-        """Ask in the background; `score` waits for the answers. One thread: what was begun first is answered first."""
+        """Ask in the background; `score` waits for the answers. One thread, so batches are answered in order."""
         if self._background is None:
             self._background = ThreadPoolExecutor(1, thread_name_prefix=f"reward-{self.name}")
         part = list(samples)
         self._begun.append((part, self._background.submit(self._outcomes, part)))
 
     def _outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
-        """From the cache where it knows them, otherwise from the service."""
+        """From the cache, or else from the service."""
         first: dict[str, Sample] = {}  # identical questions are asked once
         keys = [self._key(sample) for sample in samples]
         for key, sample in zip(keys, samples, strict=True):
@@ -147,7 +147,7 @@ class ServiceReward(Reward):
         return [(known | answered)[key] for key in keys]
 
     def _key(self, sample: Sample) -> str:
-        """Of everything that the reward depends on: the question, and how the answer is read."""
+        """A digest of all that the reward depends on: the request, and how the answer is read."""
         reading = {name for name in type(self.config).model_fields if name not in ServiceConfig.model_fields}
         options = self.config.model_dump(mode="json", include=reading)
         return answer_key(type(self).__name__, self.config.url + self.endpoint, self.request([sample]), options)
@@ -161,13 +161,13 @@ class ServiceReward(Reward):
         return metrics
 
     def _settle(self, samples: Sequence[Sample], outcomes: Sequence[Outcome]) -> list[float | NoReward]:
-        """Count, note the parts, and decide on what failed."""
+        """Count, keep the named parts, and stop or drop where an answer is missing."""
         failed = [(s, o) for s, o in zip(samples, outcomes, strict=True) if isinstance(o, NoReward)]
         self._counts["samples"] += len(samples)
         if failed:
             lost, first = failed[0]
             how_many = f"{len(failed)} of {len(samples)} samples"
-            what = f"reward {self.name!r} could not be had for {how_many}: {first.reason}"
+            what = f"reward {self.name!r} is missing for {how_many}: {first.reason}"
             if self.config.on_failure == "stop":
                 raise RewardError(f"{what}; sample: {describe(lost)}; on_failure: drop would go on without them")
             self._counts["dropped"] += len(failed)
@@ -199,16 +199,16 @@ class ServiceReward(Reward):
             return [NoReward(str(error))] * len(samples)
 
     def _read(self, answer: Any, samples: Sequence[Sample]) -> list[Outcome]:
-        """What `read` finds, where it is of numbers. An answer with no reward at all is worth another attempt."""
+        """What `read` finds, if the numbers are finite. An answer with no reward at all is worth another attempt."""
         try:
             outcomes = [_finite(outcome) for outcome in self.read(answer, samples)]
         except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError, AttributeError) as error:
-            raise PassingError(
+            raise TransientError(
                 f"{masked(self.config.url)}: no reward in the answer ({type(error).__name__}: {error!s:.100})"
             ) from None
         lost = [outcome.reason for outcome in outcomes if isinstance(outcome, NoReward)]
         if len(lost) == len(samples):
-            raise PassingError(f"{masked(self.config.url)}: no reward in the answer: {lost[0]}")
+            raise TransientError(f"{masked(self.config.url)}: no reward in the answer: {lost[0]}")
         return outcomes
 
 
@@ -219,7 +219,7 @@ def _finite(outcome: Outcome) -> Outcome:
 
 
 def _run(asked: Coroutine[Any, Any, T]) -> T:
-    """Run to the end, also where this thread already has an event loop (a notebook)."""
+    """Run to completion, also where this thread already has an event loop (a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

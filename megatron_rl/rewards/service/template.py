@@ -17,7 +17,7 @@ STEP = re.compile(r"[^.\[\]]+")
 def fill(template: Any, sample: Sample, text: str = "") -> Any:
     """``template`` with {prompt}, {response}, {answer} and {text} replaced in every string of it; other braces stay.
 
-    What is filled in is not looked at again: a response that holds "{answer}" stays as it is.
+    Filled-in text is not substituted again: a response that contains "{answer}" stays as it is.
     """
     values = {
         "prompt": sample.prompt.text,
@@ -48,10 +48,10 @@ def takes_lists(template: Any) -> bool:
 
 
 def look_up(answer: Any, path: str) -> Any:
-    """What stands at ``path`` ("scores.0", "data[*].score", "$" for the whole); ``*`` gives a list.
+    """The value at ``path`` ("scores.0", "data[*].score", "$" for the whole); ``*`` gives a list.
 
     Raises:
-        LookupError: nothing stands there; the message says how far the path led.
+        LookupError: there is none; the message says how far the path led.
     """
     return _walk(answer, STEP.findall(path.removeprefix("$")), "$")
 
