@@ -23,7 +23,7 @@ class CollectivesConfig(ConfigRecord):
     error_feedback: bool = False
     """With wire_dtype=bfloat16: what rounding left out is added to the next reduction of the same buffer."""
     chunk_mb: float = Field(default=8.0, gt=0, le=1024)
-    """MB of a message that are on their way at once; each rank holds so much shared memory."""
+    """MB of a message in transfer at once; each rank holds that much shared memory."""
     minimum_gain: float = Field(default=0.1, ge=0, lt=1)
     """Share of the library's time that another path must be predicted to save before it is taken."""
     reuse_calibration: bool = True

@@ -69,7 +69,7 @@ class ClusterConfig(ConfigRecord):
     rank_order: Literal["by_node", "interleaved"] = "by_node"
     """Whether neighbours of the ring are on one node wherever possible, or never."""
     chunk_mb: float = Field(default=8.0, gt=0)
-    """MB that each of the two pipelines of the hierarchical path has on its way at once."""
+    """MB that each of the two pipelines of the hierarchical path has in transfer at once."""
 
 
 @dataclass(frozen=True, slots=True)

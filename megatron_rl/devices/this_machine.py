@@ -28,7 +28,7 @@ def reach_directly(url: str) -> None:
     is on this machine."""
     try:
         host = urlsplit(url).hostname
-    except ValueError:  # no address; whoever opens it says so
+    except ValueError:  # not an address; opening it will raise
         return
     if host is None or not is_this_machine(host):
         return

@@ -15,7 +15,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 Partition = tuple[tuple[int, ...], ...]
 
-# A communicator is a resource of the world, not of whoever asks first: several models in one job share it, and it
+# A communicator belongs to the world, not to its first user: several models in one job share it, and it
 # goes when `destroy_process_group` ends the world that is its key.
 _MADE: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Partition, str], dist.ProcessGroup]] = WeakKeyDictionary()
 

@@ -31,7 +31,7 @@ class Delivery(Tracker):
     Args:
         name: of the tracker, in messages.
         first_delay: seconds before the second try of a record; doubled for each further one.
-        patience: seconds that `close` waits for records that are still on their way.
+        patience: seconds that `close` waits for pending records.
     """
 
     def __init__(self, tracker: Tracker, name: str, first_delay: float = 0.5, patience: float = 60.0) -> None:

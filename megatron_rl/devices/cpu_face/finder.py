@@ -18,7 +18,7 @@ from megatron_rl.devices.cpu_face.patches import PATCHES
 from megatron_rl.devices.cpu_face.rewrite import STAND_IN, WORDS, rewritten
 
 PACKAGE = "megatron.core"
-# What Megatron-Core says about GPU packages and settings, from several modules on every rank: no news on CPU.
+# Megatron-Core's warnings about GPU packages, from several modules on every rank: they do not matter on CPU.
 EXPECTED_WARNINGS = (
     "Transformer Engine and Apex are not installed. Falling back to Torch optimizers.",
     "Transformer Engine and Apex are not installed. Falling back to local implementations of "

@@ -1,8 +1,8 @@
 """The contract of `decode_attention` and its edge checks.
 
-For each sequence: turn its query heads and key heads by their position, put key and value into the cache at that
+For each sequence: rotate its query heads and key heads by their position, put key and value into the cache at that
 position, and attend from each query head, scaled by head_dim ** -0.5, to positions 0 up to it. Query head h reads key
-head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: dimension i turns with
+head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: dimension i rotates with
 i + head_dim / 2. There is no gradient.
 """
 
@@ -28,7 +28,7 @@ def decode_attention(
     """Context of each query head, ``[rows, q_heads * head_dim]``.
 
     Args:
-        qkv: ``[rows, q_heads + 2 * kv_heads, head_dim]``: queries, keys, values; queries and keys are turned in place.
+        qkv: ``[rows, q_heads + 2 * kv_heads, head_dim]``: queries, keys, values; queries and keys are rotated in place.
         cos: ``[rows, 1, head_dim]`` of each row's position.
         sin: the same of sines, negative in the first half of the head.
         cache: ``[rows or more, kv_heads, 2, max_length, head_dim]``, keys and values; row i of ``qkv`` owns row i.

@@ -35,7 +35,7 @@ def packed_attention(
         value: [keys, groups, value_dim].
         segments: [segments, 4] int64 on the CPU: first query, number of queries, first key, number of keys. They cover
             all queries, in order.
-        rotary: [2, positions, dim / 2] fp32: cosines and sines by which queries and keys are turned first, for at least
+        rotary: [2, positions, dim / 2] fp32: cosines and sines by which queries and keys are rotated, for at least
             as many positions as a segment has keys; a segment's first key stands at position 0. None: they are used as
             they are.
         window: keys that a query sees at most, its own included; None = all before it. Where it hides any, only

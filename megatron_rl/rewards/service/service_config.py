@@ -36,7 +36,7 @@ class ServiceConfig(ConfigRecord):
     max_response_bytes: int = Field(default=4 << 20, gt=0)
     """A longer response is not read to its end and counts as no answer."""
     on_failure: Literal["stop", "drop"] = "stop"
-    """When a reward cannot be had: stop the run, or drop the sample and count it. It is never taken for 0."""
+    """When a reward is missing: stop the run, or drop the sample and count it. It is never taken for 0."""
     cache_dir: str | None = None
     """Folder where answers are kept, by server, model and text; None = nothing is kept."""
 
