@@ -19,7 +19,7 @@ from contract_server import ContractServer, Handler, true_reward
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.rewards import NoReward, Reward, RewardError, build_service
-from megatron_rl.rewards.service import client as service_client
+from megatron_rl.rewards.service import service_client
 
 TIMEOUT = 0.4
 OPTIONS = {"timeout": TIMEOUT, "retries": 2, "retry_wait": 0.01, "batch_size": 4, "max_response_bytes": 20_000}
