@@ -1,4 +1,4 @@
-"""The logistic loss, exact wherever its argument lies."""
+"""The logistic loss, accurate for arguments of any size."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 The rollout policy (other kernels, quantised weights, an older version) is not exactly the policy in training.
 The policy loss is weighted by importance ratios, trainer over rollout, which are bounded by truncation (truncated
 importance sampling, E. Ionides 2008; for rollouts: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You
-Off-Policy RL Training") or by dropping what lies outside an interval (verl's ``rollout_rs``, "IcePop").
+Off-Policy RL Training") or by masking ratios outside an interval (verl's ``rollout_rs``, "IcePop").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Level = Literal["off", "token", "sequence", "geometric"]
 
 
 class RolloutCorrection(ConfigRecord):
-    """How the policy loss is weighted by trainer over rollout probabilities, and what is left out of it."""
+    """How the policy loss is weighted by trainer over rollout probabilities, and which tokens are left out."""
 
     level: Level = "off"
     """Ratio of each token, of the whole response (product), or the geometric mean over its tokens; off: weight 1."""

@@ -101,4 +101,4 @@ def explain(metrics: Mapping[str, float], check: WeightCheck) -> str:
             f"perhaps wrong or mixed weights: too much for rounding ({figures}); see that pushes are attested by "
             f"checksums"
         )
-    return f"perhaps numerics: small and everywhere alike ({figures})"
+    return f"perhaps numerics: small and equal everywhere ({figures})"

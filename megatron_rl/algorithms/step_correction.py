@@ -43,7 +43,7 @@ def correct_step(batch: Batch, old: str, correction: RolloutCorrection, group: d
     counted = mask & found.kept if correction.denominators == "kept" else mask
     if correction.normalize:
         values, places = weights, counted
-        if correction.level != "token":  # one weight a response; in part dropped ones count by what is left of them
+        if correction.level != "token":  # one weight a response, also of one whose tokens are dropped in part
             fields = {"response_mask": counted}
             part = LossInputs(batch[old], fields, {}, batch.sequence_ids, batch.num_sequences, inputs.totals)
             values, places = part.sequence_mean(weights), part.sequence_sum(part.mask) > 0

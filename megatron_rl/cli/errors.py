@@ -51,8 +51,8 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.rewards import RewardError
     from megatron_rl.trainer.restart_point import CheckpointError
 
-    told = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
-    return *told, CheckpointError, NotFiniteError, FloatingPointError
+    common = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
+    return *common, CheckpointError, NotFiniteError, FloatingPointError
 
 
 def environment_world_size() -> int | None:

@@ -24,7 +24,7 @@ Two nodes of 8, the same command on each; restarted runs continue from the newes
 `torchrun --nnodes 2 --nproc-per-node 8 --max-restarts 3 --rdzv-backend c10d
 --rdzv-endpoint HOST:29500 -m megatron_rl train CONFIG` (more in docs/multi_node.md)
 
-What is wrong, all at once and without a device, for a run on 16 ranks:
+All mistakes in a configuration for 16 ranks, without a device:
 `WORLD_SIZE=16 megatron-rl train CONFIG --check`
 
 Every key is described in docs/configuration.md.

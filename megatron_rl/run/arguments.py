@@ -82,8 +82,8 @@ def split_options(
     """Options of a one-call trainer by owner: (fields of the algorithm's Config, fields of the data set's Config).
 
     Raises:
-        ConfigError: one that neither Config has, a bad value of the algorithm's, or ``precomputed_reference``: batches
-            of a flow of one's own may bring log-probabilities, those of a data set never do.
+        ConfigError: one that neither Config has, a bad value of the algorithm's, or ``precomputed_reference``: only
+            batches of a custom flow can hold log-probabilities, those of a data set never do.
     """
     known = sorted({*algorithm.model_fields, *dataset.model_fields})
     for name in options:
@@ -94,7 +94,7 @@ def split_options(
     algorithm.parse(of_algorithm, where=trainer)
     if of_algorithm.get("precomputed_reference"):
         raise ConfigError(
-            f"{trainer}: precomputed_reference is for batches that bring ref_logprobs, and a data set has none. Give "
+            f"{trainer}: precomputed_reference is for batches that hold ref_logprobs, and a data set has none. Give "
             "reference_cache=FOLDER instead: they are computed once and kept there"
         )
     return of_algorithm, of_data
@@ -105,7 +105,7 @@ def check_callbacks(callbacks: Any, where: str) -> Sequence[Callback]:
     found = list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
     for callback in found:
         if not isinstance(callback, Callback):
-            raise ConfigError(f"{where}: {callback!r:.100} is no Callback object: give a list of them")
+            raise ConfigError(f"{where}: {callback!r:.100} is not a Callback object: give a list of them")
     return found
 
 

@@ -123,7 +123,7 @@ def starting_model(config: RunConfig) -> str | MegatronCheckpoint:
     if found is None and config.model_config_path is not None:
         raise ConfigError(
             f"model_config_path={config.model_config_path} describes a Megatron checkpoint, but model={config.model} "
-            "is none: leave it out, or correct model"
+            "is not one: leave it out, or correct model"
         )
     return found or config.model
 

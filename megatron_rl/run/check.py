@@ -64,7 +64,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
         world_size: ranks that the run will have; None = not known, so that only sizes of one replica are checked.
 
     Returns:
-        Notes that are no mistakes, a line each.
+        Notes for the user, a line each.
 
     Raises:
         ConfigError: all mistakes, numbered if there are several.

@@ -1,11 +1,16 @@
-"""Evaluation on held-out prompts: generate, compute rewards, average over all data-parallel ranks."""
+"""Evaluation, averaged over all data-parallel ranks: on held-out prompts the mean reward of the actor's answers, and
+on held-out rows of offline training (DPO, KTO, SFT, reward models) the algorithm's loss and metrics.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_rl.batch import Prompt
+from megatron_rl.algorithms import OfflineAlgorithm
+from megatron_rl.batch import Batch, Prompt
+from megatron_rl.data import DataError
+from megatron_rl.parallel import ParallelContext
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.rewards import NoReward, Reward, RewardError, share
 from megatron_rl.trainer.metrics import reduce_metrics
@@ -50,7 +55,7 @@ class Evaluation:
 
         Raises:
             RewardError: a reward failed, or none could be had. Samples without one are left out of the means.
-            Abandoned: the run was told to stop, and its time is over.
+            Abandoned: a signal asked the run to stop, and the time for this step is over.
         """
         context = self.actor.context
         gave_up: Abandoned | None = None
@@ -81,3 +86,39 @@ class Evaluation:
         means |= {"num_prompts": asked / self.n, "dropped_fraction": 1 - count / asked}
         means |= reduce_metrics([report[3] for report in reports])
         return {f"eval/{name}": value for name, value in means.items()}
+
+
+class OfflineEvaluation:
+    """Means over all rows of a data set, whatever the number of ranks.
+
+    Args:
+        rows: all of them, on every rank.
+        pack: rows to batch, as the training loader does it.
+
+    Raises:
+        DataError: fewer rows than data-parallel ranks.
+    """
+
+    def __init__(
+        self,
+        algorithm: OfflineAlgorithm,
+        rows: Sequence[Any],
+        pack: Callable[[Sequence[Any]], Batch],
+        context: ParallelContext,
+    ) -> None:
+        if len(rows) < context.dp_size:
+            raise DataError(
+                f"the evaluation data has {len(rows)} rows for {context.dp_size} data-parallel ranks: give at least as "
+                "many"
+            )
+        self.algorithm = algorithm
+        dp, size = context.coordinates.dp, context.dp_size
+        # Contiguous, as in training: all ranks' rows end to end are the data set, whatever their number.
+        self.rows = list(rows)[len(rows) * dp // size : len(rows) * (dp + 1) // size]
+        self.num_rows = len(rows)
+        self.pack = pack
+
+    def __call__(self) -> dict[str, float]:
+        """``eval/loss/total``, ``eval/rewards/accuracies`` and so on, the same on all ranks. Collective."""
+        metrics = self.algorithm.evaluate(self.pack(self.rows))
+        return {f"eval/{name}": value for name, value in metrics.items()} | {"eval/num_rows": float(self.num_rows)}

@@ -74,7 +74,7 @@ def unused_parts(
     note(
         reference and reference.model and reference.offload,
         "reference.offload",
-        "it is about a copy of the actor's weights, and reference.model names a model of its own",
+        "it applies to a copy of the actor's weights, and reference.model names another model",
     )
     shared = issubclass(algorithm, PPO) and bool(getattr(algorithm_config, "shared_critic", False))
     note(

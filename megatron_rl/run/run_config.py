@@ -31,7 +31,7 @@ class ReferenceConfig(ConfigRecord):
 
 
 class CriticConfig(EngineConfig):
-    """The value model of PPO: a model of its own in training."""
+    """The value model of PPO, with weights of its own."""
 
     model: str | None = None
     """Hugging Face folder or id; None = the actor's."""
@@ -60,7 +60,7 @@ class RunConfig(ConfigRecord):
     pad_token: str | None = None
     """The pad token of a tokenizer that has none: "eos", or a token of its vocabulary."""
     algorithm: dict[str, Any] = Field(default_factory=lambda: {"name": "grpo"})
-    """``name`` of the algorithm, or python:file.py:Class, and the fields of its own Config."""
+    """``name`` of the algorithm, or python:file.py:Class, and the fields of its Config."""
     parallel: ParallelSizes = ParallelSizes()
     """Parallel sizes of training; data parallelism takes the ranks that remain."""
     actor: ActorConfig = ActorConfig()
@@ -77,7 +77,7 @@ class RunConfig(ConfigRecord):
     """Number of parts in which the prompts of a step are generated; reward services work on one part while the next is
     generated."""
     shuffle: bool = True
-    """Shuffle the prompts anew in each epoch."""
+    """Shuffle the prompts in each epoch."""
     rewards: tuple[RewardConfig, ...]
     """The rewards of samples; several are summed with their weights."""
     evaluation: EvaluationConfig | None = None

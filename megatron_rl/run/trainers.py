@@ -40,8 +40,7 @@ from megatron_rl.run.arguments import (
     record_of,
     split_options,
 )
-from megatron_rl.run.evaluation import Evaluation
-from megatron_rl.run.offline_evaluation import OfflineEvaluation
+from megatron_rl.run.evaluation import Evaluation, OfflineEvaluation
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
@@ -69,13 +68,13 @@ class OneCallTrainer:
         parallel: parallel sizes when there is no ``parallel_state``.
         config: precision, micro-batches and rollouts of the worker: an `Actor.Config`, or its fields by name.
         lora: fields of `LoraConfig`, for example ``{"rank": 8}``: train adapters on frozen weights. The reference is
-            then the model without them, and what is saved has them merged.
+            then the model without them, and they are merged into the saved model.
         callbacks: `Callback` objects.
         options: fields of the algorithm's Config and of the data set's Config, by name.
 
     Raises:
         ConfigError: an option that neither Config has, or that cannot work here.
-        DataError: the data set lacks columns, or nothing is left of it.
+        DataError: the data set lacks columns, or no usable row is left.
     """
 
     algorithm_type: ClassVar[type[BaseAlgorithm]]

@@ -40,7 +40,7 @@ class Trainer(TrainingLoop):
 
     Args:
         source: what each step's batch comes from, for example a `PromptLoader`.
-        config: how long, what is saved, and where; ``overrides`` are fields of it by name.
+        config: length, checkpoints and outputs of the run; ``overrides`` are fields of it by name.
         tracking: where metrics go; None = console, metrics.jsonl and MLflow.
         evaluate: ``eval/...`` metrics, for example an `Evaluation`.
         params: the configuration, for trackers and for ``config.yaml`` in the output folder.
@@ -123,7 +123,7 @@ def _check_data(source: BatchSource, actor: Actor | Critic) -> None:
 
 
 def _export(actor: Actor | Critic, algorithm: BaseAlgorithm, folder: Path) -> None:
-    """Export the trained model, and next to it a critic with weights of its own."""
+    """Export the trained model, and a critic with weights of its own to a folder next to it."""
     actor.save_pretrained(folder, overwrite=True)
     if isinstance(algorithm.critic, Critic) and algorithm.critic is not actor:
         algorithm.critic.save_pretrained(folder.with_name(f"{folder.name}_critic"), overwrite=True)

@@ -49,7 +49,7 @@ class DistributedCheckpoints:
     """Writes and restores the state of a run.
 
     Args:
-        folder: where the checkpoints lie.
+        folder: of all checkpoints of the run.
         models: the roles in training; "actor" keeps Megatron's own parameter names, others are prefixed.
         states: other state by name.
         resume: as `TrainerConfig.resume`.

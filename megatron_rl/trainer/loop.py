@@ -123,7 +123,7 @@ class TrainingLoop:
         """Run to the end; returns the newest metrics, evaluation included.
 
         Raises:
-            Exception: what a stage raised; callbacks and trackers have been told.
+            Exception: what a stage raised; callbacks and trackers were informed.
             KeyboardInterrupt, SystemExit: a signal asked the run to stop; its last step was saved.
         """
         status = "failed"
@@ -251,7 +251,7 @@ class TrainingLoop:
         saved = self._saved[0]
         stands = f"the checkpoint of step {saved} stands" if saved else "there is no checkpoint"
         steps = "" if saved == self.step else f"steps {saved + 1} to {self.step} and "
-        return f"lost: {steps}what was done of step {self.step + 1}; {stands}"
+        return f"lost: {steps}the unfinished step {self.step + 1}; {stands}"
 
     def _finish(self) -> None:
         if self._evaluated_step != self.step:  # a run that was stopped after its last step

@@ -94,5 +94,5 @@ def check_writable(folder: Path) -> None:
     while not place.exists():
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        what = "is no folder" if not place.is_dir() else "cannot be written to"
+        what = "is not a folder" if not place.is_dir() else "cannot be written to"
         raise ConfigError(f"output_dir={str(folder)!r}: {place} {what}: choose another")

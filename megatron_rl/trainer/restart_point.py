@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from: the one that was asked for, if its files are as they were written.
+"""Which checkpoint a run starts from: the requested one, if its files are intact.
 
 With ``resume: auto`` a damaged checkpoint is skipped, with a warning, and the newest intact one is used. A damaged one
 that was named is an error, and so is a folder in which all are damaged: a run never restarts from the beginning.
@@ -61,11 +61,13 @@ def intact_checkpoint(folder: Path, resume: str, context: ParallelContext) -> Pa
     Raises:
         CheckpointError: the named checkpoint is damaged, or all are.
     """
-    asked = find_checkpoint(folder, resume)
-    if asked is None or not (damage := shared_damage(asked, context)):
-        return asked
-    what = f"checkpoint {asked} is damaged: {damage}"
-    others = [path for path in reversed(complete_checkpoints(asked.parent)) if path.resolve() != asked.resolve()]
+    requested = find_checkpoint(folder, resume)
+    if requested is None or not (damage := shared_damage(requested, context)):
+        return requested
+    what = f"checkpoint {requested} is damaged: {damage}"
+    others = [
+        path for path in reversed(complete_checkpoints(requested.parent)) if path.resolve() != requested.resolve()
+    ]
     intact = next((path for path in others if not shared_damage(path, context)), None)
     if intact is None:
         raise CheckpointError(

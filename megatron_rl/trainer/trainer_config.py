@@ -29,7 +29,7 @@ class TrainerConfig(ConfigRecord):
     verify_checkpoints: bool = True
     """Compare a checkpoint's files with their digests before the run continues from it."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background during training."""
     export: bool = True
     """Write a Hugging Face folder, ``<output_dir>/hf``, at the end."""
     resume: str = "auto"

@@ -45,7 +45,7 @@ class LossInputs:
     sequence_ids: Tensor  # [num_tokens] int64: which of the micro-batch's sequences each position belongs to
     num_sequences: int  # in this micro-batch
     totals: Totals
-    entropy: Tensor | None = None  # [num_tokens] fp32, with gradient, where the algorithm asks for it
+    entropy: Tensor | None = None  # [num_tokens] fp32, with gradient, where the algorithm reads it
     values: Tensor | None = None  # [num_tokens] fp32, with gradient, from a value head
     cp_group: dist.ProcessGroup | None = field(default=None, repr=False)  # None: sequences are whole on this rank
 

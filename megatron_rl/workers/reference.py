@@ -34,7 +34,7 @@ class Reference:
             takes as its model.
         tokenizer: needed for Megatron chunks, whose logical vocabulary is its length.
         parallel_state, parallel, context: as for `Actor`, when ``model`` is not one.
-        config: a `Reference.Config`, or its fields by name, when ``model`` is no `Actor`.
+        config: a `Reference.Config`, or its fields by name, when ``model`` is not an `Actor`.
         offload: keep the copy in host memory and bring it to the device only for forward passes (with an `Actor`).
 
     Raises:
@@ -102,13 +102,13 @@ class Reference:
                 parameter.data = own[name]
 
     def state(self) -> dict[str, Tensor] | None:
-        """This rank's frozen shards for a checkpoint; None when they are those of a model of its own,
-        or the actor's own frozen ones."""
+        """This rank's frozen shards for a checkpoint; None when the reference has its own model
+        or uses the actor's frozen weights."""
         return self._frozen
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Restore what `state` returned."""
-        assert self._frozen is not None, "a reference with a model of its own has no state to restore"
+        assert self._frozen is not None, "a reference with its own model has no state to restore"
         for name, tensor in state.items():
             self._frozen[name].copy_(tensor)
 

@@ -1,6 +1,6 @@
 """`ResponseDecoder`: a response's token ids as text, and the positions of special tokens in it.
 
-Rewards read text without special tokens. Those that a reward asks for can be put back (`Sample.text_with`), and those
+Rewards read text without special tokens. Those that a reward needs can be put back (`Sample.text_with`), and those
 that `RolloutConfig.special_tokens` names stay for all of them. EOS and padding are never shown.
 """
 
@@ -20,7 +20,7 @@ class ResponseDecoder:
         kept: texts of special tokens that stay in the text.
 
     Raises:
-        ConfigError: ``kept`` names what is no special token of this tokenizer, or one that is never shown.
+        ConfigError: ``kept`` has a text that is not a special token of this tokenizer, or is never shown.
     """
 
     def __init__(self, tokenizer: Any, hidden: Collection[int], kept: Collection[str] = ()) -> None:

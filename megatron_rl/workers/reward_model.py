@@ -85,11 +85,11 @@ class RewardModel:
             self._join_replica()
             rewards = self.reward(batch.samples)
             batch.metrics.update(self.reward.take_metrics())
-            asked = len(batch.samples)
+            num_samples = len(batch.samples)
             batch.samples, numbers = _with_reward(self.reward.name, batch.samples, rewards)
             for sample, number in zip(batch.samples, numbers, strict=True):
                 sample.reward = number
-            batch.metrics["rewards/dropped_fraction"] = 1 - len(batch.samples) / max(1, asked)
+            batch.metrics["rewards/dropped_fraction"] = 1 - len(batch.samples) / max(1, num_samples)
             batch.metrics.update(_part_means(batch.samples))
             batch.sequences["rewards"] = torch.tensor(numbers, dtype=torch.float32)
 

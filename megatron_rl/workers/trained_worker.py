@@ -204,10 +204,10 @@ class TrainedWorker:
         """Write the adapters alone as a PEFT folder, unmerged. Called on every rank.
 
         Args:
-            base: name or folder of the frozen model, for whoever loads the adapters.
+            base: name or folder of the frozen model, written for loaders of the adapters.
 
         Raises:
-            ConfigError: there are no adapters, a value head belongs to them, or the folder exists.
+            ConfigError: there are no adapters, the model has a value head, or the folder exists.
         """
         return save_adapters(self.engine, Path(folder), base, overwrite)
 

@@ -67,7 +67,7 @@ MISTAKES = {
     "a negative learning rate": (["actor.optimizer.learning_rate=-1"], ["learning_rate = -1", "at least 0"]),
     "a rate that is no number": (["actor.optimizer.clip_gradient=.nan"], ["actor.optimizer.clip_gradient = "]),
     "no output folder": (["trainer.output_dir=''"], ["trainer.output_dir = ''"]),
-    "an output folder below a file": (["trainer.output_dir=/dev/null/out"], ["/dev/null is no folder"]),
+    "an output folder below a file": (["trainer.output_dir=/dev/null/out"], ["/dev/null is not a folder"]),
     "a critic that nobody asks": (["critic={}"], ["critic", "grpo", "leave critic out"]),
     "a critic beside one on the actor's weights": (
         ["critic={}", "algorithm={name: ppo, shared_critic: true}", "actor.value_head=true"],

@@ -176,8 +176,8 @@ def run_world(plan: Plan, ranks: int, timeout: float, launch: Launch) -> None:
 def last_error(log: str) -> str:
     """The line of a log that says what went wrong, before torchrun's own."""
     lines = [re.sub(r"^\[rank\d+\]: *", "", line).strip() for line in log.splitlines() if line.strip()]
-    told = [line for line in lines if "Error: " in line and "torch.distributed.elastic" not in line]
-    own = [line for line in told if "ChildFailedError" not in line]
+    errors = [line for line in lines if "Error: " in line and "torch.distributed.elastic" not in line]
+    own = [line for line in errors if "ChildFailedError" not in line]
     return own[0] if own else "\n".join(lines[-15:])
 
 

@@ -41,7 +41,7 @@ class Plan(ConfigRecord):
     config: RunConfig
     """The configuration under test."""
     folder: Path
-    """Holds the random models, and takes what is measured."""
+    """Folder of the random models and of the measurements."""
     max_ranks: int = Field(ge=1)
     """Largest world size."""
     has_experts: bool

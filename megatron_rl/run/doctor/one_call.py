@@ -70,7 +70,7 @@ def load_examined(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def names_trainer(path: Path) -> bool:
-    """Whether a YAML file has one of the sections above; what is no YAML has none."""
+    """Whether the file is YAML and has one of the sections above."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
