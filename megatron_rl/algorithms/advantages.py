@@ -43,19 +43,17 @@ def group_statistics(rewards: Tensor, groups: Tensor) -> GroupStatistics:
     return GroupStatistics(count[index], mean[index], std[index], (lowest == highest)[index])
 
 
-def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_std: bool, epsilon: float = STD_EPSILON) -> Tensor:
-    """(r - mean) / (std + epsilon) within the group: GRPO (arXiv 2402.03300, section 4.1.2), std unbiased as in TRL and
+def group_advantages(rewards: Tensor, groups: Tensor, *, normalize_std: bool) -> Tensor:
+    """(r - mean) / (std + 1e-6) within the group: GRPO (arXiv 2402.03300, section 4.1.2), std unbiased as in TRL and
     verl; without the division: Dr. GRPO (arXiv 2503.20783, section 3.2)."""
     group = group_statistics(rewards, groups)
     centred = rewards.double() - group.mean
-    scaled = centred / (group.std + epsilon) if normalize_std else centred
+    scaled = centred / (group.std + STD_EPSILON) if normalize_std else centred
     return torch.where(group.uniform, 0.0, scaled).to(rewards.dtype)
 
 
-def batch_scaled_advantages(
-    rewards: Tensor, groups: Tensor, group: dist.ProcessGroup | None = None, *, epsilon: float = STD_EPSILON
-) -> Tensor:
-    """(r - mean of the group) / (std of the whole batch + epsilon): as TRL's ``scale_rewards="batch"`` (arXiv
+def batch_scaled_advantages(rewards: Tensor, groups: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(r - mean of the group) / (std of the whole batch + 1e-6): as TRL's ``scale_rewards="batch"`` (arXiv
     2508.08221, section 4.2); easy and hard prompts have the same weight.
 
     Args:
@@ -63,7 +61,7 @@ def batch_scaled_advantages(
     """
     centred = group_advantages(rewards.double(), groups, normalize_std=False)
     deviation = masked_moments(rewards, torch.ones_like(rewards, dtype=torch.bool), group).std
-    return (centred / (deviation + epsilon)).to(rewards.dtype)
+    return (centred / (deviation + STD_EPSILON)).to(rewards.dtype)
 
 
 def length_weighted_advantages(rewards: Tensor, groups: Tensor, lengths: Tensor) -> Tensor:

@@ -55,8 +55,3 @@ class Sample:
     def mask(self) -> list[int]:
         """Training mask over the response tokens, ``[len(response_ids)]`` of 0/1."""
         return self.response_mask or [1] * len(self.response_ids)
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt and response tokens together."""
-        return len(self.prompt.token_ids) + len(self.response_ids)

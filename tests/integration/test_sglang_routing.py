@@ -64,6 +64,10 @@ def actor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Actor]:
         actor.close()
 
 
+def num_tokens(sample: Sample) -> int:
+    return len(sample.prompt.token_ids) + len(sample.response_ids)
+
+
 def routers_of(actor: Actor, sample: Sample) -> tuple[Tensor, Tensor]:
     """([layers, tokens, experts] bool, log-probabilities of the tokens): the trainer's own on the sample's tokens."""
     seen: list[Tensor] = []
@@ -80,7 +84,7 @@ def routers_of(actor: Actor, sample: Sample) -> tuple[Tensor, Tensor]:
     for hook in hooks:
         hook.remove()
     assert len(seen) == LAYERS
-    return torch.stack([taken.view(-1, EXPERTS)[: sample.num_tokens] for taken in seen]), batch["old_logprobs"]
+    return torch.stack([taken.view(-1, EXPERTS)[: num_tokens(sample)] for taken in seen]), batch["old_logprobs"]
 
 
 def test_samples_carry_the_servers_routing_and_it_is_the_trainers(actor: Actor) -> None:
@@ -92,12 +96,12 @@ def test_samples_carry_the_servers_routing_and_it_is_the_trainers(actor: Actor) 
     for sample in batch.samples:
         routed = torch.from_numpy(sample.metadata["routed_experts"]).long()
         # The last token generated was not fed to the model.
-        assert routed.shape == (sample.num_tokens - 1, LAYERS, TOP_K)
+        assert routed.shape == (num_tokens(sample) - 1, LAYERS, TOP_K)
         assert routed.min() >= 0
         assert routed.max() < EXPERTS
         assert (routed[..., 0] != routed[..., 1]).all()
         own, logprobs = routers_of(actor, sample)
-        theirs = torch.zeros(sample.num_tokens - 1, LAYERS, EXPERTS, dtype=torch.bool).scatter_(2, routed, True)
+        theirs = torch.zeros(num_tokens(sample) - 1, LAYERS, EXPERTS, dtype=torch.bool).scatter_(2, routed, True)
         same = (theirs == own[:, :-1].transpose(0, 1)).all(-1)
         equal, total = equal + int(same.sum()), total + same.numel()
         difference = logprobs[-len(sample.response_ids) :] - torch.tensor(sample.rollout_logprobs)
