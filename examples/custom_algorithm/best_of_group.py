@@ -1,7 +1,8 @@
-"""An algorithm of your own in one file: learn from the best responses of each group, weighted by how good they are.
+"""A custom algorithm in one file: maximum likelihood of each response, weighted by its reward within the group.
 
-Advantage-weighted regression within a prompt's group: a response counts exp((reward - group mean) / temperature),
-cut off at ``largest``, and is imitated that much. Data flow, parallelism, logging and checkpoints come from the base.
+Advantage-weighted regression within a prompt's group: the weight of a response is
+exp((reward - group mean) / temperature), at most ``largest``. Data flow, parallelism, logging and checkpoints come from
+the base.
 """
 
 import torch
@@ -12,7 +13,7 @@ from megatron_rl.workers.loss import LossInputs, LossOutput
 
 
 class BestOfGroup(BaseAlgorithm):
-    """Imitate each response as much as its reward stands out in its group."""
+    """Maximum likelihood of each response, weighted by its reward within the group."""
 
     class Config(BaseAlgorithm.Config):
         """Keys of `algorithm` in the YAML, beside those of every algorithm."""
@@ -20,12 +21,12 @@ class BestOfGroup(BaseAlgorithm):
         temperature: float = 0.5
         """Reward difference that changes a weight e-fold."""
         largest: float = 5.0
-        """No response counts more than this."""
+        """Upper bound of a weight."""
 
     name = "best-of-group"
 
     def prepare(self, batch) -> None:
-        """Once a step, on the host: what is each token worth?"""
+        """Once a step, on the host: the weight of each token."""
         group = group_statistics(batch["rewards"], batch["groups"])
         weights = ((batch["rewards"].double() - group.mean) / self.config.temperature).exp()
         weights = torch.where(group.uniform, 0.0, weights.clamp_max(self.config.largest))  # all equal: nothing to learn
