@@ -104,21 +104,21 @@ def learn_online(task: Task, algorithm: BaseAlgorithm, actor: Actor) -> dict[str
     return {"before": sum(rewards[:2]) / 2, "after": sum(rewards[-2:]) / 2}
 
 
-def preference(task: Task, scorer: Actor | Critic) -> tuple[float, float]:
-    """Margin and accuracy on held-out names: by log-probability, or by score for a reward model."""
+def preference(task: Task, model: Actor | Critic) -> tuple[float, float]:
+    """Margin and accuracy on held-out names: by log-probability, or by reward for a reward model."""
     batch = task.pairs(NAMES[8:], spread=False)
-    if isinstance(scorer, Critic):
+    if isinstance(model, Critic):
         append_value_tokens(batch)
-        scorer.values(write="found").run(batch)
+        model.values(write="found").run(batch)
     else:
-        scorer.logprobs(write="found").run(batch)
+        model.logprobs(write="found").run(batch)
     sums = sum_over_tokens(batch, batch["found"])
     margins = sums[0::2] - sums[1::2]
     return float(margins.mean()), float((margins > 0).float().mean())
 
 
-def learn_offline(task: Task, algorithm: OfflineAlgorithm, scorer: Actor | Critic) -> dict[str, float]:
-    before, accuracy_before = preference(task, scorer)
+def learn_offline(task: Task, algorithm: OfflineAlgorithm, model: Actor | Critic) -> dict[str, float]:
+    before, accuracy_before = preference(task, model)
     losses = []
     for _ in range(OFFLINE_STEPS):
         batch = task.pairs(NAMES[:8])
@@ -126,7 +126,7 @@ def learn_offline(task: Task, algorithm: OfflineAlgorithm, scorer: Actor | Criti
             batch = batch.select(range(0, batch.num_sequences, 2))
         algorithm.update()(batch)
         losses.append(batch.metrics["loss/total"])
-    after, accuracy_after = preference(task, scorer)
+    after, accuracy_after = preference(task, model)
     return {
         "before": before,
         "after": after,

@@ -1,4 +1,4 @@
-"""Losses and gradients far from where training should be: hundreds of nats, thousands of points of score, in fp32."""
+"""Losses and gradients far from where training should be: hundreds of nats, thousands of points of reward, in fp32."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_orpo_is_finite_for_a_certain_response_and_for_an_impossible_one():
 
 
 @pytest.mark.parametrize("gap", [5e3, -5e3])
-def test_reward_model_loss_is_exact_in_fp32_for_scores_thousands_apart(gap):
+def test_reward_model_loss_is_exact_in_fp32_for_rewards_thousands_apart(gap):
     rows = [{"mask": [0, 1], "logprobs": [0.0] * 2, "current_values": [0.0, x]} for x in (gap, -gap)]
     inputs = make_inputs(rows, dtype=torch.float32)
     output = RewardModelling(StandInWorker("critic")).loss(inputs)

@@ -146,7 +146,7 @@ def test_exchanging_gives_each_prompt_its_partners_response():
 
 
 class TokenCounting(StandInWorker):
-    """Log-probabilities that depend on the token, so that it matters which responses were scored."""
+    """Log-probabilities that depend on the token, so that it matters which responses were used."""
 
     def __init__(self, name: str, per_id: float) -> None:
         super().__init__(name)

@@ -267,7 +267,7 @@ def test_reference_free_loss_equals_its_formula_in_value_and_gradient(case, monk
 # --- reward models ---------------------------------------------------------------------------------------------------
 
 
-def score_rows() -> Rows:
+def reward_rows() -> Rows:
     draw = random.Random(7)
     masks = [[0, 0, 1], [0, 1], [1], [0, 0, 0, 1], [0, 1], [0, 1]]
     return [
@@ -277,7 +277,7 @@ def score_rows() -> Rows:
 
 
 @pytest.mark.parametrize("config", [{}, {"center_coefficient": 0.1}, {"use_margins": True}], ids=str)
-def test_reward_model_loss_is_bradley_terry_on_the_asked_scores(config, monkeypatch):
+def test_reward_model_loss_is_bradley_terry_on_the_appended_tokens(config, monkeypatch):
     margins = {"margins": [0.5, 0.5, 0.0, 0.0, 2.0, 2.0]} if config.get("use_margins") else {}
 
     def oracle(rows: Rows) -> float:
@@ -292,9 +292,9 @@ def test_reward_model_loss_is_bradley_terry_on_the_asked_scores(config, monkeypa
         return sum(values) / len(values)
 
     algorithm = RewardModelling(StandInWorker("critic"), **config)
-    check_against_oracle(algorithm.loss, oracle, score_rows(), margins, fields=("current_values",), rtol=1e-5)
-    check_micro_batches(algorithm.loss, score_rows(), [[0, 1], [2, 3, 4, 5]], margins)
-    check_context_halves(algorithm.loss, score_rows(), monkeypatch, margins)
+    check_against_oracle(algorithm.loss, oracle, reward_rows(), margins, fields=("current_values",), rtol=1e-5)
+    check_micro_batches(algorithm.loss, reward_rows(), [[0, 1], [2, 3, 4, 5]], margins)
+    check_context_halves(algorithm.loss, reward_rows(), monkeypatch, margins)
 
 
 def test_asking_for_scores_appends_one_masked_token_to_each_sequence():

@@ -1,8 +1,8 @@
-"""Test program under torchrun: trains a reward model, exports it, and scores samples with it in every way there is.
+"""Test program under torchrun: trains a reward model, exports it, and computes rewards with it in every way there is.
 
-Usage: reward_program.py FOLDER TP PP PAD [CHECKPOINT]. Rank 0 prints JSON: metrics of the first and last step, scores
+Usage: reward_program.py FOLDER TP PP PAD [CHECKPOINT]. Rank 0 prints JSON: metrics of the first and last step, rewards
 of `transformers`, and those of `RewardModel` of the exported folder, the run's Megatron checkpoint, a job's own chunks,
-and CHECKPOINT, which another layout wrote (with `transformers`' scores of the folder beside it).
+and CHECKPOINT, which another layout wrote (with `transformers`' rewards of the folder beside it).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def samples(tokenizer) -> list[Sample]:
     return made
 
 
-def scores_of_transformers(folder: Path, rows: list[Sample]) -> list[float]:
+def rewards_of_transformers(folder: Path, rows: list[Sample]) -> list[float]:
     """Padded on the right into one batch, as users do."""
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     assert model.num_labels == 1
@@ -51,7 +51,7 @@ def scores_of_transformers(folder: Path, rows: list[Sample]) -> list[float]:
         return model(padded, attention_mask=mask.long()).logits.squeeze(-1).tolist()
 
 
-def scores(model: RewardModel, rows: list[Sample]) -> list[float]:
+def rewards_of(model: RewardModel, rows: list[Sample]) -> list[float]:
     batch = Batch(samples=rows)
     model.score().run(batch)
     return batch["rewards"].tolist()
@@ -62,9 +62,9 @@ def ways(output: Path, tokenizer, rows: list[Sample]) -> dict[str, list[float]]:
     chunks = Critic(str(output / "hf"), tokenizer, parallel_state=parallel_state).engine.chunks
     own = {"tokenizer": tokenizer, "parallel_state": parallel_state}
     return {
-        "folder": scores(RewardModel(str(output / "hf")), rows),
-        "checkpoint": scores(RewardModel(str(output / "checkpoints" / "step_000012")), rows),
-        "chunks": scores(RewardModel(model=chunks, **own), rows),
+        "folder": rewards_of(RewardModel(str(output / "hf")), rows),
+        "checkpoint": rewards_of(RewardModel(str(output / "checkpoints" / "step_000012")), rows),
+        "chunks": rewards_of(RewardModel(model=chunks, **own), rows),
     }
 
 
@@ -83,7 +83,7 @@ def main(folder: Path, tp: int, pp: int, pad: str, checkpoint: str | None = None
     last = again.train(1, 48, rate, str(output) + "_again", max_steps=1, tracking=TrackerGroup.Config(trackers=()))
     theirs = dict.fromkeys(ours, output)
     if checkpoint is not None:
-        ours["another layout"] = scores(RewardModel(checkpoint), rows)
+        ours["another layout"] = rewards_of(RewardModel(checkpoint), rows)
         theirs["another layout"] = Path(checkpoint).parents[1]
     if torch.distributed.get_rank() == 0:
         found = read_metrics(output / "metrics.jsonl")
@@ -93,7 +93,7 @@ def main(folder: Path, tp: int, pp: int, pad: str, checkpoint: str | None = None
             "reloaded": last,
             "checkpoint": str(output / "checkpoints" / "step_000012"),
             "ours": ours,
-            "theirs": {way: scores_of_transformers(place / "hf", rows) for way, place in theirs.items()},
+            "theirs": {way: rewards_of_transformers(place / "hf", rows) for way, place in theirs.items()},
         }
         print("RESULT " + json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()

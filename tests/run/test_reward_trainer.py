@@ -1,4 +1,4 @@
-"""A reward model is trained, exported, loaded by `transformers` and by `RewardModel`: the scores are the same."""
+"""A reward model is trained, exported, loaded by `transformers` and by `RewardModel`: the rewards are the same."""
 
 from __future__ import annotations
 

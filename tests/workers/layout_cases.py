@@ -1,7 +1,7 @@
 """Test program under torchrun: one GRPO step on many layouts, printed as JSON lines for the test to compare.
 
-Each case builds the real stories model in its layout, scores and optimises one fixed batch, and reports
-log-probabilities, loss, gradient norm and the change of weights. Usage: layout_cases.py MODEL CASE [CASE ...]
+Each case builds the real stories model in its layout, computes log-probabilities of and optimises one fixed batch, and
+reports log-probabilities, loss, gradient norm and the change of weights. Usage: layout_cases.py MODEL CASE [CASE ...]
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ def run_case(model: str, name: str) -> dict:
     rows = samples()
     batch = own_share(rows, context.coordinates.dp, context.grid.dp)
     flow = actor.logprobs("seen")
-    scored = own_share(rows, context.coordinates.dp, context.grid.dp)
-    grpo.pack_stage().run(scored)
-    flow.run(scored)
+    packed = own_share(rows, context.coordinates.dp, context.grid.dp)
+    grpo.pack_stage().run(packed)
+    flow.run(packed)
     grpo.update()(batch)
-    logprobs = context.gather_objects((context.coordinates.dp, scored["seen"].tolist()))
+    logprobs = context.gather_objects((context.coordinates.dp, packed["seen"].tolist()))
     by_replica = dict(logprobs)
     metrics = {k: v for k, v in batch.metrics.items() if not k.startswith("time/")}
     return {

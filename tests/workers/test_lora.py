@@ -126,11 +126,11 @@ def test_logprobs_and_gradients_are_those_of_plain_torch_in_float64(context) -> 
     actor = lora_actor(context)
     leaves = {n: p.detach().double().requires_grad_() for n, p in adapters_of(actor).items()}
     expected = plain_logprobs(actor, leaves)
-    scored = batch()
-    actor.logprobs("seen").run(scored)
-    assert torch.allclose(scored["seen"].double(), expected.detach(), atol=1e-5, rtol=1e-6)
-    (-(expected * scored["weights"]).sum()).backward()
-    metrics = actor.optimize(scored, weighted, reads=("weights",))
+    given = batch()
+    actor.logprobs("seen").run(given)
+    assert torch.allclose(given["seen"].double(), expected.detach(), atol=1e-5, rtol=1e-6)
+    (-(expected * given["weights"]).sum()).backward()
+    metrics = actor.optimize(given, weighted, reads=("weights",))
     for name, parameter in adapters_of(actor).items():
         exact = leaves[name].grad
         assert (parameter.main_grad.double() - exact).norm() < 2e-6 * exact.norm(), name
@@ -166,9 +166,9 @@ def test_exported_model_gives_the_trainers_logprobs_in_transformers(context, tmp
     actor.optimize(batch(), weighted, reads=("weights",))
     actor.save_pretrained(tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    scored = batch()
-    actor.logprobs("seen").run(scored)
-    for row, seen in zip(*(scored[name].split(scored.lengths.tolist()) for name in ("input_ids", "seen")), strict=True):
+    given = batch()
+    actor.logprobs("seen").run(given)
+    for row, seen in zip(*(given[name].split(given.lengths.tolist()) for name in ("input_ids", "seen")), strict=True):
         with torch.no_grad():
             logprobs = model(row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None])[:, 0]
         assert torch.allclose(seen[1:], logprobs, atol=1e-5)
@@ -193,16 +193,16 @@ def test_adapters_that_are_off_or_new_change_nothing(context) -> None:
     plain = Actor(random_hf(SMALL), Tokenizer(), context=context)
     assert torch.equal(found["off"], logprobs(plain))
     assert not torch.equal(found["off"], logprobs(actor))
-    scored = batch()
-    Reference(actor).logprobs("ref").run(scored)
-    assert torch.equal(scored["ref"], found["off"])
+    given = batch()
+    Reference(actor).logprobs("ref").run(given)
+    assert torch.equal(given["ref"], found["off"])
     assert Reference(actor).state() is None, "no copy of the weights is held"
 
 
 def logprobs(actor: Actor) -> Tensor:
-    scored = batch()
-    actor.logprobs("seen").run(scored)
-    return scored["seen"]
+    given = batch()
+    actor.logprobs("seen").run(given)
+    return given["seen"]
 
 
 def test_dropout_acts_in_training_only(context) -> None:
@@ -285,9 +285,9 @@ def test_half_precision_trains_and_serves_what_it_trains(context) -> None:
     made = actor.generate([Prompt([5, 6, 7], index=0)], temperature=1.0, max_tokens=12)
     (sample,) = made
     ids = sample.prompt.token_ids + sample.response_ids
-    scored = Batch.from_sequences([ids], [[0] * 3 + [1] * len(sample.response_ids)])
-    actor.logprobs("seen").run(scored)
-    assert torch.allclose(scored["seen"][3:], torch.tensor(sample.rollout_logprobs), atol=0.1)
+    given = Batch.from_sequences([ids], [[0] * 3 + [1] * len(sample.response_ids)])
+    actor.logprobs("seen").run(given)
+    assert torch.allclose(given["seen"][3:], torch.tensor(sample.rollout_logprobs), atol=0.1)
     actor.close()
 
 
@@ -319,6 +319,6 @@ def test_adapters_alone_are_saved_of_policies_that_have_some(context, tmp_path) 
 
 
 def values_of(critic: Critic) -> Tensor:
-    scored = batch()
-    critic.values("seen").run(scored)
-    return scored["seen"]
+    given = batch()
+    critic.values("seen").run(given)
+    return given["seen"]
