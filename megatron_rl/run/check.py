@@ -14,7 +14,7 @@ from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
 from megatron_rl.engines.build import check_sizes
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation, read_hf_config
-from megatron_rl.models.layouts import check_rollout, logical_tensors
+from megatron_rl.models.layouts import check_rollout
 from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
@@ -141,7 +141,7 @@ def _check_weights(folder: Path, config: RunConfig) -> None:
     """The headers of the weight files; a Megatron checkpoint's weights are not in the folder of its description."""
     if not isinstance(starting_model(config), MegatronCheckpoint):
         with SafetensorsFolder(folder) as source:
-            check_folder(source, logical_tensors(architecture_from_hf(read_hf_config(folder))))
+            check_folder(source, architecture_from_hf(read_hf_config(folder)))
 
 
 def _check_special_tokens(folder: Path, tokenizer: Any) -> None:

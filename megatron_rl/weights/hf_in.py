@@ -19,6 +19,8 @@ from transformers import PretrainedConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.embedding import SCORE
+from megatron_rl.models.family import describe
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
 from megatron_rl.reshard.layout import Layout, Span
@@ -30,9 +32,7 @@ if TYPE_CHECKING:  # see `hf_config`
 
 logger = logging.getLogger(__name__)
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROWS = 8192  # of two matrices that are compared, at a time
-SCORE = "score.weight"  # the head of a sequence classifier
 NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -76,8 +76,7 @@ def load_folder(
         ConfigError: the folder's files, the config and the layout do not fit together; the message names the file.
     """
     with SafetensorsFolder(folder) as source:
-        expected = logical_tensors(architecture or read_architecture(folder))
-        check_folder(source, expected)
+        check_folder(source, architecture or read_architecture(folder))
         fill(layout, rank, tensors, source)
 
 
@@ -102,12 +101,13 @@ def require_one_label(config: PretrainedConfig, where: str) -> None:
         )
 
 
-def check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     """Compare a folder with what its config describes, by the headers of its files; what is not used is warned about.
 
     Raises:
         ConfigError: a tensor is missing or has another shape, or a tied model's file has a head of its own.
     """
+    expected = logical_tensors(architecture)
     missing = sorted(expected.keys() - source.files.keys())
     if missing:
         raise ConfigError(
@@ -116,24 +116,31 @@ def check_folder(source: SafetensorsFolder, expected: Mapping[str, tuple[int, ..
         )
     for name, shape in expected.items():
         source.check(name, shape)
-    if HEAD not in expected and SCORE not in expected and HEAD in source and EMBEDDING in expected:
-        _check_tied(source, expected[EMBEDDING])
+    embedding, output = _vocabulary_names(architecture)
+    if output not in expected and not architecture.score_head and output in source:
+        _check_tied(source, embedding, output, expected[embedding])
     # Two harmless kinds of surplus: a tied head that was stored all the same, and buffers that are recomputed.
-    extra = [n for n in source.names() if n not in expected and n != "lm_head.weight" and "rotary_emb" not in n]
+    extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])
 
 
-def _check_tied(source: SafetensorsFolder, shape: tuple[int, ...]) -> None:
-    """Raise ConfigError where a stored head is not the embedding that takes its place, compared in parts."""
-    source.check(HEAD, shape)
+def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:
+    """Of the embedding, and of the output layer where the two are not tied."""
+    model = describe(replace(architecture, tied=False, score_head=False))
+    return model.embedding.hf, model.output.hf
+
+
+def _check_tied(source: SafetensorsFolder, embedding: str, output: str, shape: tuple[int, ...]) -> None:
+    """Raise ConfigError where a stored output layer is not the embedding that takes its place, compared in parts."""
+    source.check(output, shape)
     for start in range(0, shape[0], ROWS):
         stop = min(shape[0], start + ROWS)
-        head, embedding = (source.read(Span(n, start, stop, 0, shape[1], 0, 0)) for n in (HEAD, EMBEDDING))
-        if not torch.equal(head.float(), embedding.float()):
+        first, second = (source.read(Span(n, start, stop, 0, shape[1], 0, 0)) for n in (output, embedding))
+        if not torch.equal(first.float(), second.float()):
             raise ConfigError(
-                f"{source.files[HEAD]}: {HEAD} is not {EMBEDDING}, but config.json says tie_word_embeddings=true, so "
-                "it would be ignored: set tie_word_embeddings to false to use it, or remove it from the file"
+                f"{source.files[output]}: {output} is not {embedding}, but config.json says tie_word_embeddings=true, "
+                "so it would be ignored: set tie_word_embeddings to false to use it, or remove it from the file"
             )
 
 
@@ -164,15 +171,17 @@ def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
     known = {
         s.name for layout in (transformers_layout(architecture), hf_layout(architecture)) for s in layout.shards(0)
     }
-    extra = sorted(name for name in state if name not in known and name != HEAD and "rotary_emb" not in name)
+    embedding, output = _vocabulary_names(architecture)
+    extra = sorted(name for name in state if name not in known and name != output and "rotary_emb" not in name)
     if extra:
         raise ConfigError(
             f"{type(model).__name__} has {len(extra)} tensors that a {architecture.family} model does not have, first "
             f"{extra[0]!r}: they would be neither trained nor exported. Give the stock model"
         )
-    if HEAD in state and HEAD not in known and SCORE not in known and not torch.equal(state[HEAD], state[EMBEDDING]):
+    tied = output not in known and SCORE not in known
+    if tied and output in state and not torch.equal(state[output], state[embedding]):
         raise ConfigError(
-            f"{type(model).__name__}: {HEAD} is not {EMBEDDING}, but its config says tie_word_embeddings=true: tie "
+            f"{type(model).__name__}: {output} is not {embedding}, but its config says tie_word_embeddings=true: tie "
             "them, or set config.tie_word_embeddings=False"
         )
     return architecture, state_source(architecture, state)

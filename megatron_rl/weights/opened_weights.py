@@ -12,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.checkpoint_reader import CheckpointReader
+from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.tokenizer import load_tokenizer
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_folder import HFDescription
-from megatron_rl.weights.hf_in import SCORE, check_folder, resolve_folder
+from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, dtypes_of
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
@@ -55,7 +56,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
             )
         description = _describe(folder)
         with SafetensorsFolder(folder) as source:
-            check_folder(source, logical_tensors(description.architecture))
+            check_folder(source, description.architecture)
             head = read_value_head(folder, description.architecture.hidden)
             dtypes = dtypes_of(source, logical_tensors(description.architecture))
             yield OpenedWeights(description, source, dtypes, head)

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.reshard import Span
-from megatron_rl.weights.hf_in import SCORE
 from megatron_rl.weights.source import SINGLE_FILE, SafetensorsFolder
 
 VALUE_HEAD_FOLDER = "value_head"

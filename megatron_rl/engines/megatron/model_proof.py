@@ -29,6 +29,7 @@ from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.model.core_attention import zigzag_order
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.micro_batches import plan_micro_batches
+from megatron_rl.models.family import describe
 from megatron_rl.models.layouts import EVERYWHERE, logical_tensors
 from megatron_rl.models.parameters import whole
 from megatron_rl.models.pipeline import stage_layers
@@ -188,13 +189,14 @@ class _Parts:
         self.model, self.capture = model, capture
         self.tokens = batch.tokens["input_ids"].to(model.device)
         self.shapes = logical_tensors(model.architecture)
+        self._description = describe(model.architecture)
         single = not dist.is_initialized() or dist.get_world_size() == 1
         self._transport = LocalTransport() if single else P2PTransport()
         grid = model.context.grid
         self._owners = [min(grid.ranks(pp=stage)) for stage in range(grid.sizes.pp)]
 
     def embedding(self) -> list[Finding]:
-        name = "model.embed_tokens.weight"
+        name = self._description.embedding.hf
         if self._is_large([name]):
             return []
         hidden = self._whole_of(self.capture.inputs, 0)
@@ -220,8 +222,7 @@ class _Parts:
 
     def output(self) -> list[Finding]:
         """Final norm and output layer, by the log-probabilities of the sequence's own tokens."""
-        head = "model.embed_tokens.weight" if self.model.architecture.tied else "lm_head.weight"
-        names = ["model.norm.weight", head]
+        names = [self._description.final_norm.hf, self._description.output.hf]
         if self._is_large(names):
             return []
         last = self.model.architecture.num_layers - 1
@@ -231,7 +232,7 @@ class _Parts:
             return []
         normed = F.rms_norm(hidden, hidden.shape[-1:], weights[names[0]], self.model.architecture.norm_eps)
         findings = [Finding(last + 1, "the final norm", _error(self.capture.final, normed))]
-        expected = torch.log_softmax(self.capture.final[:-1] @ weights[head].T, -1)
+        expected = torch.log_softmax(self.capture.final[:-1] @ weights[names[1]].T, -1)
         chosen = expected.gather(1, self.tokens[1:, None])
         return [*findings, Finding(last + 2, "the output layer", _error(self.capture.logprobs[:-1], chosen))]
 

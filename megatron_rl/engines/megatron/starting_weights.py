@@ -19,10 +19,11 @@ from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.models.checkpoint_reader import CheckpointReader
+from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
 from megatron_rl.models.parameters import whole
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_in import SCORE, holds_scores, load_folder, model_source
+from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from megatron_rl.models.parameters import Parameter, Replicated, VocabularyRows
 
+SCORE = "score.weight"  # of Hugging Face's sequence classifiers, whatever the family
+
 
 @dataclass(frozen=True, slots=True)
 class Embedding:
@@ -37,7 +39,7 @@ class ScoreHead:
     """Hidden states to one number a position, in the place of an `OutputLayer`."""
 
     hidden: int
-    hf: str = "score.weight"
+    hf: str = SCORE
 
     def parameter(self) -> Parameter:
         return Replicated(self.hf, (1, self.hidden), "output_layer.weight")
