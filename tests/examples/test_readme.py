@@ -52,3 +52,28 @@ def test_on_two_ranks_the_eight_lines_train_on_different_prompts(eight_lines, tm
 def test_local_links_lead_somewhere(page: Path):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_named_files_exist(page: Path):
+    named = re.findall(r"`(\w+(?:/\w+)+\.py)`", page.read_text())
+    roots = (ROOT, ROOT / "megatron_rl", page.parent)
+    assert [name for name in named if not any((root / name).is_file() for root in roots)] == []
+
+
+JOURNEYS = ("### A weight's journey", "### A prompt's journey", "From an algorithm to its gradient")
+
+
+@pytest.mark.parametrize("journey", JOURNEYS)
+def test_a_journey_has_at_most_eight_hops_and_each_begins_with_a_file(journey: str):
+    text = (ROOT / "README.md").read_text().split(journey)[1]
+    hops = []
+    for line in text[text.index("1. ") :].splitlines():
+        if line and not re.match(r"\d+\. |   ", line):
+            break
+        if hop := re.match(r"\d+\. (.*)", line):
+            hops.append(hop[1])
+    assert 3 <= len(hops) <= 8
+    for hop in hops:
+        (file,) = re.findall(r"^`([\w/]+\.py)`", hop)
+        assert (ROOT / "megatron_rl" / file).is_file()
