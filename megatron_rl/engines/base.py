@@ -46,12 +46,12 @@ class MicroBatching:
 
 @dataclass(frozen=True)
 class Origin:
-    """What is known of where the weights came from; a job's own model has none of it."""
+    """Where the weights came from; unknown for a job's own model chunks."""
 
     hf_config: HFConfig | None = None
     generation: GenerationFile | None = None
     dtypes: WireFormat | None = None  # of the weights there
-    lacks_head: bool = False  # the model has a value head, and there was none: it starts at zero
+    lacks_head: bool = False  # the model has a value head and the source has none: it starts at zero
 
 
 class LowRank(Protocol):
@@ -63,11 +63,11 @@ class LowRank(Protocol):
 
     @property
     def facts(self) -> dict[str, float]:
-        """Its settings in PEFT's names."""
+        """The fields of PEFT's ``LoraConfig`` that describe it."""
 
 
 class TrainingEngine(abc.ABC):
-    """One model on one rank. "Collective" methods are called by every rank; the others ask no other rank."""
+    """One model on one rank. Every rank calls "collective" methods together; the others need no communication."""
 
     name: str = "model"  # the role's, in errors
     context: ParallelContext
@@ -116,11 +116,11 @@ class TrainingEngine(abc.ABC):
 
     @abc.abstractmethod
     def sync_parameters(self) -> None:
-        """Finish what of the last step is still under way; before weights are read. Collective."""
+        """Wait for an overlapped all-gather of updated parameters; call it before weights are read. Collective."""
 
     def follow_weights(self) -> int:
-        """Where the optimizer keeps wider copies of the weights: give those that are no longer what they are copies of
-        the weights' values. Returns how many were changed on this rank."""
+        """Refresh the optimizer's fp32 copies of weights that something else has written, such as a loaded checkpoint.
+        Returns how many were changed on this rank."""
         return 0
 
     @contextlib.contextmanager
@@ -133,11 +133,11 @@ class TrainingEngine(abc.ABC):
     @property
     @abc.abstractmethod
     def packs(self) -> bool:
-        """Whether it can take packed micro-batches; otherwise they are padded rows."""
+        """Whether it takes packed micro-batches; otherwise rows are padded."""
 
     @property
     def alignment(self) -> Alignment:
-        """What lengths must be multiples of, and which positions of a sequence this rank computes."""
+        """What sequence lengths must be multiples of, and which positions of a sequence this rank computes."""
         return Alignment()
 
     @property
@@ -166,7 +166,7 @@ class TrainingEngine(abc.ABC):
                 micro-batches and over data- and context-parallel ranks: nothing is averaged.
 
         Returns:
-            The results, in order; empty on ranks without the last layer. Gradients are whole: reduced over all ranks.
+            The results, in order; empty on ranks without the last layer. Gradients are reduced over all ranks.
         """
 
     @abc.abstractmethod
@@ -178,7 +178,7 @@ class TrainingEngine(abc.ABC):
         """
 
     def values(self, hidden: Tensor) -> Tensor:
-        """What the value head makes of what an `Output` gets: ``[n]`` fp32, differentiable."""
+        """The value head's output for the hidden states that an `Output` gets: ``[n]`` fp32, differentiable."""
         assert self.value_model, "this model has no value head"
         return hidden.squeeze(-1).float()
 
@@ -191,24 +191,24 @@ class TrainingEngine(abc.ABC):
 
     @abc.abstractmethod
     def step(self) -> float | None:
-        """Clip, and let optimizer and schedule take one step.
+        """Clip gradients, then one step of the optimizer and of the learning-rate schedule.
 
         Returns:
-            The gradient's global L2 norm before clipping; None: skipped, as the gradient overflowed under a loss scale
-            that has now fallen. Then neither weights nor schedule have moved.
+            The gradient's global L2 norm before clipping; None: the step was skipped because the
+            gradient overflowed, and the loss scale was lowered. Weights and schedule are unchanged.
 
         Raises:
-            FloatingPointError: it overflowed, and the scale cannot fall. Nothing has moved.
+            FloatingPointError: it overflowed, and the loss scale is at its minimum. Nothing has changed.
         """
 
     @property
     @abc.abstractmethod
     def learning_rate(self) -> float:
-        """Of the step that comes next."""
+        """Of the next step."""
 
     @property
     def loss_scale(self) -> float | None:
-        """What losses are multiplied with against underflow; None: nothing."""
+        """What fp16 losses are multiplied with; None where there is no loss scaling."""
         return None
 
     # Checkpoints: collective

@@ -33,7 +33,7 @@ def build_engine(
     """An engine for ``model``. Collective.
 
     Args:
-        model: a ready `TrainingEngine`, which is taken as it is; or what Megatron-Core trains: a Hugging Face folder,
+        model: a ready `TrainingEngine`, used as it is; or what Megatron-Core trains: a Hugging Face folder,
             id or model, a Megatron checkpoint, or a Megatron job's own model chunks.
         name: the role's, in errors.
         vocab: logical vocabulary of Megatron chunks, without padding; nothing else needs it.
@@ -72,7 +72,7 @@ def _ready(engine: TrainingEngine, name: str, value_model: bool, optimizer: Any)
 
 
 def needs_vocab(model: Any) -> bool:
-    """Whether ``model`` does not know its logical vocabulary itself: a Megatron job's own chunks."""
+    """Whether the vocabulary size must be given: a Megatron job's own chunks know only the padded one."""
     return not (isinstance(model, TrainingEngine) or is_hf_model(model))
 
 
@@ -80,7 +80,7 @@ def size_of(model: Any, vocab: int) -> tuple[int, int]:
     """Vocabulary and longest sequence of what `build_engine` takes as ``model``, before it is built.
 
     Args:
-        vocab: of the tokenizer; that of Megatron chunks, which do not know their own.
+        vocab: of the tokenizer; used for Megatron chunks, which know only their padded vocabulary.
     """
     if isinstance(model, TrainingEngine):
         return model.architecture.vocab, model.architecture.max_positions

@@ -69,8 +69,8 @@ def convert(
 
 
 def _refuse_damage(checkpoint: Path, context: ParallelContext, tensors_only: bool) -> None:
-    """Each rank reads its share of the files; raises ConfigError on all. Where the user describes the model, what the
-    checkpoint says of itself may have been changed."""
+    """Compare files with their digests, each rank its share; raises ConfigError on every rank. Where the user gives a
+    config, the checkpoint's own description may be changed, so only tensors are compared."""
     found = context.gather_objects(find_damage(checkpoint, context.rank, context.world_size, tensors_only))
     if damage := next(filter(None, found), None):
         raise ConfigError(

@@ -121,6 +121,6 @@ class EngineConfig(ConfigRecord):
         return cls.parse(dict(config or {}), where)
 
     def over(self, num_optimizer_steps: int) -> Self:
-        """The same, its learning rate decaying over so many optimizer steps where it names no number itself."""
+        """The same with ``decay_steps`` set to ``num_optimizer_steps`` where it is not set."""
         steps = self.optimizer.decay_steps or num_optimizer_steps
         return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"decay_steps": steps})})

@@ -55,7 +55,7 @@ def plan_micro_batches(
 
 
 def check_vocab(batch: Batch, engine: TrainingEngine) -> None:
-    """Raises ConfigError, on all data-parallel ranks together, for token ids that the model has no row for."""
+    """Raise ConfigError, on all data-parallel ranks, for token ids outside of the model's vocabulary."""
     ids, vocab = batch["input_ids"], engine.architecture.vocab
     least, most = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     found = _maximum(most if least >= 0 else 2**62 - least, engine.context)
@@ -80,7 +80,7 @@ def fill_rows(units: Sequence[int], rows: int) -> list[list[int]]:
 
 
 def _maximum(value: int, context: ParallelContext) -> int:
-    """Over the data-parallel ranks."""
+    """The maximum over the data-parallel ranks."""
     if context.grid.dp == 1:
         return value
     tensor = torch.tensor(value, device=current_platform().device)

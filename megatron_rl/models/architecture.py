@@ -1,4 +1,4 @@
-"""`Architecture`: what a decoder looks like, free of Hugging Face's, Megatron's and SGLang's names for it.
+"""`Architecture`: the sizes and options of a decoder, independent of how Hugging Face, Megatron and SGLang name them.
 
 Layouts, the Megatron builder and the local rollout engine all read this record; families translate a Hugging Face
 config to and from it.

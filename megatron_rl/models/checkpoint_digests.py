@@ -1,4 +1,4 @@
-"""Digests of a checkpoint's files, by which damage is seen before anything is loaded, flipped bits of weights too.
+"""Digests of a checkpoint's files: damage, flipped bits included, is found before anything is loaded.
 
 They lie beside the files as ``digests.xxh128``, a line for each in the form of ``xxh128sum``, whose option ``-c``
 checks them as well. A checkpoint without digests (another program's, or an older one) is checked for files that are
@@ -30,13 +30,13 @@ def digest(path: Path) -> str:
 
 
 def write_digests(folder: Path, known: Mapping[str, str]) -> None:
-    """Write those of all files in ``folder``; ``known`` are digests that exist already, by path below it."""
+    """Write the digests of all files in ``folder``; ``known`` are those computed already, by path below it."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != FILE)
     (folder / FILE).write_text("".join(f"{known.get(name) or digest(folder / name)}  {name}\n" for name in names))
 
 
 def find_damage(folder: Path, rank: int = 0, world_size: int = 1, tensors_only: bool = False) -> str:
-    """What is wrong with the checkpoint in ``folder``, the file first; nothing = it is intact.
+    """What is damaged in the checkpoint ``folder``, beginning with the file's name; empty where it is intact.
 
     The files are shared out over ``world_size`` callers, the largest first; each reads its own.
 

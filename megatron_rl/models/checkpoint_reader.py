@@ -74,7 +74,7 @@ def checkpoint_folder(path: str | Path) -> Path | None:
 
 
 def point_to(folder: Path) -> None:
-    """Make the iteration ``folder`` its run's newest one, unless the run has a pointer already."""
+    """Point the run of the iteration ``folder`` to it, unless the run has a pointer already."""
     pointer = folder.parent / LATEST
     if not pointer.exists():
         name = folder.name
@@ -129,13 +129,13 @@ class CheckpointReader:
 
     @functools.cached_property
     def arguments(self) -> Namespace | None:
-        """Megatron-LM's, of the job that wrote it; None where another program did."""
+        """The arguments of the Megatron-LM job that wrote it; None for another program's checkpoint."""
         common = load_inert(self.folder / COMMON) if (self.folder / COMMON).is_file() else {}
         found = common.get("args") if isinstance(common, dict) else None
         return found if isinstance(found, Namespace) else None
 
     def layout(self, architecture: Architecture) -> Layout:
-        """The layout of one rank, as which the checkpoint is read.
+        """The one-rank layout that the checkpoint is read in.
 
         Raises:
             ConfigError: a stored tensor has no place in the model.
@@ -180,7 +180,7 @@ class CheckpointReader:
         raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
 
     def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
-        """What the tensor of a shard is stored in; there is one rank."""
+        """The dtype that a shard's tensor is stored in; there is one rank."""
         stored = next((self.tensors[one.key] for one in candidates(shard.name) if one.key in self.tensors), None)
         return self.dtype if stored is None else stored.properties.dtype
 

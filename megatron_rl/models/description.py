@@ -1,4 +1,4 @@
-"""`ModelDescription`: a decoder, layer by layer, composed of components; what the interpreters of a model read.
+"""`ModelDescription`: a decoder, layer by layer, composed of components.
 
 Layouts, the Megatron builder, the Hugging Face folders and the local rollout engine all read it, and nothing else says
 what a model computes. A family composes it (`models/family.py`); `describe` finds the family.
@@ -85,7 +85,7 @@ class ModelDescription:
         return any(isinstance(layer.mlp, ExpertMLP) for layer in self.layers)
 
     def shared(self, read: Callable[[LayerDescription], T], what: str) -> T:
-        """What ``read`` gives for every layer alike.
+        """What ``read`` returns, which must be the same for every layer.
 
         Raises:
             ConfigError: layers differ in it.

@@ -140,7 +140,7 @@ class ModelFamily:
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuse what would silently be computed differently."""
+        """Raise ConfigError for config fields that would silently change what is computed."""
         window = config.get("sliding_window")
         unsupported = {
             "hidden_act": config.get("hidden_act", "silu") != "silu",
@@ -227,8 +227,8 @@ def describe(architecture: Architecture) -> ModelDescription:
 
 
 def in_a_family(architecture: Architecture) -> Architecture:
-    """``architecture``, whatever its ``family`` says, as the first family has it whose config can say all of it: what
-    a Megatron model without a Hugging Face config is exported as.
+    """``architecture`` as the first family whose config can express all of it, whatever its ``family`` says: the family
+    that a Megatron model without a Hugging Face config is exported as.
 
     Raises:
         ConfigError: no supported family can.
@@ -256,5 +256,5 @@ def _layer_types(a: Architecture) -> dict[str, Any]:
 
 
 def _without_idle(a: Architecture) -> Architecture:
-    """Without the dense feed-forward size, where every layer has experts."""
+    """Without the dense feed-forward size where every layer has experts: nothing uses it there."""
     return replace(a, ffn=0) if a.experts is not None and not a.experts.dense_layers else a

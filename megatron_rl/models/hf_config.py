@@ -1,6 +1,6 @@
 """Between Hugging Face configs and `Architecture`: reading a folder's config, and writing one for export.
 
-Where a model came from Hugging Face its own config travels with it; a model born in Megatron gets a fresh one.
+A model from Hugging Face keeps its own config; a model made in Megatron gets a new one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # two CPU-seconds on every rank: it brings flash attention, g
 
     HFModel = PreTrainedModel
 
-HFConfig = PretrainedConfig  # for rooms that hold these objects without importing transformers
+HFConfig = PretrainedConfig  # for packages that hold these objects without importing transformers
 
 
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
@@ -72,8 +72,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class GenerationFile(GenerationConfig):
-    """``generation_config.json`` of a model: written as it was read, whatever else this version of `transformers` would
-    make of it."""
+    """``generation_config.json`` of a model, written as it was read: `transformers` would change fields
+    of other versions."""
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class GenerationFile(GenerationConfig):
         return eos_ids(self.fields.get("eos_token_id"))
 
     def add_stop(self, token: int | None) -> None:
-        """Name one more, where it names some."""
+        """Add one end-of-sequence token if it names any."""
         if self.stops and token is not None and token not in self.stops:
             self.fields["eos_token_id"] = [*self.stops, token]
 
@@ -147,7 +147,7 @@ def is_classifier(config: PretrainedConfig) -> bool:
 def hf_config_from(
     architecture: Architecture, tokenizer: PreTrainedTokenizerBase | None = None, dtype: str = "bfloat16"
 ) -> PretrainedConfig:
-    """A Hugging Face config for a model that never had one.
+    """A Hugging Face config for a model that has none.
 
     Args:
         tokenizer: gives the special token ids; without it generation has no default stop token.

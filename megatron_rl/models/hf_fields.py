@@ -1,7 +1,7 @@
 """`HFFields`: the fields of a Hugging Face ``config.json`` that are read here, with the types and ranges they can have.
 
-Checked before `transformers` sees the file: it makes a list of a trillion layers where a config asks for them, and
-what it lets through is met much later, as an error in the middle of building a model. Other fields are its business.
+Checked before `transformers` reads the file: it makes a list of a trillion layers where a config asks for them, and a
+wrong value that it accepts becomes an error in the middle of building a model. Other fields are left to it.
 """
 
 from __future__ import annotations

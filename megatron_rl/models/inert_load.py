@@ -21,7 +21,7 @@ NAMESPACE = "argparse.Namespace"
 
 
 class Inert:
-    """Stands for an object of a class that is not loaded; subclasses carry the class's ``name``.
+    """Placeholder for an object whose class is not loaded; subclasses carry the class's ``name``.
 
     Attributes:
         arguments: what the object was made from: of an enum's member, its value.

@@ -22,7 +22,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.parallel import ParallelSizes
 
-# Without these nothing says what model it is.
+# Without these the model is not determined.
 REQUIRED = (
     "num_layers",
     "hidden_size",
@@ -61,7 +61,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "te_precision_config_file": (None,),
     "yaml_cfg": (None,),
 }
-# Of how a model is made or run, in the families of names below.
+# Arguments with such names that only say how a model is made or run.
 HARMLESS = frozenset(
     {
         "embedding_path",
@@ -117,7 +117,7 @@ def architecture_from_arguments(arguments: Namespace, vocab: int) -> Architectur
 
 
 def _current_names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same under the names of today; older versions of Megatron-LM used some others."""
+    """The same under current names; older versions of Megatron-LM used others."""
     values = dict(given)
     for old, new in (("norm_epsilon", "layernorm_epsilon"), ("apply_layernorm_1p", "layernorm_zero_centered_gamma")):
         if old in values:

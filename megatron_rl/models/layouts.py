@@ -21,7 +21,7 @@ from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import AS_IT_IS, Held, Layout, Shard, Symmetry
 
-EVERYWHERE = "everywhere"  # the one replica group of a layout in which all ranks hold the same
+EVERYWHERE = "everywhere"  # the only replica of a layout in which all ranks hold the same
 
 
 def logical_tensors(architecture: Architecture) -> dict[str, Shape]:

@@ -158,7 +158,7 @@ class LegacyCheckpoint:
         return layout
 
     def _refuse_value_head(self, rank: int) -> None:
-        """It would stay at zero in silence: a head stands in place of the output layer, or beside it."""
+        """Raise ConfigError for a value head, in place of the output layer or beside it: it would stay zero."""
         tensors = self.tensors_of(rank)
         output = tensors.get(OUTPUT_LAYER)
         if VALUE_HEAD in tensors or (output is not None and output.shape[0] == 1):
@@ -238,7 +238,7 @@ def _experts_apart(name: str, tensor: Tensor, ep: int, arguments: Namespace) -> 
 
 
 def unknown_tensors(folder: Path, names: list[str]) -> str:
-    """What to say of tensors that a model has no place for."""
+    """The message for stored tensors that are not in the model."""
     shown = ", ".join(names[:4]) + (" ..." if len(names) > 4 else "")
     return (
         f"{folder} holds {shown}, which the described model does not have: the config belongs to another model, or the "

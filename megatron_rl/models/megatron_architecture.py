@@ -1,7 +1,7 @@
 """The `Architecture` of a model that a Megatron job built itself, read from its `TransformerConfig`.
 
 Everything the decoder of `models/family.py` does not compute is refused (`models/megatron_fields.py` says what), so
-that an exported Hugging Face folder or a rollout engine never runs a different model in silence.
+that an exported Hugging Face folder or a rollout engine never silently runs a different model.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _experts(config: TransformerConfig) -> Experts | None:
 
 
 def refuse(refusals: Sequence[Refusal]) -> None:
-    """Raise ConfigError that names all of them, if there are any."""
+    """Raise ConfigError that names all ``refusals``, if there are any."""
     if refusals:
         given = ", ".join(f"{refusal.name}={refusal.given}" for refusal in refusals)
         supported = "; ".join(f"{refusal.name}: {refusal.expected}" for refusal in refusals)

@@ -1,4 +1,4 @@
-"""What is known of every field of megatron-core's configuration classes: the allow-list of models that are taken over.
+"""The allow-list of fields of megatron-core's configuration classes, for models that a job built itself.
 
 A field cannot change the forward pass (`FREE`), or is carried over into the `Architecture` (`TAKEN`), or must have a
 neutral value (`NEUTRAL`; `NEUTRAL_WITH_EXPERTS` for those that only a mixture of experts reads). A field that is in

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class MegatronNaming:
-    """Which of Megatron's spellings a model uses."""
+    """Which of Megatron's naming schemes a model uses."""
 
     fused_norms: bool = False  # TransformerEngine: the norm's weight belongs to the linear layer behind it
     grouped_experts: bool = False  # TEGroupedMLP: linear_fc1.weight0, weight1, ... instead of local_experts.0, ...
 
     @classmethod
     def detect(cls, names: Iterable[str]) -> MegatronNaming:
-        """Read the spelling off parameter names of any chunk that holds a layer.
+        """Read the scheme off the parameter names of any chunk that holds a layer.
 
         Raises:
             ValueError: the experts are a `GroupedMLP` (``experts.weight1``), whose transposed layout is not known here.

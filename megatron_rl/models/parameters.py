@@ -43,7 +43,7 @@ class Place:
 
 
 class Parameter(ABC):
-    """One or more logical tensors that every system places together."""
+    """One or more logical tensors that are placed together in every system."""
 
     rollout_add = 0.0
     dtype: torch.dtype | None = None  # of files and rollout engines, where it is not the model's
@@ -107,7 +107,7 @@ class Replicated(Parameter):
     megatron_name: str
     fused_name: str = ""  # Megatron's name where TransformerEngine fuses the norm into the linear layer behind it
     transformers_name: str = ""  # in memory, where it differs from the file's
-    rollout_add: float = 0.0  # what the rollout engine's values are more than the file's
+    rollout_add: float = 0.0  # added to the file's values in the rollout engine
     dtype: torch.dtype | None = None
 
     def logical(self) -> Iterable[tuple[str, Shape]]:

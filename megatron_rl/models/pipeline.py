@@ -1,4 +1,4 @@
-"""Where layers and vocabulary rows live, as pure functions of sizes.
+"""Which layers and vocabulary rows a rank holds, as pure functions of sizes.
 
 `stage_layers` is the one rule for which layers a pipeline rank holds: the layers are dealt in order to ``pp * vpp``
 chunks, chunk ``vp_stage * pp + pp_rank`` (Megatron-Core's interleaved order). Where they do not divide, the first

@@ -1,4 +1,4 @@
-"""One decoder layer as `transformers` computes it: the independent side of a proof about a Megatron job's layer.
+"""One decoder layer as `transformers` computes it, to compare a Megatron job's layer with.
 
 A model of one layer is made from the config that an export would have, and filled with that layer's logical tensors.
 """

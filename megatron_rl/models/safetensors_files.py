@@ -1,4 +1,4 @@
-"""Writing safetensors files, and folders for them, that whoever the umask lets may read."""
+"""Writing safetensors files and folders with the permissions that the umask allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors``, on any device. safetensors by itself leaves a file that its owner alone may read (0600)."""
+    """Write ``tensors``, on any device. safetensors itself makes files that only their owner can read (0600)."""
     with path.open("wb") as file:
         mode = os.fstat(file.fileno()).st_mode & 0o777  # what umask and the folder's ACL make of a new file
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})

@@ -57,7 +57,9 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
     Raises:
         ConfigError: it has such ids.
     """
-    ids = tokenizer.get_vocab().values() if isinstance(tokenizer, PreTrainedTokenizerBase) else ()  # a user's own: none
+    ids = (
+        tokenizer.get_vocab().values() if isinstance(tokenizer, PreTrainedTokenizerBase) else ()
+    )  # a tokenizer class of the user's own has none
     needed = max(len(tokenizer), 1 + max(ids, default=-1))
     if needed > vocab:
         raise ConfigError(

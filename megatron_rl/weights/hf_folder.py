@@ -1,4 +1,4 @@
-"""`HFFolderWriter`: a Hugging Face folder written file by file, complete or not there at all.
+"""`HFFolderWriter`: writes a Hugging Face folder file by file; it appears complete or not at all.
 
 The tensors are divided into files of bounded size before anything is written, so that each file can be filled and
 written by itself, by any rank. Everything goes into a hidden folder beside the target, which takes the target's name
@@ -112,7 +112,7 @@ class HFDescription:
 
 
 def _add_older_spellings(path: Path) -> None:
-    """transformers 5 renamed keys; engines built on transformers 4 would take defaults for them without a word."""
+    """transformers 5 renamed keys; engines built on transformers 4 would silently use defaults for them."""
     fields = json.loads(path.read_text())
     rope = dict(fields["rope_parameters"])
     fields["rope_theta"] = rope.pop("rope_theta")
@@ -167,7 +167,7 @@ class HFFolderWriter:
         path = self.partial / file.name
         try:
             write_safetensors(path, tensors)
-        except Exception as error:  # safetensors' own say neither where nor, always, of which kind they are
+        except Exception as error:  # safetensors' own errors name neither the file nor, always, the kind of error
             raise OSError(f"{path} could not be written: {error}") from error
         with path.open("rb") as written:
             os.fsync(written.fileno())

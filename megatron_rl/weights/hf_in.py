@@ -69,7 +69,7 @@ def load_folder(
 
     Args:
         tensors: the layout's local names -> tensors, any dtype and device, written in place
-            (`models.chunk_tensors` gives those of a Megatron model).
+            (`chunk_tensors` gives those of a Megatron model).
         architecture: what the folder must hold; None = the language model that its config describes.
 
     Raises:
@@ -94,7 +94,7 @@ def holds_scores(folder: str | Path) -> bool:
 
 
 def require_one_label(config: PretrainedConfig, where: str) -> None:
-    """Raise ConfigError unless the classifier gives one number."""
+    """Raise ConfigError unless the classifier has one label."""
     if config.num_labels != 1:
         raise ConfigError(
             f"{where} is a sequence classifier of {config.num_labels} labels: a reward model has num_labels=1"
@@ -102,10 +102,10 @@ def require_one_label(config: PretrainedConfig, where: str) -> None:
 
 
 def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
-    """Compare a folder with what its config describes, by the headers of its files; what is not used is warned about.
+    """Compare the headers of a folder's files with the model that it should hold; unused tensors are warned about.
 
     Raises:
-        ConfigError: a tensor is missing or has another shape, or a tied model's file has a head of its own.
+        ConfigError: a tensor is missing or has another shape, or a tied model's file has another output layer.
     """
     expected = logical_tensors(architecture)
     missing = sorted(expected.keys() - source.files.keys())
@@ -119,7 +119,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     embedding, output = _vocabulary_names(architecture)
     if output not in expected and not architecture.score_head and output in source:
         _check_tied(source, embedding, output, expected[embedding])
-    # Two harmless kinds of surplus: a tied head that was stored all the same, and buffers that are recomputed.
+    # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])

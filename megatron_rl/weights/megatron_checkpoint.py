@@ -1,8 +1,8 @@
 """`MegatronCheckpoint`: a checkpoint that Megatron-LM or this package wrote, and what says which model it holds.
 
-That is, in this order: the config that the user names, the description that this package put beside its weights
-(``hf`` in the checkpoint), or Megatron-LM's own arguments in it. A config that contradicts what the checkpoint says of
-itself is refused: equal shapes are no proof of an equal model.
+The model is described by, in this order: the config that the user names, the description that this package put beside
+its weights (``hf`` in the checkpoint), or Megatron-LM's own arguments in it. A config that contradicts what the
+checkpoint says of itself is refused: equal shapes are no proof of an equal model.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class MegatronCheckpoint:
 
     @functools.cached_property
     def reader(self) -> CheckpointReader | LegacyCheckpoint:
-        """The file format, read."""
+        """The reader of the checkpoint's format."""
         return open_checkpoint(self.folder)
 
     @functools.cached_property
@@ -141,7 +141,7 @@ class MegatronCheckpoint:
 
     @property
     def description(self) -> HFDescription:
-        """All of what a Hugging Face folder of this model holds beside tensors."""
+        """Everything that a Hugging Face folder of this model holds beside tensors."""
         generation = read_generation(self._described) if self._described is not None else None
         config = self.hf_config if self._described is not None else None
         return HFDescription(self.architecture, config, self.tokenizer, generation)
@@ -197,7 +197,7 @@ class MegatronCheckpoint:
 
 
 def load_options(folder: Path) -> str:
-    """What a command of Megatron-LM says to start from ``folder``, which `convert` wrote."""
+    """The command-line options with which Megatron-LM starts from ``folder``, which `convert` wrote."""
     found = MegatronCheckpoint.find(folder)
     assert found is not None, "it was written a moment ago"
     run = folder.parent if found.folder == folder else folder
@@ -210,7 +210,7 @@ def _architecture(folder: Path) -> Architecture:
 
 
 def differences(a: Architecture, b: Architecture) -> Iterator[tuple[tuple[str, str], object, object]]:
-    """The fields in which two descriptions make different models: their names in both worlds, and both values."""
+    """The fields in which two descriptions are different models: Hugging Face's and Megatron-LM's name, both values."""
     for field in fields(Architecture):
         ours, theirs = getattr(a, field.name), getattr(b, field.name)
         if field.name == "experts" and ours is not None and theirs is not None:
@@ -224,5 +224,5 @@ def differences(a: Architecture, b: Architecture) -> Iterator[tuple[tuple[str, s
 
 
 def _idle(name: str, a: Architecture, b: Architecture) -> bool:
-    """Whether a field plays no part in either: the dense feed-forward size where every layer has experts."""
+    """Whether neither model uses a field: the dense feed-forward size where every layer has experts."""
     return name == "ffn" and all(x.experts is not None and not x.experts.dense_layers for x in (a, b))

@@ -46,7 +46,7 @@ class TensorSource(Protocol):
         ...
 
     def dtype(self, tensor: str) -> torch.dtype:
-        """What the values of ``tensor``, which it has, are stored in."""
+        """The dtype that ``tensor`` is stored in."""
         ...
 
 
@@ -185,8 +185,7 @@ class SafetensorsFolder:
         return chosen.reshape(span.num_rows, span.num_cols)
 
     def check(self, tensor: str, expected: tuple[int, ...]) -> None:
-        """Raise ConfigError unless ``tensor`` holds numbers that need no scales of their own, in exactly this shape;
-        more rows than the config has are no less wrong than fewer."""
+        """Raise ConfigError unless ``tensor`` is stored unquantized and in exactly this shape."""
         path = self.files[tensor]
         self.dtype(tensor)
         shape = tuple(self._slice(tensor).get_shape())

@@ -1,4 +1,4 @@
-"""What a model may be named by: a Hugging Face folder, id or model, or a Megatron checkpoint of any layout."""
+"""What a model can be started from: a Hugging Face folder, id or model, or a Megatron checkpoint of any layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def is_hf_model(model: Any) -> bool:
-    """Whether ``model`` is to be built here (a Hugging Face folder or model, or a checkpoint) rather than chunks."""
+    """Whether ``model`` is a Hugging Face folder or model, or a checkpoint; else it is a job's own chunks."""
     return isinstance(model, (str, Path, MegatronCheckpoint)) or hasattr(model, "save_pretrained")
 
 

@@ -65,7 +65,7 @@ TELinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear DotProductAtte
 FusedScaleMaskSoftmax SelfAttention IdentityOp IdentityFuncOp MLP TEFusedMLP MoELayer TopKRouter SequentialMLP
 TEGroupedMLP TransformerLayer MoETransformerLayer TransformerBlock RotaryEmbedding VocabParallelEmbedding
 LanguageModelEmbedding GPTModel GroupedMLP
-"""  # GroupedMLP is refused with a message of its own
+"""  # GroupedMLP is refused with its own message
 _MEGATRON = frozenset(_MEGATRON_NAMES.split())
 _INSIDE = "transformer_engine."  # what Megatron's TE classes are made of
 

@@ -1,7 +1,7 @@
 """The optimizer that a job brings: Megatron-Core's own as it is, a plain torch one inside Megatron-Core's wrapper.
 
-An optimizer that does not train the model chunks it came with, or that their DistributedDataParallel does not fit, is
-refused before the first step, on every rank with the same words.
+An optimizer that does not train the given model chunks, or does not fit how DistributedDataParallel wraps them, is
+refused before the first step, with the same message on every rank.
 """
 
 from __future__ import annotations
@@ -176,12 +176,12 @@ def _forgotten(optimizer: MegatronOptimizer | torch.optim.Optimizer, chunks: Seq
 
 
 def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that Megatron-Core has chained, or the one that there is."""
+    """The parts of a `ChainedOptimizer`; any other optimizer alone."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _parameters(optimizer: MegatronOptimizer | torch.optim.Optimizer) -> Iterator[torch.nn.Parameter]:
-    """The parameters of a model that the optimizer trains, where it is of a class that tells."""
+    """The model parameters that the optimizer trains, where its class makes them known."""
     if isinstance(optimizer, torch.optim.Optimizer):
         for group in optimizer.param_groups:
             yield from group["params"]

@@ -1,6 +1,6 @@
-"""Whether a job's own model chunks stand where `parallel_state` says, and hold the parameters that are known.
+"""Checks of a job's own model chunks: their place in the pipeline, and their parameters by name and shape.
 
-What they compute is another question: `models/megatron_architecture.py` reads it, `model_proof.py` proves it.
+What they compute is read by `adopted_architecture.py` and proved by `model_proof.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 def check_place(chunks: Sequence[LanguageModule], context: ParallelContext, value_head: bool) -> None:
-    """Raise ConfigError unless the bare ``chunks`` are as many as the pipeline has here, each with the ends that its
-    place asks for, and the last with that head."""
+    """Raise ConfigError unless there is one bare chunk for each virtual stage, with embedding and output layer where
+    the pipeline has them, and a value head exactly if ``value_head``."""
     sizes, at = context.sizes, context.coordinates
     if len(chunks) != sizes.vpp:
         raise ConfigError(f"{len(chunks)} model chunks were given, but parallel_state has vpp={sizes.vpp} per rank")
@@ -70,7 +70,7 @@ def warn_of_dropout(config: object) -> None:
 
 
 def log_auxiliary_losses(config: object) -> None:
-    """Log that routers of an adopted model add losses of their own to every optimizer step."""
+    """Log that the routers of an adopted model add auxiliary losses to every optimizer step."""
     coefficients = {name: getattr(config, name) for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")}
     if getattr(config, "num_moe_experts", None) and any(_positive(value) for value in coefficients.values()):
         given = ", ".join(f"{name}={value}" for name, value in coefficients.items())

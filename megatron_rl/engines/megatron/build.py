@@ -65,7 +65,7 @@ def build(
     shared_value_head: bool = False,
     frozen: bool = False,
 ) -> MegatronEngine:
-    """An engine from either way in. Arguments as for `engines.build.build_engine`.
+    """An engine from chunks or from a Hugging Face model. Arguments as for `engines.build.build_engine`.
 
     Raises:
         ConfigError: the optimizer does not train these chunks or does not fit how they are wrapped (see
@@ -106,7 +106,7 @@ def from_hf(
     shared_value_head: bool = False,
 ) -> MegatronEngine:
     """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
-    checkpoint of any layout. It is frozen as yet.
+    checkpoint of any layout. The engine has no optimizer yet.
 
     From files each rank reads only its own part. A value head is that of a sequence classifier with one label, or the
     one that a policy was saved with, and zero where the source has none (`Origin.lacks_head`).
@@ -134,7 +134,7 @@ def from_hf(
 def from_chunks(
     chunks: Sequence[torch.nn.Module], context: ParallelContext, vocab: int, value_model: bool = False
 ) -> MegatronEngine:
-    """Adopt a job's own `GPTModel` chunks, wrapped or not. They are frozen as yet.
+    """Adopt a job's own `GPTModel` chunks, wrapped or not. The engine has no optimizer yet.
 
     Args:
         vocab: logical vocabulary, without padding: usually ``len(tokenizer)``.
@@ -159,7 +159,7 @@ def from_chunks(
 
 
 def max_positions(chunks: Sequence[torch.nn.Module]) -> int:
-    """Longest sequence that a job's own chunks take."""
+    """Longest sequence that a job's own chunks accept."""
     return int(unwrap(chunks[0]).max_sequence_length)  # type: ignore[arg-type]
 
 
@@ -176,7 +176,7 @@ def _require_alone(model: Any, config: EngineConfig, optimizer: Any) -> None:
 
 
 def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any, scheduler: Any) -> None:
-    """Add adapters, data parallelism, optimizer and schedule, as far as the job has not brought its own."""
+    """Add adapters, data parallelism, optimizer and schedule where the job has none of its own."""
     context, optimizer_config = engine.context, config.optimizer
     if config.lora is not None:
         engine.adapters = add_adapters(engine.chunks, config.lora, config.seed)

@@ -1,7 +1,7 @@
 """`MegatronEngine`: Megatron-Core model chunks as a `TrainingEngine`, with where they stand and what trains them.
 
 Made by `build.py`, from a job's own chunks and optimizer or from a Hugging Face model. Forward and backward run through
-Megatron's pipeline schedule (`schedule.py`), steps through Megatron's optimizer and learning-rate schedule.
+Megatron's pipeline schedule (`pipeline_schedule.py`), steps through Megatron's optimizer and learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class MegatronEngine(TrainingEngine):
         }
 
     def published(self) -> dict[str, Readable]:
-        """Each adapter is merged when its weight is read, so never are two copies of the model held."""
+        """Each adapter is merged when its weight is read: there is never a second copy of the model."""
         tensors = self.tensors()
         return tensors | {
             name: LazyTensor(tensors[name], functools.partial(adapter.merged, tensors[name]))

@@ -1,4 +1,4 @@
-"""Hybrid process groups under Megatron's data-parallel gradients: no line of Megatron's is changed.
+"""Hybrid process groups for Megatron's data-parallel gradients, without patching Megatron.
 
 DDP reduces each bucket over the group that its bucket group holds, and the distributed optimizer gathers parameters
 over the same one. Both, of a job's own chunks as well, get a group of the same ranks whose reductions take the fastest

@@ -1,6 +1,6 @@
-"""The fp32 copies that Megatron-Core's optimizers keep of bf16 and fp16 weights, after something else wrote those.
+"""Refreshing the fp32 copies that Megatron-Core's optimizers keep of bf16 and fp16 weights.
 
-A checkpoint that is loaded into the model alone is undone by the next step, which begins at the copies. Megatron-LM
+A checkpoint that is loaded into the model alone is undone by the next step, which starts from the copies. Megatron-LM
 calls ``reload_model_params`` after such a load; after an ordinary step that would round the copies.
 """
 
@@ -19,7 +19,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def follow_weights(optimizer: MegatronOptimizer) -> int:
-    """Give each fp32 copy the value of its weight where the weight is not what a step would have made of the copy.
+    """Overwrite each fp32 copy whose rounded value is not the weight: the weight was written by something else.
 
     Returns:
         How many copies on this rank were changed.

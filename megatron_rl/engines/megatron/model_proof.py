@@ -60,7 +60,7 @@ class Finding:
 def prove(model: MegatronEngine, packing: bool) -> list[Finding]:
     """Compare the chunks with their exported description; collective over all ranks.
 
-    Nothing of the model, its modes or any random state is changed.
+    The model, its training mode and random states are left unchanged.
 
     Raises:
         ConfigError: a part differs; the message names the first one.
@@ -183,7 +183,7 @@ class _Capture:
 
 
 class _Parts:
-    """The comparisons; each is collective over all ranks and found by the rank that owns the part."""
+    """The comparisons. Each is collective over all ranks; the rank that owns the part reports it."""
 
     def __init__(self, model: MegatronEngine, batch: Batch, capture: _Capture) -> None:
         self.model, self.capture = model, capture

@@ -59,7 +59,7 @@ def experts_reduced_as_dense(chunks: Sequence[torch.nn.Module]) -> list[torch.nn
 
 
 def precision_of(chunks: Sequence[torch.nn.Module]) -> torch.dtype:
-    """What the weights are in, norms and routers that are kept in fp32 aside."""
+    """The dtype of the weights, apart from norms and routers that are kept in fp32."""
     found = {parameter.dtype for chunk in chunks for parameter in chunk.parameters()}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), torch.float32)
 
@@ -110,7 +110,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], optimizer_config: Opt
 
 
 def loss_scalers(optimizer: MegatronOptimizer) -> list[MegatronGradScaler]:
-    """Of the optimizers that are chained, or of the one that there is; empty without a loss scale."""
+    """Of the optimizer or of each part of a chained one; empty without loss scaling."""
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part.grad_scaler for part in parts if getattr(part, "grad_scaler", None) is not None]
 
@@ -122,7 +122,7 @@ def can_fall(scaler: MegatronGradScaler) -> bool:
 
 @contextlib.contextmanager
 def gradient_hooks(chunks: Sequence[torch.nn.Module], optimizer: MegatronOptimizer) -> Iterator[None]:
-    """While open, Megatron's schedules reach the gradients of these chunks and the loss scale of this optimizer.
+    """While open, Megatron's schedules use the gradient hooks of these chunks and the loss scale of this optimizer.
 
     Only then: the configuration may belong to several models, and Megatron-LM's own loop refuses one that has a
     ``no_sync_func`` already. What the job has set itself for this model stays.

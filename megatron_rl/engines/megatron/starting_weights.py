@@ -37,7 +37,7 @@ def fill_model(model: MegatronEngine, source: Path | HFModel | MegatronCheckpoin
     """Fill a fresh model; each rank reads only its part of files.
 
     Returns:
-        Whether the source has all of it; False = it has no value head, and the model's stays zero.
+        False where the source has no value head and the model's stays zero.
     """
     if isinstance(source, MegatronCheckpoint):
         return load_megatron_checkpoint(model, source)
@@ -56,7 +56,7 @@ def fill_model(model: MegatronEngine, source: Path | HFModel | MegatronCheckpoin
 
 
 def _set_head(model: MegatronEngine, weight: torch.Tensor | None) -> bool:
-    """Give the last pipeline stage its value head; False where there is none to give."""
+    """Write ``weight`` into the value head on the last pipeline stage; False where it is None."""
     own = model.parameters().get(model.last_prefix + (OUTPUT_LAYER if model.value_model else SECOND_HEAD))
     if weight is not None and own is not None:
         with torch.no_grad():

@@ -49,7 +49,7 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
     layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
     _set_dtypes(chunks, layout, writer.dtypes)
     together = context.agreement
-    # One iteration of a run where the target is named as one; else a run with nothing but a release.
+    # A target named like an iteration is one iteration of a run; any other is a run that holds only a release.
     alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
     folder = writer.partial if alone else writer.partial / RELEASE
     with writer.writing(context):

@@ -13,7 +13,7 @@ from torch import nn
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.optimizer_state import load_optimizer, prepare_for_checkpoint
 
-METADATA = {  # copied for each call: Megatron-Core adds process groups of the moment
+METADATA = {  # copied for each call: Megatron-Core adds process groups to it
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,

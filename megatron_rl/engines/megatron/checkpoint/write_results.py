@@ -1,4 +1,4 @@
-"""`WriteResults`: through which Megatron-Core's checkpoint writers report to the rank that forked them.
+"""`WriteResults`: the queue through which Megatron-Core's checkpoint writers report to the rank that forked them.
 
 Megatron-Core starts a manager process for it (filesystem_async._get_write_results_queue), by ``spawn``: that process
 imports the user's script again, so a script without ``if __name__ == "__main__"`` would train inside it, and one from a

@@ -1,8 +1,8 @@
-"""`CheckpointWriter`: one save in Megatron-Core's distributed format, with digests, whose failures every rank hears of.
+"""`CheckpointWriter`: one save in Megatron-Core's distributed format, with digests; failures are raised on every rank.
 
-Megatron-Core's own save leaves the other ranks waiting where rank 0 cannot write what only it writes (``common.pt``,
-``.metadata``, ``metadata.json``): such an error is kept until all ranks ask for it. Digests of tensor files are made by
-the process that wrote them, beside training where that writes in the background.
+In Megatron-Core's own save the other ranks wait forever when rank 0 fails to write the files that only it writes
+(``common.pt``, ``.metadata``, ``metadata.json``): here such an error is kept until all ranks agree on the outcome. The
+process that writes a tensor file also makes its digest, in the background where it writes there.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class CheckpointWriter:
         self._agree()
 
     def on_rank_0(self, action: Callable[[], object]) -> None:
-        """Do it unless something failed before; an error of the disk is kept until all ranks ask for it."""
+        """Run ``action`` on rank 0 unless something failed before; a disk error is kept until `_agree` raises it."""
         if dist.get_rank() == 0 and self._error is None:
             try:
                 action()
@@ -138,14 +138,14 @@ class CheckpointWriter:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """One line. torch's writers lose the system's word ("unexpected pos 64 vs 0"): what it says now is asked."""
+    """One line. torch's writers hide the errno ("unexpected pos 64 vs 0"), so a small write is tried to get it."""
     known = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
     text = " ".join(str(error).split())
     return next((reason for reason in known if reason in text), "") or _try_to_write(folder) or text[:TEXT_CHARS]
 
 
 def _try_to_write(folder: Path) -> str:
-    """Why nothing can be written there; nothing where something can."""
+    """Why writing into ``folder`` fails; empty where it works."""
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             for _ in range(PROBE_BLOCKS):

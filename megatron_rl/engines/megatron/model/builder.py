@@ -29,7 +29,7 @@ from megatron_rl.parallel import ParallelSizes
 
 VOCAB_MULTIPLE = 128  # Megatron-LM's default of make_vocab_size_divisible_by
 
-# Megatron-Core's builder knows only its own classes by name; ours take what it gives "by default".
+# Megatron-Core warns about MLP classes other than its own; ours take the arguments that it passes by default.
 leave_out("megatron.core.transformer.transformer_layer", "Unknown MLP type")
 
 
@@ -128,7 +128,7 @@ def build_model(
 
 
 def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
-    """Of the description, as far as `TransformerConfig` can say it: one value for all layers of most things.
+    """Fields from the model description; most must have one value for all layers.
 
     Raises:
         ConfigError: layers differ where Megatron-Core wants one value.
@@ -155,7 +155,7 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
 
 
 def _windows(model: ModelDescription) -> dict[str, Any]:
-    """Megatron-Core knows one window, which each layer has or has not."""
+    """Megatron-Core has one window size, used by all layers or by some."""
     windows = [layer.attention.window for layer in model.layers]
     sizes = sorted({window for window in windows if window is not None})
     if len(sizes) > 1:
@@ -171,7 +171,7 @@ def _windows(model: ModelDescription) -> dict[str, Any]:
 
 
 def _zero_centered(model: ModelDescription) -> bool:
-    """Norms multiply with ``1 + weight``; Megatron-Core wants the same of all that a model has."""
+    """Whether norms multiply with ``1 + weight``; Megatron-Core has one setting for all norms of a model."""
     layers = model.shared(lambda layer: (layer.attention_norm.offset, layer.mlp_norm.offset), "offsets of norms")
     heads = [norm.offset for layer in model.layers for norm in (layer.attention.q_norm, layer.attention.k_norm) if norm]
     offsets = {model.final_norm.offset, *layers, *heads}

@@ -76,7 +76,7 @@ class CoreAttention(MegatronModule):
             query: [s, b, heads, d], or [t, heads, d] when packed; s and t count this context-parallel rank's positions.
             key, value: the same with the heads of the key/value groups, which divide ``heads``; ``value`` may have
                 another last dimension.
-            attention_mask: None for causal; or bool, True = masked, broadcastable to [b, heads, s, s], taken as it is.
+            attention_mask: None for causal; or bool, True = masked, broadcastable to [b, heads, s, s].
             packed_seq_params: cumulative lengths of the padded sequences over all context-parallel ranks; they must
                 cover all positions.
 
@@ -100,7 +100,7 @@ class CoreAttention(MegatronModule):
         return out.view(rows, -1, *out.shape[1:]).transpose(0, 1).flatten(2)
 
     def _causal(self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float) -> Tensor:
-        """``[positions, heads, d]`` of sequences that lie end to end."""
+        """Causal attention over concatenated sequences: ``[positions, heads, d]``."""
         size, rank = 1, 0
         if self.cp_group is not None:
             size, rank = self.cp_group.size(), self.cp_group.rank()

@@ -44,7 +44,7 @@ def hidden_states(chunk: nn.Module) -> Iterator[None]:
         return whole_hidden(hidden, group, sequence_parallel), None
 
     dtype = output_weight(model).dtype
-    # On the outermost wrapper, so that whatever the wrappers do to the output comes first.
+    # On the outermost wrapper, so that it runs after everything that wrappers do to the output.
     handle = chunk.register_forward_hook(lambda module, inputs, hidden: hidden.to(dtype))
     layer.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""Which modules a decoder is built from: TransformerEngine's where it can run, else Megatron-Core's local ones.
+"""Layer specs: TransformerEngine's modules where they can run, else Megatron-Core's local ones.
 
 The local spec gets our RMSNorm and core attention in place of Megatron's, which refuse sequence parallelism, packing
 and context parallelism, and our gated activation, which is faster. Both specs give the same checkpoint names.

@@ -66,7 +66,7 @@ def add_adapters(chunks: Sequence[nn.Module], lora: LoraConfig, seed: int) -> di
 
 
 def _refuse_experts(config: Any, lora: LoraConfig) -> None:
-    """On every rank alike, whichever layers it holds."""
+    """Raises on every rank, whichever layers it holds."""
     given = [target for target in lora.target_modules if PARENTS[target] == "mlp"]
     if config.num_moe_experts and given:
         raise ConfigError(
@@ -102,7 +102,7 @@ def _freeze(model: Any) -> None:
         if isinstance(module, ValueHead):
             module.requires_grad_(True)
     if model.pre_process and model.config.recompute_granularity is not None:
-        # Recomputed layers give no gradients unless some input of theirs asks for one, and nothing before them does.
+        # Recomputed layers give no gradients unless one of their inputs requires one, and the embedding is frozen.
         model.embedding.register_forward_hook(_ask_for_gradient)
 
 

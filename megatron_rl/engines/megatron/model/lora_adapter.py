@@ -71,7 +71,7 @@ class LoraAdapter(MegatronModule):
         outputs, inputs = layer.weight.shape
         self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(layer.weight))
         self.b = torch.nn.Parameter(torch.zeros(outputs, rank).to(layer.weight))
-        # In every checkpoint, so that one can be merged by whoever knows nothing of the run.
+        # Stored in checkpoints, so that adapters can be merged without the run's configuration.
         self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=layer.weight.device))
         split, shared = (self.a, self.b) if self.row_parallel else (self.b, self.a)
         split.tensor_model_parallel = True  # type: ignore[attr-defined]  # gradient norms count it on every rank,
@@ -89,7 +89,7 @@ class LoraAdapter(MegatronModule):
         return whole[:, index * inputs : (index + 1) * inputs].clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        """What to add to the layer's output, from the layer's input: ``[s, b, in]`` as this rank sees both."""
+        """The update of the layer's output from the layer's input ``[s, b, in]``, both as this rank holds them."""
         low = F.linear(self._dropped(x), self.a)
         if not self.row_parallel:
             low = whole_hidden(low, self.tp_group, self.sequence_parallel)
@@ -113,7 +113,7 @@ class LoraAdapter(MegatronModule):
 
     @property
     def facts(self) -> dict[str, float]:
-        """Its settings in PEFT's names."""
+        """The fields of PEFT's ``LoraConfig`` that describe it."""
         rank = self.a.shape[0]
         return {"r": rank, "lora_alpha": self.factor * rank, "lora_dropout": self.dropout}
 
@@ -134,7 +134,7 @@ class LoraAdapter(MegatronModule):
         return state
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Raises ConfigError: the state is that of another scale, whose A and B mean another update."""
+        """Raises ConfigError where the state was trained with another scale."""
         found = state.get(prefix + "scale")
         if found is not None and float(found) != float(self.scale):
             raise ConfigError(

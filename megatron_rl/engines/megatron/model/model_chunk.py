@@ -1,4 +1,4 @@
-"""What the package needs to know about a model chunk, whoever built it and however it is wrapped."""
+"""Questions about a model chunk, whoever built it and however it is wrapped: its layers, parameters, output weight."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Rotary embedding in Megatron's models: who applies the frequencies that a description gives.
+"""Rotary embedding in Megatron's models, with the frequencies that a description gives.
 
 Megatron-Core knows one scaling (Llama 3's, with fixed bounds), so the builder takes the frequencies from the
-description. Models with our own core attention turn queries and keys there (`rotate_in_attention`); Megatron's way
+description. Models with our own core attention rotate queries and keys there (`rotate_in_attention`); Megatron's way
 builds the angles of packed sequences anew for each layer.
 """
 

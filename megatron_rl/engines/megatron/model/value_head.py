@@ -1,4 +1,4 @@
-"""`ValueHead`: hidden states to one number a position, in place of the output layer of critics and reward models."""
+"""`ValueHead`: the output layer of critics and reward models, which maps hidden states to one value per position."""
 
 from __future__ import annotations
 
