@@ -208,10 +208,10 @@ def execute(program: str, arguments: list[str]) -> int:
     return code
 
 
+OWN = {str(Path(__file__).resolve().parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)}
+BASE_PATH = [path for path in sys.path if path not in OWN]  # what every program has
+
 if __name__ == "__main__":
-    own = str(Path(__file__).resolve().parent)
-    given_path = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    BASE_PATH = [path for path in sys.path if path != own and path not in given_path]
     import_everything()
     print(json.dumps({"cpu": sum(os.times()[:4])}), flush=True)
     serve(os.dup(0))

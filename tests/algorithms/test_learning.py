@@ -1,4 +1,4 @@
-"""Every algorithm learns on real Megatron-Core; three of them also on another layout, and from real pretrained weights.
+"""Every algorithm learns on real Megatron-Core; three of them also on another layout, from real weights where they are.
 
 Online: the mean share of generated tokens with an "s", 0.10 at first, over the last two of ten steps. Preferences: by
 how many nats the happy ending is likelier than the sad one on prompts never trained on, and how often.
@@ -36,8 +36,7 @@ THREE = ["grpo", "ppo", "dpo"]
 # What runs together: a model, a layout, algorithms.
 RUNS = [
     ("seeded", "tp2", [*ONLINE, *OFFLINE]),
-    ("seeded", "dp2", THREE),
-    *([("stories", "dp2", THREE)] if SHARED else []),
+    ("stories" if SHARED else "seeded", "dp2", THREE),
 ]
 
 pytestmark = [pytest.mark.learning, pytest.mark.distributed]

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from forked import run_ranks
@@ -51,7 +52,22 @@ def test_reward_is_one_for_the_exact_number_only(response: str, reward: float) -
     assert arithmetic.score(sample) == reward
 
 
-@pytest.mark.distributed
-def test_pretraining_is_saved_in_one_layout_and_loads_in_others(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Losses before and after pretraining on TP2 PP2, and of models before and after they load the checkpoint."""
     program = Path(__file__).with_name("pretrain_program.py")
-    assert "reloaded in 3 layouts" in run_ranks(program, 4, str(tmp_path / "checkpoint"), timeout=240)
+    out = run_ranks(program, 4, tmp_path_factory.mktemp("pretrained") / "checkpoint", timeout=240)
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.distributed
+def test_pretraining_lowers_the_loss(pretrained: dict[str, Any]) -> None:
+    assert pretrained["after"] < pretrained["before"] - 0.3
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["tp1pp1", "tp2pp1", "tp1pp2"])
+def test_a_pretrained_checkpoint_loads_in_another_layout(pretrained: dict[str, Any], layout: str) -> None:
+    unloaded, loaded = pretrained[layout]
+    assert abs(unloaded / pretrained["after"] - 1) > 1e-3, "it had these weights before loading"
+    assert abs(loaded / pretrained["after"] - 1) < 1e-5

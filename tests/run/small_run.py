@@ -129,19 +129,25 @@ def slow_digits(sample) -> float:
 
 
 class SlowFrom(Callback):
-    """In the beginning of step 4, $SLOW is made.
+    """In the beginning of step 4, $SLOW is made. Three seconds later rank 0 sends SIGTERM to torchrun.
 
-    With $SLOW_SAMPLING, rank 1's engine then never answers, and three seconds later every rank gets SIGTERM.
+    With $SLOW_WHAT "sampling", rank 1's engine never answers again.
     """
 
     def on_step_begin(self, trainer: TrainingLoop, batch: Batch) -> None:
         if trainer.step != 3 or "SLOW" not in os.environ:
             return
-        Path(os.environ["SLOW"]).touch()
-        if "SLOW_SAMPLING" in os.environ:
-            Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-            if trainer.context.rank == 1:
-                trainer.checkpoints.states["rollouts"].engine.generate = lambda *_, **__: time.sleep(600)
+        slow = Path(os.environ["SLOW"])
+        slow.touch()
+        if trainer.context.rank == 0:
+            Timer(3, end_torchrun, (slow.with_suffix(".told"),)).start()
+        elif os.environ["SLOW_WHAT"] == "sampling":
+            trainer.checkpoints.states["rollouts"].engine.generate = lambda *_, **__: time.sleep(600)
+
+
+def end_torchrun(mark: Path) -> None:
+    mark.touch()
+    os.kill(os.getppid(), signal.SIGTERM)
 
 
 def many_even_digits(sample) -> float:

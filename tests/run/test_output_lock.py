@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from forked import run_forked
 from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment, torchrun
+from test_resume import PROGRAM, environment
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid
@@ -41,7 +42,8 @@ def test_a_second_run_is_refused_in_one_line_a_rank_and_the_first_under_torchrun
     """The second is another configuration, started while the first is in its step 2."""
     config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:Hold"])
     go = tmp_path / "go"
-    command = torchrun("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
+    command += [str(config), "parallel.tp=2"]
     first = subprocess.Popen(
         command, env=environment(HOLD_UNTIL=str(go)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,

@@ -1,6 +1,6 @@
 """A run that is killed and resumed gives the metrics of an uninterrupted one, to the last bit.
 
-Launch and restart are torchrun's own. Runs that only go on from a checkpoint are forks, which start in no time.
+Launch and restart are torchrun's own, once with ranks as processes of their own. Other ranks are forks.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_forked, run_ranks
+from forked_torchrun import run_forked_torchrun
 from small_run import ROOT, flip_a_bit, metrics_of, write_run
 
 pytestmark = pytest.mark.distributed
@@ -25,10 +26,6 @@ def environment(**extra: str) -> dict[str, str]:
     return (
         os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | extra
     )
-
-
-def torchrun(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
 
 
 def free_port() -> int:
@@ -50,11 +47,11 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
     _, expected = uninterrupted
     config = write_run(tmp_path, callbacks=[f"{SMALL}:KillOnce"])
     mark = tmp_path / "killed"
-    command = torchrun(
-        "--nnodes", 2, "--nproc-per-node", 1, "--max-restarts", 2, "--rdzv-backend", "c10d", "--rdzv-endpoint",
-        f"127.0.0.1:{free_port()}", "--rdzv-id", "resume", "--local-addr", "127.0.0.1", PROGRAM, config,
-        "parallel.tp=2",
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "resume", "--local-addr",
+        "127.0.0.1", str(PROGRAM), str(config), "parallel.tp=2",
+    ]  # fmt: skip
     agents = [
         subprocess.Popen(command, env=environment(KILL=f"1 3 {mark}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                          text=True, start_new_session=True)
@@ -71,18 +68,17 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
     assert metrics_of(tmp_path / "out") == expected
 
 
-def restarted(where: list[object], config: Path, max_restarts: int, **faults: str) -> subprocess.CompletedProcess[str]:
-    """Run on one node until it has ended well."""
-    command = torchrun(*where, "--nproc-per-node", 2, "--max-restarts", max_restarts, PROGRAM, config, "parallel.tp=2")
-    env = environment(**faults)
-    env.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", None)
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+def restarted(where: list[object], config: Path, max_restarts: int, **faults: str) -> str:
+    """Run on one node until it has ended well; returns standard error."""
+    arguments = [*where, "--nproc-per-node", 2, "--max-restarts", max_restarts, PROGRAM, config, "parallel.tp=2"]
+    ended = run_forked_torchrun(*arguments, timeout=500, PYTHONPATH=environment()["PYTHONPATH"], **faults)
+    assert ended.code == 0, ended.err[-4000:]
+    return ended.err
 
 
-def test_restarts_on_one_node_need_no_environment_variable(tmp_path, uninterrupted):
+def test_restarts_on_one_node_need_no_environment_variable(tmp_path, uninterrupted, monkeypatch):
     """Rank 0, whose addresses all others look for, is killed in step 4."""
+    monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
     config = write_run(tmp_path, callbacks=[f"{SMALL}:KillOnce"])
     restarted(["--master-port", free_port()], config, 1, KILL=f"0 3 {tmp_path / 'killed'}")
     assert (tmp_path / "killed").exists()
@@ -99,10 +95,10 @@ def killed_and_damaged(tmp_path_factory) -> tuple[Path, Path, str]:
     folder = tmp_path_factory.mktemp("damaged")
     config = write_run(folder, callbacks=[f"{SMALL}:KillOnce", f"{SMALL}:DamageOnce"])
     faults = {"KILL": f"0 3 {folder / 'killed'}", "DAMAGE": f"1 4 {folder / 'damaged'}"}
-    done = restarted(["--standalone"], config, 2, **faults)
+    errors = restarted(["--standalone"], config, 2, **faults)
     assert (folder / "killed").exists()
     assert (folder / "damaged").exists()
-    return config, folder / "out" / "checkpoints", done.stderr
+    return config, folder / "out" / "checkpoints", errors
 
 
 def test_every_restart_passes_over_a_damaged_checkpoint(killed_and_damaged, uninterrupted):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from forked import run_forked, run_ranks
+from forked import Ended, run_forked, run_ranks
+from forked_torchrun import run_forked_torchrun
 from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment, torchrun, uninterrupted  # noqa: F401  (a fixture)
+from test_resume import PROGRAM, environment, uninterrupted  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.distributed
 
@@ -31,6 +30,11 @@ SMALL = f"{ROOT}/tests/run/small_run.py"
 TRACKING = {"trackers": ["jsonl", "mlflow"]}
 
 
+def torchrun(config: Path, *overrides: str, **env: str) -> Ended:
+    arguments = ("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2", *overrides)
+    return run_forked_torchrun(*arguments, PYTHONPATH=environment()["PYTHONPATH"], **env)
+
+
 def run_again(config: Path) -> None:
     """The same command, with nothing in its way."""
     run_ranks(PROGRAM, 2, config, "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
@@ -48,13 +52,10 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_told_and_the_rerun_is_ex
     """Rank 1 alone is told, in the middle of step 4."""
     (tmp_path / "tell.py").write_text(CALLBACK)
     config = write_run(tmp_path, callbacks=[f"{tmp_path}/tell.py:Tell"], tracking=TRACKING)
-    stopped = subprocess.run(
-        torchrun("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2"),
-        env=environment(TELL="1 3 SIGTERM"), capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert stopped.returncode != 0
-    assert "stopped by signal 15 after step 4" in stopped.stderr
-    assert stopped.stderr.count("exitcode  : 143") >= 1, stopped.stderr[-3000:]
+    stopped = torchrun(config, TELL="1 3 SIGTERM")
+    assert stopped.code != 0
+    assert "stopped by signal 15 after step 4" in stopped.err
+    assert stopped.err.count("exitcode  : 143") >= 1, stopped.err[-3000:]
     assert (tmp_path / "out" / "checkpoints" / "step_000004" / ".metadata").is_file()
     assert statuses(tmp_path) == ["KILLED"]
     run_again(config)
@@ -62,41 +63,17 @@ def test_all_ranks_stop_after_the_step_in_which_one_was_told_and_the_rerun_is_ex
     assert statuses(tmp_path) == ["FINISHED"]
 
 
-def run_with_slow_sampling(config: Path, mark: Path) -> tuple[int, str, float]:
-    """One rank's engine never answers in step 4, and all ranks get SIGTERM."""
-    paths = environment()["PYTHONPATH"]
-    told = {"SLOW": str(mark), "SLOW_SAMPLING": "1", "PYTHONPATH": paths}
-    ended = run_forked(PROGRAM, config, "parallel.tp=2", "trainer.grace_seconds=24", nproc=2, **told)
-    return ended.code, ended.err, mark.stat().st_mtime + 3
-
-
-def run_with_slow_reward(config: Path, mark: Path) -> tuple[int, str, float]:
-    """The reward of step 4 never ends (and hides its exceptions). SIGTERM goes to torchrun, as Slurm sends it."""
-    command = torchrun("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2")
-    with subprocess.Popen(
-        [*command, "trainer.grace_seconds=24"], env=environment(SLOW=str(mark)), stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    ) as agent:  # fmt: skip
-        try:
-            wait_for(mark, agent)
-            time.sleep(3)
-            told = time.time()
-            agent.send_signal(signal.SIGTERM)
-            errors = agent.communicate(timeout=120)[1]
-        finally:
-            if agent.poll() is None:
-                os.killpg(agent.pid, signal.SIGKILL)
-    return agent.returncode, errors, told
-
-
-@pytest.mark.parametrize("run", [run_with_slow_reward, run_with_slow_sampling])
-def test_a_step_longer_than_the_grace_is_given_up_and_the_state_before_it_saved(run, tmp_path, uninterrupted):  # noqa: F811
+@pytest.mark.parametrize("slow", ["reward", "sampling"])
+def test_a_step_longer_than_the_grace_is_given_up_and_the_state_before_it_saved(slow, tmp_path, uninterrupted):  # noqa: F811
+    """The reward of step 4 never ends (and hides its exceptions), or one rank's engine never answers. SIGTERM goes to
+    torchrun, as Slurm sends it."""
     rewards = [{"name": f"python:{SMALL}:slow_digits"}]
     config = write_run(tmp_path, callbacks=[f"{SMALL}:SlowFrom"], tracking=TRACKING, rewards=rewards)
-    code, errors, told = run(config, tmp_path / "slow")
-    assert time.time() - told < 29
-    assert code != 0
-    assert errors.count("stopped by signal 15 after step 3; the same command continues from there") == 2, errors[-4000:]
+    stopped = torchrun(config, "trainer.grace_seconds=24", SLOW=str(tmp_path / "slow"), SLOW_WHAT=slow)
+    assert time.time() - (tmp_path / "slow.told").stat().st_mtime < 29
+    assert stopped.code != 0
+    said = "stopped by signal 15 after step 3; the same command continues from there"
+    assert stopped.err.count(said) == 2, stopped.err[-4000:]
     assert (tmp_path / "out" / "checkpoints" / "step_000003" / ".metadata").is_file()
     assert statuses(tmp_path) == ["KILLED"]
     run_again(config)
@@ -106,14 +83,6 @@ def test_a_step_longer_than_the_grace_is_given_up_and_the_state_before_it_saved(
 
 def without(metrics: dict[int, dict[str, float]], names: set[str]) -> dict[int, dict[str, float]]:
     return {step: {n: v for n, v in values.items() if n not in names} for step, values in metrics.items()}
-
-
-def wait_for(mark: Path, process: subprocess.Popen, seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not mark.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"])
