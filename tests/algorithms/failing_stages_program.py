@@ -1,4 +1,4 @@
-"""Test program under torchrun, 2 data-parallel ranks: rank 1 fails in one stage of an update, of every algorithm.
+"""Test program on 2 data-parallel ranks: rank 1 fails in one stage of an update, of every algorithm.
 
 Prints ``CASE algorithm|stage|how|what rank 0 saw|what rank 1 saw`` for each stage that checks or runs on its own.
 """

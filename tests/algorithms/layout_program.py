@@ -1,4 +1,4 @@
-"""Test program under torchrun: one update of every algorithm on the real workers, for each layout named.
+"""Test program of several ranks: one update of every algorithm on the real workers, for each layout named.
 
 Prints one JSON line per layout: algorithm -> metrics. Usage: layout_program.py MODEL LAYOUT [LAYOUT ...]
 """

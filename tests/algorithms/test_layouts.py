@@ -1,4 +1,4 @@
-"""Two updates of every algorithm on real Megatron-Core: the same metrics on every layout, by real torchrun."""
+"""Two updates of every algorithm on real Megatron-Core: the same metrics on every layout, with real ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test program under torchrun on 4 ranks: every collective against sums in its own order.
+"""Test program on 4 ranks: every collective against sums in its own order.
 
 Nodes are made up: which ranks share one is given, so that every division of four ranks can be tried on one machine.
 Rank 0 prints a line for each case that held.

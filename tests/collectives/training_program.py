@@ -1,4 +1,4 @@
-"""Test program under torchrun on 2 ranks: data-parallel steps over the library and over hybrid groups.
+"""Test program on 2 ranks: data-parallel steps over the library and over hybrid groups.
 
 Prints the metrics of each way as a JSON line. Two ranks have only one order of a sum, so they must agree to the bit.
 """

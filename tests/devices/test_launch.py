@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from forked import run_forked, run_ranks
+from torchrun import free_port
 
 from megatron_rl.devices.launch import LaunchError, first_host, launcher_variables
 
@@ -83,11 +82,8 @@ print("WORLD", dist.get_rank(), dist.get_world_size(), int(value))
 @pytest.mark.distributed
 def test_two_tasks_of_slurm_are_one_world(tmp_path):
     """Two forks that take Slurm's variables in place of torchrun's."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     (tmp_path / "program.py").write_text(PROGRAM)
-    out = run_ranks(tmp_path / "program.py", 2, port, timeout=180)
+    out = run_ranks(tmp_path / "program.py", 2, free_port(), timeout=180)
     assert [line for line in out.splitlines() if "WORLD" in line] == [f"WORLD {rank} 2 2" for rank in range(2)]
 
 

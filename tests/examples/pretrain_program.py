@@ -1,4 +1,4 @@
-"""Run under torchrun with 4 ranks by test_arithmetic: train a little at TP2 x PP2, save, and load in other layouts."""
+"""Run with 4 ranks by test_arithmetic: train a little at TP2 x PP2, save, and load in other layouts."""
 
 from __future__ import annotations
 

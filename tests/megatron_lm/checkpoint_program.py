@@ -1,4 +1,4 @@
-"""Test program under torchrun: checkpoints of runs whose optimizer the job has brought.
+"""Test program of several ranks: checkpoints of runs whose optimizer the job has brought.
 
 Each case takes two steps, saves, takes a third; a new job restores and takes the third again: it must be the same, bit
 for bit. Usage: checkpoint_program.py FOLDER

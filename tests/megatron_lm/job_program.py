@@ -1,4 +1,4 @@
-"""Test program under torchrun: jobs built as Megatron-LM builds them, taken over and trained, on several layouts.
+"""Test program of several ranks: jobs built as Megatron-LM builds them, taken over and trained, on several layouts.
 
 Each case takes three GRPO steps and a DPO step from the same weights. It prints the metrics of each step as a JSON
 line, and leaves in FOLDER/<case> the exported model, beside it the logits that the job's own chunks compute.

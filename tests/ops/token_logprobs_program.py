@@ -1,4 +1,4 @@
-"""Run by torchrun on 2 ranks: `token_logprobs` with the vocabulary split over them, against plain torch in float64."""
+"""Run on 2 ranks: `token_logprobs` with the vocabulary split over them, against plain torch in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ParallelContext` under the real torchrun on four gloo ranks, and alone in one process."""
+"""`ParallelContext` on four gloo ranks, and alone in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on 4 ranks: many pairs of layouts over gloo, each checked bitwise and byte for byte.
+"""Run on 4 ranks: many pairs of layouts over gloo, each checked bitwise and byte for byte.
 
 Every rank makes the full model from a seed, so the expected shards are slices of it. Bytes are counted by a transport
 of this program, not by the code under test. Prints one line a case on rank 0.

@@ -13,6 +13,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from torchrun import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
 from contract_server import ContractServer, Handler, true_reward
@@ -118,12 +119,9 @@ def test_dropped_samples_are_no_rewards_and_never_numbers(server: ContractServer
 
 
 def test_nobody_listens(server: ContractServer) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = time.monotonic()
     with pytest.raises(RewardError, match=r"ConnectError"):
-        build_service(f"http://127.0.0.1:{port}", "sglang", **OPTIONS)(samples(2))
+        build_service(f"http://127.0.0.1:{free_port()}", "sglang", **OPTIONS)(samples(2))
     assert time.monotonic() - started < LONGEST
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on 4 ranks: tensor-parallel engines over 2 and 4 ranks against one rank; prints each case checked."""
+"""Run on 4 ranks: tensor-parallel engines over 2 and 4 ranks against one rank; prints each case checked."""
 
 from __future__ import annotations
 

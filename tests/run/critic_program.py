@@ -1,4 +1,4 @@
-"""Test program under torchrun, two ranks: critics of PPO runs at TP2 and PP2, saved and loaded again in every form.
+"""Test program on two ranks: critics of PPO runs at TP2 and PP2, saved and loaded again in every form.
 
 Usage: critic_program.py FOLDER. Rank 0 prints JSON: for each run the values of a fixed batch by the critic as it is
 after training, by what was saved, loaded in another layout, and by `transformers`.

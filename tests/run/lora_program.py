@@ -1,4 +1,4 @@
-"""Test program under torchrun, two ranks: DPO with adapters on a real model over two layouts, resumed, and converted.
+"""Test program on two ranks: DPO with adapters on a real model over two layouts, resumed, and converted.
 
 Prints JSON on rank 0. Usage: lora_program.py MODEL FOLDER
 """

@@ -1,4 +1,4 @@
-"""Test program under torchrun, two ranks: DPO and KTO with evaluation, with and without a reference cache, TP2 and DP2.
+"""Test program on two ranks: DPO and KTO with evaluation, with and without a reference cache, TP2 and DP2.
 
 Prints JSON on rank 0: for each run its last metrics, and how many files the cache then holds.
 """

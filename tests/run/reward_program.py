@@ -1,4 +1,4 @@
-"""Test program under torchrun: trains a reward model, exports it, and computes rewards with it in every way there is.
+"""Test program of several ranks: trains a reward model, exports it, and computes rewards with it in every way.
 
 Usage: reward_program.py FOLDER TP PP PAD [CHECKPOINT]. Rank 0 prints JSON: metrics of the first and last step, rewards
 of `transformers`, and those of `RewardModel` of the exported folder, the run's Megatron checkpoint, a job's own chunks,

@@ -19,7 +19,16 @@ from megatron_rl.tracking import read_metrics
 from megatron_rl.trainer import Callback, TrainingLoop
 
 ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tests" / "run" / "train_program.py"
 ARITHMETIC = ROOT / "examples" / "arithmetic_grpo" / "arithmetic.py"
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """This process's, for a run: the project, the tests and these programs on the path, one thread each."""
+    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "run"), os.environ.get("PYTHONPATH", "")]
+    return (
+        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | extra
+    )
 
 
 def write_run(folder: Path, **sections: object) -> Path:

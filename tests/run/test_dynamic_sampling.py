@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 from forked import run_ranks
-from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment
+from small_run import PROGRAM, ROOT, environment, metrics_of, write_run
 
 from megatron_rl.batch import Prompt, Sample
 from megatron_rl.trainer.refill import own_share, renumbered, split_groups

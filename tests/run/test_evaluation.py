@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from forked import run_alone
-from small_run import write_run
-from test_resume import environment
+from small_run import environment, write_run
 
 PROGRAM = Path(__file__).with_name("evaluation_program.py")
 WAYS = ("GRPOTrainer", "PPOTrainer", "yaml")

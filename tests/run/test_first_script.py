@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from forked import run_ranks
 from safetensors import safe_open
-from small_run import write_run
-from test_resume import environment
+from small_run import environment, write_run
 from transformers import AutoModelForCausalLM
 
 # Each process that runs or imports the text leaves a line in the file "runs".

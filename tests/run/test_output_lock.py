@@ -13,8 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 from forked import run_forked
-from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment
+from small_run import PROGRAM, ROOT, environment, metrics_of, write_run
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid

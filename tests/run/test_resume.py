@@ -6,7 +6,6 @@ Launch and restart are torchrun's own, once with ranks as processes of their own
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,24 +13,11 @@ from pathlib import Path
 import pytest
 from forked import run_forked, run_ranks
 from forked_torchrun import run_forked_torchrun
-from small_run import ROOT, flip_a_bit, metrics_of, write_run
+from small_run import PROGRAM, ROOT, environment, flip_a_bit, metrics_of, write_run
+from torchrun import free_port
 
 pytestmark = pytest.mark.distributed
-PROGRAM = ROOT / "tests" / "run" / "train_program.py"
 SMALL = f"{ROOT}/tests/run/small_run.py"
-
-
-def environment(**extra: str) -> dict[str, str]:
-    paths = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "run"), os.environ.get("PYTHONPATH", "")]
-    return (
-        os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "ignore"} | extra
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

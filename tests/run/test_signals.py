@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from forked import Ended, run_forked, run_ranks
 from forked_torchrun import run_forked_torchrun
-from small_run import ROOT, metrics_of, write_run
-from test_resume import PROGRAM, environment, uninterrupted  # noqa: F401  (a fixture)
+from small_run import PROGRAM, ROOT, environment, metrics_of, write_run
+from test_resume import uninterrupted  # noqa: F401  (a fixture)
 
 pytestmark = pytest.mark.distributed
 

@@ -1,4 +1,4 @@
-"""Run by torchrun on 3 ranks: batches whose sequences lie unevenly, balanced and brought back."""
+"""Run on 3 ranks: batches whose sequences lie unevenly, balanced and brought back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Test program under torchrun: a GRPO and a DPO step of a mixture of experts on many layouts.
+"""Test program of several ranks: a GRPO and a DPO step of a mixture of experts on many layouts.
 
 Each case takes one step of plain gradient descent from the same weights for each algorithm, writes the weights that it
 leads to into FOLDER/<case> <algorithm>, and prints loss and gradient norm as a JSON line.

@@ -1,4 +1,4 @@
-"""Test program under torchrun: one GRPO step of a policy with adapters on many layouts, saved for the test to compare.
+"""Test program of several ranks: a GRPO step of a policy with adapters on many layouts, saved for a test to compare.
 
 Each case sets every adapter's B to values that do not depend on the layout, so that A has a gradient; then scores,
 optimises, publishes, samples and exports. Usage: lora_cases.py MODEL FOLDER CASE [CASE ...]

@@ -1,4 +1,4 @@
-"""Training a mixture of experts gives the same numbers on every layout, by real torchrun: expert parallelism alone and
+"""Training a mixture of experts gives the same numbers on every layout, with real ranks: expert parallelism alone and
 with every other axis, in GRPO and in DPO. Losses, gradient norms and every tensor's gradient against one process.
 
 The router's auxiliary losses are off in models that are built here. A job's own model may have them.

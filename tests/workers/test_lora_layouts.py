@@ -1,4 +1,4 @@
-"""A policy with adapters gives the same numbers on every layout, by real torchrun: log-probabilities, loss, gradients
+"""A policy with adapters gives the same numbers on every layout, with real ranks: log-probabilities, loss, gradients
 of A and B and their norm, what its engine samples with, and what it exports.
 
 Everything is compared with one process, whose own numbers have other oracles: tests/workers/test_lora.py.

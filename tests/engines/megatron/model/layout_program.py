@@ -1,4 +1,4 @@
-"""Run by torchrun on 4 ranks: models built on many layouts against the same model on one rank, in fp32.
+"""Run on 4 ranks: models built on many layouts against the same model on one rank, in fp32.
 
 The reference is computed by every rank for itself, sequence by sequence. Each case then runs the whole path under
 Megatron's own schedule and DDP (hidden states, `token_logprobs`, a weighted sum of log-probabilities and entropies),

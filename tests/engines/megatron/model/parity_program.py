@@ -1,4 +1,4 @@
-"""Four ranks under torchrun: real models in many layouts, filled from Hugging Face folders, against `transformers`.
+"""Four ranks: real models in many layouts, filled from Hugging Face folders, against `transformers`.
 
 For each case: the layout names each rank's parameters as the model does, logits through Megatron's pipeline schedule
 equal transformers', and a folder saved from there holds the original bits.

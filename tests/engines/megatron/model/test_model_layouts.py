@@ -1,4 +1,4 @@
-"""Models built on every layout give what one rank gives; the real thing, under torchrun (see layout_program.py)."""
+"""Models built on every layout give what one rank gives; real ranks (see layout_program.py)."""
 
 from __future__ import annotations
 
