@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -33,12 +34,18 @@ class Fork(subprocess.Popen):
         super().__init__(args)
 
     def _execute_child(self, *_: Any) -> None:
+        # From a thread, which is the main thread of the fork: there is nothing of torchrun's on a rank's stack.
+        starter = threading.Thread(target=self.fork)
+        starter.start()
+        starter.join()
+        self._child_created = True
+
+    def fork(self) -> None:
         ready, told = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             os.close(ready)
             self.become_a_rank(told)
-        self._child_created = True
         os.close(told)
         os.read(ready, 1)  # the rank leads a group, to which torchrun may send signals
         os.close(ready)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import sqlite3
 import time
 from pathlib import Path
 
@@ -41,11 +43,9 @@ def run_again(config: Path) -> None:
 
 
 def statuses(folder: Path) -> list[str]:
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{folder / 'out' / 'mlflow.db'}")
-    found = client.search_runs([client.get_experiment_by_name("megatron_rl").experiment_id])
-    return [run.info.status for run in found]
+    """Of the runs in MLflow's store, read without MLflow, whose import costs three CPU-seconds."""
+    with contextlib.closing(sqlite3.connect(folder / "out" / "mlflow.db")) as database:
+        return [status for (status,) in database.execute("select status from runs")]
 
 
 def test_all_ranks_stop_after_the_step_in_which_one_was_told_and_the_rerun_is_exact(tmp_path, uninterrupted):  # noqa: F811
