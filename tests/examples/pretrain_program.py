@@ -39,7 +39,7 @@ def main() -> None:
     model = pretrain.build_model()
     optimizer = pretrain.build_optimizer(model, 2e-3)
     before = held_out_loss(model, rows)
-    steps = pretrain.train(model, optimizer, argparse.Namespace(steps=10, micro_batch=32, seed=1, stop_at=1.0))
+    steps = pretrain.train(model, optimizer, argparse.Namespace(steps=10, micro_batch=8, seed=1, stop_at=1.0))
     after = held_out_loss(model, rows)
     pretrain.save_checkpoint(checkpoint, model, optimizer, steps)
     found = {"before": before, "after": after}
@@ -51,7 +51,7 @@ def main() -> None:
         pretrain.load_checkpoint(checkpoint, other)
         found[f"tp{tensor_parallel}pp{pipeline_parallel}"] = (unloaded, held_out_loss(other, rows))
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        print("RESULT " + json.dumps(found), flush=True)
     dist.destroy_process_group()
 
 

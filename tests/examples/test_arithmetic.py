@@ -57,7 +57,8 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Losses before and after pretraining on TP2 PP2, and of models before and after they load the checkpoint."""
     program = Path(__file__).with_name("pretrain_program.py")
     out = run_ranks(program, 4, tmp_path_factory.mktemp("pretrained") / "checkpoint", timeout=240)
-    return json.loads(out.splitlines()[-1])
+    (line,) = [line for line in out.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
 
 
 @pytest.mark.distributed

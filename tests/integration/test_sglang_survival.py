@@ -19,7 +19,7 @@ from rollout.rollout_models import reference_logprobs
 from megatron_rl.rollout import Completion, SamplingParams, SGLangEngine, WeightCheck
 from megatron_rl.rollout.sglang.membership import Member
 from megatron_rl.rollout.sglang.sglang_client import Json, SGLangClient
-from megatron_rl.rollout.sglang.streaming import Piece
+from megatron_rl.rollout.sglang.streaming import PartialOutput
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 PROMPTS = [[5, 3 + i % 90, 3 + i // 90] for i in range(500)]
@@ -178,9 +178,9 @@ def test_tokens_that_had_streamed_survive_a_killed_server(
 ) -> None:
     assert isinstance(loaded.engine, SGLangEngine)
     victim = members_of(loaded.engine)[1]
-    long, killed, take = set[int](), threading.Event(), Piece.take
+    long, killed, take = set[int](), threading.Event(), PartialOutput.take
 
-    def take_and_kill(piece: Piece, chunk: Json) -> None:
+    def take_and_kill(piece: PartialOutput, chunk: Json) -> None:
         take(piece, chunk)
         if piece.certain >= 100:
             long.add(id(piece))
@@ -188,7 +188,7 @@ def test_tokens_that_had_streamed_survive_a_killed_server(
             killed.set()
             kill(victim)
 
-    monkeypatch.setattr(Piece, "take", take_and_kill)
+    monkeypatch.setattr(PartialOutput, "take", take_and_kill)
     with attached(loaded, stream=True) as engine, caplog.at_level(logging.WARNING):
         engine.load_shards(loaded.shards, 10)
         answers = engine.generate(PROMPTS[:8], SamplingParams(n=2, max_tokens=400, ignore_eos=True))

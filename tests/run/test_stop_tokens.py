@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
 from megatron_rl.rollout.base import SamplingParams
-from megatron_rl.rollout.sglang.generation import Request
+from megatron_rl.rollout.sglang.generation import GenerateRequest
 from megatron_rl.workers import Actor
 
 PROMPT, LENGTH = [1, 5, 4, 14, 6, 4, 15], 24
@@ -66,7 +66,7 @@ def test_rollouts_and_evaluation_stop_where_transformers_stops(folder):
     for sample in (evaluated, batch.samples[0]):
         assert (sample.response_ids, sample.finish_reason) == (expected, "stop")
     stops = generation(folder)["eos_token_id"]
-    assert Request(0, PROMPT, [1], SamplingParams(), actor.rollouts.eos).stop_token_ids == set(stops)
+    assert GenerateRequest(0, PROMPT, [1], SamplingParams(), actor.rollouts.eos).stop_token_ids == set(stops)
     assert actor.tokenizer.eos_token_id == 2
 
 
