@@ -1,7 +1,7 @@
 """`Bucket`: a part of a target layout that is transferred, and handed on, by itself.
 
 A bucket holds whole shards of the target and all logical tensors in them, so that each shard is complete when its
-bucket has arrived. All ranks cut alike: buckets follow from the layout alone.
+bucket has arrived. Every rank computes the same buckets, from the layout alone.
 """
 
 from __future__ import annotations

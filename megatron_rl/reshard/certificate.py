@@ -1,6 +1,6 @@
 """`Certificate`: what a plan costs over all ranks, each figure beside its lower bound, and proof that it is exact.
 
-Tensors that are cut alike on both sides cost alike, so each such class is worked out once and multiplied.
+Tensors with the same cuts on both sides cost the same, so each such class is computed once and multiplied.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Certificate:
 
 
 class _Class(NamedTuple):
-    """Tensors that are cut, sent and typed alike."""
+    """Tensors with the same cuts, senders and dtype."""
 
     held: Pattern
     shares: tuple[int, ...]

@@ -1,7 +1,7 @@
 """The order in which one rank's transfers run: messages no larger than a chunk, in one global order.
 
 Every message belongs to a round, and in a round to a slot in which each rank has one peer at most, as in a round-robin
-tournament. A rank takes up its exchanges in order of (round, slot, number) and ends them in that order. The earliest
+tournament. A rank starts its exchanges in order of (round, slot, number) and ends them in that order. The earliest
 unfinished exchange of the whole job is then always next at both its ends, so there is always progress and no deadlock,
 whatever the staging limit. A piece that is passed on belongs to a later round than its arrival.
 """
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Pieces packed end to end, of one dtype; cut alike by its sender and its receiver."""
+    """Pieces packed end to end, of one dtype; sender and receiver compute the same message."""
 
     dtype: torch.dtype
     numel: int
@@ -63,7 +63,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Chunking:
-    """The figures by which all ranks cut alike. Must be equal on all of them.
+    """Sizes of messages and rounds. Must be equal on all ranks, which cut their transfers by them.
 
     Attributes:
         chunk_bytes: no message is larger, except that one element always fits.
@@ -81,7 +81,7 @@ class Chunking:
 def build_schedule(
     plan: RankPlan, ranks: tuple[int, ...], wire: WireFormat, chunking: Chunking
 ) -> tuple[Exchange, ...]:
-    """The exchanges of ``plan.rank`` in the order it takes them up.
+    """The exchanges of ``plan.rank`` in the order in which it starts them.
 
     Args:
         ranks: all ranks of the job (`ReshardPlan.ranks`), the same at every rank.

@@ -68,10 +68,10 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """How a system holds the values of a logical tensor, where it does not hold them as they are.
+    """How a system stores a logical tensor whose values it does not store unchanged.
 
     Args:
-        add: what its values are more than the logical ones: 1.0 of norms that hold ``1 + weight``.
+        add: constant added to the logical values: 1.0 for norms that are stored as ``1 + weight``.
         dtype: of its values; None = that of most tensors there.
     """
 
@@ -124,7 +124,7 @@ class Layout:
         replica_of: global rank -> the key of its replica group, for every rank that takes part.
         emit: replica group -> the shards of each of its ranks.
         symmetry: lets the planner of a large model look at a few tensors only; None makes it look at all.
-        held: logical tensor -> how this system holds its values; those that are missing as they are.
+        held: logical tensor -> how this system holds its values; those that are not listed unchanged.
         recomputed: what the system computes from its shards, and keeps.
     """
 
@@ -136,7 +136,7 @@ class Layout:
     recomputed: tuple[Recomputed, ...] = ()
 
     def added(self, tensor: str) -> float:
-        """What this system's values of logical ``tensor`` are more than the logical ones."""
+        """The constant that this system adds to the values of logical ``tensor``."""
         return self.held.get(tensor, AS_IT_IS).add
 
     def dtypes(self, most: torch.dtype) -> WireFormat:

@@ -28,7 +28,7 @@ class Transfer(NamedTuple):
     dst_rank: int
     tensor: str  # logical tensor
     rectangle: Rectangle  # of the logical tensor; the same at both ends
-    position: int  # orders the transfers between two ranks, alike at both ends
+    position: int  # orders the transfers between two ranks; the same at both ends
     depth: int  # 0: the sender holds it in a source shard; n: it arrived by n hops, in a target shard
     offset: Offset  # where it sits at this end: in a source shard (sender, depth 0) or a target shard
 
@@ -156,7 +156,7 @@ def collector_paused() -> Iterator[None]:
 
 
 class _PieceRoute(NamedTuple):
-    """What a rank does about one piece of all tensors that are cut and shared alike."""
+    """What a rank does about one piece of all tensors with the same cuts and senders."""
 
     rectangle: Rectangle
     before: int  # elements of the tensor before it, in the order of positions

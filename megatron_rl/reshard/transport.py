@@ -77,9 +77,8 @@ class P2PTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
         self._group, self._timeout = group, timeout
-        if "nccl" in dist.get_backend(
-            group
-        ):  # its first batch of messages would otherwise have to involve every rank of the group
+        if "nccl" in dist.get_backend(group):
+            # NCCL's first batch of messages would otherwise have to involve every rank of the group.
             dist.barrier(group)
         self._neighbours = Neighbours(dist.distributed_c10d._get_default_store())
 

@@ -1,4 +1,4 @@
-"""Engines that generate completions: one face, a local engine for laptops and tests, and servers behind HTTP."""
+"""Engines that generate completions: one interface, a local engine for laptops and tests, and SGLang servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine refuses before it touches anything: prompts, shards and tags that cannot be right."""
+"""Checks that all engines make before they do anything: of prompts, shards and sleep tags."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_shards(shards: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[
 
 
 def check_tags(tags: Sequence[str]) -> None:
-    """Raises ValueError for what is not a part of an engine's memory."""
+    """Raises ValueError for a tag that names no part of an engine's memory."""
     unknown = sorted(set(tags) - set(TAGS))
     if unknown:
         raise ValueError(f"unknown sleep tags {unknown}: known are {list(TAGS)}")

@@ -1,7 +1,7 @@
-"""`RolloutEngine`: the one face that workers and weight sync know of whatever generates text.
+"""`RolloutEngine`: the interface through which workers and weight sync use any engine that generates text.
 
 An engine says in what layout it holds its weights, takes new ones between `begin_update` and `commit_update` (or
-`abort_update`), and turns token ids into token ids with their log-probabilities. Workers start none of its parts
+`abort_update`), and turns token ids into token ids with their log-probabilities. Workers build none of its parts
 themselves: ``ENGINES[name](...)`` builds one.
 """
 
@@ -93,15 +93,15 @@ class RolloutEngine(ABC):
 
     @classmethod  # noqa: B027  not every engine has something to check
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        """Look at the user's options before anything is built.
+        """Check the user's options before anything is built.
 
         Raises:
             ConfigError: they cannot work.
         """
 
-    @classmethod  # noqa: B027  not every engine is more particular than training
+    @classmethod  # noqa: B027  most engines serve whatever can be trained
     def check_model(cls, architecture: Architecture) -> None:
-        """Look at the model before anything is built.
+        """Check the model before anything is built.
 
         Raises:
             ConfigError: the engine cannot serve it.
@@ -174,7 +174,7 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     def abort_update(self, intact: bool) -> None:
-        """Give the update under way up. The version committed last is served again if it is still whole; otherwise the
+        """Abandon the update under way. The version committed last is served again if it is still whole; otherwise the
         engine goes on refusing, until a later update is committed. Nothing to do where none is under way.
 
         Args:
@@ -219,17 +219,17 @@ class RolloutEngine(ABC):
         """
 
     def verify_weights(self) -> WeightCheck:
-        """Look whether the weights served are still those of the last push: for diagnosis, it reads all of them. Here:
-        nothing is known; engines whose weights others could reach compare checksums."""
+        """Check whether the weights served are still those of the last push. For diagnosis: it reads all of them. By
+        default nothing is known; engines whose weights other processes can reach compare checksums."""
         return WeightCheck()
 
     @abstractmethod
     def sleep(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Give the memory behind ``tags`` back; the contents are lost."""
+        """Free the memory of ``tags``; its contents are lost."""
 
     @abstractmethod
     def wake(self, tags: Sequence[str] = ("weights", "kv_cache")) -> None:
-        """Take the memory behind ``tags`` again. Weights must be updated before the next `generate`."""
+        """Allocate the memory of ``tags`` again. Weights must be updated before the next `generate`."""
 
     @abstractmethod
     def close(self) -> None:

@@ -39,7 +39,7 @@ class Region(NamedTuple):
 
 
 class ChecksumSlots:
-    """The rectangles of all logical tensors that the target holds, numbered alike on all ranks."""
+    """The rectangles of all logical tensors that the target holds, in an order that is the same on all ranks."""
 
     def __init__(self, plan: ReshardPlan) -> None:
         tensors = plan.source_index.tensors
@@ -224,7 +224,7 @@ def _key(tensor: str, dtype: torch.dtype) -> int:
 
 
 def _sent(plan: ReshardPlan, rank: int, slots: ChecksumSlots) -> Iterator[Region]:
-    """The regions whose checksum ``rank`` contributes: of equal holders, the one whose turn it is to send."""
+    """The regions whose checksum ``rank`` contributes: of equal holders, the one that the plan lets send it."""
     if rank not in plan.source.replica_of:
         return
     held = Offsets(plan.source.shards(rank), f"{plan.source.name}, rank {rank}")

@@ -1,7 +1,8 @@
 """`Fingerprint`: whether a rank's weights are still those of a moment ago, whoever may have written to them.
 
-Counters of changes do not tell: Megatron-Core's optimizers write through ``parameter.data`` and through the buffers
-behind it, which no counter sees. So it is the checksum of all bits: one pass over memory, as decoding a token is.
+Torch's version counters do not show it: Megatron-Core's optimizers write through ``parameter.data`` and through the
+buffers behind it, which no counter sees. So it is a checksum of all bits: one pass over memory, about as much as
+decoding one token.
 """
 
 from __future__ import annotations

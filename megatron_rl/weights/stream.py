@@ -39,7 +39,7 @@ class StreamReport:
     """One run, on one rank. Written by `BucketStream.run`."""
 
     transfer: TransferReport | None = None
-    write_s: float = 0.0  # seconds that the engine was waited for
+    write_s: float = 0.0  # seconds spent waiting for the engine
     attest_s: float = 0.0
     peak_bytes: int = 0  # buffers of buckets and of messages, counted as they are allocated
     unverified: str = ""  # why the engine could not prove that it holds the weights
@@ -48,7 +48,7 @@ class StreamReport:
 
     @property
     def may_retry(self) -> bool:
-        """Whether this rank knows of nothing that would happen again."""
+        """Whether nothing that failed on this rank would fail again in another attempt."""
         return self.error is None or self.engine_failed
 
 
@@ -111,7 +111,7 @@ class BucketStream:
         report, pool, buffers = StreamReport(), self._resharder.make_pool(device), self._buffers(device)
         for number, bucket in enumerate(self.buckets):
             alone = bucket.num_bytes > self.limit
-            if alone:  # what is being read must have been, before its memory is given back
+            if alone:  # the engine must have read the buffers before their memory is freed
                 self._engine(report, self._target.write_shards, {})
                 buffers.clear()
             held = buffers.take(self._shards[number], self._wire)
@@ -119,7 +119,7 @@ class BucketStream:
             report.transfer = moved if report.transfer is None else _sum(report.transfer, moved)
             elsewhere = bucket.num_bytes * (self._target.bucket_copies - 2)
             report.peak_bytes = max(report.peak_bytes, buffers.num_bytes + pool.allocated_bytes + elsewhere)
-            self._hand_on(report, number, held, expected, previous)
+            self._attest_and_write(report, number, held, expected, previous)
             if alone:
                 self._engine(report, self._target.write_shards, {})
                 buffers.clear()
@@ -129,7 +129,7 @@ class BucketStream:
     def _buffers(self, device: torch.device) -> _Buffers:
         return _Buffers(self._room, functools.partial(self._target.new_buffer, device=device))
 
-    def _hand_on(
+    def _attest_and_write(
         self,
         report: StreamReport,
         number: int,
@@ -137,7 +137,7 @@ class BucketStream:
         expected: Tensor | None,
         previous: Tensor | None,
     ) -> None:
-        """Attest a bucket and write it; a fault is told to all ranks of the engine, and nothing more is written."""
+        """Attest a bucket and write it. A fault is passed to all ranks of the engine, and nothing more is written."""
         fault, start = None, time.perf_counter()
         if self._attestors is not None and expected is not None and report.error is None:
             found = faults(self._attestors[number], held, expected, previous)

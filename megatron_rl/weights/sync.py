@@ -44,8 +44,8 @@ from megatron_rl.weights.target import WeightTarget
 logger = logging.getLogger(__name__)
 
 MAX_STAGING_BYTES = 64 << 20
-# That a push waits for another rank: servers may have to start meanwhile. A rank that has died is noticed at once where
-# its connections close with it, as those of gloo do.
+# How long a push waits for another rank: servers may have to start in the meantime. A rank that has died is noticed at
+# once where its connections close with it, as those of gloo do.
 PUSH_SECONDS = 1800.0
 ATTEMPTS = 3  # of one push, where servers are lost while they are written
 
@@ -59,7 +59,7 @@ class SyncReport:
     version: int
     plan_s: float  # seconds spent on planning; 0.0 after the first push
     attest_s: float  # seconds spent on checksums and their sum over the ranks; 0.0 where they are switched off
-    write_s: float  # seconds that an engine in another process was waited for
+    write_s: float  # seconds spent waiting for an engine in another process
     total_s: float  # seconds of the whole push
     transfer: TransferReport
     peak_bytes: int  # extra memory of this rank, counted as it is allocated

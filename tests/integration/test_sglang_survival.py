@@ -84,7 +84,7 @@ def test_what_ends_early_leaves_no_request_on_the_servers(loaded: Loaded, end: s
                 raise KeyboardInterrupt if end == "interrupt" else ValueError("a step that failed")
 
         if end != "close":
-            engine.replica.sign_of_life = strike  # type: ignore[method-assign]
+            engine.replica.heartbeat = strike  # type: ignore[method-assign]
         asking = ask_in_vain(engine, failures)
         # All have come: one that came behind its abort would end only when the server looks for its client.
         wait_for_all(urls, 100)

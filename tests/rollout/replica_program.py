@@ -15,7 +15,7 @@ def generate(replica: Replica, failure: Exception | None = None, num_rewrites: i
     try:
         if replica.leads:
             with replica.calling():
-                replica.sign_of_life(0.0)
+                replica.heartbeat(0.0)
                 for _ in range(num_rewrites):
                     replica.call("rewrite")
                 if failure is not None:

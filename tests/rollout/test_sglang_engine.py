@@ -271,7 +271,7 @@ def test_an_interrupt_aborts_every_sample_that_runs_before_it_goes_on(two: list[
             raise KeyboardInterrupt
 
     with loaded_over(*two, concurrency=100) as engine:
-        engine.replica.sign_of_life = interrupted  # type: ignore[method-assign]
+        engine.replica.heartbeat = interrupted  # type: ignore[method-assign]
         asking_forever(engine, two, failures).join(20)
         aborted = {*two[0].aborted, *two[1].aborted}
     assert isinstance(failures[0], KeyboardInterrupt)

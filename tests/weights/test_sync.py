@@ -216,15 +216,15 @@ def test_servers_that_are_lost_while_they_are_written_get_the_push_again() -> No
 def test_a_bucket_that_did_not_arrive_whole_is_not_written_and_nobody_commits(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled = "model.layers.1.self_attn.o_proj.weight"
     engines = [Engine(ONE_EACH, {}, streams=True) for _ in range(2)]
-    hand_on, written = BucketStream._hand_on, list[str]()
+    attest_and_write, written = BucketStream._attest_and_write, list[str]()
 
     def spoil(stream: BucketStream, report: Any, number: int, held: Any, *sums: Any) -> None:
         if stream._rank == 1 and spoiled in held:
             held[spoiled][3, 5] += 1
-        hand_on(stream, report, number, held, *sums)
+        attest_and_write(stream, report, number, held, *sums)
         written.extend(held if stream._rank == 1 and report.error is None else ())
 
-    monkeypatch.setattr(BucketStream, "_hand_on", spoil)
+    monkeypatch.setattr(BucketStream, "_attest_and_write", spoil)
     first, second = streaming(engines)
     assert isinstance(first, PeerError)
     assert isinstance(second, AttestationError)

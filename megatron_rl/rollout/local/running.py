@@ -1,7 +1,7 @@
 """`RunningBatch`: what is known of each sequence that is being generated, as tensors of one row per sequence.
 
 Row i belongs to KV cache row i. Rows ``[0, count)`` are in use; a sequence that ends is replaced by the last ones, so
-that no step spends time on dead rows and no Python loop runs over the living.
+that no step computes finished rows and no Python loop runs over the active ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_rl.rollout.local.stopping import StopText
 
 @dataclass(slots=True)
 class RunningSequence:
-    """One completion in the making."""
+    """One sequence that is being generated."""
 
     prompt: int  # index of its prompt
     sample: int  # which of the prompt's samples
@@ -56,7 +56,7 @@ class RunningBatch:
         return (self.prompt_lengths + self.generated)[: self.count] - 1
 
     def append(self, sequences: Sequence[RunningSequence], prompt_lengths: torch.Tensor) -> slice:
-        """Take new sequences in; the rows they got."""
+        """Add sequences; returns the rows that they got."""
         rows = slice(self.count, self.count + len(sequences))
         self.sequences.extend(sequences)
         self.prompt_lengths[rows] = prompt_lengths
@@ -78,8 +78,8 @@ class RunningBatch:
         self.generated[rows] += 1
 
     def completions(self, stopped: Mapping[int, bool], version: int) -> list[Completion]:
-        """What the sequences in the rows ``stopped`` have become, in its order; its values say whether each was stopped
-        (or else reached its length). One transfer from the device for all of them.
+        """The completions of the sequences in the rows ``stopped``, in its order: True where a stop token or text ended
+        one, False where it reached its maximum length. One transfer from the device for all of them.
 
         Raises:
             RuntimeError: log-probabilities are not finite.

@@ -1,7 +1,7 @@
 """`Scheduler`: one `generate` call as continuous batching.
 
-Prompts wait, longest first, so that prompts run together with their likes. While there is room they are prefilled
-(each once, however many samples it has) and join the running batch; each step adds one token to every running
+Prompts are taken longest first, so that those of similar length are prefilled together. While there is room they are
+prefilled (each once, however many samples it has) and join the running batch; each step adds one token to every running
 sequence; those that end leave at once.
 """
 
@@ -127,7 +127,7 @@ class Scheduler:
                 finished[row] = True
 
     def _retire(self, finished: dict[int, bool]) -> None:
-        """Hand the finished rows out and close their gaps."""
+        """Emit the finished sequences and close the gaps that they leave."""
         longest = int(self.running.positions.max()) + 1
         for row, completion in zip(finished, self.running.completions(finished, self.version), strict=True):
             self.emit(self.running.sequences[row], completion)

@@ -1,4 +1,4 @@
-"""`TensorParallel`: the three collectives of a tensor-parallel decoder, nothing at all with one rank."""
+"""`TensorParallel`: the three collectives of a tensor-parallel decoder; with one rank they do nothing."""
 
 from __future__ import annotations
 

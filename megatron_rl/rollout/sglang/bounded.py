@@ -1,4 +1,4 @@
-"""Reading a response no further than a limit: a server that never ends its answer costs neither memory nor the run."""
+"""Reading an answer up to a limit, so that a server that never ends its answer exhausts neither memory nor time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import httpx
 
 
 class TooLongError(RuntimeError):
-    """More came than was to be read."""
+    """The answer is longer than its limit."""
 
 
 async def read_bounded(response: httpx.Response, max_bytes: int) -> bytes:

@@ -2,7 +2,7 @@
 
 A request is one coroutine that tries one server at a time and takes the first whole answer; so it can neither be lost
 nor counted twice, whatever servers do. What ends without its answer is aborted on its server, by its name, whether the
-caller was interrupted, another request failed or the engine is closed: nobody generates what nobody will read.
+caller was interrupted, another request failed or the engine is closed: no server generates tokens that nobody reads.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class Dispatcher:
     async def _attempt(
         self, member: Member, request: GenerateRequest, streamed: StreamedAnswer | None
     ) -> list[Completion]:
-        """One try on one server. What is left of it there when it fails is aborted, and the server is looked at."""
+        """One attempt on one server. When it fails, it is aborted there and the state of the server is determined."""
         membership, client = self.membership, member.client
         begun = len(membership.versions) - 1
         request_ids = [uuid.uuid4().hex for _ in request.seeds]
@@ -155,18 +155,18 @@ class Dispatcher:
             raise
         except ServerError as error:
             if member.state is State.READY:
-                await membership.mark(member, State.DOWN, str(error))  # until it is known to be well
+                await membership.mark(member, State.DOWN, str(error))  # until it is known to work
                 await membership.examine(member)
             raise
         finally:
             given_up.cancel()
             work.cancel()
-            if request_ids:  # before anything is awaited: who is cancelled twice does not come back from there
+            if request_ids:  # before any await: a second cancellation would end this coroutine there
                 self._abort(client, request_ids)
             await asyncio.wait({work})  # what had come is kept by then
 
     def _abort(self, client: SGLangClient, request_ids: Sequence[str]) -> None:
-        """On the side; the server may be gone."""
+        """In the background; the server may be gone."""
 
         async def abort() -> None:
             with contextlib.suppress(ServerError, RequestError, RuntimeError):

@@ -1,7 +1,7 @@
 """One prompt and its samples as a /generate request, and the server's answer as completions: plain functions of data.
 
 All samples of a prompt travel in one request, so they meet the same server, whose prefix cache computes the prompt
-once. An answer is believed only when every part of it is there and fits the others.
+once. An answer is accepted only if it is complete and consistent.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ ANSWER_FAULTS = (
     IndexError,
     AttributeError,
     OverflowError,
-)  # what reading something else than an answer raises
+)  # raised by parsing what is not an answer of /generate
 
 T = TypeVar("T")
 
 
 class OutdatedWeightsError(ServerError):
-    """The answer was made, in part at least, by weights that no push of ours put there."""
+    """The answer was generated, at least in part, with weights that this job did not push."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """`Membership`: which servers a replica has, which of them serve, and how one that failed comes back.
 
-It looks after servers while they work, restarts those it owns, stops them for a weight update and lets them go on.
+It checks the health of servers that work on requests, restarts those it owns, pauses them for a weight update and
+resumes them.
 Everything here runs on one event loop; there are no locks.
 """
 
@@ -27,8 +28,8 @@ from megatron_rl.rollout.sglang.weight_transfer import ServerLayout
 
 logger = logging.getLogger(__name__)
 
-WATCH_SECONDS = 1.0  # between looks at servers that are down
-FIRST_WORD_SECONDS, WORD_SECONDS = 2.0, 30.0  # of waiting for servers before it is logged, and between such lines
+WATCH_SECONDS = 1.0  # between checks of servers that are down
+FIRST_LOG_SECONDS, LOG_SECONDS = 2.0, 30.0  # of waiting for servers before it is logged, and between such lines
 FAILED_HEALTH_CHECKS = 2  # in a row, that give a server's requests up
 
 
@@ -39,7 +40,7 @@ class RetryPolicy:
     attempts: int = 8  # of one request, over all servers
     first_pause: float = 0.25  # before the second attempt; doubles up to `longest_pause`
     longest_pause: float = 10.0
-    health_interval: float = 30.0  # between looks at a server that has requests
+    health_interval: float = 30.0  # between health checks of a server that has requests
     health_timeout: float = 60.0
     recovery: float = 900.0  # that everything waits for a server when none is ready
     restarts: int = 3  # of one owned server between two updates
@@ -78,7 +79,7 @@ class Membership:
         return [member for member in self.members if member.state in states]
 
     async def mark(self, member: Member, state: State, why: str = "") -> None:
-        """Move a member to ``state`` and wake who waits for that."""
+        """Move a member to ``state`` and wake those who wait for a change."""
         if why:
             member.failures.append(why)
         if state is not member.state:
@@ -94,10 +95,10 @@ class Membership:
     # --- failing and coming back -----------------------------------------------------------------------------------
 
     async def examine(self, member: Member) -> None:
-        """Find out what a member is that is not known to work: down, outdated, or ready after all.
+        """Determine the state of a member that may not be working: down, outdated, or ready after all.
 
         Raises:
-            ConfigError: it is not such a server as the replica needs.
+            ConfigError: it is not a server that the replica can use.
         """
         try:
             if member.state is State.DOWN:
@@ -105,7 +106,7 @@ class Membership:
             held = await member.client.weight_version()
             current = bool(self.versions) and held == str(self.version) and self.serving
             if current:
-                await member.client.resume()  # it may have been lost between its update and this
+                await member.client.resume()  # it may have been lost before it was resumed after an update
         except (ServerError, RequestError) as error:
             await self.mark(member, State.DOWN, str(error) if member.state is not State.DOWN else "")
             return
@@ -117,7 +118,7 @@ class Membership:
         self._layout.check(info, member.client.url, self._runs_loader)
 
     async def bring_back(self, member: Member) -> None:
-        """One try to make a member that is down answer again; a server of ours that has ended is started anew.
+        """One attempt to bring a member back that is down; a server of ours that has ended is started again.
 
         Raises:
             RuntimeError: no member is left that could come back.
@@ -148,7 +149,7 @@ class Membership:
             RuntimeError: none answers within ``timeout`` seconds, or one of ours does not start.
         """
         clock = asyncio.get_running_loop().time
-        deadline, next_word = clock() + timeout, clock() + FIRST_WORD_SECONDS
+        deadline, next_log = clock() + timeout, clock() + FIRST_LOG_SECONDS
         while True:
             for member in self.of(State.DOWN):
                 await self.bring_back(member)
@@ -157,16 +158,16 @@ class Membership:
                 return
             if clock() > deadline:
                 raise RuntimeError(f"servers did not answer within {timeout:.0f} s: {self.describe()}")
-            if clock() > next_word:
+            if clock() > next_log:
                 level = logging.INFO if starting else logging.WARNING  # nothing here starts the others
                 logger.log(level, "waiting up to %.0f s more for servers: %s", deadline - clock(), self.describe())
-                next_word = clock() + WORD_SECONDS
+                next_log = clock() + LOG_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.Task[None]]:
-        """While inside, members that are down are brought back, and those with requests are looked at. The task ends
-        only with an error."""
+        """While inside, members that are down are brought back, and the health of those with requests is checked. The
+        task ends only with an error."""
         task = asyncio.create_task(self._watch())
         try:
             yield task
@@ -221,17 +222,17 @@ class Membership:
         """Paused members that hold the version committed last, whole."""
         return [member for member in self.of(State.OUTDATED) if self.versions and member.held == self.version]
 
-    async def go_on(self, members: Sequence[Member]) -> None:
+    async def resume(self, members: Sequence[Member]) -> None:
         """Let ``members``, which hold the version committed last, serve it."""
         name = str(self.version)
         for member in members:
             member.held, member.restarts = self.version, 0
 
-        async def go_on(client: SGLangClient) -> None:
+        async def resume(client: SGLangClient) -> None:
             await client.set_weight_version(name)
             await client.resume()
 
-        await self.each(members, go_on, State.READY)
+        await self.each(members, resume, State.READY)
 
     async def each(
         self,

@@ -81,7 +81,7 @@ class Replica:
         if self.group is not None:
             dist.broadcast_object_list([call], src=self.ranks[0], group=self.group)
 
-    def sign_of_life(self, seconds: float) -> None:
+    def heartbeat(self, seconds: float) -> None:
         """Call once more when the last call is ``seconds`` ago."""
         if time.monotonic() - self._called >= seconds:
             self.call("wait")

@@ -33,7 +33,7 @@ BODY_EXCERPT = 300  # characters of an answer that an error quotes
 
 
 class ServerError(RuntimeError):
-    """A server could not be reached, or its answer was no answer. Another server, or another try, may do better."""
+    """A server could not be reached, or its answer was not valid. Another server, or another attempt, may succeed."""
 
 
 class RequestError(ValueError):
@@ -88,10 +88,10 @@ class SGLangClient:
 
     @contextlib.asynccontextmanager
     async def _answer(self, method: str, path: str, body: Json | None, timeout: float) -> AsyncIterator[httpx.Response]:
-        """An answer whose body is not read yet. Whatever goes wrong with it, and too long a time, is a ServerError."""
+        """An answer whose body is not read yet. Whatever fails, a timeout included, is a ServerError."""
         each_read = httpx.Timeout(timeout, connect=10.0, pool=None)
         try:
-            async with asyncio.timeout(timeout):  # of the whole: a server that sends a byte now and then is no answer
+            async with asyncio.timeout(timeout):  # of the whole answer: a server may send a byte now and then for ever
                 async with self._http.stream(method, path, json=body, timeout=each_read) as answer:
                     yield answer
         except TimeoutError:
@@ -130,7 +130,7 @@ class SGLangClient:
         return _record(await self.get("/server_info"), self.url)
 
     async def check_health(self, timeout: float) -> None:
-        """Have it generate a token, or see that it does anyway."""
+        """Have it generate a token, unless it is generating already."""
         await self.send("GET", "/health", timeout=timeout)
 
     async def weight_version(self) -> str:
@@ -158,7 +158,7 @@ class SGLangClient:
                     yield _record(self._parse(path, line.removeprefix(EVENT)), self.url)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        """Give requests up; unknown ones do no harm."""
+        """Abort requests; unknown ids are ignored."""
         bodies = [{"rid": request_id, "abort_all": False} for request_id in request_ids]
         await asyncio.gather(*(self.send("POST", "/abort_request", body, ABORT_SECONDS) for body in bodies))
 

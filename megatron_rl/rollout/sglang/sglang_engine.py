@@ -1,8 +1,8 @@
 """`SGLangEngine`: generation on SGLang servers, which one rollout replica owns or is attached to.
 
 The replica's first rank talks to the servers; its other ranks bring their shards when weights are delivered. All of
-them call everything together. What a server holds is known only as long as nothing happens to it: one that was away
-gets the newest weights again before it gets a request.
+them call everything together. The weights of a server that was unreachable are unknown: it
+gets the newest ones again before it gets a request.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ logger = logging.getLogger(__name__)
 
 WHERE = "actor.rollout.options"
 EXPERTS_EVERYWHERE = ("qwen3_moe",)  # families of which SGLang makes no dense layer (its Qwen3MoeDecoderLayer)
-POLL_SECONDS = 0.25  # between looks for servers that need weights, while requests run
-CALL_SECONDS = 20.0  # between signs of life to the other ranks, whose collectives have time limits
+POLL_SECONDS = 0.25  # between checks for servers that need weights, while requests run
+CALL_SECONDS = 20.0  # between heartbeats to the other ranks, whose collectives time out
 WRITE_ATTEMPTS = 3
 
 
@@ -240,7 +240,7 @@ class SGLangEngine(RolloutEngine):
 
     async def _serve(self, members: Sequence[Member]) -> None:
         """Let ``members``, which hold the version committed last, serve it."""
-        await self._membership.go_on(members)
+        await self._membership.resume(members)
         self._membership.serving = True
         await self._membership.notify()
 
@@ -308,7 +308,7 @@ class SGLangEngine(RolloutEngine):
         work = self._loop.submit(self._dispatcher.answer_all(requests, emit))
         try:
             while not concurrent.futures.wait([work], timeout=POLL_SECONDS).done:
-                self.replica.sign_of_life(CALL_SECONDS)
+                self.replica.heartbeat(CALL_SECONDS)
                 outdated = self._membership.of(State.OUTDATED) if self._membership.serving else []
                 if outdated and self._shards:
                     self._rewrite(outdated)
@@ -319,7 +319,7 @@ class SGLangEngine(RolloutEngine):
             raise RuntimeError("the engine was closed while it generated") from None
         except BaseException:
             work.cancel()
-            self._loop.run(self._dispatcher.settled())  # nobody generates on, whatever comes next
+            self._loop.run(self._dispatcher.settled())  # no server goes on generating, whatever comes next
             raise
 
     def _rewrite(self, outdated: Sequence[Member]) -> None:
@@ -331,7 +331,7 @@ class SGLangEngine(RolloutEngine):
         except RuntimeError as error:  # it may have gone again
             logger.warning("weights could not be written anew: %s", error)
             return
-        self._loop.run(self._membership.go_on([m for m in outdated if m.state is State.OUTDATED]))
+        self._loop.run(self._membership.resume([m for m in outdated if m.state is State.OUTDATED]))
 
     def _follow(self) -> None:
         """The other ranks' part in `generate`: bring their shards when they are called for."""

@@ -1,6 +1,6 @@
-"""`StreamedAnswer`: the samples of one prompt, token by token, so that a server's end costs none that had arrived.
+"""`StreamedAnswer`: the samples of one prompt, received token by token, so that tokens outlive their server.
 
-An answer in one piece is lost with its server, after whatever time it took. A streamed one is continued: the next
+An answer that comes whole is lost with its server, however long it took. A streamed one is continued: the next
 server gets the prompt and the tokens so far and generates the rest, and the sample says which weights made which.
 
     Draft: kept tokens (of servers that are gone) + piece (of the one at work) --finished--> Completion
@@ -38,7 +38,7 @@ class PartialOutput:
     logprobs: list[Any] = field(default_factory=list)
     meta: Json = field(default_factory=dict)  # of the last chunk
     version: str = ""  # of the weights when the first chunk came
-    certain: int = 0  # first tokens, which they made
+    certain: int = 0  # leading tokens that those weights are known to have made
     updated: bool = False  # a chunk came with other weights
 
     def take(self, chunk: Json) -> None:
@@ -150,7 +150,7 @@ class StreamedAnswer:
                 given_up = {"status_code": chunk["error"]["code"], "message": chunk["error"]["message"]}
         except (ServerError, *ANSWER_FAULTS) as error:
             if draft is not None:
-                draft.partial = PartialOutput()  # nothing to build on
+                draft.partial = PartialOutput()  # not usable
             if isinstance(error, ServerError):
                 raise
             raise ServerError(

@@ -43,7 +43,7 @@ Post = Coroutine[Any, Any, object]
 
 
 class _Ready(NamedTuple):
-    """What each rank says before a bucket is written."""
+    """What each rank reports before a bucket is written."""
 
     fault: str  # why it must not be
     is_misuse: bool  # the fault is the caller's: nothing of this call was written
@@ -241,7 +241,8 @@ class WeightTransfer(ABC):
         self.loop.run(_each(self.clients, action))
 
     def _gather_ready(self, shards: Mapping[str, Tensor], fault: str, is_misuse: bool = False) -> list[_Ready]:
-        """What all ranks say, once servers have read the bucket before; raises their faults."""
+        """What all ranks report, once servers have read the previous bucket; raises their faults. Reports carry data
+        that the first rank needs, so there is no vote beside them: it would double the exchanges of a bucket."""
         if not fault and shards:
             fault = self._misuse(shards)
             is_misuse = bool(fault)
