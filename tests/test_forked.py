@@ -105,7 +105,7 @@ BURN = """
 import subprocess, sys, pytest
 @pytest.mark.parametrize("case", range(2))
 def test_burn(case):
-    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.5: pass"], check=True)
+    subprocess.run([sys.executable, "-c", "import time\\nwhile time.process_time() < 0.7: pass"], check=True)
 """
 
 
@@ -124,5 +124,5 @@ def test_cpu_time_of_children_is_summed_over_workers_and_pytest_has_the_last_lin
     assert lines[-1].startswith("2 passed"), done.stdout
     minutes = float(next(line for line in lines if line.startswith("CPU time: ")).split()[2])
     module = float(next(line for line in lines if line.endswith("test_burn.py")).split()[0])
-    assert 1.0 <= module < 60
+    assert 1.3 <= module < 60
     assert minutes * 60 > module - 3

@@ -39,7 +39,7 @@ def main() -> None:
     model = pretrain.build_model()
     optimizer = pretrain.build_optimizer(model, 2e-3)
     before = held_out_loss(model, rows)
-    steps = pretrain.train(model, optimizer, argparse.Namespace(steps=10, micro_batch=8, seed=1, stop_at=1.0))
+    steps = pretrain.train(model, optimizer, argparse.Namespace(steps=5, micro_batch=8, seed=1, stop_at=1.0))
     after = held_out_loss(model, rows)
     pretrain.save_checkpoint(checkpoint, model, optimizer, steps)
     found = {"before": before, "after": after}
