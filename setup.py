@@ -104,8 +104,8 @@ class BuildOperations(build_ext):
         if self.inplace or self.editable_mode:
             return
         sys.path.insert(0, str(ROOT))
-        from megatron_rl.ops.dispatch import UnavailableError
         from megatron_rl.ops.extension import cpu_build, cuda_build
+        from megatron_rl.ops.selection import UnavailableError
 
         output = Path(self.get_ext_fullpath(ext.name))
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -33,8 +33,8 @@ from megatron_rl.ops.add_rms_norm import add_rms_norm
 from megatron_rl.ops.block_quantize import block_quantize
 from megatron_rl.ops.copy_spans import copy_spans
 from megatron_rl.ops.decode_attention import decode_attention
-from megatron_rl.ops.dispatch import UnavailableError, choose, implementations, load
 from megatron_rl.ops.gae import gae
+from megatron_rl.ops.selection import UnavailableError, choose, implementations, load
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.ops.token_logprobs import token_logprobs
 
@@ -235,7 +235,7 @@ def check_copies(push: Push, copies: list[Case]) -> None:
 def start_seconds() -> tuple[float, float]:
     """Seconds to load the compiled CPU operations in a new process, at first (it builds them) and the second time."""
     program = (
-        "import time, torch; from megatron_rl.ops.dispatch import load; start = time.perf_counter(); "
+        "import time, torch; from megatron_rl.ops.selection import load; start = time.perf_counter(); "
         "load('copy_spans', 'cpu', 'cpu'); print(time.perf_counter() - start)"
     )
     with tempfile.TemporaryDirectory() as cache:

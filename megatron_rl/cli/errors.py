@@ -46,7 +46,7 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.data import DataError
     from megatron_rl.dataflow.flow import FlowError
     from megatron_rl.devices.launch import LaunchError
-    from megatron_rl.ops.dispatch import UnavailableError
+    from megatron_rl.ops.selection import UnavailableError
     from megatron_rl.parallel.agreement import PeerError
     from megatron_rl.rewards import RewardError
     from megatron_rl.trainer.restart_point import CheckpointError

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_rl.ops.dispatch import UnavailableError
+from megatron_rl.ops.selection import UnavailableError
 
 logger = logging.getLogger(__name__)
 

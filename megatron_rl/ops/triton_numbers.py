@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from megatron_rl.ops.dispatch import UnavailableError
+from megatron_rl.ops.selection import UnavailableError
 
 FLOAT32, BFLOAT16, FLOAT16 = 1, 2, 3  # megatron_rl.ops.number_types
 

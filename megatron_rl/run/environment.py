@@ -18,7 +18,7 @@ from megatron_rl import __version__
 from megatron_rl.collectives.calibrations import saved_choices
 from megatron_rl.devices import Platform, current_platform, use_transformer_engine
 from megatron_rl.devices.cpu_face import KNOWN_VERSIONS
-from megatron_rl.ops.dispatch import Availability, availability, choose, implementations, operations
+from megatron_rl.ops.selection import Availability, availability, choose, implementations, operations
 from megatron_rl.rollout import ENGINES
 
 WIDTH = 20  # of the first column

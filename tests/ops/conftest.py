@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megatron_rl.ops.dispatch import UnavailableError, implementations, load
+from megatron_rl.ops.selection import UnavailableError, implementations, load
 
 LEVELS = {"plain": 0, "avx2": 1, "avx512": 2}
 

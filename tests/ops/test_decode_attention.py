@@ -11,7 +11,7 @@ from ops.conftest import cases, prepared
 from torch import Tensor
 
 from megatron_rl.ops.decode_attention import decode_attention
-from megatron_rl.ops.dispatch import load
+from megatron_rl.ops.selection import load
 
 
 @pytest.fixture(params=["reference", *cases("decode_attention")], scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megatron_rl.ops import extension
-from megatron_rl.ops.dispatch import UnavailableError
 from megatron_rl.ops.extension import Build, built, cpu_build
+from megatron_rl.ops.selection import UnavailableError
 
 COMPILER = """#!/bin/sh
 echo run >> {log}

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from megatron_rl.ops.dispatch import UnavailableError, implementations, load
 from megatron_rl.ops.gae import gae
+from megatron_rl.ops.selection import UnavailableError, implementations, load
 
 
 def available() -> list[str]:

@@ -12,10 +12,10 @@ from ops.test_token_logprobs import Outcome, Problem, assert_as_good_as, ours, p
 
 from megatron_rl.ops.add_rms_norm import add_rms_norm
 from megatron_rl.ops.decode_attention import decode_attention
-from megatron_rl.ops.dispatch import load
 from megatron_rl.ops.gae import gae
 from megatron_rl.ops.packed_attention import packed_attention
 from megatron_rl.ops.rms_norm import rms_norm
+from megatron_rl.ops.selection import load
 from megatron_rl.ops.swiglu import swiglu
 
 pytestmark = only_on_a_gpu
@@ -76,7 +76,7 @@ def test_norms_and_swiglu_on_a_gpu(dtype):
 
 @pytest.mark.parametrize("segments", [WHOLE, CHUNKS], ids=["whole", "chunks"])
 def test_packed_attention_and_gradients_on_a_gpu(segments):
-    """The choice of `ops.dispatch` on a GPU; its error against float64 at most twice that of plain torch in fp32."""
+    """The choice of `ops.selection` on a GPU; its error against float64 at most twice that of plain torch in fp32."""
     parts, scale, table = tensors(segments, 4, 2, 16, 16), 0.25, torch.tensor(segments)
     exact = gradients(lambda *x: written_out(*x, segments, scale), parts, torch.float64)
     plain_torch = gradients(lambda *x: written_out(*x, segments, scale), parts, torch.float32)

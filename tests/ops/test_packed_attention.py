@@ -9,8 +9,8 @@ import torch
 from ops.conftest import cases, prepared
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import load
 from megatron_rl.ops.packed_attention import packed_attention
+from megatron_rl.ops.selection import load
 
 WHOLE = [(0, 5, 0, 5), (5, 1, 5, 1), (6, 37, 6, 37)]  # three sequences end to end
 CHUNKS = [(0, 4, 0, 8), (4, 4, 0, 32), (8, 9, 32, 18), (17, 9, 32, 36)]  # of two sequences, keys shared

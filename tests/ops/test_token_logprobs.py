@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import UnavailableError, implementations, load
+from megatron_rl.ops.selection import UnavailableError, implementations, load
 from megatron_rl.ops.token_logprobs import from_logits, token_logprobs
 from megatron_rl.ops.token_logprobs.tiles import Tiling
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from forked import run_ranks
 
-from megatron_rl.ops.dispatch import UnavailableError, implementations, load
+from megatron_rl.ops.selection import UnavailableError, implementations, load
 
 PROGRAM = Path(__file__).with_name("token_logprobs_program.py")
 

@@ -7,7 +7,7 @@ import importlib.metadata
 import pytest
 import torch
 
-from megatron_rl.ops.dispatch import Availability, operations
+from megatron_rl.ops.selection import Availability, operations
 from megatron_rl.run import environment
 
 

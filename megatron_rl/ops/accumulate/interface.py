@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 
 DTYPES = (torch.float32, torch.bfloat16)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 
 BLOCK = 128
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

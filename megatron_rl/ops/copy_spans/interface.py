@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 
 JOB_COLUMNS = ("src_index", "dst_index", "src_offset", "dst_offset", "rows", "cols", "src_stride", "dst_stride")
 CASTS = (torch.float32, torch.bfloat16, torch.float16)

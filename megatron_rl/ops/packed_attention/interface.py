@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 
 MAX_HEAD_DIM = 256  # of the "cpu" implementation: kMaxHeadDim of csrc/cpu/ops.h
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 
 SPAN_COLUMNS = ("tensor_index", "slot", "key", "logical_row", "logical_col", "offset", "rows", "cols", "stride")
 CAST_TO = (torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 from megatron_rl.ops.token_logprobs.differentiable import LogprobOptions
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
 from megatron_rl.models.description import LayerDescription, ModelDescription
-from megatron_rl.ops.dispatch import choose
+from megatron_rl.ops.selection import choose
 from megatron_rl.rollout.local.expert_layer import ExpertLayer
 from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.rotary_cache import RotaryCache, rotate_

@@ -7,16 +7,16 @@ import logging
 import pytest
 import torch
 
-from megatron_rl.ops import dispatch
+from megatron_rl.ops import selection
 from megatron_rl.ops.copy_spans import copy_spans
-from megatron_rl.ops.dispatch import UnavailableError, availability, choose, implementations, operations
+from megatron_rl.ops.selection import UnavailableError, availability, choose, implementations, operations
 
 
 @pytest.fixture(autouse=True)
 def forget_choices(monkeypatch):
-    monkeypatch.setattr(dispatch, "_loaded", {})
-    monkeypatch.setattr(dispatch, "_chosen", {})
-    monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
+    monkeypatch.setattr(selection, "_loaded", {})
+    monkeypatch.setattr(selection, "_chosen", {})
+    monkeypatch.delenv(selection.ENVIRONMENT, raising=False)
 
 
 def test_every_folder_is_an_operation_with_a_reference():
@@ -37,50 +37,50 @@ def test_unknown_implementation_names_the_known():
 
 
 def test_environment_forces_an_implementation(monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "copy_spans=reference")
+    monkeypatch.setenv(selection.ENVIRONMENT, "copy_spans=reference")
     assert choose("copy_spans", "cpu").__module__ == "megatron_rl.ops.copy_spans.reference"
 
 
 @pytest.mark.parametrize("text", ["", "copy_spans=reference,gae=reference"])
 def test_a_choice_is_made_once_and_then_looks_at_no_file(monkeypatch, text):
-    monkeypatch.setenv(dispatch.ENVIRONMENT, text)
+    monkeypatch.setenv(selection.ENVIRONMENT, text)
     first = choose("copy_spans", "cpu"), choose("copy_spans", "cpu", "reference")
 
     def again(*_):
         raise AssertionError("looked at the package's folders again")
 
     for name in ("operations", "implementations", "load", "_forced_by_environment"):
-        monkeypatch.setattr(dispatch, name, again)
+        monkeypatch.setattr(selection, name, again)
     assert (choose("copy_spans", "cpu"), choose("copy_spans", "cpu", "reference")) == first
 
 
 def test_a_choice_changes_with_the_environment(monkeypatch):
-    monkeypatch.setattr(dispatch, "_best", lambda op, device: torch.add)
+    monkeypatch.setattr(selection, "_best", lambda op, device: torch.add)
     assert choose("copy_spans", "cpu") is torch.add
-    monkeypatch.setenv(dispatch.ENVIRONMENT, "copy_spans=reference")
+    monkeypatch.setenv(selection.ENVIRONMENT, "copy_spans=reference")
     assert choose("copy_spans", "cpu").__module__ == "megatron_rl.ops.copy_spans.reference"
 
 
 @pytest.mark.parametrize("text", ["copy_span=reference", "copy_spans", "copy_spans="])
 def test_malformed_environment_is_an_error(monkeypatch, text):
-    monkeypatch.setenv(dispatch.ENVIRONMENT, text)
-    with pytest.raises(ValueError, match=dispatch.ENVIRONMENT):
+    monkeypatch.setenv(selection.ENVIRONMENT, text)
+    with pytest.raises(ValueError, match=selection.ENVIRONMENT):
         choose("copy_spans", "cpu")
 
 
 def test_forced_but_unavailable_raises_with_the_reason_and_unforced_falls_to_the_next(monkeypatch, caplog):
-    real = dispatch._import
+    real = selection._import
 
     def without_compiler(op, implementation, device_type):
         if implementation == "cpu":
             raise UnavailableError("no C++ compiler")
         return real(op, implementation, device_type)
 
-    monkeypatch.setattr(dispatch, "_import", without_compiler)
-    monkeypatch.setattr(dispatch, "implementations", lambda op: ["cpu", "reference"])
+    monkeypatch.setattr(selection, "_import", without_compiler)
+    monkeypatch.setattr(selection, "implementations", lambda op: ["cpu", "reference"])
     with pytest.raises(UnavailableError, match=r"copy_spans=cpu was asked for.*no C\+\+ compiler"):
         choose("copy_spans", "cpu", "cpu")
-    with caplog.at_level(logging.INFO, dispatch.__name__):
+    with caplog.at_level(logging.INFO, selection.__name__):
         assert choose("copy_spans", "cpu").__module__.endswith("reference")
         choose("copy_spans", "cpu")
     assert [record.getMessage() for record in caplog.records] == [
