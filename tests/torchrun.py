@@ -1,6 +1,6 @@
 """Start a test program under the real torchrun, bounded in time, and show its output when it fails.
 
-For launching, restarts, resume and signals. Other programs start a hundred times faster by `forked.run_ranks`.
+Programs start a hundred times faster by `forked.run_ranks`, and torchrun's restarts by `forked_torchrun`.
 """
 
 from __future__ import annotations

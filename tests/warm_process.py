@@ -6,7 +6,7 @@ its own, host of the ranks' store, and like torchrun it ends all ranks when one 
 
 What a fork cannot carry over is not there before it: no threads (checked), no process group, no autograd engine. What
 forks share and real processes do not: the seed of `hash`, so that sets of strings have one order on all ranks. Tests in
-which this could hide a mistake, and those of launching, restarting and signals, keep the real torchrun.
+which this could hide a mistake, and those of launching, keep the real torchrun; see also `forked_torchrun.py`.
 """
 
 from __future__ import annotations

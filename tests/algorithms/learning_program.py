@@ -1,4 +1,4 @@
-"""Test program of several ranks: every algorithm learns a small task on a real pretrained model.
+"""Test program of several ranks: every algorithm learns a small task on a small model.
 
 Online algorithms: raise the share of generated tokens that contain the letter "s". Preferences and labels: prefer happy
 endings, measured on prompts that training never saw. Prints one JSON line per algorithm with the measure before and

@@ -1,6 +1,6 @@
 """Test program of several ranks: one GRPO step on many layouts, printed as JSON lines for the test to compare.
 
-Each case builds the real stories model in its layout, computes log-probabilities of and optimises one fixed batch, and
+Each case builds the model in its layout, computes log-probabilities of and optimises one fixed batch, and
 reports log-probabilities, loss, gradient norm and the change of weights. Usage: layout_cases.py MODEL CASE [CASE ...]
 """
 

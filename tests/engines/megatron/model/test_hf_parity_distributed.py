@@ -1,4 +1,4 @@
-"""Real torchrun, four gloo ranks: see `parity_program.py`."""
+"""Hugging Face models on four gloo ranks against `transformers`: see `parity_program.py`."""
 
 from __future__ import annotations
 
