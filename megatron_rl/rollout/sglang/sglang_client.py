@@ -16,7 +16,6 @@ from typing import Any, Literal
 import httpx
 
 from megatron_rl.config import ConfigError
-from megatron_rl.rollout.sglang.bounded import TooLongError, bounded_lines, read_bounded
 
 Json = dict[str, Any]
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -38,6 +37,10 @@ class ServerError(RuntimeError):
 
 class RequestError(ValueError):
     """The server refused the request itself (4xx): trying again changes nothing."""
+
+
+class _TooLongError(RuntimeError):
+    """The answer is longer than its limit."""
 
 
 class SGLangClient:
@@ -82,7 +85,7 @@ class SGLangClient:
             RequestError: a status that is no success otherwise; redirects are not followed.
         """
         async with self._answer(method, path, body, timeout) as answer:
-            content = await read_bounded(answer, max_bytes)
+            content = await _read_bounded(answer, max_bytes)
         self._check(path, answer.status_code, content)
         return content
 
@@ -96,7 +99,7 @@ class SGLangClient:
                     yield answer
         except TimeoutError:
             raise ServerError(f"{self.url}{path} did not end its answer in {timeout:g} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL, TooLongError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, _TooLongError) as error:
             raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
 
     def _check(self, path: str, status: int, content: bytes) -> None:
@@ -152,8 +155,8 @@ class SGLangClient:
         path = "/generate"
         async with self._answer("POST", path, body, self.timeout) as answer:
             if not answer.is_success:
-                self._check(path, answer.status_code, await read_bounded(answer, max_bytes))
-            async for line in bounded_lines(answer, max_bytes):
+                self._check(path, answer.status_code, await _read_bounded(answer, max_bytes))
+            async for line in _bounded_lines(answer, max_bytes):
                 if line.startswith(EVENT) and line != LAST_EVENT:
                     yield _record(self._parse(path, line.removeprefix(EVENT)), self.url)
 
@@ -262,3 +265,41 @@ def _record(answer: Any, url: str) -> Json:
 
 def _version(version: str | None) -> Json:
     return {} if version is None else {"weight_version": version}
+
+
+async def _read_bounded(response: httpx.Response, max_bytes: int) -> bytes:
+    """The whole body.
+
+    Raises:
+        _TooLongError: it is longer than ``max_bytes``; the rest is not read.
+    """
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        _check_length(content, max_bytes)
+    return bytes(content)
+
+
+async def _bounded_lines(response: httpx.Response, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Each line as it comes, without its end.
+
+    Raises:
+        _TooLongError: a line is longer than ``max_bytes``.
+    """
+    rest = bytearray()
+    async for chunk in response.aiter_bytes():
+        rest += chunk
+        if b"\n" in chunk:
+            *lines, last = rest.split(b"\n")
+            rest = bytearray(last)
+            for line in lines:
+                _check_length(line, max_bytes)
+                yield bytes(line.removesuffix(b"\r"))
+        _check_length(rest, max_bytes)
+    if rest:
+        yield bytes(rest)
+
+
+def _check_length(content: bytes | bytearray, max_bytes: int) -> None:
+    if len(content) > max_bytes:
+        raise _TooLongError(f"it answered with more than {max_bytes:,} bytes")

@@ -34,7 +34,7 @@ from megatron_rl.rollout.base import (
     sample_seed,
 )
 from megatron_rl.rollout.gate import UpdateGate
-from megatron_rl.rollout.sglang.dispatch import Dispatcher
+from megatron_rl.rollout.sglang.dispatcher import Dispatcher
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.generation import GenerateRequest
 from megatron_rl.rollout.sglang.launch_servers import launch_servers
