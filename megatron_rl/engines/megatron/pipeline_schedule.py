@@ -45,12 +45,8 @@ def run_schedule(
         The results in order on the last stage; an empty list elsewhere.
     """
     first = micro_batches[0]
-    # Both of Megatron's conventions (`calculate_per_token_loss` or not) end in a division by micro-batches times
-    # data- and context-parallel ranks times the "tokens" that every micro-batch reports: see `forward_step_calc_loss`,
-    # `finalize_model_grads` and the gradient scaling of DistributedDataParallel. The first of them multiplies a
-    # router's auxiliary losses by the positions of a micro-batch (`attach_and_log_load_balancing_loss`).
-    num_tokens = first.rows * first.columns if unwrap(chunks[0]).config.num_moe_experts else 1
-    scale = num_tokens * len(micro_batches) * context.dp_cp_size
+    num_tokens = _reported_tokens(chunks[0], first)
+    scale = num_tokens * len(micro_batches) * context.dp_cp_size  # undoes Megatron's division
 
     def loss_function(micro_batch: MicroBatch, hidden: Tensor, non_loss_data: bool = False) -> Any:
         hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -76,6 +72,17 @@ def run_schedule(
         collect_non_loss_data=not backward,
     )
     return results if context.is_last_stage else []
+
+
+def _reported_tokens(chunk: torch.nn.Module, micro_batch: MicroBatch) -> int:
+    """The number of tokens to report to Megatron with each micro-batch's loss.
+
+    Megatron divides gradients by the number of micro-batches, of data- and context-parallel ranks, and by the tokens
+    that every micro-batch reports, with `calculate_per_token_loss` or without: see `forward_step_calc_loss`,
+    `finalize_model_grads` and the gradient scaling of DistributedDataParallel. With it a router's auxiliary losses are
+    multiplied by the positions of a micro-batch (`attach_and_log_load_balancing_loss`), so these are reported.
+    """
+    return micro_batch.rows * micro_batch.columns if unwrap(chunk).config.num_moe_experts else 1
 
 
 def _forward(batch: Batch, micro_batch: MicroBatch, chunk: torch.nn.Module) -> Tensor:

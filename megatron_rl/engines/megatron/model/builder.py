@@ -93,38 +93,50 @@ def build_model(
         second_head: the last chunk gets a `ValueHead` beside its output layer, as ``chunk.value_head``.
         vocab_multiple: the vocabulary is padded to a multiple of this times tp.
     """
-    model = describe(architecture)
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
-    pp_rank, pp_size = groups.pp.rank(), groups.pp.size()
-    stages = config.virtual_pipeline_model_parallel_size
+    virtual_stages = config.virtual_pipeline_model_parallel_size
+    vocab = padded_vocab(architecture.vocab, groups.tp.size(), vocab_multiple)
+    tied = architecture.tied and not value_head
     chunks = []
-    for vp_stage in range(stages or 1):
-        is_first = pp_rank == 0 and vp_stage == 0
-        is_last = pp_rank == pp_size - 1 and vp_stage == (stages or 1) - 1
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=layer_spec(config, vp_stage if stages else None, pp_rank),
-            vocab_size=padded_vocab(architecture.vocab, groups.tp.size(), vocab_multiple),
-            max_sequence_length=architecture.max_positions,
-            pre_process=is_first,
-            post_process=is_last,
-            share_embeddings_and_output_weights=architecture.tied and not value_head,
-            position_embedding_type="rope",
-            rotary_base=architecture.rope_theta,
-            parallel_output=True,
-            pg_collection=groups,
-            vp_stage=vp_stage if stages else None,
-        )
-        if use_transformer_engine():
-            chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
-        else:
-            rotate_in_attention(chunk, model)
-        if value_head and is_last:
+    for vp_stage in range(virtual_stages) if virtual_stages else (None,):
+        chunk = _build_chunk(architecture, config, groups, vp_stage, vocab, tied)
+        if value_head and chunk.post_process:
             chunk.output_layer = ValueHead(config, groups.tp)
-        if second_head and is_last:
+        if second_head and chunk.post_process:
             chunk.value_head = ValueHead(config, groups.tp, beside_logits=True)
         chunks.append(chunk if device is None else chunk.to(device))
     return chunks
+
+
+def _build_chunk(
+    architecture: Architecture,
+    config: TransformerConfig,
+    groups: ProcessGroupCollection,
+    vp_stage: int | None,
+    vocab: int,
+    tied: bool,
+) -> GPTModel:
+    """One chunk; ``vp_stage`` is None without interleaving, ``vocab`` counts padding rows too."""
+    pp_rank, last_stage = groups.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
+    chunk = GPTModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, vp_stage, pp_rank),
+        vocab_size=vocab,
+        max_sequence_length=architecture.max_positions,
+        pre_process=pp_rank == 0 and not vp_stage,
+        post_process=pp_rank == groups.pp.size() - 1 and (vp_stage or 0) == last_stage,
+        share_embeddings_and_output_weights=tied,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+        parallel_output=True,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+    if use_transformer_engine():
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
+    else:
+        rotate_in_attention(chunk, describe(architecture))
+    return chunk
 
 
 def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
