@@ -51,7 +51,7 @@ class Origin:
     hf_config: HFConfig | None = None
     generation: GenerationFile | None = None
     dtypes: WireFormat | None = None  # of the weights there
-    lacks_head: bool = False  # the model has a value head and the source has none: it starts at zero
+    lacks_value_head: bool = False  # the model has a value head and the source has none: it starts at zero
 
 
 class LowRank(Protocol):
@@ -93,7 +93,7 @@ class TrainingEngine(abc.ABC):
     @property
     def value_model(self) -> bool:
         """Whether the output layer is one number a position instead of the vocabulary."""
-        return self.architecture.score_head
+        return self.architecture.value_model
 
     # Weights
 

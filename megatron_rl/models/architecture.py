@@ -43,4 +43,4 @@ class Architecture:
     experts: Experts | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it
     full_layers: tuple[int, ...] = ()  # layers that see all keys, where the others have a window
-    score_head: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary
+    value_model: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.components.attention import GroupedQueryAttention
-from megatron_rl.models.components.embedding import Embedding, OutputLayer, ScoreHead
+from megatron_rl.models.components.embedding import Embedding, OutputLayer, ValueOutput
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
@@ -53,7 +53,7 @@ class ModelDescription:
     embedding: Embedding
     layers: tuple[LayerDescription, ...]
     final_norm: Norm
-    output: OutputLayer | ScoreHead
+    output: OutputLayer | ValueOutput
     layers_prefix: str = "model.layers."
 
     @property

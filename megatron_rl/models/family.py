@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.attention import GroupedQueryAttention
-from megatron_rl.models.components.embedding import Embedding, OutputLayer, ScoreHead
+from megatron_rl.models.components.embedding import Embedding, OutputLayer, ValueOutput
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
@@ -77,7 +77,7 @@ class ModelFamily:
 
     def hf_name(self, architecture: Architecture) -> str:
         """The class of `transformers` that a folder is loaded as."""
-        if not architecture.score_head:
+        if not architecture.value_model:
             return self.hf_class
         return self.hf_class.replace("ForCausalLM", "ForSequenceClassification")
 
@@ -171,7 +171,7 @@ class ModelFamily:
             embedding=embedding,
             layers=tuple(self.layer(a, index) for index in range(a.num_layers)),
             final_norm=self.norm(a, "model.norm.weight"),
-            output=ScoreHead(a.hidden) if a.score_head else OutputLayer(a.vocab, a.hidden, **tied),
+            output=ValueOutput(a.hidden) if a.value_model else OutputLayer(a.vocab, a.hidden, **tied),
         )
 
     def layer(self, a: Architecture, index: int) -> LayerDescription:

@@ -37,7 +37,7 @@ class ReferenceLayer:
             num_layers=1,
             vocab=SMALLEST_VOCAB,
             tied=True,
-            score_head=False,
+            value_model=False,
             experts=experts,
             window=window,
             full_layers=(),

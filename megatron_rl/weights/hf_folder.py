@@ -79,7 +79,7 @@ class HFDescription:
         config = self._config(dtype)
         config.save_pretrained(folder)
         _add_older_spellings(folder / "config.json")
-        if not self.architecture.score_head:
+        if not self.architecture.value_model:
             generation = self.generation or GenerationConfig.from_model_config(config)
             generation.save_pretrained(folder)
         if self.tokenizer is not None:
@@ -95,17 +95,17 @@ class HFDescription:
         a, name = self.architecture, str(dtype).removeprefix("torch.")
         if not self.config:
             config = hf_config_from(a, self.tokenizer, name)
-            if a.score_head:
+            if a.value_model:
                 config.num_labels = 1
             return config
         fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
         config = CONFIG_MAPPING[a.family].from_dict(fields)
         config.architectures, config.dtype = [family_of(a.family).hf_name(a)], name
-        if a.score_head:
+        if a.value_model:
             config.num_labels = 1
             if self.tokenizer is not None:
                 config.pad_token_id = self.tokenizer.pad_token_id
-        found = replace(architecture_from_hf(config), score_head=a.score_head)
+        found = replace(architecture_from_hf(config), value_model=a.value_model)
         if found != a:
             raise ConfigError(f"hf_config describes {found}, but the weights are of {a}: pass the model's own config")
         return config

@@ -117,7 +117,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     for name, shape in expected.items():
         source.check(name, shape)
     embedding, output = _vocabulary_names(architecture)
-    if output not in expected and not architecture.score_head and output in source:
+    if output not in expected and not architecture.value_model and output in source:
         _check_tied(source, embedding, output, expected[embedding])
     # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
@@ -127,7 +127,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
 
 def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:
     """Of the embedding, and of the output layer where the two are not tied."""
-    model = describe(replace(architecture, tied=False, score_head=False))
+    model = describe(replace(architecture, tied=False, value_model=False))
     return model.embedding.hf, model.output.hf
 
 
@@ -166,7 +166,7 @@ def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
     architecture = architecture_from_hf(model.config)
     if SCORE in model.state_dict():
         require_one_label(model.config, type(model).__name__)
-        architecture = replace(architecture, score_head=True)
+        architecture = replace(architecture, value_model=True)
     state = dict(model.state_dict())
     known = {
         s.name for layout in (transformers_layout(architecture), hf_layout(architecture)) for s in layout.shards(0)

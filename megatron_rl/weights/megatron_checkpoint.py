@@ -51,7 +51,7 @@ NAMES = {
     "normalize_weights": ("norm_topk_prob", "not moe_router_pre_softmax"),
     "dense_layers": ("layers without experts", "moe_layer_freq"),
 }
-FREE = ("family", "vocab", "max_positions", "score_head")  # what two descriptions of one model may call differently
+FREE = ("family", "vocab", "max_positions", "value_model")  # what two descriptions of one model may call differently
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def load_options(folder: Path) -> str:
 
 def _architecture(folder: Path) -> Architecture:
     config = read_hf_config(folder)
-    return replace(architecture_from_hf(config), score_head=is_classifier(config))
+    return replace(architecture_from_hf(config), value_model=is_classifier(config))
 
 
 def differences(a: Architecture, b: Architecture) -> Iterator[tuple[tuple[str, str], object, object]]:

@@ -22,7 +22,7 @@ from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, dtypes_of
-from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
+from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD, read_value_head
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
             yield OpenedWeights(description, source, dtypes, head)
         return
     reader, description, head = checkpoint.reader, checkpoint.description, None
-    if isinstance(reader, CheckpointReader) and SECOND_HEAD in reader.tensors:
-        head = reader.read(whole(SECOND_HEAD, SCORE, (1, description.architecture.hidden)))
+    if isinstance(reader, CheckpointReader) and SHARED_VALUE_HEAD in reader.tensors:
+        head = reader.read(whole(SHARED_VALUE_HEAD, SCORE, (1, description.architecture.hidden)))
     dtypes = dtypes_of(checkpoint.source, logical_tensors(description.architecture))
     yield OpenedWeights(description, checkpoint.source, dtypes, head, checkpoint.folder)
 
@@ -73,5 +73,5 @@ def _describe(folder: Path) -> HFDescription:
     tokenizer: PreTrainedTokenizerBase | None = None
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(folder)
-    architecture = replace(architecture_from_hf(config), score_head=is_classifier(config))
+    architecture = replace(architecture_from_hf(config), value_model=is_classifier(config))
     return HFDescription(architecture, config, tokenizer, read_generation(folder))

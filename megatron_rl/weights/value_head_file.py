@@ -17,7 +17,7 @@ from megatron_rl.reshard import Span
 from megatron_rl.weights.source import SINGLE_FILE, SafetensorsFolder
 
 VALUE_HEAD_FOLDER = "value_head"
-SECOND_HEAD = "value_head.weight"  # its name in Megatron chunks and checkpoints
+SHARED_VALUE_HEAD = "value_head.weight"  # its name in Megatron chunks and checkpoints
 
 
 def write_value_head(folder: Path, weight: Tensor) -> None:

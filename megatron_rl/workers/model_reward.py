@@ -137,7 +137,7 @@ class ModelReward(Reward):
             engine = build_engine(
                 self.source, context, self.engine_config, name="reward", vocab=vocab, value_model=True, frozen=True
             )
-            if engine.origin.lacks_head:
+            if engine.origin.lacks_value_head:
                 raise ConfigError(
                     f"reward {self.name!r}: {self.source} is a language model without a value head: expected a "
                     "sequence classifier with one label, as RewardTrainer writes it, or a critic"

@@ -15,7 +15,7 @@ from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.weights.peft_out import AdapterPart, assembled, parts_of, write_peft
-from megatron_rl.weights.value_head_file import SECOND_HEAD, write_value_head
+from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD, write_value_head
 
 
 def save_pretrained(
@@ -45,7 +45,7 @@ def _write_shared_head(engine: TrainingEngine, folder: Path) -> None:
     if not engine.shared_value_head or (at.tp, at.cp, at.dp) != (0, 0, 0):
         return
     for name, weight in engine.tensors().items():
-        if name.endswith(SECOND_HEAD):
+        if name.endswith(SHARED_VALUE_HEAD):
             write_value_head(folder, weight)
 
 

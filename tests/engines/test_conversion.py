@@ -80,7 +80,7 @@ def test_tensors_that_megatron_stores_as_one_get_the_widest_dtype_and_keep_their
 
 
 def test_a_reward_model_stays_the_classifier_that_it_is(tmp_path) -> None:
-    full = hf_folder(replace(LLAMA, score_head=True), tmp_path / "hf")
+    full = hf_folder(replace(LLAMA, value_model=True), tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "back", "hf")
     found = read_files(tmp_path / "back")

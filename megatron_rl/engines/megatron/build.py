@@ -109,11 +109,11 @@ def from_hf(
     checkpoint of any layout. The engine has no optimizer yet.
 
     From files each rank reads only its own part. A value head is that of a sequence classifier with one label, or the
-    one that a policy was saved with, and zero where the source has none (`Origin.lacks_head`).
+    one that a policy was saved with, and zero where the source has none (`Origin.lacks_value_head`).
     """
     found = resolved(source)
     hf_config = hf_config_of(found)
-    architecture, sizes = replace(architecture_from_hf(hf_config), score_head=value_model), context.sizes
+    architecture, sizes = replace(architecture_from_hf(hf_config), value_model=value_model), context.sizes
     config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
     chunks = build_model(
         architecture,
@@ -121,13 +121,13 @@ def from_hf(
         pg_collection=context.collection,
         device=current_platform().device,
         value_head=value_model,
-        second_head=shared_value_head,
+        shared_value_head=shared_value_head,
     )
     vocab = padded_vocab(architecture.vocab, sizes.tp)
     engine = MegatronEngine(list(chunks), context, architecture, vocab, shared_value_head=shared_value_head)
     generation = read_generation(found.hf_folder if isinstance(found, MegatronCheckpoint) else found)
     stored = stored_dtypes(found)
-    engine.origin = Origin(hf_config, generation, stored, lacks_head=not fill_model(engine, found))
+    engine.origin = Origin(hf_config, generation, stored, lacks_value_head=not fill_model(engine, found))
     return engine
 
 
@@ -147,7 +147,7 @@ def from_chunks(
     inner = [unwrap(chunk) for chunk in chunks]
     with context.attempt("taking over the model"):
         check_place(inner, context, value_model)
-        architecture = replace(architecture_of_chunk(inner[0], vocab), score_head=value_model)
+        architecture = replace(architecture_of_chunk(inner[0], vocab), value_model=value_model)
         for other in inner[1:]:
             architecture_of_chunk(other, vocab)
         engine = MegatronEngine(list(chunks), context, architecture, int(inner[0].vocab_size))

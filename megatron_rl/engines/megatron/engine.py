@@ -112,7 +112,7 @@ class MegatronEngine(TrainingEngine):
 
     def layout_of(self, output_layer: bool) -> Layout:
         """The same with or without the output layer."""
-        architecture = self.architecture if output_layer else replace(self.architecture, score_head=False)
+        architecture = self.architecture if output_layer else replace(self.architecture, value_model=False)
         grid = self.context.grid
         return megatron_layout(architecture, grid, self.padded_vocab, self.naming, output_layer=output_layer)
 

@@ -25,7 +25,7 @@ from megatron_rl.models.parameters import whole
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_in import holds_scores, load_folder, model_source
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
-from megatron_rl.weights.value_head_file import SECOND_HEAD, read_value_head
+from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD, read_value_head
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import HFModel
@@ -44,20 +44,20 @@ def fill_model(model: MegatronEngine, source: Path | HFModel | MegatronCheckpoin
     rank, tensors, has_head = model.context.rank, model.tensors(), not model.value_model
     if isinstance(source, Path):
         has_head = has_head or holds_scores(source)
-        stored = model.architecture if has_head else replace(model.architecture, score_head=False)
+        stored = model.architecture if has_head else replace(model.architecture, value_model=False)
         load_folder(source, model.layout_of(has_head), rank, tensors, stored)
         if not has_head or model.shared_value_head:
-            has_head = _set_head(model, read_value_head(source, model.architecture.hidden))
+            has_head = _set_value_head(model, read_value_head(source, model.architecture.hidden))
         return has_head
     found, weights = model_source(source)
-    has_head = has_head or found.score_head
+    has_head = has_head or found.value_model
     fill(model.layout_of(has_head), rank, tensors, weights)
     return has_head and not model.shared_value_head
 
 
-def _set_head(model: MegatronEngine, weight: torch.Tensor | None) -> bool:
+def _set_value_head(model: MegatronEngine, weight: torch.Tensor | None) -> bool:
     """Write ``weight`` into the value head on the last pipeline stage; False where it is None."""
-    own = model.parameters().get(model.last_prefix + (OUTPUT_LAYER if model.value_model else SECOND_HEAD))
+    own = model.parameters().get(model.last_prefix + (OUTPUT_LAYER if model.value_model else SHARED_VALUE_HEAD))
     if weight is not None and own is not None:
         with torch.no_grad():
             own.copy_(weight)
@@ -79,8 +79,8 @@ def load_megatron_checkpoint(model: MegatronEngine, checkpoint: MegatronCheckpoi
             f"{folder} is the checkpoint of a run that trained adapters (LoRA): `megatron-rl convert {folder} FOLDER "
             "--to hf` merges them into the weights; start from that folder"
         )
-    own = OUTPUT_LAYER if model.value_model else SECOND_HEAD if model.shared_value_head else None
-    stored = None if own is None or isinstance(reader, LegacyCheckpoint) else _stored_head(reader.tensors)
+    own = OUTPUT_LAYER if model.value_model else SHARED_VALUE_HEAD if model.shared_value_head else None
+    stored = None if own is None or isinstance(reader, LegacyCheckpoint) else _stored_value_head(reader.tensors)
     names = [f"model{index}" if len(model.chunks) > 1 else "model" for index in range(len(model.chunks))]
     template = {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, model.chunks, strict=True)}
     zero = {}
@@ -113,11 +113,11 @@ def _fill_from_parts(model: MegatronEngine, checkpoint: MegatronCheckpoint, head
     """Fill a model tensor by tensor, as from a Hugging Face folder; ``head`` is the stored value head's name."""
     fill(model.layout_of(not model.value_model), model.context.rank, model.tensors(), checkpoint.source)
     if head is not None and isinstance(checkpoint.reader, CheckpointReader):
-        _set_head(model, checkpoint.reader.read(whole(head, SCORE, (1, model.architecture.hidden))))
+        _set_value_head(model, checkpoint.reader.read(whole(head, SCORE, (1, model.architecture.hidden))))
 
 
-def _stored_head(tensors: Mapping[str, Any]) -> str | None:
+def _stored_value_head(tensors: Mapping[str, Any]) -> str | None:
     """Which tensor of a checkpoint is a value head; a language model's output layer has a row for each token."""
     if OUTPUT_LAYER in tensors and tensors[OUTPUT_LAYER].size[0] == 1:
         return OUTPUT_LAYER
-    return SECOND_HEAD if SECOND_HEAD in tensors else None
+    return SHARED_VALUE_HEAD if SHARED_VALUE_HEAD in tensors else None

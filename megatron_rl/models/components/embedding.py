@@ -35,7 +35,7 @@ class OutputLayer:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreHead:
+class ValueOutput:
     """Hidden states to one number a position, in the place of an `OutputLayer`."""
 
     hidden: int

@@ -108,7 +108,7 @@ def examine(
         )
         write_random_model(plan.actor, small, seed=1)
         write_random_model(folder / "reference", small, seed=2)
-        write_random_model(folder / "critic", replace(small, score_head=True), seed=3)
+        write_random_model(folder / "critic", replace(small, value_model=True), seed=3)
         (folder / "plan.json").write_text(plan.model_dump_json())
         results: dict[Variant, Measured] = {}
         for ranks, variants in worlds.items():
@@ -187,7 +187,7 @@ def read_world(plan: Plan, ranks: int, variants: list[Variant], actor: Architect
     results = {}
     for variant in variants:
         gradients: dict[str, Tensor] = {}
-        for role, architecture in {"actor": actor, "critic": replace(actor, score_head=True)}.items():
+        for role, architecture in {"actor": actor, "critic": replace(actor, value_model=True)}.items():
             folder = plan.export(variant, role)
             if folder.is_dir():
                 before, after = (read_model(place, architecture) for place in (plan.folder / role, folder))

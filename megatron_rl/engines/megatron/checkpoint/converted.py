@@ -29,7 +29,7 @@ from megatron_rl.weights.fill import fill
 from megatron_rl.weights.hf_folder import HFFolderWriter
 from megatron_rl.weights.megatron_checkpoint import differences
 from megatron_rl.weights.opened_weights import OpenedWeights
-from megatron_rl.weights.value_head_file import SECOND_HEAD
+from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
     config = transformer_config(a, sizes, dtype=dtype, **_stacked_layers(a))
     head = opened.value_head
     chunks = build_model(
-        a, config, pg_collection=context.collection, value_head=a.score_head, second_head=head is not None
+        a, config, pg_collection=context.collection, value_head=a.value_model, shared_value_head=head is not None
     )
     vocab = padded_vocab(a.vocab, sizes.tp)
     layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
@@ -59,7 +59,7 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
             own = chunk_tensors(chunks)
             fill(layout, context.rank, own, opened.tensors)
             for name in own:
-                if head is not None and name.endswith(SECOND_HEAD):
+                if head is not None and name.endswith(SHARED_VALUE_HEAD):
                     own[name].copy_(head)
         _save_weights(chunks, folder, _job_state(a, sizes, vocab, dtype, folder.name))
         with together.attempt():
@@ -99,7 +99,7 @@ def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.d
     """What Megatron-LM keeps in a checkpoint beside tensors (checkpointing.py generate_state_dict)."""
     arguments = arguments_from_architecture(a, sizes, vocab, dtype)
     other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, architecture_from_arguments(arguments, vocab))]
-    if other or a.score_head:
+    if other or a.value_model:
         logger.warning(
             "Megatron-LM has no arguments for this model (%s): its own scripts would compute another one from this "
             "checkpoint; megatron_rl reads it as it is",

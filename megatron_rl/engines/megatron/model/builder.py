@@ -79,7 +79,7 @@ def build_model(
     pg_collection: ProcessGroupCollection | None = None,
     device: torch.device | None = None,
     value_head: bool = False,
-    second_head: bool = False,
+    shared_value_head: bool = False,
     vocab_multiple: int = VOCAB_MULTIPLE,
 ) -> list[GPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with Megatron's random initial weights.
@@ -90,7 +90,7 @@ def build_model(
         pg_collection: process groups; None takes those of Megatron's `parallel_state`.
         device: where the parameters go; None leaves them where Megatron put them.
         value_head: the last chunk gets a `ValueHead` in place of the output layer.
-        second_head: the last chunk gets a `ValueHead` beside its output layer, as ``chunk.value_head``.
+        shared_value_head: the last chunk gets a `ValueHead` beside its output layer, as ``chunk.value_head``.
         vocab_multiple: the vocabulary is padded to a multiple of this times tp.
     """
     groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
@@ -102,7 +102,7 @@ def build_model(
         chunk = _build_chunk(architecture, config, groups, vp_stage, vocab, tied)
         if value_head and chunk.post_process:
             chunk.output_layer = ValueHead(config, groups.tp)
-        if second_head and chunk.post_process:
+        if shared_value_head and chunk.post_process:
             chunk.value_head = ValueHead(config, groups.tp, beside_logits=True)
         chunks.append(chunk if device is None else chunk.to(device))
     return chunks
