@@ -1,5 +1,5 @@
 """A real `GPTModel`, filled from Hugging Face weights, names its parameters as the layout does and computes what
-`transformers` computes. One process, fp32; `distributed_parity.py` does the same over four ranks."""
+`transformers` computes. One process, fp32; `parity_program.py` does the same over four ranks."""
 
 from __future__ import annotations
 
