@@ -17,7 +17,7 @@ from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngi
 from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.models import architecture_from_hf, transformers_layout
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout
+from megatron_rl.reshard import Layout, WireFormat
 
 
 class TorchEngine(TrainingEngine):
@@ -35,7 +35,7 @@ class TorchEngine(TrainingEngine):
         self.model = model
         self.context = context
         self.architecture = architecture_from_hf(model.config)
-        self.origin = Origin(hf_config=model.config, dtype=model.dtype)
+        self.origin = Origin(hf_config=model.config, dtypes=WireFormat(model.dtype))
         self.micro_batching = MicroBatching(packing=False, rows=rows)
         self.clip = optimizer.clip_gradient
         if optimizer.optimizer == "sgd":
