@@ -90,7 +90,7 @@ def test_no_records_are_an_error() -> None:
 
 @pytest.mark.parametrize("wrong", [0, 1, "actor"])
 def test_what_is_no_replica_is_refused(wrong: object) -> None:
-    with pytest.raises(ConfigError, match="give the actor"):
+    with pytest.raises(ConfigError, match="pass the actor"):
         GlobalBatchLoader(range(4), 2, wrong)  # type: ignore[arg-type]
 
 
