@@ -85,8 +85,22 @@ def test_steps_are_those_of_one_process(ran, case):
 def test_the_exported_model_has_the_logits_of_the_jobs_own_chunks(ran, case):
     own = torch.load(ran.folder / f"{case}.pt", weights_only=True)
     exported = AutoModelForCausalLM.from_pretrained(ran.folder / case, dtype=torch.float32, attn_implementation="eager")
+    has_experts = ON_FOUR.get(case, case) == "experts"
     with torch.no_grad():
-        logits = exported.eval()(TEXT).logits
-    scale = logits.abs().max()
+        found = exported.eval()(TEXT, **({"output_router_logits": True} if has_experts else {}))
+    scale = found.logits.abs().max()
     assert scale > 0.5
-    assert (own - logits).abs().max() <= LOGITS.get(ON_FOUR.get(case, case), BF16_LOGITS) * scale
+    sure = routed_for_sure(found.router_logits, 2) if has_experts else torch.ones(TEXT.shape, dtype=torch.bool)
+    assert sure.sum() >= TEXT.numel() / 2
+    difference = (own - found.logits).abs()[sure]
+    assert difference.max() <= LOGITS.get(ON_FOUR.get(case, case), BF16_LOGITS) * scale
+
+
+def routed_for_sure(router_logits: tuple[torch.Tensor, ...], experts_per_token: int) -> torch.Tensor:
+    """Positions whose experts do not hang on how bf16 rounds, which differs between processors: in every layer the last
+    chosen expert leads the next one by two last bits, there and at the positions before, which attention reads."""
+    sure = torch.ones(TEXT.shape, dtype=torch.bool)
+    for logits in router_logits:
+        ranked = logits.view(*TEXT.shape, -1).sort(-1, descending=True).values
+        sure &= ranked[..., experts_per_token - 1] - ranked[..., experts_per_token] > 2.0**-7
+    return sure.int().cummin(-1).values.bool()
