@@ -22,7 +22,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
-from megatron_rl.parallel.groups import gather_objects, own_group, ranks_of
+from megatron_rl.parallel.groups import end_groups, gather_objects, own_group, ranks_of
 
 T = TypeVar("T")
 Axis = Literal["tp", "pp", "cp", "dp", "dp_cp", "ep", "etp", "edp"]
@@ -170,8 +170,11 @@ class ParallelContext:
 
     @staticmethod
     def forget() -> None:
-        """Take Megatron-Core's groups down, so that this process can `create` a context of other sizes."""
+        """Take Megatron-Core's groups down, so that this process can `create` a context of other sizes. Every group of
+        the process but the world's is ended: what still uses one must not be used any more."""
         megatron_state.destroy_model_parallel()
+        if dist.is_initialized():
+            end_groups()
 
     @property
     def sizes(self) -> ParallelSizes:

@@ -5,6 +5,7 @@ Every rank must ask for the same partitions in the same order, as with `torch.di
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -30,6 +31,17 @@ def world_group() -> dist.ProcessGroup:
     if world is None:
         raise RuntimeError("torch.distributed is not initialised: call init_process_group() first")
     return world
+
+
+def end_groups() -> None:
+    """End all groups but the world's. Each gloo group of a process has a thread that wakes 100 times a second, and
+    each NCCL communicator memory of its own, for as long as torch's register of groups holds it."""
+    world = world_group()
+    _MADE.pop(world, None)
+    for group in dist.distributed_c10d._world.pg_map.copy():
+        if group is not world:
+            dist.destroy_process_group(group)
+    gc.collect()  # models and optimizers that nothing uses any more refer to one another, and to groups
 
 
 def ranks_of(group: dist.ProcessGroup) -> tuple[int, ...]:

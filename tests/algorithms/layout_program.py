@@ -9,17 +9,14 @@ import json
 import sys
 
 import torch
-
-import megatron_rl  # noqa: F401  (first: the CPU face)
-
-from megatron.core import parallel_state  # isort: skip
 from transformers import AutoTokenizer
 
+import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.algorithms import ALGORITHMS
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.engine_config import OptimizerConfig
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor, Critic, Reference
 
 PADDED = {"packing": False, "micro_batch_size": 4}
@@ -131,7 +128,7 @@ def main() -> None:
     current_platform().init_process_group(timeout=120)
     for layout in sys.argv[2:]:
         result = run_layout(sys.argv[1], layout)
-        parallel_state.destroy_model_parallel()
+        ParallelContext.forget()
         if torch.distributed.get_rank() == 0:
             print("RESULT " + json.dumps({"layout": layout, "metrics": result}), flush=True)
     torch.distributed.destroy_process_group()

@@ -229,7 +229,7 @@ def main(folder: Path, cases: list[str]) -> None:
     for case in cases:
         initialize(CASES[case])
         run_case(case, folder)
-        parallel_state.destroy_model_parallel()
+        ParallelContext.forget()
     dist.destroy_process_group()
 
 

@@ -9,16 +9,13 @@ import json
 import sys
 
 import torch
-
-import megatron_rl  # noqa: F401  (first: the CPU face)
-
-from megatron.core import parallel_state  # isort: skip
 from transformers import AutoTokenizer
 
+import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor
 
 INDICES = [0, 1, 0, 1, 0, 1, 2, 0]  # of the prompts of a global batch
@@ -53,7 +50,7 @@ def main(model: str) -> None:
         actor.sample(n=2, max_tokens=4, parts=1 if both else 2).run(batch)
         answers = actor.context.gather_objects([sample.response_ids for sample in batch.samples])
         found[f"{name} answers"] = answers[0] if both else answers[0] + answers[1]
-        parallel_state.destroy_model_parallel()
+        ParallelContext.forget()
     if rank == 0:
         print(json.dumps(found), flush=True)
     torch.distributed.destroy_process_group()

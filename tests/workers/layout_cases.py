@@ -10,17 +10,14 @@ import json
 import sys
 
 import torch
-
-import megatron_rl  # noqa: F401  (first: the CPU face)
-
-from megatron.core import parallel_state  # isort: skip
 from transformers import AutoTokenizer
 
+import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.engine_config import OptimizerConfig
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.reference import Reference
 
@@ -114,7 +111,7 @@ def main() -> None:
     current_platform().init_process_group(timeout=120)
     for name in sys.argv[2:]:
         result = run_case(sys.argv[1], name)
-        parallel_state.destroy_model_parallel()
+        ParallelContext.forget()
         if torch.distributed.get_rank() == 0:
             print("RESULT " + json.dumps(result), flush=True)
     torch.distributed.destroy_process_group()

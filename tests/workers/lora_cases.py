@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import megatron_rl  # noqa: F401  (first: the CPU face)
-
-from megatron.core import parallel_state  # isort: skip
 from layout_cases import own_share, samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.devices import current_platform
@@ -170,7 +167,6 @@ def main(model: str, folder: Path, cases: list[str]) -> None:
     current_platform().init_process_group(timeout=120)
     for name in cases:
         result = run_case(model, folder, name)
-        parallel_state.destroy_model_parallel()
         ParallelContext.forget()
         if torch.distributed.get_rank() == 0:
             torch.save(result, folder / f"{name}.pt")

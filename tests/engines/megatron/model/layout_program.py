@@ -23,7 +23,7 @@ from megatron_rl.models import Architecture
 from megatron_rl.models.architecture import Experts
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs
-from megatron_rl.parallel import ParallelSizes
+from megatron_rl.parallel import ParallelContext, ParallelSizes
 
 from megatron.core import parallel_state as ps  # isort: skip  (after megatron_rl, which gives it its CPU face)
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -79,7 +79,7 @@ def data() -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
 
 
 def initialise(sizes: ParallelSizes) -> None:
-    ps.destroy_model_parallel()
+    ParallelContext.forget()
     ps.initialize_model_parallel(
         sizes.tp,
         sizes.pp,

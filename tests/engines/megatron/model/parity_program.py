@@ -22,7 +22,6 @@ from transformers import AutoModelForCausalLM
 import megatron_rl  # noqa: F401  (installs the CPU face before megatron.core is imported)
 
 # isort: split
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_rl.engines.conversion import convert
@@ -88,7 +87,7 @@ def pipeline_logits(chunks: list, context: ParallelContext, ids: Tensor, vocab: 
 
 
 def check(architecture: Architecture, folder: Path, sizes: ParallelSizes, expected: Tensor, ids: Tensor) -> None:
-    parallel_state.destroy_model_parallel()
+    ParallelContext.forget()
     context = ParallelContext.create(sizes, timeout=120, seed=1)
     config = transformer_config(architecture, sizes)
     chunks = build_model(architecture, config, pg_collection=context.collection)
@@ -118,7 +117,7 @@ def check(architecture: Architecture, folder: Path, sizes: ParallelSizes, expect
 def there_and_back(folder: Path, sizes: ParallelSizes) -> None:
     """To a Megatron checkpoint written in ``sizes``, and back to a Hugging Face folder written by all ranks: fp32 norms
     and routers beside bf16 weights."""
-    parallel_state.destroy_model_parallel()
+    ParallelContext.forget()
     mixed, checkpoint, back = folder / "mixed", folder / "checkpoint", folder / "back"
     if dist.get_rank() == 0:
         mixed.mkdir()
@@ -126,7 +125,7 @@ def there_and_back(folder: Path, sizes: ParallelSizes) -> None:
         save_file(mixed_dtypes(read_files(folder)), mixed / "model.safetensors", {"format": "pt"})
     dist.barrier()
     convert(mixed, checkpoint, "megatron", sizes)
-    parallel_state.destroy_model_parallel()
+    ParallelContext.forget()
     convert(checkpoint, back, "hf", max_shard_bytes=30_000)
     assert_same_files(mixed, back)
     dist.barrier()
