@@ -19,6 +19,7 @@ from megatron_rl.ops.extension import cache_folder
 
 logger = logging.getLogger(__name__)
 
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError)  # what `_read` raises of a file of other content
 SHOWN = tuple(SIZES[0] << shift for shift in (0, 2, 4, 6, 8))  # bytes of the messages in the table
 
 Costs = Mapping[str, Cost]  # of each path, by its name in `cost_model`
@@ -44,7 +45,7 @@ class Calibrations:
             return None
         try:
             return _read(self.path)[1].get(collective)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except DAMAGE as error:
             logger.warning("%s holds no calibration (%s): measuring anew", self.path, error)
             return None
 
@@ -52,7 +53,7 @@ class Calibrations:
         """Add or replace one collective; where that cannot be, a warning: the next run can measure."""
         try:
             known = _read(self.path)[1] if self.path.is_file() else {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except DAMAGE:
             known = {}
         rows = {
             name: {path: asdict(cost) for path, cost in each.items()}
@@ -72,7 +73,7 @@ def saved_choices(minimum_gain: float = 0.1) -> Iterator[str]:
     for path in sorted(_folder().glob("*.json")):
         try:
             topology, collectives = _read(path)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except DAMAGE:
             yield f"{path} is damaged: delete it"
             continue
         yield topology

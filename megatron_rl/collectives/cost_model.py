@@ -45,9 +45,12 @@ class Choice:
 
 def choose(costs: Mapping[str, Cost], num_bytes: int, minimum_gain: float) -> Choice:
     """The fastest path; the library's unless another is predicted to save more than ``minimum_gain`` of its time."""
-    library = costs[LIBRARY].seconds(num_bytes)
-    best = min(costs, key=lambda path: costs[path].seconds(num_bytes))
-    predicted = costs[best].seconds(num_bytes)
-    if best != LIBRARY and predicted < (1 - minimum_gain) * library:
-        return Choice(best, predicted, library)
-    return Choice(LIBRARY, library, library)
+    seconds = {path: cost.seconds(num_bytes) for path, cost in costs.items()}
+    path = fastest(seconds, minimum_gain)
+    return Choice(path, seconds[path], seconds[LIBRARY])
+
+
+def fastest(seconds: Mapping[str, float], minimum_gain: float) -> str:
+    """The path of least time, by `choose`'s rule."""
+    best = min(seconds, key=seconds.__getitem__)
+    return best if seconds[best] < (1 - minimum_gain) * seconds[LIBRARY] else LIBRARY

@@ -8,9 +8,11 @@ power of two of bytes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import astuple
 from statistics import median
 
 import torch
@@ -98,10 +100,9 @@ class Selector:
         if self._calibrations is None:
             return
         found = self._calibrations.load(self.name) if self._talks else None
-        rows = [found[path] for path in self._paths] if found and set(found) == set(self._paths) else []
-        figures = torch.full((len(self._paths), 2), float("nan"), dtype=torch.float64)
-        for at, cost in enumerate(rows):
-            figures[at] = torch.tensor([cost.latency, cost.seconds_per_byte])
+        if found is None or set(found) != set(self._paths):
+            found = dict.fromkeys(self._paths, Cost(math.nan, math.nan))
+        figures = torch.tensor([astuple(found[path]) for path in self._paths], dtype=torch.float64)
         self._agree(figures)
         if not figures.isnan().any():
             self.costs = {path: Cost(*row) for path, row in zip(self._paths, figures.tolist(), strict=True)}

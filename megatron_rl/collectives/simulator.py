@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from megatron_rl.collectives.cost_model import LIBRARY, fastest
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.ranges import Positive
 
@@ -97,8 +98,8 @@ class Case:
 
     def choice(self, minimum_gain: float = 0.1) -> Path:
         """What `HybridAllReduce` takes as it is configured by default: no bf16 wire, which rounds."""
-        best = min((path for path in self.others if "bf16" not in path.name), key=lambda path: path.seconds)
-        return best if self.saving(best) > minimum_gain else self.library
+        paths = {path.name: path for path in (self.library, *self.others) if "bf16" not in path.name}
+        return paths[fastest({name: path.seconds for name, path in paths.items()}, minimum_gain)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,21 +170,21 @@ def library(cluster: ClusterConfig, nodes: int, num_bytes: float) -> Path:
     """
     size = nodes * cluster.ranks_per_node
     if size == 1:
-        return Path("library", 0.0, 0.0)
+        return Path(LIBRARY, 0.0, 0.0)
     sent = 2 * (size - 1) / size * num_bytes
     crossing = 0.0 if nodes == 1 else cluster.ranks_per_node if cluster.rank_order == "interleaved" else 1
     hop = max(cluster.inside.latency, cluster.between.latency if nodes > 1 else 0.0)
     rate_limits = [crossing * sent / cluster.between.bytes_per_s]
     if cluster.ranks_per_node > 1 and crossing != cluster.ranks_per_node:
         rate_limits.append(sent / cluster.inside.bytes_per_s)
-    ring = Path("library", 2 * (size - 1) * hop + max(rate_limits), crossing * sent)
+    ring = Path(LIBRARY, 2 * (size - 1) * hop + max(rate_limits), crossing * sent)
     if cluster.library == "ring" or nodes == 1:
         return ring
     depth = math.ceil(math.log2(nodes)) * cluster.between.latency
     depth += (cluster.ranks_per_node - 1) * cluster.inside.latency
     tree_bytes = min(2.0, nodes / 2) * num_bytes  # two nodes are roots of a tree each
     slowest = max(tree_bytes / cluster.between.bytes_per_s, tree_bytes / cluster.inside.bytes_per_s)
-    return min(ring, Path("library", 2 * depth + slowest, tree_bytes), key=lambda path: path.seconds)
+    return min(ring, Path(LIBRARY, 2 * depth + slowest, tree_bytes), key=lambda path: path.seconds)
 
 
 def hierarchical(

@@ -82,7 +82,7 @@ def _refuse_damage(checkpoint: Path, context: ParallelContext, tensors_only: boo
 def _to_hf(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext) -> None:
     together = context.agreement
     layout = hf_layout(opened.description.architecture)
-    with writer.writing(context):
+    with writer.writing(together, context.rank == 0):
         with together.attempt():
             for file in writer.files[context.rank :: context.world_size]:
                 part = restricted(layout, set(file.tensors))

@@ -28,7 +28,7 @@ from megatron_rl.models.family import family_of
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.safetensors_files import write_safetensors
-from megatron_rl.parallel import ParallelContext
+from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
 
@@ -203,15 +203,15 @@ class HFFolderWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
 
     @contextlib.contextmanager
-    def writing(self, context: ParallelContext) -> Iterator[None]:
-        """Begin the hidden folder on rank 0, and remove it if the body fails. Collective."""
-        with context.agreement.attempt():
-            if context.rank == 0:
+    def writing(self, together: Agreement, leads: bool) -> Iterator[None]:
+        """Begin the hidden folder on the rank that ``leads``, and remove it if the body fails. Collective."""
+        with together.attempt():
+            if leads:
                 self.begin()
         try:
             yield
         except BaseException:
-            if context.rank == 0:
+            if leads:
                 self.abandon()
             raise
 

@@ -6,7 +6,6 @@ never holds more than its own weights, one file and the staging buffers.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,7 @@ def save_hf(
     with together.attempt():
         check_tensors(layout, rank, tensors)
         check_complete(layout, writer.tensors)
-        if rank == ranks[0]:
-            writer.begin()
-    with _abandoned_on_failure(writer if rank == ranks[0] else None):
+    with writer.writing(together, rank == ranks[0]):
         with together.attempt() as writing:
             for wave in writer.shares(ranks):
                 filled = _gather(wave, layout, tensors, rank, transport, writer.dtypes, max_staging_bytes)
@@ -89,16 +86,6 @@ def save_hf(
             if rank == ranks[0]:
                 writer.commit()
     return writer.folder
-
-
-@contextlib.contextmanager
-def _abandoned_on_failure(writer: HFFolderWriter | None) -> Iterator[None]:
-    try:
-        yield
-    except Exception:
-        if writer is not None:
-            writer.abandon()
-        raise
 
 
 def _gather(

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel.agreement import Agreement, Alone, GroupPeers
+from megatron_rl.parallel.groups import gather_objects
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.base import ServersLostError
 
@@ -55,7 +56,7 @@ class Replica:
         index = order.index(rank) // tp
         ranks = tuple(order[index * tp : (index + 1) * tp])
         replica = cls(index, len(order) // tp, tp, ranks, rank, group, torch.device(device))
-        hosts = replica.gather(socket.gethostname())
+        hosts = gather_objects(socket.gethostname(), group)
         if len(set(hosts)) > 1:
             raise ConfigError(
                 f"the ranks {list(replica.ranks)} of one rollout replica are on machines {sorted(set(hosts))}, but a "
@@ -67,13 +68,6 @@ class Replica:
     def leads(self) -> bool:
         """Whether this rank talks to the servers."""
         return self.rank == self.ranks[0]
-
-    def gather(self, value: str) -> list[str]:
-        if self.group is None:
-            return [value]
-        values: list[str] = [""] * self.tp
-        dist.all_gather_object(values, value, group=self.group)
-        return values
 
     def call(self, call: Call) -> None:
         """On the first rank: tell the others."""

@@ -52,7 +52,7 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
     # A target named like an iteration is one iteration of a run; any other is a run that holds only a release.
     alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
     folder = writer.partial if alone else writer.partial / RELEASE
-    with writer.writing(context):
+    with writer.writing(together, context.rank == 0):
         with together.attempt():
             if context.rank == 0:
                 folder.mkdir(exist_ok=True)

@@ -33,6 +33,7 @@ from megatron_rl.engines.megatron.checkpoint.write_results import WriteResults, 
 from megatron_rl.engines.state_storage import WriteError
 from megatron_rl.log import leave_out
 from megatron_rl.models.checkpoint_digests import digest, write_digests
+from megatron_rl.parallel.groups import gather_objects, world_group
 
 TEXT_CHARS = 300  # of an error
 BLOCK, PROBE_BLOCKS = 1 << 16, 32  # bytes: less room than that counts as none
@@ -88,8 +89,7 @@ class CheckpointWriter:
             mine = self._digests.get_nowait()
         except queue.Empty:
             mine = {}  # this rank had nothing to write
-        found: list[dict[str, str]] = [{}] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+        found = gather_objects(mine, world_group())
         self.on_rank_0(lambda: save_config(CheckpointingConfig(BACKEND, VERSION), str(self.folder)))
         if describe is not None:
             self.on_rank_0(lambda: describe(self.folder))
@@ -116,9 +116,7 @@ class CheckpointWriter:
 
     def _agree(self) -> None:
         text = None if self._error is None else _reason(self._error, self.folder)
-        found: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, text)
-        if told := [part for part in found if part is not None]:
+        if told := [part for part in gather_objects(text, world_group()) if part is not None]:
             raise WriteError(told[0])
 
     def _writing(self, write: Callable[..., None]) -> Callable[..., None]:

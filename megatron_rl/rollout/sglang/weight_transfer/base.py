@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel.agreement import Agreement, Alone, GroupPeers
+from megatron_rl.parallel.groups import gather_objects
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 from megatron_rl.reshard.buckets import shard_dtype
@@ -256,9 +257,7 @@ class WeightTransfer(ABC):
         # The first bucket of an update finds out whether servers can map memory of this process at all.
         payload = self.prepare(shards) if shards and self.shared and not fault and not new_bytes else None
         mine = _Ready(fault and f"rank {self.rank}: {fault}", is_misuse, new_bytes, payload, free)
-        ready: list[Any] = [mine] * len(self.ranks)
-        if self.group is not None:
-            dist.all_gather_object(ready, mine, group=self.group)
+        ready = gather_objects(mine, self.group)
         faults = [one for one in ready if one.fault]
         if faults:
             error = ValueError if all(one.is_misuse for one in faults) else RuntimeError
