@@ -29,6 +29,7 @@ speeds alone.
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         Path | None, typer.Argument(help="Hugging Face folder or config.json; weights are not read.")
     ] = None,
@@ -53,7 +54,9 @@ def plan(
     """Dry run of a weight sync: bytes and their minimum, link loads, memory, estimated time."""
     with clear_errors():
         if all_reduce is not None:
-            _plan_all_reduce(all_reduce, model, train, as_json)
+            sources = {name: context.get_parameter_source(name) for name in context.params}
+            given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+            _plan_all_reduce(all_reduce, sorted(given - {"all_reduce", "as_json"}), as_json)
             return
         import torch
 
@@ -80,12 +83,15 @@ def plan(
         typer.echo(json.dumps(found.to_json()) if as_json else str(found))
 
 
-def _plan_all_reduce(cluster: Path, model: Path | None, train: str, as_json: bool) -> None:
+def _plan_all_reduce(cluster: Path, others: list[str], as_json: bool) -> None:
     from megatron_rl.collectives.simulator import ClusterConfig, simulate
     from megatron_rl.config import ConfigError, load_config
 
-    if model is not None or train:
-        raise ConfigError("--all-reduce FILE takes neither MODEL nor --train: the file describes the whole cluster")
+    if others:
+        raise ConfigError(
+            "--all-reduce FILE takes neither MODEL nor --train nor any option but --json, since the file describes the "
+            f"whole cluster: leave out {', '.join(others)}"
+        )
     found = simulate(load_config(ClusterConfig, cluster))
     typer.echo(json.dumps(found.to_json()) if as_json else str(found))
 

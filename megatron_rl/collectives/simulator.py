@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from megatron_rl.collectives.cost_model import LIBRARY, fastest
-from megatron_rl.config import ConfigRecord
+from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.ranges import Positive
 
 GIGA = 1e9
@@ -45,11 +45,13 @@ class LinkConfig(ConfigRecord):
 class ClusterConfig(ConfigRecord):
     """Nodes of one kind and the links of each."""
 
-    nodes: tuple[Annotated[int, Field(ge=1)], ...] = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+    nodes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), min_length=1
+    )
     """Numbers of nodes to look at."""
     ranks_per_node: int = Field(default=8, ge=1)
     """Data-parallel ranks of one group on a node."""
-    megabytes: tuple[Positive, ...] = (4.0, 64.0, 1024.0)
+    megabytes: tuple[Positive, ...] = Field(default=(4.0, 64.0, 1024.0), min_length=1)
     """MB (2**20 bytes) of fp32 messages; Megatron's gradient buckets are 40 million elements by default."""
     inside: LinkConfig
     """From rank to rank of a node: NVLink, PCIe or host memory."""
@@ -147,7 +149,13 @@ class Simulation:
 
 
 def simulate(cluster: ClusterConfig) -> Simulation:
-    """Every message of ``cluster`` on every number of nodes."""
+    """Every message of ``cluster`` on every number of nodes.
+
+    Raises:
+        ConfigError: a cluster of one rank, which has nothing to reduce.
+    """
+    if min(cluster.nodes) * cluster.ranks_per_node == 1:
+        raise ConfigError("nodes=1 with ranks_per_node=1 is one rank, which has nothing to reduce: raise one of them")
     cases = []
     for nodes in cluster.nodes:
         for megabytes in cluster.megabytes:
