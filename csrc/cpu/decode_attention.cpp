@@ -11,8 +11,8 @@
 namespace mrl {
 namespace {
 
-MRL_INLINE void rotate(float* x, const float* cos, const float* sin, int64_t head_dim) {
-  const int64_t half = head_dim / 2;
+MRL_INLINE void rotate(float* x, const float* cos, const float* sin, int64_t rotary_dim) {
+  const int64_t half = rotary_dim / 2;
   for (int64_t d = 0; d < half; ++d) {
     const float a = x[d], b = x[d + half];
     x[d] = a * cos[d] + b * sin[d];
@@ -84,11 +84,11 @@ MRL_INLINE void attend(const DecodeAttention& a, int64_t task, float* scores) {
   float* const key = token + (a.q_heads + head) * dim;
   float* const keys = a.cache + task * 2 * a.length * dim;
   float* const values = keys + a.length * dim;
-  const float* const cos = a.cos + row * dim;
-  const float* const sin = a.sin + row * dim;
+  const float* const cos = a.cos + row * a.rotary_dim;
+  const float* const sin = a.sin + row * a.rotary_dim;
   const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-  for (int64_t g = 0; g < group; ++g) rotate(queries + g * dim, cos, sin, dim);
-  rotate(key, cos, sin, dim);
+  for (int64_t g = 0; g < group; ++g) rotate(queries + g * dim, cos, sin, a.rotary_dim);
+  rotate(key, cos, sin, a.rotary_dim);
   std::memcpy(keys + position * dim, key, dim * sizeof(float));
   std::memcpy(values + position * dim, key + a.kv_heads * dim, dim * sizeof(float));
   for (int64_t g = 0; g < group; ++g) {

@@ -22,12 +22,12 @@ void span_checksum(const void* const* tensors, const ChecksumSpan* spans, int64_
 // One layer's attention of one new token per sequence; float32, contiguous.
 struct DecodeAttention {
   float* qkv;                // [rows, q_heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
-  const float* cos;          // [rows, head_dim]
-  const float* sin;          // [rows, head_dim], negative in the first half
+  const float* cos;          // [rows, rotary_dim], of the first channels
+  const float* sin;          // [rows, rotary_dim], negative in the first half
   float* cache;              // [rows or more, kv_heads, 2, length, head_dim]
   const int64_t* positions;  // [rows], below length
   float* out;                // [rows, q_heads, head_dim]
-  int64_t q_heads, kv_heads, head_dim, length;
+  int64_t q_heads, kv_heads, head_dim, length, rotary_dim;
 };
 void decode_attention(const DecodeAttention& a, int64_t rows, int num_threads);
 
@@ -45,8 +45,9 @@ struct TokenHeads {  // [tokens, heads, dim], the last dimension contiguous
   int64_t token, head;  // strides, in elements
   const float* at(int64_t t, int64_t h) const { return data + t * token + h * head; }
 };
-struct Rotary {  // [positions, dim / 2] each; nullptr: queries and keys are used as they are
+struct Rotary {  // [positions, half] each, of the first 2 * half channels; nullptr: all are used as they are
   const float *cos, *sin;
+  int64_t half;
 };
 struct PackedAttention {
   TokenHeads query, key, value;

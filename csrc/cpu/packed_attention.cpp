@@ -37,9 +37,10 @@ MRL_INLINE void rows(const float* from, int64_t stride, int64_t count, int64_t d
   }
 }
 
-// Rotates one head of a token at `position` (Su et al. 2021, arXiv:2104.09864), dimension i with i + dim / 2; -1: back.
-MRL_INLINE void rotate(const Rotary& rotary, int64_t position, float direction, int64_t dim, float* x) {
-  const int64_t half = dim / 2;
+// Rotates one head of a token at `position` (Su et al. 2021, arXiv:2104.09864), channel i with i + half; -1: the
+// transpose, which takes gradients back.
+MRL_INLINE void rotate(const Rotary& rotary, int64_t position, float direction, float* x) {
+  const int64_t half = rotary.half;
   const float* const cos = rotary.cos + position * half;
   const float* const sin = rotary.sin + position * half;
   for (int64_t d = 0; d < half; ++d) {
@@ -54,7 +55,7 @@ MRL_INLINE void keys_in_rows(const PackedAttention& a, const AttentionSegment& a
   const int64_t padded_dim = round_up(a.dim, kLanes);
   rows(a.key.at(at.first_key, group), a.key.token, at.num_keys, a.dim, padded_dim, to);
   if (a.rotary.cos != nullptr)
-    for (int64_t j = 0; j < at.num_keys; ++j) rotate(a.rotary, j, 1.0f, a.dim, to + j * padded_dim);
+    for (int64_t j = 0; j < at.num_keys; ++j) rotate(a.rotary, j, 1.0f, to + j * padded_dim);
 }
 
 // [count, dim] with a token stride -> [dim, padded], zeros behind `count`.
@@ -137,7 +138,7 @@ MRL_INLINE void load_queries(const PackedAttention& a, const AttentionSegment& a
       continue;
     }
     std::copy_n(a.query.at(at.first_query + i + r, head), a.dim, row);
-    if (a.rotary.cos != nullptr) rotate(a.rotary, at.num_keys - at.num_queries + i + r, 1.0f, a.dim, row);
+    if (a.rotary.cos != nullptr) rotate(a.rotary, at.num_keys - at.num_queries + i + r, 1.0f, row);
   }
 }
 
@@ -214,7 +215,7 @@ MRL_INLINE void backward_rows(const PackedAttentionGrad& g, const AttentionSegme
   weighted_sums(w.scores.data(), padded, w.rows_of_keys.data(), count, round_up(a.dim, kLanes), w.sums);
   for (int64_t r = 0; r < std::min(kRows, at.num_queries - i); ++r) {
     float* const sums = w.sums + r * kMaxHeadDim;
-    if (a.rotary.cos != nullptr) rotate(a.rotary, at.num_keys - at.num_queries + i + r, -1.0f, a.dim, sums);
+    if (a.rotary.cos != nullptr) rotate(a.rotary, at.num_keys - at.num_queries + i + r, -1.0f, sums);
     std::copy_n(sums, a.dim, g.grad_query + ((at.first_query + i + r) * a.heads + head) * a.dim);
   }
 }
@@ -234,7 +235,7 @@ MRL_INLINE void backward_task(const PackedAttentionGrad& g, int64_t segment, int
   for (int64_t j = 0; j < at.num_keys; ++j) {
     const int64_t row = (at.first_key + j) * a.groups + group;
     for (int64_t d = 0; d < a.dim; ++d) w.sums[d] = w.grad_keys[d * padded + j];
-    if (a.rotary.cos != nullptr) rotate(a.rotary, j, -1.0f, a.dim, w.sums);
+    if (a.rotary.cos != nullptr) rotate(a.rotary, j, -1.0f, w.sums);
     for (int64_t d = 0; d < a.dim; ++d) g.grad_key[row * a.dim + d] += w.sums[d];
     for (int64_t d = 0; d < a.value_dim; ++d) g.grad_value[row * a.value_dim + d] += w.grad_values[d * padded + j];
   }

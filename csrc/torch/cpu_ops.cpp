@@ -58,7 +58,8 @@ void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor p
                                   qkv.size(1) - 2 * kv_heads,
                                   kv_heads,
                                   qkv.size(2),
-                                  cache.size(3)};
+                                  cache.size(3),
+                                  cos.size(2)};
   mrl::decode_attention(call, qkv.size(0), static_cast<int>(num_threads));
 }
 
@@ -69,10 +70,10 @@ void add_rms_norm(Tensor hidden, Tensor delta, Tensor weight, Tensor out, double
 
 mrl::TokenHeads token_heads(const Tensor& tensor) { return {floats(tensor), tensor.stride(0), tensor.stride(1)}; }
 
-// rotary: [2, positions, dim / 2], cosines and sines; no positions = no rotation.
+// rotary: [2, positions, half], cosines and sines; no positions = no rotation.
 mrl::Rotary rotary_of(const Tensor& rotary) {
-  if (rotary.size(1) == 0) return {nullptr, nullptr};
-  return {floats(rotary), floats(rotary) + rotary.stride(0)};
+  if (rotary.size(1) == 0) return {nullptr, nullptr, 0};
+  return {floats(rotary), floats(rotary) + rotary.stride(0), rotary.size(2)};
 }
 
 mrl::PackedAttention attention_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& rotary,

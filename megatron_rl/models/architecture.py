@@ -38,7 +38,10 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm over each query and key head
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple[tuple[str, object], ...] = ()  # Hugging Face rope_scaling, as sorted items; () = none
+    rope_scaling: tuple[
+        tuple[str, object], ...
+    ] = ()  # Hugging Face rope_scaling, as sorted items, lists as tuples; () = none
+    rotary_fraction: float = 1.0  # part of a head, from its first channel, that turns
     max_positions: int = 4096
     experts: Experts | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it

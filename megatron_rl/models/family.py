@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 from typing import Any, ClassVar
 
 from megatron_rl.config import ConfigError
@@ -19,14 +19,12 @@ from megatron_rl.models.components.embedding import Embedding, OutputLayer, Valu
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
-from megatron_rl.models.components.position import Rotary
+from megatron_rl.models.components.position import SCALINGS, Rotary, Scaling
 from megatron_rl.models.description import LayerDescription, ModelDescription
 from megatron_rl.models.routed_experts import EXPERT_NAMES, ExpertNames
 from megatron_rl.registry import Registry, nearest
 
 FAMILIES: Registry[type[ModelFamily]] = Registry("model family")
-
-ROPE_TYPES = ("default", "linear", "llama3")  # rotary scalings that `components.position` computes
 
 # Field of Architecture -> key of config.json.
 KEYS = {
@@ -62,6 +60,8 @@ class ModelFamily:
     qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = False
     names_head_dim: ClassVar[bool] = True  # the config has ``head_dim`` also where it is hidden / heads
+    turns_part: ClassVar[bool] = False  # the config may have a ``partial_rotary_factor``
+    fused_in_file: ClassVar[bool] = False  # files have one qkv_proj and one gate_up_proj
     windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``
     names_windows: ClassVar[bool] = False  # and says by ``layer_types`` which layers have it; otherwise all do
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
@@ -94,7 +94,7 @@ class ModelFamily:
         implied = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
         given = {key: config.get(key) or implied[key] if key in implied else config[key] for key in KEYS.values()}
         rope = dict(config["rope_parameters"])
-        theta = rope.pop("rope_theta")
+        theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
         window, full_layers = self.windows(config)
         return Architecture(
             family=self.model_type,
@@ -102,7 +102,8 @@ class ModelFamily:
             qkv_bias=self.qkv_bias,
             qk_norm=self.qk_norm,
             rope_theta=theta,
-            rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
+            rope_scaling=frozen_rope(rope),
+            rotary_fraction=1.0 if fraction is None else fraction,
             experts=self.experts(config),
             window=window,
             full_layers=full_layers,
@@ -133,10 +134,11 @@ class ModelFamily:
         fields: dict[str, Any] = {key: getattr(a, ours) for ours, key in KEYS.items()}
         if not self.names_head_dim and a.head_dim * a.num_heads == a.hidden:
             del fields["head_dim"]
-        rope = dict(a.rope_scaling) or {"rope_type": "default"}
+        rope = {"rope_theta": a.rope_theta} | thawed_rope(a.rope_scaling)
+        rope |= {"partial_rotary_factor": a.rotary_fraction} if self.turns_part else {}
         fields |= {"sliding_window": a.window} if self.windowed else {}
         fields |= _layer_types(a) if self.windowed and self.names_windows else {}
-        fields |= {"architectures": [self.hf_name(a)], "rope_parameters": {"rope_theta": a.rope_theta, **rope}}
+        fields |= {"architectures": [self.hf_name(a)], "rope_parameters": rope}
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
     def check(self, config: Mapping[str, Any]) -> None:
@@ -156,9 +158,14 @@ class ModelFamily:
                     f"{self.model_type} config has {key}={config[key]!r}, which this decoder does not compute: "
                     f"use a checkpoint without it, or extend megatron_rl/models/families/{self.model_type}.py"
                 )
-        rope_type = config["rope_parameters"].get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ConfigError(f"rope_type {rope_type!r} is not supported: expected one of {', '.join(ROPE_TYPES)}")
+        rope = config["rope_parameters"]
+        rope_type, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
+        if part is not None and not self.turns_part and part != 1.0:
+            raise ConfigError(
+                f"{self.model_type} config has partial_rotary_factor={part}, which {self.hf_class} ignores"
+            )
+        if rope_type not in SCALINGS:
+            raise ConfigError(f"rope_type {rope_type!r} is not supported: expected one of {', '.join(SCALINGS)}")
 
     # Architecture -> description
 
@@ -187,21 +194,34 @@ class ModelFamily:
         """The norm of this Hugging Face name, over the hidden size unless another is given."""
         return Norm(hf, size or a.hidden, a.norm_eps)
 
+    def rotary(self, a: Architecture, index: int) -> Rotary:
+        """The rotary positions of the ``index``-th layer."""
+        dim = int(a.head_dim * a.rotary_fraction)
+        return Rotary(dim, a.rope_theta, a.rope_scaling, a.max_positions if a.rope_scaling else 0)
+
     def attention(self, a: Architecture, index: int) -> GroupedQueryAttention:
         """The attention of the ``index``-th layer."""
         q_norm, k_norm = (
             self.norm(a, f"self_attn.{letter}_norm.weight", a.head_dim) if a.qk_norm else None for letter in "qk"
         )
-        rotary = Rotary(a.head_dim, a.rope_theta, a.rope_scaling)
         window = None if index in a.full_layers else a.window
         return GroupedQueryAttention(
-            a.hidden, a.num_heads, a.num_kv_heads, a.head_dim, rotary, a.qkv_bias, q_norm, k_norm, window
+            a.hidden,
+            a.num_heads,
+            a.num_kv_heads,
+            a.head_dim,
+            self.rotary(a, index),
+            a.qkv_bias,
+            q_norm,
+            k_norm,
+            window,
+            fused_in_file=self.fused_in_file,
         )
 
     def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
         """The feed-forward layer, or the experts, of the ``index``-th layer."""
         if a.experts is None or index in a.experts.dense_layers:
-            return DenseMLP(a.hidden, a.ffn)
+            return DenseMLP(a.hidden, a.ffn, self.fused_in_file)
         return ExpertMLP(a.hidden, a.experts, self.expert_names)
 
 
@@ -239,12 +259,23 @@ def in_a_family(architecture: Architecture) -> Architecture:
             found = family.architecture(family.config_fields(renamed))
             if _without_idle(found) == _without_idle(renamed):
                 return found
-    a = architecture
-    raise ConfigError(
-        f"no Hugging Face family has qkv_bias={a.qkv_bias}, qk_norm={a.qk_norm}, experts={a.experts is not None}, "
-        f"window={a.window}: Llama has none of them, Qwen2 the bias, Qwen3 the norm, both with a window of all or some "
-        "layers, Qwen3-MoE norm and experts, Mistral the window, Mixtral experts and the window"
-    )
+    switches = [field for field in fields(architecture) if field.default is not MISSING]
+    given = ((field.name, getattr(architecture, field.name), field.default) for field in switches)
+    unlike = ", ".join(f"{name}={value}" for name, value, plain in given if value != plain)
+    raise ConfigError(f"no Hugging Face family has {unlike} together: see the families in megatron_rl/models/families")
+
+
+def frozen_rope(rope: Mapping[str, Any]) -> Scaling:
+    """``rope_parameters`` without their base -> `Architecture.rope_scaling`."""
+    if rope.get("rope_type", "default") == "default":
+        return ()
+    return tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in sorted(rope.items()))
+
+
+def thawed_rope(scaling: Scaling) -> dict[str, Any]:
+    """The inverse of `frozen_rope`."""
+    items = {key: list(value) if isinstance(value, tuple) else value for key, value in scaling}
+    return items or {"rope_type": "default"}
 
 
 def _layer_types(a: Architecture) -> dict[str, Any]:

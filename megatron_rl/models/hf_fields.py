@@ -6,7 +6,7 @@ wrong value that it accepts becomes an error in the middle of building a model. 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import ConfigDict, Field, field_validator
@@ -40,6 +40,24 @@ class RopeFields(_Fields):
     """Of Llama 3's scaling."""
     original_max_position_embeddings: Size | None = None
     """Context before the stretching."""
+    partial_rotary_factor: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Part of each head that turns."""
+    attention_factor: Positive | None = Field(default=None, le=1e6)
+    """Of YaRN and LongRoPE: what cosines and sines are multiplied by."""
+    beta_fast: Positive | None = None
+    """Of YaRN: turns within the original context from which a pair is kept."""
+    beta_slow: Positive | None = None
+    """Of YaRN: turns below which a pair is stretched in full."""
+    mscale: float | None = Field(default=None, ge=0.0, le=1e6)
+    """Of YaRN."""
+    mscale_all_dim: float | None = Field(default=None, ge=0.0, le=1e6)
+    """Of YaRN."""
+    truncate: bool | None = None
+    """Of YaRN: whether its bounds are whole pairs."""
+    short_factor: list[Positive] | None = None
+    """Of LongRoPE: stretching of each pair within the original context."""
+    long_factor: list[Positive] | None = None
+    """Of LongRoPE: the same beyond it."""
 
 
 class HFFields(_Fields):
@@ -93,8 +111,14 @@ class HFFields(_Fields):
     """Biases in attention."""
     mlp_bias: bool | None = None
     """Biases in the MLP."""
-    sliding_window: Size | None = None
-    """Context of attention, tokens."""
+    sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Context of attention, tokens; 0 beside a ``use_sliding_window`` that says no."""
+    use_sliding_window: bool | Literal[0, 1] | None = None
+    """Whether there is one."""
+    partial_rotary_factor: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Part of each head that turns."""
+    original_max_position_embeddings: Size | None = None
+    """Context before rotary positions were stretched."""
     dtype: str | None = None
     """What weights are stored in."""
     torch_dtype: str | None = None

@@ -40,7 +40,6 @@ REQUIRED = (
 # Arguments beside TransformerConfig's fields that change what is computed, with the values that change nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "position_embedding_type": ("rope",),
-    "rotary_percent": (1.0,),
     "rotary_seq_len_interpolation_factor": (None, 1),
     "rope_scaling_factor": (8.0,),  # gpt_builder does not hand it on, so the model has GPTModel's default, 8
     "squared_relu": (False,),
@@ -110,6 +109,7 @@ def architecture_from_arguments(arguments: Namespace, vocab: int) -> Architectur
         _transformer_config(values),
         vocab=vocab,
         tied=not values["untie_embeddings_and_output_weights"],
+        rotary_fraction=float(values.get("rotary_percent", 1.0)),
         rope_theta=float(values["rotary_base"]),
         rope_scaling=tuple(sorted(LLAMA3_SCALING.items())) if values.get("use_rope_scaling") else (),
         max_positions=int(values["max_position_embeddings"]),
@@ -131,7 +131,7 @@ def _refuse(values: Mapping[str, Any]) -> None:
     wrong = [name for name, neutral in NEUTRAL.items() if name in values and values[name] not in neutral]
     if not values.get("use_rope_scaling") and "rope_scaling_factor" in wrong:
         wrong.remove("rope_scaling_factor")
-    known = FIELDS | NEUTRAL.keys() | HARMLESS
+    known = FIELDS | NEUTRAL.keys() | HARMLESS | {"rotary_percent"}
     wrong += [n for n in sorted(values) if n not in known and SHAPES_THE_MODEL.match(n) and values[n] not in OFF]
     if wrong:
         given = ", ".join(f"--{name.replace('_', '-')} {values[name]}" for name in wrong)
@@ -164,7 +164,6 @@ COMMON: dict[str, object] = {
     "position_embedding_type": "rope",
     "add_position_embedding": True,
     "use_rotary_position_embeddings": False,
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
@@ -215,6 +214,7 @@ def arguments_from_architecture(
         kv_channels=a.head_dim,
         seq_length=a.max_positions,
         max_position_embeddings=a.max_positions,
+        rotary_percent=a.rotary_fraction,
         rotary_base=int(a.rope_theta) if float(a.rope_theta).is_integer() else a.rope_theta,
         use_rope_scaling=dict(a.rope_scaling) == LLAMA3_SCALING,
         layernorm_epsilon=a.norm_eps,

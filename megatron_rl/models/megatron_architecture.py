@@ -23,6 +23,7 @@ def architecture_from_megatron(
     tied: bool,
     rope_theta: float = 10000.0,
     rope_scaling: tuple[tuple[str, object], ...] = (),
+    rotary_fraction: float = 1.0,
     max_positions: int = 4096,
 ) -> Architecture:
     """Translate a `TransformerConfig`; what it does not hold comes from the `GPTModel`'s arguments.
@@ -32,6 +33,7 @@ def architecture_from_megatron(
         tied: ``share_embeddings_and_output_weights``.
         rope_theta: ``rotary_base``.
         rope_scaling: as Hugging Face spells it, sorted items; () = none.
+        rotary_fraction: ``rotary_percent``.
         max_positions: ``max_sequence_length``.
 
     Raises:
@@ -54,6 +56,7 @@ def architecture_from_megatron(
         norm_eps=config.layernorm_epsilon,
         rope_theta=float(rope_theta),
         rope_scaling=rope_scaling,
+        rotary_fraction=rotary_fraction,
         max_positions=max_positions,
         experts=_experts(config),
         window=window,

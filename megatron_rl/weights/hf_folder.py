@@ -116,6 +116,8 @@ def _add_older_spellings(path: Path) -> None:
     fields = json.loads(path.read_text())
     rope = dict(fields["rope_parameters"])
     fields["rope_theta"] = rope.pop("rope_theta")
+    if (part := rope.pop("partial_rotary_factor", None)) is not None:
+        fields["partial_rotary_factor"] = part
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = rope
     if "num_local_experts" in fields:

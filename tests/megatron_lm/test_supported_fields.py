@@ -96,6 +96,7 @@ def test_every_argument_of_the_installed_model_is_classified():
 TAKEN_OVER: dict[str, tuple[dict, dict]] = {
     "rotary_base": (DENSE, {"rotary_base": 500}),
     "rope_scaling": (DENSE, {"rope_scaling": True, "rope_scaling_factor": 4.0, "rotary_base": 500000}),
+    "rotary_percent": (DENSE, {"rotary_percent": 0.5}),
     "seq_len_interpolation_factor": (DENSE, {"seq_len_interpolation_factor": 2.5}),
     "share_embeddings_and_output_weights": (DENSE, {"share_embeddings_and_output_weights": True}),
     "layernorm_epsilon": (DENSE | {"layernorm_epsilon": 0.1}, {}),
@@ -137,7 +138,6 @@ def test_what_is_taken_over_has_the_logits_of_its_export(case, context, tmp_path
 REFUSED_ARGUMENTS: dict[str, dict] = {
     "position_embedding_type='learned_absolute'": {"position_embedding_type": "learned_absolute"},
     "position_embedding_type='none'": {"position_embedding_type": "none"},
-    "rotary_percent=0.5": {"rotary_percent": 0.5},
     "rotary_pos_emb=": {"rope_scaling": True, "seq_len_interpolation_factor": 3.0, "rotary_base": 500000},
 }
 

@@ -67,7 +67,8 @@ def test_qwen2_keeps_a_head_size_of_its_own() -> None:
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0}}, "'yarn' is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     ],
 )
 def test_what_would_be_computed_differently_is_refused(fields: dict, named: str) -> None:
@@ -117,7 +118,8 @@ def test_megatron_models_find_the_first_family_that_can_say_all_of_them() -> Non
 
 def test_unknown_families_are_refused_with_the_list_and_the_place_to_add_one(tmp_path) -> None:
     with pytest.raises(
-        ConfigError, match=r"'gpt2' is not supported.*llama, mistral, mixtral, qwen2, qwen3, qwen3_moe.*_rl/models"
+        ConfigError,
+        match=r"'gpt2' is not supported.*llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe.*_rl/models",
     ):
         architecture_from_hf(AutoConfig.for_model("gpt2"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen_3"}))

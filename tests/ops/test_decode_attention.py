@@ -19,10 +19,12 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from prepared("decode_attention", request.param)
 
 
-def case(rows: int, kv_heads: int, group: int, head_dim: int, length: int) -> tuple[Tensor, ...]:
+def case(
+    rows: int, kv_heads: int, group: int, head_dim: int, length: int, turned: int | None = None
+) -> tuple[Tensor, ...]:
     """qkv, cos, sin, cache (with one row and some positions to spare), positions."""
     torch.manual_seed(rows + head_dim)
-    angles = torch.rand(rows, 1, head_dim // 2) * 6
+    angles = torch.rand(rows, 1, (turned or head_dim) // 2) * 6
     cos = torch.cat([angles.cos(), angles.cos()], -1)
     sin = torch.cat([-angles.sin(), angles.sin()], -1)
     qkv = torch.randn(rows, kv_heads * (group + 2), head_dim) * 2
@@ -39,13 +41,13 @@ def written_out(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions:
     rows, heads, head_dim = qkv.shape
     kv_heads = cache.shape[1]
     q_heads = heads - 2 * kv_heads
-    half = head_dim // 2
+    half = cos.shape[2] // 2
     context = torch.zeros(rows, q_heads, head_dim, dtype=torch.float64)
 
     def turned(vector: Tensor, row: int) -> Tensor:
-        first, second = vector[:half], vector[half:]
+        first, second = vector[:half], vector[half : 2 * half]
         c, s = cos[row, 0, :half], sin[row, 0, half:]
-        return torch.cat([first * c - second * s, second * c + first * s])
+        return torch.cat([first * c - second * s, second * c + first * s, vector[2 * half :]])
 
     for row in range(rows):
         position = int(positions[row])
@@ -59,7 +61,15 @@ def written_out(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions:
     return context.flatten(1), cache
 
 
-SHAPES = [(5, 2, 2, 8, 13), (1, 1, 1, 2, 1), (3, 1, 7, 12, 40), (9, 4, 1, 32, 8), (2, 2, 4, 64, 700), (6, 3, 2, 6, 17)]
+SHAPES = [
+    (5, 2, 2, 8, 13),
+    (1, 1, 1, 2, 1),
+    (3, 1, 7, 12, 40),
+    (9, 4, 1, 32, 8),
+    (2, 2, 4, 64, 700),
+    (6, 3, 2, 6, 17),
+    (5, 2, 2, 16, 21, 6),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -133,4 +143,6 @@ def test_tensors_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="one dtype"):
         decode_attention(qkv.double(), cos, sin, cache, positions, 13)
     with pytest.raises(ValueError, match="head_dim"):
-        decode_attention(qkv, cos[:, :, :4], sin[:, :, :4], cache, positions, 13)
+        decode_attention(qkv, cos[:, :, :3], sin[:, :, :3], cache, positions, 13)
+    with pytest.raises(ValueError, match="more than the 8 channels"):
+        decode_attention(qkv, cos.repeat(1, 1, 2), sin.repeat(1, 1, 2), cache, positions, 13)

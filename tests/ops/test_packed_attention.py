@@ -73,15 +73,16 @@ def test_output_and_gradients_equal_attention_in_double_precision(implementation
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:
     """``x`` ``[positions, heads, dim]`` as complex numbers, times exp(i * angle)."""
-    half = x.shape[-1] // 2
-    out = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat([out.real, out.imag], dim=-1)
+    half = angles.shape[-1]
+    out = torch.complex(x[..., :half], x[..., half : 2 * half]) * torch.polar(torch.ones_like(angles), angles)[:, None]
+    return torch.cat([out.real, out.imag, x[..., 2 * half :]], dim=-1)
 
 
+@pytest.mark.parametrize("half", [6, 4])  # all or the first channels of a head
 @pytest.mark.parametrize("segments", [WHOLE, CHUNKS], ids=["whole", "chunks"])
-def test_rotary_positions_are_those_of_a_segments_keys(implementation, segments) -> None:
+def test_rotary_positions_are_those_of_a_segments_keys(implementation, segments, half) -> None:
     parts, table = tensors(segments, 4, 2, 12, 12), torch.tensor(segments)
-    angles = torch.rand(50, 6, dtype=torch.float64) * 6
+    angles = torch.rand(50, half, dtype=torch.float64) * 6
     rotary = torch.stack([angles.cos(), angles.sin()]).float()
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

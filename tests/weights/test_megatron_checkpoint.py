@@ -87,7 +87,6 @@ def test_arguments_and_architecture_say_the_same(a):
     ("values", "named"),
     [
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
-        ({"rotary_percent": 0.5}, "--rotary-percent 0.5"),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "--rope-scaling-factor 32.0"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
         ({"multi_latent_attention": True}, "--multi-latent-attention True"),

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.position import Scaling
+from megatron_rl.models.family import in_a_family
 from megatron_rl.models.megatron_architecture import architecture_from_megatron, refuse
 from megatron_rl.models.megatron_fields import Refusal, refused_fields, shown
 
@@ -29,7 +31,7 @@ ARGUMENTS: dict[str, str] = {
     "parallel_output": "free: the output layer is computed here",
     "share_embeddings_and_output_weights": "taken over: tie_word_embeddings",
     "position_embedding_type": "must be 'rope'",
-    "rotary_percent": "must be 1.0",
+    "rotary_percent": "taken over: partial_rotary_factor",
     "rotary_base": "taken over: rope_theta",
     "rope_scaling": "taken over: rope_type llama3 with Megatron-Core's bounds",
     "rope_scaling_factor": "taken over: factor of rope_type llama3",
@@ -85,13 +87,16 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
         rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
     )
-    frequencies = frequencies_of(chunk)
-    scaling = None if frequencies is None else scaling_of(plain, frequencies)
+    plain = replace(plain, rotary_fraction=float(chunk.rotary_percent))  # type: ignore[arg-type]
+    scaling = own_scaling(chunk)
+    if scaling is None:
+        frequencies = frequencies_of(chunk)
+        scaling = None if frequencies is None else scaling_of(plain, frequencies)
     if scaling is None:
         given = f"frequencies that rotary_base={chunk.rotary_base} does not give"
-        expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both, over all channels of a head"
+        expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both"
         refuse([Refusal("rotary_pos_emb", given, expected)])
-    return replace(plain, rope_scaling=scaling or ())
+    return in_a_family(replace(plain, rope_scaling=scaling or ()))
 
 
 def refused_arguments(chunk: nn.Module) -> list[Refusal]:
@@ -103,8 +108,6 @@ def refused_arguments(chunk: nn.Module) -> list[Refusal]:
     if kind != "rope" or learned:
         given = "learned_absolute" if learned else kind
         found.append(Refusal("position_embedding_type", shown(given), "'rope'"))
-    if chunk.rotary_percent != 1.0:
-        found.append(Refusal("rotary_percent", shown(chunk.rotary_percent), "1.0"))
     if chunk._modules.get("mtp") is not None:
         found.append(Refusal("mtp_block_spec", "multi-token prediction layers", "None"))
     if embedding is not None and chunk.config.sequence_parallel and not embedding.scatter_to_sequence_parallel:  # type: ignore[union-attr]
@@ -140,12 +143,15 @@ def _known(cls: type) -> bool:
     return False
 
 
+def own_scaling(chunk: nn.Module) -> Scaling | None:
+    """The scaling of a chunk whose core attentions turn (`model.rope.rotate_in_attention`); None = they do not."""
+    tables = [getattr(layer.self_attention.core_attention, "rotary", None) for layer in chunk.decoder.layers]  # type: ignore[union-attr]
+    found = {table.rotary for table in tables if table is not None}
+    return next(iter(found)).scaling if len(found) == 1 else None
+
+
 def frequencies_of(chunk: nn.Module) -> Tensor | None:
     """Radians per position of each pair of channels, ``[pairs]`` fp32 on the CPU; None = the chunk rotates nothing."""
-    for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        table = getattr(layer.self_attention.core_attention, "rotary", None)  # type: ignore[union-attr]
-        if table is not None:  # `model.rope.rotate_in_attention`
-            return table.frequencies.float().cpu()
     rotary: Any = chunk._modules.get("rotary_pos_emb")
     if getattr(rotary, "inv_freq", None) is None:
         return None

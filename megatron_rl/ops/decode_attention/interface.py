@@ -2,8 +2,8 @@
 
 For each sequence: rotate its query heads and key heads by their position, put key and value into the cache at that
 position, and attend from each query head, scaled by head_dim ** -0.5, to positions 0 up to it. Query head h reads key
-head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: dimension i rotates with
-i + head_dim / 2. There is no gradient.
+head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: channel i rotates with
+i + rotary_dim / 2, and those from rotary_dim on are left as they are. There is no gradient.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def decode_attention(
 
     Args:
         qkv: ``[rows, q_heads + 2 * kv_heads, head_dim]``: queries, keys, values; queries and keys are rotated in place.
-        cos: ``[rows, 1, head_dim]`` of each row's position.
-        sin: the same of sines, negative in the first half of the head.
+        cos: ``[rows, 1, rotary_dim]`` of each row's position.
+        sin: the same of sines, negative in the first half.
         cache: ``[rows or more, kv_heads, 2, max_length, head_dim]``, keys and values; row i of ``qkv`` owns row i.
         positions: ``[rows]`` int64, where each new token stands; what the cache holds before it is attended to.
         length: largest position + 1, which spares asking the device.
@@ -47,8 +47,11 @@ def decode_attention(
     kv_heads, max_length = cache.shape[1], cache.shape[3]
     if (heads - 2 * kv_heads) % kv_heads or heads <= 2 * kv_heads or cache.shape[0] < rows or cache.shape[2] != 2:
         raise ValueError(f"qkv {list(qkv.shape)} does not fit the cache {list(cache.shape)}")
-    if cache.shape[4] != head_dim or head_dim % 2 or cos.shape != sin.shape or cos.shape != (rows, 1, head_dim):
+    turned = cos.shape[-1]
+    if cache.shape[4] != head_dim or cos.shape != sin.shape or cos.shape != (rows, 1, turned) or turned % 2:
         raise ValueError(f"cos {list(cos.shape)} or cache {list(cache.shape)} do not fit head_dim {head_dim}")
+    if turned > head_dim:
+        raise ValueError(f"cos {list(cos.shape)} would turn more than the {head_dim} channels of a head")
     if not 0 < length <= max_length or positions.shape != (rows,):
         raise ValueError(f"length {length} of positions {list(positions.shape)} does not fit {max_length} in the cache")
     tensors = (qkv, cos, sin, cache)

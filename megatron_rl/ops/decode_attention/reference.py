@@ -16,8 +16,8 @@ def decode_attention(
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     rows, heads, head_dim = qkv.shape
     kv_heads = cache.shape[1]
-    rotated = qkv[:, : heads - kv_heads]
-    torch.addcmul(rotated * cos, rotated.roll(head_dim // 2, -1), sin, out=rotated)
+    rotated = qkv[:, : heads - kv_heads, : cos.shape[-1]]
+    torch.addcmul(rotated * cos, rotated.roll(cos.shape[-1] // 2, -1), sin, out=rotated)
     queries, keys, values = qkv.split([heads - 2 * kv_heads, kv_heads, kv_heads], 1)
     index = torch.arange(rows, device=qkv.device)
     cache[index, :, :, positions] = torch.stack([keys, values], 2)

@@ -35,9 +35,9 @@ def packed_attention(
         value: [keys, groups, value_dim].
         segments: [segments, 4] int64 on the CPU: first query, number of queries, first key, number of keys. They cover
             all queries, in order.
-        rotary: [2, positions, dim / 2] fp32: cosines and sines by which queries and keys are rotated, for at least
-            as many positions as a segment has keys; a segment's first key stands at position 0. None: they are used as
-            they are.
+        rotary: [2, positions, turned / 2] fp32: cosines and sines by which the first ``turned`` channels of queries
+            and keys are rotated, for at least as many positions as a segment has keys; a segment's first key stands at
+            position 0. None: they are used as they are.
         window: keys that a query sees at most, its own included; None = all before it. Where it hides any, only
             "reference" can.
         dropout: probability with which a softmax weight is dropped; only "reference" can.
@@ -93,7 +93,7 @@ def _check_rotary(query: Tensor, segments: Tensor, rotary: Tensor | None) -> Non
     if rotary is None:
         return
     longest, half = int(segments[:, 3].max()), query.shape[2] // 2
-    if query.shape[2] % 2 or rotary.shape[::2] != (2, half) or rotary.shape[1] < longest:
+    if rotary.dim() != 3 or len(rotary) != 2 or not 0 < rotary.shape[2] <= half or rotary.shape[1] < longest:
         raise ValueError(
-            f"rotary {list(rotary.shape)}: expected [2, {longest} or more, {half}] for query {query.shape}"
+            f"rotary {list(rotary.shape)}: expected [2, {longest} or more, 1 to {half}] for query {list(query.shape)}"
         )

@@ -37,8 +37,12 @@ def packed_attention(
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn ``x`` ``[positions, heads, dim]`` by ``rotary`` ``[2, positions, dim / 2]``: dimension i with i + dim / 2
-    (Su et al. 2021, arXiv:2104.09864, in the half-split form of Hugging Face), in the dtype of ``x``."""
+    """Turn the first channels of ``x`` ``[positions, heads, dim]``, in its dtype, by ``rotary`` ``[2, positions,
+    turned / 2]``: channel i with i + turned / 2 (Su et al. 2021, arXiv:2104.09864, in the half-split form of Hugging
+    Face)."""
+    turned = 2 * rotary.shape[2]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], rotary), x[..., turned:]], dim=-1)
     cos, sin = rotary.to(x.dtype)[:, :, None].repeat(1, 1, 1, 2)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

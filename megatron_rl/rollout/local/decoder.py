@@ -116,7 +116,8 @@ class Decoder:
             Logits after the last token of each prompt, ``[prompts, vocab]`` fp32.
         """
         count, longest = tokens.shape
-        turns = self._turns(torch.arange(longest, device=tokens.device).repeat(count))
+        positions = torch.arange(longest, device=tokens.device).repeat(count)
+        turns = self._turns(positions, lengths.repeat_interleave(longest))
 
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
             rotate_(qkv[:, : self.q_heads + self.kv_heads], *turns[layer.rotary])
@@ -140,7 +141,7 @@ class Decoder:
         Returns:
             Logits of the next token, ``[running, vocab]`` fp32.
         """
-        turns = self._turns(positions)
+        turns = self._turns(positions, positions + 1)
 
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
             inputs = (qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
@@ -150,9 +151,9 @@ class Decoder:
 
         return self._logits(self._run(tokens, attend))
 
-    def _turns(self, positions: torch.Tensor) -> dict[Rotary, tuple[torch.Tensor, torch.Tensor]]:
-        """Cosines and sines of ``positions``, of each rotary embedding that some layer has."""
-        return {rotary: table.rows(positions) for rotary, table in self.rotary.items()}
+    def _turns(self, positions: torch.Tensor, lengths: torch.Tensor) -> dict[Rotary, tuple[torch.Tensor, torch.Tensor]]:
+        """Cosines and sines of ``positions`` in sequences of ``lengths``, of each rotary embedding that a layer has."""
+        return {rotary: table.rows(positions, lengths) for rotary, table in self.rotary.items()}
 
     def _run(self, tokens: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Hidden states after the final norm, ``[tokens, hidden]``."""

@@ -128,6 +128,7 @@ def _build_chunk(
         share_embeddings_and_output_weights=tied,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
+        rotary_percent=architecture.rotary_fraction,
         parallel_output=True,
         pg_collection=groups,
         vp_stage=vp_stage,

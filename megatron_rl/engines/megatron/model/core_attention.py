@@ -9,6 +9,7 @@ Context parallelism splits each sequence into ``2 * cp`` chunks and gives rank r
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -107,13 +108,18 @@ class CoreAttention(MegatronModule):
             order = zigzag_order(lengths, size, query.device)
             both = _GatherContext.apply(torch.cat([key, value], dim=-1), self.cp_group).index_select(0, order)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        table, parts = None, segments(lengths, size, rank)
+        if self.rotary is not None and len({self.rotary.is_long(length * size) for length in lengths}) > 1:
+            query, key = turn_apart(query, key, [length * size for length in lengths], parts, self.rotary)
+        elif self.rotary is not None:
+            table = self.rotary(max(lengths) * size, query.device)
         return packed_attention(
             query,
             key,
             value,
-            segments(lengths, size, rank),
+            parts,
             scale=self.softmax_scale,
-            rotary=None if self.rotary is None else self.rotary(max(lengths) * size, query.device),
+            rotary=table,
             window=self.window,
             dropout=dropout,
         )
@@ -186,6 +192,24 @@ def segments(lengths: tuple[int, ...], cp_size: int, cp_rank: int) -> Tensor:
             query += chunk
         key += length * cp_size
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def turn_apart(
+    query: Tensor, key: Tensor, lengths: Sequence[int], parts: Tensor, table: CosSinTable
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys, turned by the frequencies of each sequence, where not all have the same.
+
+    Args:
+        lengths: of whole sequences, whose keys lie end to end.
+        parts: the `segments`, equally many for each sequence.
+    """
+    keys, queries, start = [], [], 0
+    for length, rows in zip(lengths, parts.view(len(lengths), -1, 4).tolist(), strict=True):
+        turns = table(length, query.device)
+        keys.append(rotate(key[start : start + length], turns[:, :length]))
+        queries += [rotate(query[q : q + n], turns[:, end - n : end]) for q, n, _, end in rows]
+        start += length
+    return torch.cat(queries), torch.cat(keys)
 
 
 @lru_cache(maxsize=16)

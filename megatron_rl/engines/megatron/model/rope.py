@@ -17,7 +17,7 @@ from megatron_rl.models.family import describe
 
 
 def inverse_frequencies(architecture: Architecture) -> Tensor:
-    """``[head_dim / 2]`` fp32: radians per position of each pair of channels; see `Rotary.inverse_frequencies`.
+    """``[dim / 2]`` fp32: radians per position of each pair of channels; see `Rotary.inverse_frequencies`.
 
     Raises:
         ConfigError: an unknown scaling, or layers differ.
@@ -26,20 +26,24 @@ def inverse_frequencies(architecture: Architecture) -> Tensor:
 
 
 class CosSinTable:
-    """Cosines and sines of all positions so far asked for; one for all layers of a model."""
+    """Cosines and sines of all positions so far asked for; one for all layers that turn alike."""
 
-    def __init__(self, frequencies: Tensor) -> None:
-        self.frequencies = frequencies
-        self._table = torch.empty(2, 0, frequencies.numel())
+    def __init__(self, rotary: Rotary) -> None:
+        self.rotary = rotary
+        self._tables: dict[bool, Tensor] = {}
+
+    def is_long(self, length: int) -> bool:
+        """Whether a sequence of ``length`` tokens has the frequencies of long ones."""
+        return self.rotary.switch is not None and length > self.rotary.switch
 
     def __call__(self, length: int, device: torch.device) -> Tensor:
-        """``[2, length or more, head_dim / 2]`` fp32."""
-        if self._table.shape[1] < length or self._table.device != device:
+        """For a sequence of ``length`` tokens: ``[2, length or more, dim / 2]`` fp32."""
+        table = self._tables.get(self.is_long(length))
+        if table is None or table.shape[1] < length or table.device != device:
             with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward
-                positions = torch.arange(-(-length // 128) * 128, device=device, dtype=torch.float32)
-                angles = torch.outer(positions, self.frequencies.to(device))
-                self._table = torch.stack([angles.cos(), angles.sin()])
-        return self._table
+                table = self.rotary.cos_sin(torch.arange(-(-length // 128) * 128, device=device), length)
+            self._tables[self.is_long(length)] = table
+        return table
 
 
 class NoRotary(nn.Module):
@@ -58,6 +62,6 @@ def rotate_in_attention(chunk: nn.Module, model: ModelDescription) -> None:
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
         rotary = model.layers[layer.layer_number - 1].attention.rotary  # type: ignore[operator]
         if rotary not in tables:
-            tables[rotary] = CosSinTable(rotary.inverse_frequencies())
+            tables[rotary] = CosSinTable(rotary)
         layer.self_attention.core_attention.rotary = tables[rotary]  # type: ignore[union-attr]
     chunk.rotary_pos_emb = NoRotary()

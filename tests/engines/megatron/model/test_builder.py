@@ -159,8 +159,8 @@ def test_rotary_frequencies_follow_transformers():
 
 
 def test_unknown_rope_scaling_is_refused():
-    architecture = replace(UNTIED, rope_scaling=(("rope_type", "yarn"),))
-    with pytest.raises(ConfigError, match="rope_scaling type 'yarn' is not supported"):
+    architecture = replace(UNTIED, rope_scaling=(("rope_type", "dynamic"),))
+    with pytest.raises(ConfigError, match="rope_scaling type 'dynamic' is not supported"):
         inverse_frequencies(architecture)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import megatron_rl
 from megatron_rl.engines.megatron.model.builder import transformer_config
 from megatron_rl.engines.megatron.model.core_attention import CoreAttention, packed_params, zigzag_order
+from megatron_rl.engines.megatron.model.rope import CosSinTable
 from megatron_rl.models import Architecture
+from megatron_rl.models.components.position import Rotary
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.parallel.context import ParallelContext
 
@@ -73,6 +77,22 @@ def test_packed_sequences_do_not_see_one_another(context, lengths):
     got = core_attention(context)(*(x.squeeze(1) for x in inputs), None, packed_seq_params=packed_params(cu_seqlens))
     assert got.shape == (12, 1, 32)
     assert_same(got, explicit(*inputs, visible, 8**-0.5), inputs)
+
+
+def test_longrope_turns_each_sequence_by_its_own_length(context):
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 4, "factor": 8.0}
+    scaling |= {"short_factor": (1.0, 2.0), "long_factor": (3.0, 5.0)}
+    table = CosSinTable(Rotary(4, 100.0, tuple(sorted(scaling.items()))))
+    attention, inputs = core_attention(context), qkv(12, 1)
+    attention.rotary = table
+    packed = packed_params(torch.tensor([0, 3, 8, 12], dtype=torch.int32))  # only the second is longer than 4
+    together = attention(*(x.squeeze(1) for x in inputs), None, packed_seq_params=packed)
+    assert table.is_long(5)
+    assert not table.is_long(4)
+    alone = [attention(*(x[start:stop] for x in inputs), None) for start, stop in ((0, 3), (3, 8), (8, 12))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    attention.rotary = CosSinTable(replace(table.rotary, scaling=()))
+    assert not torch.allclose(attention(*(x[3:8] for x in inputs), None), alone[1], atol=1e-3)
 
 
 @pytest.mark.parametrize(("lengths", "window"), [((12,), 4), ((3, 5, 4), 3), ((1, 1, 10), 1)])
