@@ -11,14 +11,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """The mixture-of-experts part of an `Architecture`."""
+    """The mixture-of-experts part of an `Architecture`; `models/routing.py` says how experts are chosen."""
 
     num_experts: int
     experts_per_token: int
     ffn: int  # intermediate size of one expert
     normalize_weights: bool = True  # router weights of the chosen experts are rescaled to sum to 1
-    shared_ffn: int = 0  # intermediate size of the shared expert; 0 = none
+    shared_ffn: int = 0  # intermediate size of the shared expert, which sees every token; 0 = none
+    shared_gate: bool = False  # the shared expert's output is multiplied with the sigmoid of a projection to one number
     dense_layers: tuple[int, ...] = ()  # layers with a dense MLP instead of experts
+    scoring: str = "softmax"  # of the router's logits: "softmax" over all experts, or "sigmoid" of each
+    correction_bias: bool = False  # an fp32 number for each expert is added to its score for the choice alone
+    num_groups: int = 1  # groups of consecutive experts
+    chosen_groups: int = 1  # groups that a token's experts come from
+    group_scored_by: int = 2  # how many of its best experts make up a group's score
+    scaling: float = 1.0  # of the weights of the chosen experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ class ModelFamily:
     fused_in_file: ClassVar[bool] = False  # files have one qkv_proj and one gate_up_proj
     windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``
     names_windows: ClassVar[bool] = False  # and says by ``layer_types`` which layers have it; otherwise all do
+    bias_key: ClassVar[str] = ""  # the config says here whether queries, keys and values have biases; "" = ``qkv_bias``
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
     expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
 
@@ -99,7 +100,7 @@ class ModelFamily:
         return Architecture(
             family=self.model_type,
             **{ours: given[key] for ours, key in KEYS.items()},
-            qkv_bias=self.qkv_bias,
+            qkv_bias=bool(config[self.bias_key]) if self.bias_key else self.qkv_bias,
             qk_norm=self.qk_norm,
             rope_theta=theta,
             rope_scaling=frozen_rope(rope),
@@ -114,7 +115,12 @@ class ModelFamily:
         if not self.expert_keys:
             return None
         keys = {ours: RENAMED[key] if RENAMED.get(key) in config else key for ours, key in self.expert_keys.items()}
-        return Experts(**{ours: config[key] for ours, key in keys.items()}, dense_layers=self.dense_layers(config))
+        given = {ours: config[key] for ours, key in keys.items()}
+        return Experts(**given, dense_layers=self.dense_layers(config), **self.routing(config))
+
+    def routing(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of `Experts` that no key of the config holds as it is."""
+        return {}
 
     def windows(self, config: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
         """`Architecture.window` and `Architecture.full_layers`."""
@@ -136,6 +142,7 @@ class ModelFamily:
             del fields["head_dim"]
         rope = {"rope_theta": a.rope_theta} | thawed_rope(a.rope_scaling)
         rope |= {"partial_rotary_factor": a.rotary_fraction} if self.turns_part else {}
+        fields |= {self.bias_key: a.qkv_bias} if self.bias_key else {}
         fields |= {"sliding_window": a.window} if self.windowed else {}
         fields |= _layer_types(a) if self.windowed and self.names_windows else {}
         fields |= {"architectures": [self.hf_name(a)], "rope_parameters": rope}
@@ -146,7 +153,7 @@ class ModelFamily:
         window = config.get("sliding_window")
         unsupported = {
             "hidden_act": config.get("hidden_act", "silu") != "silu",
-            "attention_bias": bool(config.get("attention_bias")),
+            "attention_bias": bool(config.get("attention_bias")) and self.bias_key != "attention_bias",
             "mlp_bias": bool(config.get("mlp_bias")),
             "sliding_window": window is not None and (not self.windowed or window < 1),
             "layer_types": not {FULL, SLIDING}.issuperset(config.get("layer_types") or ()),

@@ -111,6 +111,8 @@ class HFFields(_Fields):
     """Biases in attention."""
     mlp_bias: bool | None = None
     """Biases in the MLP."""
+    shared_expert_intermediate_size: Size | None = None
+    """Width inside the shared expert."""
     sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Context of attention, tokens; 0 beside a ``use_sliding_window`` that says no."""
     use_sliding_window: bool | Literal[0, 1] | None = None

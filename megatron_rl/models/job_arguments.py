@@ -173,8 +173,6 @@ COMMON: dict[str, object] = {
     "apply_query_key_layer_scaling": False,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
-    "moe_router_score_function": "softmax",
-    "moe_router_enable_expert_bias": False,
     "moe_router_load_balancing_type": "none",
     "moe_grouped_gemm": False,
     "moe_token_dispatcher_type": "alltoall",
@@ -237,6 +235,7 @@ def arguments_from_architecture(
 def _expert_arguments(a: Architecture) -> dict[str, object]:
     if a.experts is None:
         return {"num_experts": None, "moe_layer_freq": 1, "moe_ffn_hidden_size": None, "moe_router_topk": 2}
+    grouped = a.experts.num_groups > 1
     return {
         "num_experts": a.experts.num_experts,
         "moe_layer_freq": [int(layer not in a.experts.dense_layers) for layer in range(a.num_layers)]
@@ -244,8 +243,15 @@ def _expert_arguments(a: Architecture) -> dict[str, object]:
         else 1,
         "moe_ffn_hidden_size": a.experts.ffn,
         "moe_router_topk": a.experts.experts_per_token,
-        "moe_router_pre_softmax": not a.experts.normalize_weights,
+        "moe_router_pre_softmax": a.experts.scoring == "softmax" and not a.experts.normalize_weights,
+        "moe_router_score_function": a.experts.scoring,
+        "moe_router_enable_expert_bias": a.experts.correction_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_num_groups": a.experts.num_groups if grouped else None,
+        "moe_router_group_topk": a.experts.chosen_groups if grouped else None,
+        "moe_router_topk_scaling_factor": a.experts.scaling if a.experts.scaling != 1.0 else None,
         "moe_shared_expert_intermediate_size": a.experts.shared_ffn or None,
+        "moe_shared_expert_gate": a.experts.shared_gate,
     }
 
 

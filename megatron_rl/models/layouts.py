@@ -229,6 +229,7 @@ def check_megatron(architecture: Architecture, sizes: ParallelSizes, padded_voca
         return
     _check_divides(a.experts.num_experts, sizes.ep, "number of experts", "parallel.ep")
     _check_divides(a.experts.ffn, sizes.etp, "expert intermediate size", "parallel.etp")
+    _check_divides(a.experts.shared_ffn, sizes.tp, "shared expert intermediate size", "parallel.tp")
 
 
 def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
@@ -242,6 +243,7 @@ def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
     if a.experts is not None:
         _check_divides(a.experts.num_experts, ep, "number of experts", "rollout.ep")
         _check_divides(a.experts.ffn, tp // ep, "expert intermediate size", "rollout.tp / rollout.ep")
+        _check_divides(a.experts.shared_ffn, tp, "shared expert intermediate size", "rollout.tp")
 
 
 def _check_divides(size: int, count: int, what: str, key: str) -> None:

@@ -7,6 +7,7 @@ that an exported Hugging Face folder or a rollout engine never silently runs a d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
@@ -88,10 +89,28 @@ def _experts(config: TransformerConfig) -> Experts | None:
         num_experts=config.num_moe_experts,
         experts_per_token=config.moe_router_topk,
         ffn=config.moe_ffn_hidden_size or config.ffn_hidden_size,
-        # softmax over the chosen logits equals softmax over all, rescaled to sum to 1
-        normalize_weights=not config.moe_router_pre_softmax,
+        shared_ffn=config.moe_shared_expert_intermediate_size or 0,
+        shared_gate=bool(config.moe_shared_expert_intermediate_size and config.moe_shared_expert_gate),
         dense_layers=tuple(i for i, has_experts in enumerate(frequency) if not has_experts),
+        **_routing(config),
     )
+
+
+def _routing(config: TransformerConfig) -> dict[str, Any]:
+    """Of `Experts`, as megatron.core ``topk_routing_with_score_function`` computes it."""
+    softmax, chosen = config.moe_router_score_function == "softmax", config.moe_router_group_topk
+    groups = {
+        "num_groups": config.moe_router_num_groups,
+        "chosen_groups": chosen,
+        "group_scored_by": config.moe_router_topk // chosen if chosen else None,
+    }
+    return (groups if chosen else {}) | {
+        "scoring": config.moe_router_score_function,
+        # softmax over the chosen logits equals softmax over all, rescaled to sum to 1; sigmoids are always rescaled
+        "normalize_weights": not config.moe_router_pre_softmax if softmax else config.moe_router_topk > 1,
+        "correction_bias": config.moe_router_enable_expert_bias,
+        "scaling": config.moe_router_topk_scaling_factor or 1.0,
+    }
 
 
 def refuse(refusals: Sequence[Refusal]) -> None:

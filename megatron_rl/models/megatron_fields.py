@@ -70,6 +70,7 @@ FREE: dict[str, str] = {
     "the loss of training only; auxiliary losses of routers are added to the RL loss": (
         "calculate_per_token_loss moe_aux_loss_coeff moe_z_loss_coeff mtp_loss_scaling_factor"
     ),
+    "training only: how far a router's bias moves in a step": "moe_router_bias_update_rate",
     "training only, off in every pass that scores; a warning asks for 0": "hidden_dropout attention_dropout",
     "Megatron's own inference engine, not used here": (
         "flash_decode inference_rng_tracker inference_sampling_seed use_inference_optimized_layers "
@@ -80,8 +81,8 @@ FREE: dict[str, str] = {
         "dsa_indexer_topk dsa_indexer_loss_coeff dsa_indexer_use_sparse_loss linear_conv_kernel_dim "
         "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads fp8_recipe "
         "fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad "
-        "tp_only_amax_red kitchen_attention_backend fp4_recipe fp4_quantizer_factory moe_router_num_groups "
-        "moe_router_bias_update_rate moe_pad_expert_input_to_capacity moe_token_drop_policy mamba_state_dim "
+        "tp_only_amax_red kitchen_attention_backend fp4_recipe fp4_quantizer_factory "
+        "moe_pad_expert_input_to_capacity moe_token_drop_policy mamba_state_dim "
         "mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path q_lora_rank kv_lora_rank "
         "qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent rotary_scaling_factor "
         "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
@@ -105,6 +106,13 @@ TAKEN: dict[str, str] = {
     "moe_ffn_hidden_size": "moe_intermediate_size",
     "moe_layer_freq": "mlp_only_layers",
     "moe_router_pre_softmax": "norm_topk_prob, its opposite",
+    "moe_router_score_function": "the family: GLM-4.5 (sigmoid)",
+    "moe_router_enable_expert_bias": "the family: GLM-4.5, whose file holds the bias",
+    "moe_router_num_groups": "n_group",
+    "moe_router_group_topk": "topk_group",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size, or n_shared_experts",
+    "moe_shared_expert_gate": "the family: Qwen2-MoE",
 }
 
 
@@ -162,14 +170,10 @@ NEUTRAL: dict[str, Neutral] = {
 }
 
 NEUTRAL_WITH_EXPERTS: dict[str, Neutral] = {
-    "moe_router_score_function": _is("softmax"),
     "moe_router_load_balancing_type": Neutral(
         "one of " + ", ".join(LOAD_BALANCING), lambda value: all(kind in LOAD_BALANCING for kind in _as_list(value))
     ),
-    "moe_router_topk_scaling_factor": _is(None, 1.0),
-    "moe_router_group_topk": _NONE,
     "moe_router_topk_limited_devices": _NONE,
-    "moe_router_enable_expert_bias": _OFF,
     "moe_router_force_load_balancing": _OFF,
     "moe_router_padding_for_quantization": _OFF,
     "moe_router_padding_for_fp8": _OFF,
@@ -180,8 +184,6 @@ NEUTRAL_WITH_EXPERTS: dict[str, Neutral] = {
     "moe_apply_probs_on_input": _OFF,
     "moe_use_legacy_grouped_gemm": _OFF,
     "moe_latent_size": _NO_SIZE,
-    "moe_shared_expert_intermediate_size": _NO_SIZE,
-    "moe_shared_expert_gate": _OFF,
 }
 
 

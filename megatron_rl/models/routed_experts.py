@@ -22,6 +22,9 @@ class ExpertNames:
     up: str = "up_proj"
     down: str = "down_proj"
     router: str = "mlp.gate.weight"
+    correction_bias: str = "mlp.gate.e_score_correction_bias"
+    shared: str = "mlp.shared_experts."  # before the matrices of the shared expert
+    shared_gate: str = "mlp.shared_expert_gate.weight"
     module: str = ""  # in place of ``experts`` in the memory of `transformers`, where it differs
     module_router: str = ""  # the same of ``router``
 

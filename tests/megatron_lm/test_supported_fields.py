@@ -115,6 +115,12 @@ TAKEN_OVER: dict[str, tuple[dict, dict]] = {
     "moe_router_pre_softmax": (MOE | {"moe_router_pre_softmax": True}, {}),
     "moe_layer_freq": (MOE | {"moe_layer_freq": [0, 1]}, {}),
     "moe_router_topk": (MOE | {"moe_router_topk": 3}, {}),
+    "moe_shared_expert_gate": (
+        MOE
+        | {"qk_layernorm": False, "add_qkv_bias": True, "moe_router_pre_softmax": True}
+        | {"moe_shared_expert_intermediate_size": 16, "moe_shared_expert_gate": True},
+        {},
+    ),
     "moe_aux_loss_coeff": (MOE | {"moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.1}, {}),
 }
 
@@ -174,15 +180,11 @@ OTHER: dict[str, Any] = {  # a value that is not neutral, for every field that m
     "fp8": "hybrid",
     "fp4": "e2m1",
     "quant_recipe": object(),
-    "moe_router_score_function": "sigmoid",
     "moe_router_load_balancing_type": "sinkhorn",
-    "moe_router_topk_scaling_factor": 2.5,
-    "moe_router_group_topk": 1,
     "moe_router_topk_limited_devices": 1,
     "moe_input_jitter_eps": 0.1,
     "moe_expert_capacity_factor": 1.0,
     "moe_latent_size": 8,
-    "moe_shared_expert_intermediate_size": 16,
 }
 
 

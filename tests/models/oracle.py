@@ -29,10 +29,16 @@ LLAMA = Architecture(
 QWEN2 = replace(LLAMA, family="qwen2", qkv_bias=True, tied=True)
 QWEN3 = replace(LLAMA, family="qwen3", qk_norm=True, num_kv_heads=2)
 QWEN3_MOE = replace(QWEN3, family="qwen3_moe", experts=Experts(8, 2, 16, dense_layers=(1,)))
+QWEN2_MOE = replace(
+    LLAMA,
+    family="qwen2_moe",
+    qkv_bias=True,
+    experts=Experts(8, 2, 16, normalize_weights=False, shared_ffn=24, shared_gate=True, dense_layers=(1,)),
+)
 MISTRAL = replace(LLAMA, family="mistral", window=7)  # shorter than the sequences of the tests
 QWEN2_WINDOWS = replace(QWEN2, window=7, full_layers=(1,))
 MIXTRAL = replace(MISTRAL, family="mixtral", ffn=16, experts=Experts(8, 3, 16))
-ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL)
+ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, QWEN2_MOE)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class FileNames:
     """What the files of a family call the parts of a mixture of experts, within a layer."""
 
     mixture: str = "mlp."
+    shared: str = "shared_experts"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -48,8 +55,14 @@ class FileNames:
         prefix = f"{layer}{self.mixture}experts.{expert}."
         return tuple(full[f"{prefix}{name}.weight"] for name in (self.gate, self.up, self.down))
 
+    def shared_expert(self, full: dict[str, Tensor], layer: str) -> tuple[Tensor, ...]:
+        return tuple(full[f"{layer}mlp.{self.shared}.{name}_proj.weight"] for name in ("gate", "up", "down"))
 
-FILE_NAMES = {"mixtral": FileNames("block_sparse_moe.", "w1", "w3", "w2")}
+
+FILE_NAMES = {
+    "mixtral": FileNames("block_sparse_moe.", gate="w1", up="w3", down="w2"),
+    "qwen2_moe": FileNames(shared="shared_expert"),
+}
 
 
 def file_names(a: Architecture) -> FileNames:
@@ -131,6 +144,14 @@ def megatron_layer(a: Architecture, full: dict[str, Tensor], grid: RankGrid, ran
         return out
     names = file_names(a)
     out["mlp.router.weight"] = full[f"{p}{names.mixture}gate.weight"]
+    if a.experts.correction_bias:
+        out["mlp.router.expert_bias"] = full[p + "mlp.gate.e_score_correction_bias"]
+    if a.experts.shared_ffn:
+        gate, up, down = names.shared_expert(full, p)
+        out["mlp.shared_experts.linear_fc1.weight"] = fused_halves(gate, up, at.tp, tp)
+        out["mlp.shared_experts.linear_fc2.weight"] = down.chunk(tp, dim=1)[at.tp]
+    if a.experts.shared_gate:
+        out["mlp.shared_experts.gate_weight"] = full[p + "mlp.shared_expert_gate.weight"]
     count, etp = a.experts.num_experts // grid.sizes.ep, grid.sizes.etp
     for local in range(count):
         gate, up, down = names.expert(full, p, at.ep * count + local)
@@ -163,7 +184,23 @@ def rollout_by_hand(a: Architecture, full: dict[str, Tensor], rank: int, tp: int
         else:
             gate_name = f"{p}{file_names(a).mixture}gate.weight"
             out[gate_name] = full[gate_name]
-            out |= rollout_experts(a, full, p, rank, tp, ep)
+            out |= rollout_experts(a, full, p, rank, tp, ep) | rollout_shared(a, full, p, rank, tp)
+    return out
+
+
+def rollout_shared(a: Architecture, full: dict[str, Tensor], p: str, rank: int, tp: int) -> dict:
+    out = {}
+    if a.experts.correction_bias:
+        name = p + "mlp.gate.e_score_correction_bias"
+        out[name] = full[name]
+    if a.experts.shared_gate:
+        name = p + "mlp.shared_expert_gate.weight"
+        out[name] = full[name]
+    if a.experts.shared_ffn:
+        gate, up, down = file_names(a).shared_expert(full, p)
+        prefix = f"{p}mlp.{file_names(a).shared}."
+        out[prefix + "gate_up_proj.weight"] = fused_halves(gate, up, rank, tp)
+        out[prefix + "down_proj.weight"] = down.chunk(tp, dim=1)[rank]
     return out
 
 

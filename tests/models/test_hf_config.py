@@ -119,7 +119,7 @@ def test_megatron_models_find_the_first_family_that_can_say_all_of_them() -> Non
 def test_unknown_families_are_refused_with_the_list_and_the_place_to_add_one(tmp_path) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"'gpt2' is not supported.*llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe.*_rl/models",
+        match=r"'gpt2' is not supported.*llama, mistral, mixtral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe.*_rl/models",
     ):
         architecture_from_hf(AutoConfig.for_model("gpt2"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen_3"}))

@@ -15,6 +15,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
@@ -65,6 +66,16 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False,
         experts_implementation="eager",
     ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **_SMALL,
+        num_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0],
+        tie_word_embeddings=False,
+        experts_implementation="eager",
+    ),
     "qwen3_moe": Qwen3MoeConfig(
         **_SMALL,
         head_dim=16,
@@ -98,6 +109,10 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
     experts = None
     if config.model_type == "qwen3_moe":
         experts = Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
+    if config.model_type == "qwen2_moe":
+        sizes = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
+        shared = {"shared_ffn": config.shared_expert_intermediate_size, "shared_gate": True, "dense_layers": (0,)}
+        experts = Experts(*sizes, normalize_weights=False, **shared)
     if config.model_type == "mixtral":
         experts = Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
     return Architecture(
@@ -110,14 +125,14 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
-        qkv_bias=config.model_type == "qwen2",
+        qkv_bias=config.model_type.startswith("qwen2"),
         qk_norm=config.model_type.startswith("qwen3"),
         norm_eps=config.rms_norm_eps,
         rope_theta=theta,
         rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
         max_positions=config.max_position_embeddings,
         experts=experts,
-        window=getattr(config, "sliding_window", None),
+        window=getattr(config, "sliding_window", None) or None,
         full_layers=(1,) if config.model_type == "qwen2" and config.sliding_window else (),
     )
 
@@ -173,7 +188,8 @@ class Cutter:
             if f"{prefix}{norm}.weight" in state:
                 self.out[f"{prefix}{norm}.weight"] = state[f"{prefix}{norm}.weight"]
         self.out[prefix + "self_attn.o_proj.weight"] = self.cols(state[prefix + "self_attn.o_proj.weight"])
-        if size.experts is None:
+        layer = int(prefix.split(".")[2])
+        if size.experts is None or layer in size.experts.dense_layers:
             parts = [self.rows(state[f"{prefix}mlp.{part}_proj.weight"]) for part in ("gate", "up")]
             self.out[prefix + "mlp.gate_up_proj.weight"] = torch.cat(parts)
             self.out[prefix + "mlp.down_proj.weight"] = self.cols(state[prefix + "mlp.down_proj.weight"])
@@ -181,7 +197,17 @@ class Cutter:
             block = "block_sparse_moe." if self.architecture.family == "mixtral" else "mlp."
             self._experts(prefix + "mlp.", prefix + block)
 
+    def _shared(self, prefix: str) -> None:
+        if self.architecture.experts.shared_gate:
+            self.out[prefix + "shared_expert_gate.weight"] = self.state[prefix + "shared_expert_gate.weight"]
+        prefix += "shared_expert." if self.architecture.family == "qwen2_moe" else "shared_experts."
+        parts = [self.rows(self.state[f"{prefix}{part}_proj.weight"]) for part in ("gate", "up")]
+        self.out[prefix + "gate_up_proj.weight"] = torch.cat(parts)
+        self.out[prefix + "down_proj.weight"] = self.cols(self.state[prefix + "down_proj.weight"])
+
     def _experts(self, module: str, prefix: str) -> None:
+        if self.architecture.experts.shared_ffn:
+            self._shared(prefix)
         self.out[prefix + "gate.weight"] = self.state[module + "gate.weight"]
         gate_up, down = self.state[module + "experts.gate_up_proj"], self.state[module + "experts.down_proj"]
         if self.expert_parallel:

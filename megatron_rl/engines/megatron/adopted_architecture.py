@@ -66,7 +66,7 @@ ColumnParallelLinear RowParallelLinear TEColumnParallelLinear TELayerNormColumnP
 TELinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear DotProductAttention TEDotProductAttention
 FusedScaleMaskSoftmax SelfAttention IdentityOp IdentityFuncOp MLP TEFusedMLP MoELayer TopKRouter SequentialMLP
 TEGroupedMLP TransformerLayer MoETransformerLayer TransformerBlock RotaryEmbedding VocabParallelEmbedding
-LanguageModelEmbedding GPTModel GroupedMLP
+LanguageModelEmbedding GPTModel GroupedMLP SharedExpertMLP
 """  # GroupedMLP is refused with its own message
 _MEGATRON = frozenset(_MEGATRON_NAMES.split())
 _INSIDE = "transformer_engine."  # what Megatron's TE classes are made of

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 
 from megatron_rl.models.architecture import Experts
-from megatron_rl.models.parameters import Parameter, Replicated
+from megatron_rl.models.parameters import GateUp, InputColumns, Parameter, Replicated, Rows
 from megatron_rl.models.routed_experts import EXPERT_NAMES, ExpertNames, RoutedExperts
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertMLP:
-    """Softmax over all experts, the largest ``experts_per_token`` of them, their outputs weighted and summed."""
+    """The outputs of the experts that `models/routing.py` chooses, weighted and summed, and that of a shared expert."""
 
     hidden: int
     experts: Experts
@@ -26,12 +26,26 @@ class ExpertMLP:
 
     def parameters(self) -> Iterator[Parameter]:
         """Names lack the layer's prefix."""
-        shape = (self.experts.num_experts, self.hidden)
+        experts, names = self.experts, self.names
         yield Replicated(
-            self.names.router,
-            shape,
+            names.router,
+            (experts.num_experts, self.hidden),
             "mlp.router.weight",
-            transformers_name=self.names.module_router,
+            transformers_name=names.module_router,
             dtype=self.router_dtype,
         )
-        yield RoutedExperts(self.experts.num_experts, self.experts.ffn, self.hidden, self.names)
+        if experts.correction_bias:
+            shape = (experts.num_experts,)
+            yield Replicated(names.correction_bias, shape, "mlp.router.expert_bias", dtype=torch.float32)
+        yield RoutedExperts(experts.num_experts, experts.ffn, self.hidden, names)
+        if experts.shared_ffn:
+            yield from self._shared(experts.shared_ffn)
+        if experts.shared_gate:
+            yield Replicated(names.shared_gate, (1, self.hidden), "mlp.shared_experts.gate_weight")
+
+    def _shared(self, ffn: int) -> Iterator[Parameter]:
+        """The shared expert, which lies on all tensor-parallel ranks wherever the routed ones are."""
+        shared, megatron = self.names.shared, "mlp.shared_experts."
+        gate, up = (Rows(f"{shared}{half}_proj.weight", 0, ffn) for half in ("gate", "up"))
+        yield GateUp(gate, up, self.hidden, megatron + "linear_fc1.weight", shared + "gate_up_proj.weight")
+        yield InputColumns(shared + "down_proj.weight", self.hidden, ffn, megatron + "linear_fc2.weight")

@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.families.qwen3 import Qwen3
-from megatron_rl.models.family import EXPERT_KEYS, FAMILIES
+from megatron_rl.models.families.qwen2_moe import Qwen2Moe
+from megatron_rl.models.family import EXPERT_KEYS, FAMILIES, ModelFamily
 
 
 @FAMILIES.register("qwen3_moe")
-class Qwen3Moe(Qwen3):
-    """Routed experts."""
+class Qwen3Moe(Qwen2Moe):
+    """Routed experts; RMSNorm over each query and key head, and no biases."""
 
+    qkv_bias = False
+    bias_key = ""
+    qk_norm = True
+    names_head_dim = True
     expert_keys = EXPERT_KEYS
-    windowed = names_windows = False
+    expert_names = ModelFamily.expert_names
 
-    def dense_layers(self, config: Mapping[str, Any]) -> tuple[int, ...]:
-        step, only_dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
-        return tuple(i for i in range(config["num_hidden_layers"]) if i in only_dense or (i + 1) % step)
-
-    def config_fields(self, architecture: Architecture) -> dict[str, Any]:
-        dense = architecture.experts.dense_layers if architecture.experts else ()
-        return super().config_fields(architecture) | {"decoder_sparse_step": 1, "mlp_only_layers": list(dense)}
+    def routing(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {}

@@ -6,6 +6,7 @@ whole prompts and fills the KV cache; `decode` adds one token to every running s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 
 from megatron_rl.models import Architecture, describe
 from megatron_rl.models.components.embedding import OutputLayer
-from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
-from megatron_rl.models.description import LayerDescription, ModelDescription
+from megatron_rl.models.description import ModelDescription
 from megatron_rl.ops.selection import choose
 from megatron_rl.rollout.local.expert_layer import ExpertLayer
+from megatron_rl.rollout.local.feed_forward import feed_forward
 from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.rotary_cache import RotaryCache, rotate_
 from megatron_rl.rollout.local.sharding import TensorParallel
@@ -199,18 +200,6 @@ class Decoder:
         return logits[:, : self.vocab].float()
 
 
-@dataclass(frozen=True, slots=True)
-class DenseLayer:
-    """A gated-SiLU feed-forward layer on this rank."""
-
-    gate_up: torch.Tensor
-    down: torch.Tensor
-
-    def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), self.down)
-
-
 def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
     described, prefix = model.layers[index], model.prefix(index)
     attention = described.attention
@@ -229,23 +218,7 @@ def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], inde
         k_norm=norm(attention.k_norm),
         o=_named(parameters, prefix + "self_attn.o_proj.weight"),
         mlp_norm=_norm(described.mlp_norm, parameters, prefix),
-        mlp=_mlp(described, parameters, prefix, tp),
-    )
-
-
-def _mlp(
-    described: LayerDescription, parameters: Mapping[str, torch.Tensor], prefix: str, tp: TensorParallel
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    if not isinstance(described.mlp, ExpertMLP):
-        gate_up, down = (_named(parameters, f"{prefix}mlp.{name}_proj.weight") for name in ("gate_up", "down"))
-        return DenseLayer(gate_up, down)
-    names = described.mlp.names
-    return ExpertLayer(
-        described.mlp.experts,
-        gate=_named(parameters, prefix + names.router),
-        w13=_named(parameters, f"{prefix}{names.experts}w13_weight"),
-        w2=_named(parameters, f"{prefix}{names.experts}w2_weight"),
-        tp=tp,
+        mlp=feed_forward(described.mlp, functools.partial(_named, parameters), prefix, tp),
     )
 
 

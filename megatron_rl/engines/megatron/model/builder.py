@@ -236,9 +236,16 @@ def _expert_fields(experts: Experts, num_layers: int) -> dict[str, Any]:
         "moe_router_topk": experts.experts_per_token,
         "moe_ffn_hidden_size": experts.ffn,
         "moe_shared_expert_intermediate_size": experts.shared_ffn or None,
+        "moe_shared_expert_gate": experts.shared_gate,
         "moe_layer_freq": [int(layer not in experts.dense_layers) for layer in range(num_layers)],
         # A softmax over the chosen experts' logits is the softmax over all, rescaled to sum to 1.
-        "moe_router_pre_softmax": not experts.normalize_weights,
+        "moe_router_pre_softmax": experts.scoring == "softmax" and not experts.normalize_weights,
+        "moe_router_score_function": experts.scoring,
+        "moe_router_enable_expert_bias": experts.correction_bias,
+        "moe_router_bias_update_rate": 0.0,  # the bias stays as it was loaded
+        "moe_router_num_groups": experts.num_groups if experts.num_groups > 1 else None,
+        "moe_router_group_topk": experts.chosen_groups if experts.num_groups > 1 else None,
+        "moe_router_topk_scaling_factor": experts.scaling if experts.scaling != 1.0 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": 0.0,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 
 TRANSFORMER_ENGINE_ATTENTION = "TEDotProductAttention"
+LOGICAL_BUFFERS = ("router.expert_bias",)  # buffers that are tensors of Hugging Face files, too
 
 
 def unwrap(chunk: nn.Module) -> LanguageModule:
@@ -58,12 +59,16 @@ def supports_packing(chunk: nn.Module) -> bool:
 
 
 def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """The parameters of a rank's chunks, wrapped or not, named as in `megatron_layout`: detached views, no copies."""
+    """The parameters of a rank's chunks, wrapped or not, and `LOGICAL_BUFFERS`, named as in `megatron_layout`: detached
+    views, no copies."""
     tensors = {}
     for index, chunk in enumerate(chunks):
-        prefix = chunk_prefix(index, len(chunks))
-        for name, parameter in unwrap(chunk).named_parameters():
+        prefix, model = chunk_prefix(index, len(chunks)), unwrap(chunk)
+        for name, parameter in model.named_parameters():
             tensors[prefix + name] = parameter.detach()
+        for name, buffer in model.named_buffers():
+            if name.endswith(LOGICAL_BUFFERS):
+                tensors[prefix + name] = buffer
     return tensors
 
 

@@ -49,6 +49,8 @@ CASES = [
     ("mistral", ParallelSizes(tp=2, pp=2, sequence_parallel=True)),
     ("mixtral", ParallelSizes(ep=4)),
     ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("qwen2_moe", ParallelSizes(ep=4)),
+    ("qwen2_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("seeded", ParallelSizes(tp=2, pp=2)),  # tests/seeded_model.py: 5 layers over 2 stages
     ("stories", ParallelSizes(tp=2, pp=2)),  # real weights, where they are at hand
 ]

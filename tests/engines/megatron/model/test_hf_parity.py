@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.oracle import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_WINDOWS, QWEN3, QWEN3_MOE
+from models.oracle import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN2_WINDOWS, QWEN3, QWEN3_MOE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import megatron_rl
@@ -49,6 +49,7 @@ CASES = {
     "qwen2, windows in some layers": QWEN2_WINDOWS,
     "mistral, no window": replace(MISTRAL, window=None),
     "mixtral, sliding window": MIXTRAL,
+    "qwen2_moe, gated shared expert": QWEN2_MOE,
 }
 
 
