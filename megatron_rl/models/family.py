@@ -7,6 +7,7 @@ differences, with one registry line, imported by ``families/__init__.py``.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
@@ -67,6 +68,7 @@ class ModelFamily:
     bias_key: ClassVar[str] = ""  # the config says here whether queries, keys and values have biases; "" = ``qkv_bias``
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
     expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
+    exported: ClassVar[Mapping[str, Any]] = {}  # what an exported config says, whatever the one that was loaded said
 
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type
@@ -263,9 +265,10 @@ def in_a_family(architecture: Architecture) -> Architecture:
     for name in FAMILIES:
         family, renamed = family_of(name), replace(architecture, family=name)
         if bool(family.expert_keys) == (architecture.experts is not None):
-            found = family.architecture(family.config_fields(renamed))
-            if _without_idle(found) == _without_idle(renamed):
-                return found
+            with contextlib.suppress(ConfigError):  # this one cannot
+                found = family.architecture(family.config_fields(renamed))
+                if _without_idle(found) == _without_idle(renamed):
+                    return found
     switches = [field for field in fields(architecture) if field.default is not MISSING]
     given = ((field.name, getattr(architecture, field.name), field.default) for field in switches)
     unlike = ", ".join(f"{name}={value}" for name, value, plain in given if value != plain)

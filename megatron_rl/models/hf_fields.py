@@ -113,6 +113,20 @@ class HFFields(_Fields):
     """Biases in the MLP."""
     shared_expert_intermediate_size: Size | None = None
     """Width inside the shared expert."""
+    n_routed_experts: Size | None = None
+    """Experts of a layer, under a third name."""
+    n_shared_experts: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Experts that every token goes to."""
+    n_group: Size | None = None
+    """Groups of experts."""
+    topk_group: Size | None = None
+    """Groups that a token's experts come from."""
+    first_k_dense_replace: Layer | None = None
+    """Dense layers before those with experts."""
+    routed_scaling_factor: Positive | None = None
+    """Factor of the router's weights."""
+    use_qk_norm: bool | None = None
+    """Norms over query and key heads."""
     sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Context of attention, tokens; 0 beside a ``use_sliding_window`` that says no."""
     use_sliding_window: bool | Literal[0, 1] | None = None

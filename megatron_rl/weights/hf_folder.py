@@ -101,6 +101,7 @@ class HFDescription:
         fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
         config = CONFIG_MAPPING[a.family].from_dict(fields)
         config.architectures, config.dtype = [family_of(a.family).hf_name(a)], name
+        config.update(dict(family_of(a.family).exported))
         if a.value_model:
             config.num_labels = 1
             if self.tokenizer is not None:

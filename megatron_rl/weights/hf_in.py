@@ -121,8 +121,23 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
         _check_tied(source, embedding, output, expected[embedding])
     # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
+    behind = [n for n in extra if _is_behind(n, architecture)]
+    if behind:
+        logger.warning(
+            "%s: %d tensors of layers behind the last of %d, which predict several tokens, are neither trained nor "
+            "exported, first %s",
+            *(source.folder, len(behind), architecture.num_layers, sorted(behind)[0]),
+        )
+    extra = [n for n in extra if n not in behind]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])
+
+
+def _is_behind(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor belongs to a layer beyond those of the decoder: multi-token prediction."""
+    _, prefix, rest = name.partition(describe(architecture).layers_prefix)
+    number = rest.partition(".")[0]
+    return bool(prefix) and number.isdigit() and int(number) >= architecture.num_layers
 
 
 def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:

@@ -35,10 +35,22 @@ QWEN2_MOE = replace(
     qkv_bias=True,
     experts=Experts(8, 2, 16, normalize_weights=False, shared_ffn=24, shared_gate=True, dense_layers=(1,)),
 )
+GLM4_MOE = replace(
+    LLAMA,
+    family="glm4_moe",
+    qkv_bias=True,
+    qk_norm=True,
+    num_kv_heads=2,
+    rotary_fraction=0.5,
+    experts=Experts(
+        8, 4, 16, shared_ffn=32, dense_layers=(0,), scoring="sigmoid", correction_bias=True, num_groups=4,
+        chosen_groups=2, scaling=1.5,
+    ),
+)  # fmt: skip
 MISTRAL = replace(LLAMA, family="mistral", window=7)  # shorter than the sequences of the tests
 QWEN2_WINDOWS = replace(QWEN2, window=7, full_layers=(1,))
 MIXTRAL = replace(MISTRAL, family="mixtral", ffn=16, experts=Experts(8, 3, 16))
-ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, QWEN2_MOE)
+ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, QWEN2_MOE, GLM4_MOE)
 
 
 @dataclass(frozen=True)

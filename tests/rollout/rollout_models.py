@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -76,6 +77,21 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False,
         experts_implementation="eager",
     ),
+    "glm4_moe": Glm4MoeConfig(
+        **_SMALL,
+        head_dim=16,
+        attention_bias=True,
+        use_qk_norm=True,
+        n_routed_experts=6,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        n_shared_experts=2,
+        n_group=3,
+        topk_group=2,
+        routed_scaling_factor=1.5,
+        tie_word_embeddings=False,
+        experts_implementation="eager",
+    ),
     "qwen3_moe": Qwen3MoeConfig(
         **_SMALL,
         head_dim=16,
@@ -99,13 +115,16 @@ def random_model(name: str, seed: int = 0) -> PreTrainedModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     return model
 
 
 def architecture_of(config: PretrainedConfig) -> Architecture:
     """The record, filled by hand from a Hugging Face config."""
     rope = dict(config.rope_parameters)
-    theta = rope.pop("rope_theta")
+    theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", 1.0)
     experts = None
     if config.model_type == "qwen3_moe":
         experts = Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
@@ -113,6 +132,11 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         sizes = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
         shared = {"shared_ffn": config.shared_expert_intermediate_size, "shared_gate": True, "dense_layers": (0,)}
         experts = Experts(*sizes, normalize_weights=False, **shared)
+    if config.model_type == "glm4_moe":
+        sizes = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
+        groups = {"num_groups": config.n_group, "chosen_groups": config.topk_group, "scaling": 1.5}
+        shared = {"shared_ffn": 48, "dense_layers": (0,), "scoring": "sigmoid", "correction_bias": True}
+        experts = Experts(*sizes, **groups, **shared)
     if config.model_type == "mixtral":
         experts = Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
     return Architecture(
@@ -125,11 +149,12 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
-        qkv_bias=config.model_type.startswith("qwen2"),
-        qk_norm=config.model_type.startswith("qwen3"),
+        qkv_bias=config.model_type.startswith(("qwen2", "glm4")),
+        qk_norm=config.model_type.startswith(("qwen3", "glm4")),
         norm_eps=config.rms_norm_eps,
         rope_theta=theta,
         rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
+        rotary_fraction=fraction,
         max_positions=config.max_position_embeddings,
         experts=experts,
         window=getattr(config, "sliding_window", None) or None,
@@ -198,6 +223,9 @@ class Cutter:
             self._experts(prefix + "mlp.", prefix + block)
 
     def _shared(self, prefix: str) -> None:
+        if self.architecture.experts.correction_bias:
+            name = prefix + "gate.e_score_correction_bias"
+            self.out[name] = self.state[name]
         if self.architecture.experts.shared_gate:
             self.out[prefix + "shared_expert_gate.weight"] = self.state[prefix + "shared_expert_gate.weight"]
         prefix += "shared_expert." if self.architecture.family == "qwen2_moe" else "shared_experts."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_rl.engines.megatron.model.expert_router import ExpertRouter
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.components.position import Scaling
@@ -88,6 +89,8 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
     )
     plain = replace(plain, rotary_fraction=float(chunk.rotary_percent))  # type: ignore[arg-type]
+    own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
+    plain = replace(plain, experts=own_routers[0].experts) if own_routers else plain
     scaling = own_scaling(chunk)
     if scaling is None:
         frequencies = frequencies_of(chunk)

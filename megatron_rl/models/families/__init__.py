@@ -2,4 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_rl.models.families import llama, mistral, mixtral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe  # noqa: F401
+from megatron_rl.models.families import (  # noqa: F401
+    glm4_moe,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+)

@@ -81,6 +81,8 @@ def _arguments(
         arguments |= {"incremental-streaming-output": True, "stream-interval": STREAM_INTERVAL}
     if config.memory_saver:
         arguments["enable-memory-saver"] = True
+    if architecture.experts is not None and architecture.experts.shared_ffn:
+        arguments["disable-shared-experts-fusion"] = True  # as one more routed expert it has another layout
     if config.return_routed_experts:
         if architecture.experts is None:
             raise ConfigError("return_routed_experts=true, but the model has no experts: leave it out")

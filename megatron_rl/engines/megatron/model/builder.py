@@ -120,7 +120,7 @@ def _build_chunk(
     pp_rank, last_stage = groups.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage, pp_rank),
+        transformer_layer_spec=layer_spec(config, vp_stage, pp_rank, architecture.experts),
         vocab_size=vocab,
         max_sequence_length=architecture.max_positions,
         pre_process=pp_rank == 0 and not vp_stage,

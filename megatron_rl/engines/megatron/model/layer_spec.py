@@ -6,22 +6,29 @@ and context parallelism, and our gated activation, which is faster. Both specs g
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.devices import use_transformer_engine
 from megatron_rl.engines.megatron.model.core_attention import CoreAttention
+from megatron_rl.engines.megatron.model.expert_router import ExpertRouter, is_megatrons
 from megatron_rl.engines.megatron.model.gated_mlp import GatedMLP
 from megatron_rl.engines.megatron.model.rms_norm import RMSNorm
+from megatron_rl.models.architecture import Experts
 
 
 def layer_spec(
-    config: TransformerConfig, vp_stage: int | None = None, pp_rank: int | None = None
+    config: TransformerConfig,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+    experts: Experts | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one model chunk, for `GPTModel(transformer_layer_spec=...)`.
 
@@ -29,12 +36,14 @@ def layer_spec(
         config: sizes and pipeline split; dense or mixture of experts.
         vp_stage: the chunk, with interleaved pipelines; else None.
         pp_rank: the pipeline stage; None asks Megatron's `parallel_state`.
+        experts: how they are chosen, where ``config`` cannot say it; None = as it says.
 
     Raises:
         ValueError: without TransformerEngine, for a norm other than RMSNorm.
     """
     if use_transformer_engine():
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
+        return replace(block, layer_specs=[_routed(spec, experts) for spec in block.layer_specs or []])
     if config.normalization != "RMSNorm" or config.multi_latent_attention:
         raise ValueError(
             f"normalization={config.normalization}, multi_latent_attention={config.multi_latent_attention}: without "
@@ -44,8 +53,19 @@ def layer_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
     )
     return TransformerBlockSubmodules(
-        layer_specs=[local_layer(spec, config.qk_layernorm) for spec in block.layer_specs or []], layer_norm=RMSNorm
+        layer_specs=[_routed(local_layer(spec, config.qk_layernorm), experts) for spec in block.layer_specs or []],
+        layer_norm=RMSNorm,
     )
+
+
+def _routed(spec: ModuleSpec, experts: Experts | None) -> ModuleSpec:
+    """The layer with a router that chooses as ``experts`` says, where Megatron-Core's own cannot."""
+    mlp = spec.submodules.mlp
+    if experts is None or is_megatrons(experts) or getattr(mlp, "module", None) is not MoELayer:
+        return spec
+    router = functools.partial(ExpertRouter, experts=experts)
+    mlp = replace(mlp, submodules=replace(mlp.submodules, router=router))
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
 
 
 def local_layer(spec: ModuleSpec, qk_norm: bool) -> ModuleSpec:

@@ -51,6 +51,8 @@ CASES = [
     ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("qwen2_moe", ParallelSizes(ep=4)),
     ("qwen2_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("glm4_moe", ParallelSizes(ep=4)),
+    ("glm4_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("seeded", ParallelSizes(tp=2, pp=2)),  # tests/seeded_model.py: 5 layers over 2 stages
     ("stories", ParallelSizes(tp=2, pp=2)),  # real weights, where they are at hand
 ]
@@ -58,6 +60,7 @@ CONVERSIONS = [
     ("llama", ParallelSizes(pp=2, vpp=2)),
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("glm4_moe", ParallelSizes(pp=2, vpp=2)),
 ]
 TOKENS = 16
 
@@ -134,7 +137,7 @@ def there_and_back(folder: Path, sizes: ParallelSizes) -> None:
 
 
 def mixed_dtypes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    kept = ("norm.weight", "gate.weight")
+    kept = ("norm.weight", "gate.weight", "correction_bias")
     return {name: tensor if name.endswith(kept) else tensor.bfloat16() for name, tensor in tensors.items()}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.oracle import LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN2_WINDOWS, QWEN3, QWEN3_MOE
+from models.oracle import GLM4_MOE, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN2_WINDOWS, QWEN3, QWEN3_MOE
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import megatron_rl
@@ -50,6 +50,10 @@ CASES = {
     "mistral, no window": replace(MISTRAL, window=None),
     "mixtral, sliding window": MIXTRAL,
     "qwen2_moe, gated shared expert": QWEN2_MOE,
+    "glm4_moe, sigmoid router": GLM4_MOE,
+    "glm4_moe, weights not rescaled": replace(
+        GLM4_MOE, experts=replace(GLM4_MOE.experts, normalize_weights=False, chosen_groups=3)
+    ),
 }
 
 
@@ -64,6 +68,9 @@ def random_hf(architecture: Architecture) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(std=0.3).add_(1.0 if "norm" in name else 0.0)
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.normal_(std=0.3)
     return model
 
 

@@ -1,0 +1,26 @@
+"""GLM-4.5 and GLM-4.6: DeepSeek's experts behind grouped-query attention of which a part of each head turns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.families.deepseek_experts import DeepseekExperts
+from megatron_rl.models.family import FAMILIES
+
+
+@FAMILIES.register("glm4_moe")
+class Glm4Moe(DeepseekExperts):
+    """Biases on query, key and value, and norms over their heads, where the config says so."""
+
+    names_head_dim = False
+    turns_part = True
+    bias_key = "attention_bias"
+
+    def architecture(self, config: Mapping[str, Any]) -> Architecture:
+        return replace(super().architecture(config), qk_norm=config["use_qk_norm"])
+
+    def config_fields(self, architecture: Architecture) -> dict[str, Any]:
+        return super().config_fields(architecture) | {"use_qk_norm": architecture.qk_norm}
