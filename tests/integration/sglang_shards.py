@@ -1,12 +1,14 @@
 """Run in SGLang's own environment: what its model classes hold after its own loader has read a Hugging Face folder.
 
-usage: sglang_shards.py OUT FOLDER...    writes OUT/<folder's name>-tp<TP>-<rank>.safetensors for TP 1, 2 and 4
+usage: sglang_shards.py OUT FOLDER...    writes OUT/<folder's name>-tp<TP>-ep<EP>-<rank>.safetensors for TP 1, 2 and 4,
+and for EP 2 of mixtures of experts
 
 Each rank is a fork of this process, which has imported everything once; no server runs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -27,13 +29,15 @@ from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
 
 
-def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, torch.Tensor]:
+def load(folder: Path, tp: int, ep: int, rank: int, port: int) -> dict[str, torch.Tensor]:
     os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(["0"] * tp)  # a core for each rank, though it be the same
     arguments = ServerArgs(
         model_path=str(folder),
         device="cpu",
         attention_backend="torch_native",
         tp_size=tp,
+        ep_size=ep,
+        disable_shared_experts_fusion=True,  # as megatron_rl starts servers
         load_format="dummy",
         dtype="bfloat16",
         max_total_tokens=1024,
@@ -50,11 +54,11 @@ def load(folder: Path, tp: int, rank: int, port: int) -> dict[str, torch.Tensor]
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def be_rank(out: Path, folder: Path, tp: int, rank: int, port: int) -> None:
+def be_rank(out: Path, folder: Path, tp: int, ep: int, rank: int, port: int) -> None:
     code = 1
     try:
         torch.set_num_threads(1)
-        save_file(load(folder, tp, rank, port), out / f"{folder.name}-tp{tp}-{rank}.safetensors")
+        save_file(load(folder, tp, ep, rank, port), out / f"{folder.name}-tp{tp}-ep{ep}-{rank}.safetensors")
         dist.barrier()
         code = 0
     except BaseException:
@@ -72,16 +76,17 @@ def free_port() -> int:
 def main() -> None:
     out, *folders = map(Path, sys.argv[1:])
     for folder in folders:
-        for tp in (1, 2, 4):
+        mixes = "num_experts_per_tok" in json.loads((folder / "config.json").read_text())
+        for tp, ep in ((1, 1), (2, 1), (4, 1), (4, 2)) if mixes else ((1, 1), (2, 1), (4, 1)):
             port, children = free_port(), []
             for rank in range(tp):
                 child = os.fork()
                 if child == 0:
-                    be_rank(out, folder, tp, rank, port)
+                    be_rank(out, folder, tp, ep, rank, port)
                 children.append(child)
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             if any(codes):
-                sys.exit(f"{folder.name} at tp={tp} failed: {codes}")
+                sys.exit(f"{folder.name} at tp={tp} ep={ep} failed: {codes}")
 
 
 if __name__ == "__main__":

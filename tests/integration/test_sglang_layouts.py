@@ -1,4 +1,5 @@
-"""Rollout layouts against SGLang's own model classes and loader, bit for bit, at tensor-parallel sizes 1, 2 and 4."""
+"""Rollout layouts against SGLang's own model classes and loader, bit for bit, at tensor-parallel sizes 1, 2 and 4, and
+with two expert-parallel ranks of two tensor-parallel ones each."""
 
 from __future__ import annotations
 
@@ -19,9 +20,12 @@ from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import SafetensorsFolder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral")
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe")
+CASES = [(family, tp, 1) for family in FAMILIES for tp in (1, 2, 4)]
+CASES += [(family, 4, 2) for family in FAMILIES if hasattr(CONFIGS[family], "num_experts_per_tok")]
 # Sizes that each of 4 ranks holds a part of, and heads that are repeated at 4; the vocabulary needs padding.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 250}
+OWN = {"qwen2_moe": {"head_dim": 8, "mlp_only_layers": []}}  # SGLang has experts in all of its layers
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +34,11 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python, folder = sglang_python(), tmp_path_factory.mktemp("shards")
     torch.manual_seed(0)
     for family in FAMILIES:
-        config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | SIZES | {"head_dim": 8})
+        config = type(CONFIGS[family])(**CONFIGS[family].to_dict() | SIZES | OWN.get(family, {"head_dim": 8}))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        for parameter in model.parameters():  # norms and biases would otherwise be constant
-            torch.nn.init.normal_(parameter)
+        buffers = (buffer for name, buffer in model.named_buffers() if "correction_bias" in name)
+        for tensor in (*model.parameters(), *buffers):  # norms and biases would otherwise be constant
+            torch.nn.init.normal_(tensor)
         model.save_pretrained(folder / family)
     program = Path(__file__).with_name("sglang_shards.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -50,17 +55,17 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_shards_are_bitwise_those_of_sglangs_own_loader(held: Path, family: str, tp: int) -> None:
+@pytest.mark.parametrize(("family", "tp", "ep"), CASES)
+def test_shards_are_bitwise_those_of_sglangs_own_loader(held: Path, family: str, tp: int, ep: int) -> None:
     config = type(CONFIGS[family]).from_pretrained(held / family)
     architecture = replace(architecture_of(config), head_dim=8)
-    layout = rollout_layout(architecture, tp, [list(range(tp))])
+    layout = rollout_layout(architecture, tp, [list(range(tp))], ep)
     with SafetensorsFolder(held / family) as source:
         for rank in range(tp):
-            ours = empty_tensors(layout, rank, torch.bfloat16)
+            ours = empty_tensors(layout, rank, layout.dtypes(torch.bfloat16))
             fill(layout, rank, ours, source)
-            theirs = load_file(held / f"{family}-tp{tp}-{rank}.safetensors")
+            theirs = load_file(held / f"{family}-tp{tp}-ep{ep}-{rank}.safetensors")
             assert sorted(ours) == sorted(theirs)
             for name, tensor in theirs.items():
+                assert ours[name].dtype == tensor.dtype, f"{name} on rank {rank}"
                 assert torch.equal(ours[name], tensor), f"{name} on rank {rank}"

@@ -130,8 +130,8 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         experts = Experts(config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size)
     if config.model_type == "qwen2_moe":
         sizes = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
-        shared = {"shared_ffn": config.shared_expert_intermediate_size, "shared_gate": True, "dense_layers": (0,)}
-        experts = Experts(*sizes, normalize_weights=False, **shared)
+        shared = {"shared_ffn": config.shared_expert_intermediate_size, "shared_gate": True}
+        experts = Experts(*sizes, normalize_weights=False, dense_layers=tuple(config.mlp_only_layers), **shared)
     if config.model_type == "glm4_moe":
         sizes = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
         groups = {"num_groups": config.n_group, "chosen_groups": config.topk_group, "scaling": 1.5}

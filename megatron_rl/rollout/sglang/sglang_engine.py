@@ -50,7 +50,8 @@ from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 logger = logging.getLogger(__name__)
 
 WHERE = "actor.rollout.options"
-EXPERTS_EVERYWHERE = ("qwen3_moe",)  # families of which SGLang makes no dense layer (its Qwen3MoeDecoderLayer)
+# Families of which SGLang makes no dense layer (its Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer).
+EXPERTS_EVERYWHERE = ("qwen2_moe", "qwen3_moe")
 POLL_SECONDS = 0.25  # between checks for servers that need weights, while requests run
 CALL_SECONDS = 20.0  # between heartbeats to the other ranks, whose collectives time out
 WRITE_ATTEMPTS = 3
