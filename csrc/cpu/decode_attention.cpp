@@ -38,11 +38,12 @@ MRL_INLINE float exp_negative(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-// In place over `count` scores; the array has room for whole lanes. A NaN anywhere gives NaN everywhere.
-MRL_INLINE void softmax(float* scores, int64_t count) {
+// In place over `count` scores, and a sink where there is one; the array has room for whole lanes. A NaN anywhere gives
+// NaN everywhere.
+MRL_INLINE void softmax(float* scores, int64_t count, const float* sink) {
   const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int64_t i = count; i < padded; ++i) scores[i] = -INFINITY;
-  float largest = scores[0];
+  float largest = sink == nullptr ? scores[0] : *sink;
   Lanes tops = load_lanes(scores), check = {};
   for (int64_t i = 0; i < padded; i += kLanes) {
     const Lanes x = load_lanes(scores + i);
@@ -52,7 +53,7 @@ MRL_INLINE void softmax(float* scores, int64_t count) {
   for (int64_t i = 0; i < padded; ++i) scores[i] = scores[i] == scores[i] ? exp_negative(scores[i] - largest) : NAN;
   for (int64_t i = count; i < padded; ++i) scores[i] = 0.0f;
   for (int64_t i = 0; i < padded; i += kLanes) check += load_lanes(scores + i);
-  const float scale = 1.0f / sum_lanes(check);
+  const float scale = 1.0f / (sum_lanes(check) + (sink == nullptr ? 0.0f : exp_negative(*sink - largest)));
   for (int64_t i = 0; i < padded; ++i) scores[i] *= scale;
 }
 
@@ -78,7 +79,8 @@ MRL_INLINE void weighted_sum(const float* weights, const float* values, float* o
 
 MRL_INLINE void attend(const DecodeAttention& a, int64_t task, float* scores) {
   const int64_t row = task / a.kv_heads, head = task % a.kv_heads, dim = a.head_dim;
-  const int64_t group = a.q_heads / a.kv_heads, position = a.positions[row], count = position + 1;
+  const int64_t group = a.q_heads / a.kv_heads, position = a.positions[row];
+  const int64_t first = a.rule.first(position + 1), count = position + 1 - first;
   float* const token = a.qkv + row * (a.q_heads + 2 * a.kv_heads) * dim;
   float* const queries = token + head * group * dim;
   float* const key = token + (a.q_heads + head) * dim;
@@ -86,15 +88,17 @@ MRL_INLINE void attend(const DecodeAttention& a, int64_t task, float* scores) {
   float* const values = keys + a.length * dim;
   const float* const cos = a.cos + row * a.rotary_dim;
   const float* const sin = a.sin + row * a.rotary_dim;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
   for (int64_t g = 0; g < group; ++g) rotate(queries + g * dim, cos, sin, a.rotary_dim);
   rotate(key, cos, sin, a.rotary_dim);
   std::memcpy(keys + position * dim, key, dim * sizeof(float));
   std::memcpy(values + position * dim, key + a.kv_heads * dim, dim * sizeof(float));
   for (int64_t g = 0; g < group; ++g) {
-    for (int64_t i = 0; i < count; ++i) scores[i] = dot(queries + g * dim, keys + i * dim, dim) * scale;
-    softmax(scores, count);
-    weighted_sum(scores, values, a.out + (row * a.q_heads + head * group + g) * dim, count, dim);
+    for (int64_t i = 0; i < count; ++i)
+      scores[i] = dot(queries + g * dim, keys + (first + i) * dim, dim) * a.rule.scale;
+    if (a.rule.softcap > 0.0f)
+      for (int64_t i = 0; i < count; ++i) scores[i] = std::tanh(scores[i] / a.rule.softcap) * a.rule.softcap;
+    softmax(scores, count, a.rule.sinks == nullptr ? nullptr : a.rule.sinks + head * group + g);
+    weighted_sum(scores, values + first * dim, a.out + (row * a.q_heads + head * group + g) * dim, count, dim);
   }
 }
 

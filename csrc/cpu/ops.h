@@ -19,6 +19,14 @@ void block_quantize(const void* x, uint8_t* codes, float* scales, int64_t rows, 
 void span_checksum(const void* const* tensors, const ChecksumSpan* spans, int64_t num_spans, int type, int as_type,
                    int word_bytes, uint64_t* sums, int num_threads);
 
+// What becomes of the products of queries and keys before the softmax.
+struct ScoreRule {
+  float scale, softcap;  // softcap 0: none; else softcap * tanh(scale * product / softcap)
+  int64_t window;        // keys that a query sees at most, its own included; 0: all before it
+  const float* sinks;    // [heads], a score beside each query's own, without a value; nullptr: none
+  int64_t first(int64_t seen) const { return window > 0 && seen > window ? seen - window : 0; }
+};
+
 // One layer's attention of one new token per sequence; float32, contiguous.
 struct DecodeAttention {
   float* qkv;                // [rows, q_heads + 2 * kv_heads, head_dim]; queries and keys are rotated in place
@@ -28,6 +36,7 @@ struct DecodeAttention {
   const int64_t* positions;  // [rows], below length
   float* out;                // [rows, q_heads, head_dim]
   int64_t q_heads, kv_heads, head_dim, length, rotary_dim;
+  ScoreRule rule;
 };
 void decode_attention(const DecodeAttention& a, int64_t rows, int num_threads);
 
@@ -54,9 +63,9 @@ struct PackedAttention {
   Rotary rotary;
   const AttentionSegment* segments;
   int64_t num_segments, heads, groups, dim, value_dim;
-  float scale;
+  ScoreRule rule;
   float* out;                // [queries, heads, value_dim]
-  float *maximum, *inverse;  // [queries, heads]: largest score, and 1 / sum of exp(score - maximum)
+  float *maximum, *inverse;  // [queries, heads]: largest score, and 1 / sum of exp(score - maximum), sinks counted
 };
 void packed_attention(const PackedAttention& a, int num_threads);
 

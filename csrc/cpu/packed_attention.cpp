@@ -105,24 +105,35 @@ MRL_INLINE void weighted_sums(const float* weights, int64_t stride, const float*
   }
 }
 
-// In place: scores to unnormalised probabilities of the first `count` keys; returns their sum, and the maximum.
-MRL_INLINE float softmax_row(float* scores, int64_t count, float scale, float* maximum) {
-  const int64_t padded = round_up(count, kKeys);
+// x where keys j .. j + 16 lie in [first, last), else `hidden`.
+MRL_INLINE Wide within(Wide x, int64_t j, int64_t first, int64_t last, float hidden) {
+  if (j + kKeys > last) x = indices(j) < static_cast<float>(last) ? x : Wide{} + hidden;
+  if (j < first) x = indices(j) < static_cast<float>(first) ? Wide{} + hidden : x;
+  return x;
+}
+
+// In place: products with keys [start, count) to unnormalised probabilities, 0 before the window; returns their sum and
+// their maximum, the sink counted in both. `start` is a multiple of kKeys.
+MRL_INLINE float softmax_row(float* scores, int64_t start, int64_t count, const ScoreRule& rule, int64_t head,
+                             float* maximum) {
+  const int64_t padded = round_up(count, kKeys), first = rule.first(count);
   Wide tops = Wide{} - INFINITY, total = {};
-  for (int64_t j = 0; j < padded; j += kKeys) {
-    Wide x = load_wide(scores + j) * scale;
-    if (j + kKeys > count) x = indices(j) < static_cast<float>(count) ? x : Wide{} - INFINITY;
+  for (int64_t j = start; j < padded; j += kKeys) {
+    Wide x = load_wide(scores + j) * rule.scale;
+    if (rule.softcap > 0.0f) x = tanh_wide(x / rule.softcap) * rule.softcap;
+    x = within(x, j, first, count, -INFINITY);
     store_wide(scores + j, x);
     tops = x > tops ? x : tops;
   }
   float top = tops[0];
   for (int64_t lane = 1; lane < kKeys; ++lane) top = tops[lane] > top ? tops[lane] : top;
-  for (int64_t j = 0; j < padded; j += kKeys) {
+  if (rule.sinks != nullptr && rule.sinks[head] > top) top = rule.sinks[head];
+  for (int64_t j = start; j < padded; j += kKeys) {
     const Wide p = exp_wide(load_wide(scores + j) - top);
     store_wide(scores + j, p);
     total += p;
   }
-  float sum = 0.0f;
+  float sum = rule.sinks == nullptr ? 0.0f : exp_wide(Wide{} + (rule.sinks[head] - top))[0];
   for (int64_t lane = 0; lane < kKeys; ++lane) sum += total[lane];
   *maximum = top;
   return sum;
@@ -152,8 +163,9 @@ MRL_INLINE void forward_task(const PackedAttention& a, int64_t segment, int64_t 
   for (int64_t head = group * per_group; head < (group + 1) * per_group; ++head) {
     for (int64_t i = 0; i < at.num_queries; i += kRows) {
       const int64_t here = std::min(kRows, at.num_queries - i), count = before + i + here;
+      const int64_t start = a.rule.first(before + i + 1) / kKeys * kKeys;
       load_queries(a, at, i, head, w.queries);
-      for (int64_t j = 0; j < count; j += kKeys) {
+      for (int64_t j = start; j < count; j += kKeys) {
         Wide scores[kRows];
         products(w.queries, w.keys_by_dim.data() + j, a.dim, padded, scores);
         for (int64_t r = 0; r < kRows; ++r) store_wide(w.scores.data() + r * padded + j, scores[r]);
@@ -161,10 +173,11 @@ MRL_INLINE void forward_task(const PackedAttention& a, int64_t segment, int64_t 
       float total[kRows], maximum[kRows];
       for (int64_t r = 0; r < kRows; ++r) {
         const int64_t seen = before + i + std::min(r, here - 1) + 1;
-        total[r] = softmax_row(w.scores.data() + r * padded, seen, a.scale, maximum + r);
+        total[r] = softmax_row(w.scores.data() + r * padded, start, seen, a.rule, head, maximum + r);
         for (int64_t j = round_up(seen, kKeys); j < count; ++j) w.scores[r * padded + j] = 0.0f;
       }
-      weighted_sums(w.scores.data(), padded, w.rows_of_keys.data(), count, value_width, w.sums);
+      weighted_sums(w.scores.data() + start, padded, w.rows_of_keys.data() + start * value_width, count - start,
+                    value_width, w.sums);
       for (int64_t r = 0; r < here; ++r) {
         const int64_t row = (at.first_query + i + r) * a.heads + head;
         const float inverse = 1.0f / total[r];
@@ -197,22 +210,28 @@ MRL_INLINE void backward_rows(const PackedAttentionGrad& g, const AttentionSegme
   const PackedAttention& a = g.forward;
   float maximum[kRows], inverse[kRows], delta[kRows];
   load_rows(g, at, i, head, w, maximum, inverse, delta);
-  const int64_t first = at.num_keys - at.num_queries + i + 1;  // keys that the first row sees
-  const int64_t count = std::min(first + kRows - 1, at.num_keys);
-  for (int64_t j = 0; j < count; j += kKeys) {
+  const int64_t seen = at.num_keys - at.num_queries + i + 1;  // keys up to the first row's own
+  const int64_t count = std::min(seen + kRows - 1, at.num_keys), start = a.rule.first(seen) / kKeys * kKeys;
+  const int64_t width = round_up(a.dim, kLanes);
+  for (int64_t j = start; j < count; j += kKeys) {
     Wide p[kRows], grad[kRows];
     products(w.queries, w.keys_by_dim.data() + j, a.dim, padded, p);
     products(w.grads, w.values_by_dim.data() + j, a.value_dim, padded, grad);
     for (int64_t r = 0; r < kRows; ++r) {
-      p[r] = exp_wide(p[r] * a.scale - maximum[r]) * inverse[r];
-      if (j + kKeys > first + r) p[r] = indices(j) < static_cast<float>(first + r) ? p[r] : Wide{};
-      grad[r] = p[r] * (grad[r] - delta[r]) * a.scale;
+      Wide score = p[r] * a.rule.scale, slope = Wide{} + a.rule.scale;
+      if (a.rule.softcap > 0.0f) {
+        const Wide bent = tanh_wide(score / a.rule.softcap);
+        score = bent * a.rule.softcap;
+        slope *= 1.0f - bent * bent;
+      }
+      p[r] = within(exp_wide(score - maximum[r]) * inverse[r], j, a.rule.first(seen + r), seen + r, 0.0f);
+      grad[r] = p[r] * (grad[r] - delta[r]) * slope;
       store_wide(w.scores.data() + r * padded + j, grad[r]);
     }
     add_outer(w.grads, p, a.value_dim, padded, w.grad_values.data() + j);
     add_outer(w.queries, grad, a.dim, padded, w.grad_keys.data() + j);
   }
-  weighted_sums(w.scores.data(), padded, w.rows_of_keys.data(), count, round_up(a.dim, kLanes), w.sums);
+  weighted_sums(w.scores.data() + start, padded, w.rows_of_keys.data() + start * width, count - start, width, w.sums);
   for (int64_t r = 0; r < std::min(kRows, at.num_queries - i); ++r) {
     float* const sums = w.sums + r * kMaxHeadDim;
     if (a.rotary.cos != nullptr) rotate(a.rotary, at.num_keys - at.num_queries + i + r, -1.0f, sums);

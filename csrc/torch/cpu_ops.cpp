@@ -46,8 +46,14 @@ void accumulate(std::vector<Tensor> parts, Tensor out, int64_t type, int64_t out
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
 
-void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor positions, Tensor out,
-                      int64_t num_threads) {
+// window 0, softcap 0, no sinks: none.
+mrl::ScoreRule score_rule(double scale, int64_t window, double softcap, const Tensor& sinks) {
+  return {static_cast<float>(scale), static_cast<float>(softcap), window,
+          sinks.numel() == 0 ? nullptr : floats(sinks)};
+}
+
+void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor positions, Tensor out, double scale,
+                      int64_t window, double softcap, Tensor sinks, int64_t num_threads) {
   const int64_t kv_heads = cache.size(1);
   const mrl::DecodeAttention call{floats(qkv),
                                   floats(cos),
@@ -59,7 +65,8 @@ void decode_attention(Tensor qkv, Tensor cos, Tensor sin, Tensor cache, Tensor p
                                   kv_heads,
                                   qkv.size(2),
                                   cache.size(3),
-                                  cos.size(2)};
+                                  cos.size(2),
+                                  score_rule(scale, window, softcap, sinks)};
   mrl::decode_attention(call, qkv.size(0), static_cast<int>(num_threads));
 }
 
@@ -78,7 +85,7 @@ mrl::Rotary rotary_of(const Tensor& rotary) {
 
 mrl::PackedAttention attention_call(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& rotary,
                                     const Tensor& segments, const Tensor& out, const Tensor& maximum,
-                                    const Tensor& inverse, double scale) {
+                                    const Tensor& inverse, const mrl::ScoreRule& rule) {
   return {token_heads(query),
           token_heads(key),
           token_heads(value),
@@ -89,22 +96,26 @@ mrl::PackedAttention attention_call(const Tensor& query, const Tensor& key, cons
           key.size(1),
           query.size(2),
           value.size(2),
-          static_cast<float>(scale),
+          rule,
           floats(out),
           floats(maximum),
           floats(inverse)};
 }
 
 void packed_attention(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out,
-                      Tensor maximum, Tensor inverse, double scale, int64_t num_threads) {
-  mrl::packed_attention(attention_call(query, key, value, rotary, segments, out, maximum, inverse, scale),
+                      Tensor maximum, Tensor inverse, double scale, int64_t window, double softcap, Tensor sinks,
+                      int64_t num_threads) {
+  const auto rule = score_rule(scale, window, softcap, sinks);
+  mrl::packed_attention(attention_call(query, key, value, rotary, segments, out, maximum, inverse, rule),
                         static_cast<int>(num_threads));
 }
 
 void packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out,
                            Tensor maximum, Tensor inverse, Tensor grad_out, Tensor grad_query, Tensor grad_key,
-                           Tensor grad_value, double scale, int64_t num_threads) {
-  const auto forward = attention_call(query, key, value, rotary, segments, out, maximum, inverse, scale);
+                           Tensor grad_value, double scale, int64_t window, double softcap, Tensor sinks,
+                           int64_t num_threads) {
+  const auto rule = score_rule(scale, window, softcap, sinks);
+  const auto forward = attention_call(query, key, value, rotary, segments, out, maximum, inverse, rule);
   mrl::packed_attention_grad({forward, floats(grad_out), floats(grad_query), floats(grad_key), floats(grad_value)},
                              static_cast<int>(num_threads));
 }
@@ -189,16 +200,16 @@ STABLE_TORCH_LIBRARY(megatron_rl_cpu, library) {
   library.def("accumulate(Tensor[] parts, Tensor(a!) out, int type, int out_type, int num_threads) -> ()");
   library.def(
       "decode_attention(Tensor(a!) qkv, Tensor cos, Tensor sin, Tensor(b!) cache, Tensor positions, Tensor(c!) out, "
-      "int num_threads) -> ()");
+      "float scale, int window, float softcap, Tensor sinks, int num_threads) -> ()");
   library.def(
       "add_rms_norm(Tensor(a!) hidden, Tensor delta, Tensor weight, Tensor(b!) out, float eps, int num_threads) -> ()");
   library.def(
       "packed_attention(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor(a!) out, "
-      "Tensor(b!) maximum, Tensor(c!) inverse, float scale, int num_threads) -> ()");
+      "Tensor(b!) maximum, Tensor(c!) inverse, float scale, int window, float softcap, Tensor sinks, int num_threads) -> ()");
   library.def(
       "packed_attention_grad(Tensor query, Tensor key, Tensor value, Tensor rotary, Tensor segments, Tensor out, "
       "Tensor maximum, Tensor inverse, Tensor grad_out, Tensor(a!) grad_query, Tensor(b!) grad_key, "
-      "Tensor(c!) grad_value, float scale, int num_threads) -> ()");
+      "Tensor(c!) grad_value, float scale, int window, float softcap, Tensor sinks, int num_threads) -> ()");
   library.def("swiglu(Tensor x, Tensor(a!) out, int num_threads) -> ()");
   library.def("swiglu_grad(Tensor x, Tensor grad_out, Tensor(a!) grad, int num_threads) -> ()");
   library.def(

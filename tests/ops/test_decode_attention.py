@@ -34,7 +34,17 @@ def case(
     return qkv, cos, sin, cache, positions
 
 
-def written_out(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def written_out(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    positions: Tensor,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Context and cache afterwards, in float64."""
     qkv, cos, sin, cache = (tensor.double() for tensor in (qkv, cos, sin, cache))
     cache = cache.clone()
@@ -55,9 +65,12 @@ def written_out(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions:
             cache[row, head, 0, position] = turned(qkv[row, q_heads + head], row)
             cache[row, head, 1, position] = qkv[row, q_heads + kv_heads + head]
         for head in range(q_heads):
-            keys, values = cache[row, head // (q_heads // kv_heads), :, : position + 1]
-            scores = keys @ turned(qkv[row, head], row) / math.sqrt(head_dim)
-            context[row, head] = torch.softmax(scores, 0) @ values
+            seen = slice(max(0, position + 1 - (window or position + 1)), position + 1)
+            keys, values = cache[row, head // (q_heads // kv_heads), :, seen]
+            scores = keys @ turned(qkv[row, head], row) * (scale or 1 / math.sqrt(head_dim))
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+            scores = scores if sinks is None else torch.cat([scores, sinks[head : head + 1].double()])
+            context[row, head] = torch.softmax(scores, 0)[: len(values)] @ values
     return context.flatten(1), cache
 
 
@@ -80,6 +93,21 @@ def test_context_and_cache_are_those_of_attention_written_out(shape: tuple[int, 
     context = decode_attention(qkv, cos, sin, cache, positions, length, implementation=implementation)
     torch.testing.assert_close(context.double(), expected, atol=3e-6, rtol=1e-5)
     torch.testing.assert_close(cache.double(), expected_cache, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 2, 8, 13), (2, 2, 4, 64, 700), (6, 3, 2, 6, 17)])
+@pytest.mark.parametrize(
+    "rule",
+    [{"window": 5}, {"softcap": 1.5}, {"sinks": True}, {"scale": 0.7, "window": 16, "softcap": 3.0, "sinks": True}],
+    ids=str,
+)
+def test_windows_soft_caps_and_sinks(shape: tuple[int, ...], rule: dict, implementation: str) -> None:
+    qkv, cos, sin, cache, positions = case(*shape)
+    rule = rule | ({"sinks": torch.randn(shape[1] * shape[2])} if "sinks" in rule else {})
+    expected, _ = written_out(qkv, cos, sin, cache, positions, **rule)
+    length = int(positions.max()) + 1
+    context = decode_attention(qkv, cos, sin, cache, positions, length, implementation=implementation, **rule)
+    torch.testing.assert_close(context.double(), expected, atol=3e-6, rtol=1e-5)
 
 
 def test_what_lies_behind_a_sequence_is_not_seen(implementation: str) -> None:

@@ -49,11 +49,39 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, segments: list[tuple[
     return torch.stack(rows)
 
 
+def ruled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor,
+    segments: list[tuple[int, ...]],
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    with_sinks: bool,
+) -> Tensor:
+    """As `written_out`, with windows, soft caps and sinks."""
+    rows = []
+    for first_query, num_queries, first_key, num_keys in segments:
+        for i in range(num_queries):
+            end = first_key + num_keys - num_queries + i + 1
+            start = max(first_key, end - (window or num_keys))
+            heads = []
+            for h in range(query.shape[1]):
+                group = h // (query.shape[1] // key.shape[1])
+                scores = scale * key[start:end, group] @ query[first_query + i, h]
+                scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+                weights = torch.softmax(torch.cat([scores, sinks[h : h + 1]] if with_sinks else [scores]), 0)
+                heads.append(weights[: end - start] @ value[start:end, group])
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
 def gradients(run, parts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Output and the gradients of query, key and value."""
-    leaves = [part.detach().to(dtype).requires_grad_() for part in parts[:3]]
+    """Output and the gradients of all parts but the last, which is the gradient of the output."""
+    leaves = [part.detach().to(dtype).requires_grad_() for part in parts[:-1]]
     out = run(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, parts[3].to(dtype))]
+    return [out.detach(), *torch.autograd.grad(out, leaves, parts[-1].to(dtype), materialize_grads=True)]
 
 
 @pytest.mark.parametrize("segments", [WHOLE, CHUNKS], ids=["whole", "chunks"])
@@ -69,6 +97,38 @@ def test_output_and_gradients_equal_attention_in_double_precision(implementation
     for name, mine, true, same in zip(("out", "query", "key", "value"), found, exact, plain, strict=True):
         error, allowed = (mine - true).abs().max(), 2 * (same - true).abs().max() + 2e-6
         assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+RULES = [(3, None, False), (18, None, False), (None, 2.5, False), (None, None, True), (17, 1.5, True)]
+
+
+@pytest.mark.parametrize("segments", [WHOLE, CHUNKS], ids=["whole", "chunks"])
+@pytest.mark.parametrize(("window", "softcap", "with_sinks"), RULES)
+def test_windows_soft_caps_and_sinks_with_their_gradients(implementation, segments, window, softcap, with_sinks):
+    query, key, value, grad = tensors(segments, 6, 3, 20, 12)
+    parts, table = [query, key, value, torch.randn(6) * 2, grad], torch.tensor(segments)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> Tensor:
+        given = {"window": window, "softcap": softcap, "sinks": sinks if with_sinks else None}
+        return packed_attention(query, key, value, table, scale=0.4, implementation=implementation, **given)
+
+    def exactly(*x: Tensor) -> Tensor:
+        return ruled(*x, segments, 0.4, window, softcap, with_sinks)
+
+    found, exact = gradients(run, parts, torch.float32), gradients(exactly, parts, torch.float64)
+    plain = gradients(exactly, parts, torch.float32)
+    assert (found[4] != 0).any() == with_sinks
+    for name, mine, true, same in zip(("out", "query", "key", "value", "sinks"), found, exact, plain, strict=True):
+        error, allowed = (mine - true).abs().max(), 2 * (same - true).abs().max() + 4e-6
+        assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+def test_rules_that_make_no_sense_are_refused() -> None:
+    parts, table = tensors(WHOLE, 8, 4, 8, 8)[:3], torch.tensor(WHOLE)
+    with pytest.raises(ValueError, match=r"softcap=0\.0"):
+        packed_attention(*parts, table, scale=0.3, softcap=0.0)
+    with pytest.raises(ValueError, match=r"one for each of the 8 heads"):
+        packed_attention(*parts, table, scale=0.3, sinks=torch.zeros(4))
 
 
 def turned(x: Tensor, angles: Tensor) -> Tensor:

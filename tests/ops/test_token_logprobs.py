@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     grad_logprobs: Tensor
     grad_entropy: Tensor
     temperature: float = 1.0
+    softcap: float | None = None
 
 
 def problem(tokens=37, width=16, vocab=50, rows=64, temperature=1.0, dtype=torch.float32, seed=0, scale=1.0) -> Problem:
@@ -58,6 +59,7 @@ def plain(p: Problem, dtype: torch.dtype) -> Outcome:
     """The textbook form, computed in ``dtype`` from the same inputs."""
     hidden, weight = (x.to(dtype).detach().requires_grad_() for x in (p.hidden, p.weight))
     logits = hidden @ weight[: p.vocab].t()
+    logits = logits if p.softcap is None else torch.tanh(logits / p.softcap) * p.softcap
     logits = (logits if dtype == torch.float64 else logits.float()) / p.temperature
     logs = torch.log_softmax(logits, dim=-1)
     logprobs = logs.gather(1, p.targets[:, None]).squeeze(1)
@@ -69,7 +71,14 @@ def plain(p: Problem, dtype: torch.dtype) -> Outcome:
 def ours(p: Problem, **options) -> Outcome:
     hidden, weight = (x.detach().clone().requires_grad_() for x in (p.hidden, p.weight))
     logprobs, entropy = token_logprobs(
-        hidden, weight, p.targets, vocab_size=p.vocab, temperature=p.temperature, with_entropy=True, **options
+        hidden,
+        weight,
+        p.targets,
+        vocab_size=p.vocab,
+        temperature=p.temperature,
+        softcap=p.softcap,
+        with_entropy=True,
+        **options,
     )
     (logprobs @ p.grad_logprobs + entropy @ p.grad_entropy).backward()
     return Outcome(logprobs.detach(), entropy.detach(), hidden.grad, weight.grad)
@@ -94,6 +103,18 @@ def test_values_and_gradients_match_log_softmax(implementation, temperature, chu
     p = problem(temperature=temperature)
     got = ours(p, chunk_tokens=chunk_tokens, implementation=implementation)
     assert_as_good_as(got, plain(p, torch.float32), plain(p, torch.float64))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 8])
+@pytest.mark.parametrize("softcap", [30.0, 2.5])
+def test_soft_caps_bend_values_and_gradients(implementation, softcap, chunk_tokens):
+    p = problem(temperature=0.7)._replace(softcap=softcap)
+    got = ours(p, chunk_tokens=chunk_tokens, implementation=implementation)
+    assert_as_good_as(got, plain(p, torch.float32), plain(p, torch.float64))
+    half = problem(dtype=torch.bfloat16)._replace(softcap=softcap)
+    assert_as_good_as(
+        ours(half, implementation=implementation), plain(half, torch.bfloat16), plain(half, torch.float64)
+    )
 
 
 @pytest.mark.parametrize(("tokens", "vocab", "rows"), [(1, 1, 1), (5, 64, 64), (130, 257, 384), (64, 1000, 1024)])

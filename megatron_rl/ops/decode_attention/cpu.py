@@ -11,11 +11,24 @@ from megatron_rl.ops.extension import requires_cpu as requires
 __all__ = ["decode_attention", "requires"]
 
 
-def decode_attention(qkv: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, positions: Tensor, length: int) -> Tensor:
+def decode_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    positions: Tensor,
+    length: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     if qkv.dtype != torch.float32:
         raise ValueError(f"decode_attention=cpu computes in float32, not {qkv.dtype}: leave the choice open")
     rows, heads, head_dim = qkv.shape
     out = torch.empty(rows, (heads - 2 * cache.shape[1]) * head_dim)
-    torch.ops.megatron_rl_cpu.decode_attention(qkv, cos, sin, cache, positions, out, torch.get_num_threads())
+    sinks = torch.empty(0) if sinks is None else sinks.float().contiguous()
+    rule = (scale, window or 0, softcap or 0.0, sinks)
+    torch.ops.megatron_rl_cpu.decode_attention(qkv, cos, sin, cache, positions, out, *rule, torch.get_num_threads())
     return out

@@ -1,7 +1,7 @@
 """The contract of `decode_attention` and its edge checks.
 
 For each sequence: rotate its query heads and key heads by their position, put key and value into the cache at that
-position, and attend from each query head, scaled by head_dim ** -0.5, to positions 0 up to it. Query head h reads key
+position, and attend from each query head to positions 0 up to it, or to a window of them. Query head h reads key
 head ``h // (q_heads / kv_heads)``. Heads are in the half-split form of Hugging Face: channel i rotates with
 i + rotary_dim / 2, and those from rotary_dim on are left as they are. There is no gradient.
 """
@@ -22,7 +22,10 @@ def decode_attention(
     positions: Tensor,
     length: int,
     *,
+    scale: float | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """Context of each query head, ``[rows, q_heads * head_dim]``.
@@ -34,13 +37,13 @@ def decode_attention(
         cache: ``[rows or more, kv_heads, 2, max_length, head_dim]``, keys and values; row i of ``qkv`` owns row i.
         positions: ``[rows]`` int64, where each new token stands; what the cache holds before it is attended to.
         length: largest position + 1, which spares asking the device.
-        window: positions that a query sees at most, its own included; None = all up to it. Where it hides any, only
-            "reference" can.
+        scale: of the products of queries and keys; None = head_dim ** -0.5.
+        window: positions that a query sees at most, its own included; None = all up to it.
+        softcap, sinks: as of `packed_attention`.
         implementation: forces one; None takes the best available: "cpu" for float32 only, else "reference".
 
     Raises:
-        ValueError: shapes do not fit, the tensors are not contiguous or not of one dtype, or the forced implementation
-            knows no window.
+        ValueError: shapes do not fit, or the tensors are not contiguous or not of one dtype.
         UnavailableError: the forced implementation cannot run here.
     """
     rows, heads, head_dim = qkv.shape
@@ -58,10 +61,8 @@ def decode_attention(
     if {tensor.dtype for tensor in tensors} != {qkv.dtype} or not all(tensor.is_contiguous() for tensor in tensors):
         raise ValueError("qkv, cos, sin and cache must be contiguous and of one dtype")
     window = None if window is None or window >= length else window
-    if implementation is None and (qkv.dtype != torch.float32 or window is not None):
+    if implementation is None and qkv.dtype != torch.float32:
         implementation = "reference"
-    if window is not None and implementation != "reference":
-        raise ValueError(f"decode_attention={implementation} knows no window of {window}: leave the choice open")
     run = choose("decode_attention", qkv.device.type, implementation)
-    windowed = () if window is None else (window,)
-    return run(qkv, cos, sin, cache, positions, length, *windowed)
+    scale = head_dim**-0.5 if scale is None else scale
+    return run(qkv, cos, sin, cache, positions, length, scale, window, softcap, sinks)

@@ -15,7 +15,16 @@ __all__ = ["packed_attention", "requires"]
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, segments: Tensor, rotary: Tensor | None, scale: float, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor,
+    rotary: Tensor | None,
+    scale: float,
+    dropout: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `megatron_rl.ops.packed_attention.interface.packed_attention`."""
     if query.dtype != torch.float32 or dropout > 0.0:
@@ -23,30 +32,39 @@ def packed_attention(
             f"packed_attention=cpu computes in float32 without dropout, not {query.dtype} with dropout={dropout}: "
             "leave the choice open"
         )
-    return _PackedAttention.apply(query, key, value, segments, rotary, scale)
+    rule = (scale, window or 0, softcap or 0.0)
+    return _PackedAttention.apply(query, key, value, sinks, segments, rotary, rule)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, segments: Tensor, rotary: Tensor | None, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        segments: Tensor,
+        rotary: Tensor | None,
+        rule: tuple[float, int, float],
     ) -> Tensor:
         rotary = torch.empty(2, 0, 0) if rotary is None else rotary.contiguous()
+        sinks = torch.empty(0) if sinks is None else sinks.float().contiguous()
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         segments = segments.contiguous()
         out = torch.empty(*query.shape[:2], value.shape[2])
         statistics = torch.empty(2, *query.shape[:2])
         threads = torch.get_num_threads()
         torch.ops.megatron_rl_cpu.packed_attention(
-            query, key, value, rotary, segments, out, *statistics, scale, threads
+            query, key, value, rotary, segments, out, *statistics, *rule, sinks, threads
         )
-        ctx.save_for_backward(query, key, value, out, statistics)
-        ctx.segments, ctx.rotary, ctx.scale = segments, rotary, scale
+        ctx.save_for_backward(query, key, value, out, statistics, sinks)
+        ctx.segments, ctx.rotary, ctx.rule = segments, rotary, rule
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, statistics = ctx.saved_tensors
+        query, key, value, out, statistics, sinks = ctx.saved_tensors
         grad_query = torch.empty(query.shape)
         grad_key, grad_value = torch.zeros(key.shape), torch.zeros(value.shape)
         torch.ops.megatron_rl_cpu.packed_attention_grad(
@@ -61,7 +79,13 @@ class _PackedAttention(torch.autograd.Function):
             grad_query,
             grad_key,
             grad_value,
-            ctx.scale,
+            *ctx.rule,
+            sinks,
             torch.get_num_threads(),
         )
-        return grad_query, grad_key, grad_value, None, None, None
+        grad_sinks = None
+        if ctx.needs_input_grad[3]:  # a sink has a probability and no value
+            maximum, inverse = statistics
+            probability = (sinks - maximum).exp() * inverse
+            grad_sinks = -(probability * (grad_out * out).sum(-1)).sum(0)
+        return grad_query, grad_key, grad_value, grad_sinks, None, None, None

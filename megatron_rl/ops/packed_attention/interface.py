@@ -24,6 +24,8 @@ def packed_attention(
     scale: float,
     rotary: Tensor | None = None,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     dropout: float = 0.0,
     implementation: str | None = None,
 ) -> Tensor:
@@ -38,37 +40,37 @@ def packed_attention(
         rotary: [2, positions, turned / 2] fp32: cosines and sines by which the first ``turned`` channels of queries
             and keys are rotated, for at least as many positions as a segment has keys; a segment's first key stands at
             position 0. None: they are used as they are.
-        window: keys that a query sees at most, its own included; None = all before it. Where it hides any, only
-            "reference" can.
+        window: keys that a query sees at most, its own included; None = all before it.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None = they stay as they are.
+        sinks: [heads], a score beside those of each query's keys that has no value, so that weights sum to less than
+            1 (gpt-oss, after Xiao et al. 2023, arXiv:2309.17453); it has a gradient. None = none.
         dropout: probability with which a softmax weight is dropped; only "reference" can.
-        implementation: forces one; None takes the best available: "cpu" for fp32 without dropout and without a
-            window that hides keys, else "reference".
+        implementation: forces one; None takes the best available: "cpu" for fp32 without dropout, else
+            "reference".
 
     Returns:
         [queries, heads, value_dim].
 
     Raises:
-        ValueError: shapes or segments that do not fit, or the forced implementation knows no window.
+        ValueError: shapes or segments that do not fit.
         UnavailableError: the forced implementation cannot run here.
     """
     _check(query, key, value, segments)
     _check_rotary(query, segments, rotary)
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a query sees at least its own key")
+    if softcap is not None and softcap <= 0.0:
+        raise ValueError(f"softcap={softcap}: expected a positive number, or None for none")
+    if sinks is not None and sinks.shape != query.shape[1:2]:
+        raise ValueError(f"sinks {list(sinks.shape)}: expected one for each of the {query.shape[1]} heads")
     if window is not None and window >= int(segments[:, 3].max()):
         window = None
     if implementation is None and (
-        query.dtype != torch.float32
-        or dropout > 0.0
-        or window is not None
-        or max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM
+        query.dtype != torch.float32 or dropout > 0.0 or max(query.shape[2], value.shape[2]) > MAX_HEAD_DIM
     ):
         implementation = "reference"
-    if window is not None and implementation != "reference":
-        raise ValueError(f"packed_attention={implementation} knows no window of {window} keys: leave the choice open")
     run = choose("packed_attention", query.device.type, implementation)
-    windowed = () if window is None else (window,)
-    out: Tensor = run(query, key, value, segments, rotary, scale, dropout, *windowed)
+    out: Tensor = run(query, key, value, segments, rotary, scale, dropout, window, softcap, sinks)
     return out
 
 

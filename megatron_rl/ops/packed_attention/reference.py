@@ -20,6 +20,8 @@ def packed_attention(
     scale: float,
     dropout: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """See `megatron_rl.ops.packed_attention.interface.packed_attention`."""
     value_dim = value.shape[-1]
@@ -32,7 +34,10 @@ def packed_attention(
         if rotary is not None:
             keys = rotate(keys, rotary[:, :num_keys])
             queries = rotate(queries, rotary[:, num_keys - num_queries : num_keys])
-        outs.append(_attend(queries, keys, values, scale, dropout, window))
+        if softcap is None and sinks is None:
+            outs.append(_attend(queries, keys, values, scale, dropout, window))
+        else:
+            outs.append(_attend_written_out(queries, keys, values, scale, dropout, window, softcap, sinks))
     return torch.cat(outs)[..., :value_dim]
 
 
@@ -64,6 +69,30 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: fl
         enable_gqa=key.shape[1] != query.shape[1],
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_written_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """What torch's own attention cannot; scores in fp32 or wider."""
+    wide = torch.promote_types(query.dtype, torch.float32)
+    queries = query.unflatten(1, (key.shape[1], -1))
+    scores = torch.einsum("qghd,kgd->ghqk", queries, key).to(wide) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + _suffix_mask(len(query), len(key), window or len(key), wide, query.device)
+    if sinks is not None:
+        column = sinks.to(wide).view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = F.dropout(scores.softmax(-1)[..., : len(key)], dropout).to(value.dtype)
+    return torch.einsum("ghqk,kgd->qghd", weights, value).flatten(1, 2)
 
 
 @lru_cache(maxsize=16)

@@ -28,6 +28,15 @@ class LogprobOptions:
     group: dist.ProcessGroup | None
     with_entropy: bool
     chunk_tokens: int | None
+    softcap: float | None = None
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """``softcap * tanh(logits / softcap)``, in the dtype of ``logits``."""
+        return logits if self.softcap is None else logits.div(self.softcap).tanh_().mul_(self.softcap)
+
+    def through_cap(self, capped: Tensor) -> Tensor | None:
+        """By what the gradient of ``capped`` logits is multiplied on its way to the uncapped ones; None = by 1."""
+        return None if self.softcap is None else 1 - (capped / self.softcap).square()
 
     def num_real(self, rows: int) -> int:
         """How many of this rank's ``rows`` are not padding."""

@@ -20,6 +20,7 @@ def token_logprobs(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     temperature: float = 1.0,
+    softcap: float | None = None,
     group: dist.ProcessGroup | None = None,
     with_entropy: bool = False,
     chunk_tokens: int | None = None,
@@ -42,6 +43,7 @@ def token_logprobs(
         vocab_start: first row of this rank.
         vocab_size: real vocabulary; rows from there on are padding and take no part. None: no padding, no group.
         temperature: logits are divided by it.
+        softcap: before that they become ``softcap * tanh(logit / softcap)`` (Gemma 2); None = they stay as they are.
         group: ranks that hold the other rows; every one must call.
         with_entropy: also return entropies.
         chunk_tokens: tokens whose logits exist at once; None bounds them by memory.
@@ -56,7 +58,7 @@ def token_logprobs(
     """
     _check(hidden, weight, targets, temperature)
     vocab_size = _vocab_size(vocab_size, vocab_start + weight.shape[0], group)
-    options = LogprobOptions(vocab_start, vocab_size, temperature, group, with_entropy, chunk_tokens)
+    options = LogprobOptions(vocab_start, vocab_size, temperature, group, with_entropy, chunk_tokens, softcap)
     return choose("token_logprobs", hidden.device.type, implementation)(hidden, weight, targets, options)
 
 

@@ -35,7 +35,7 @@ class ReferenceKernels:
         if weight.shape[0] == 0 or inputs.hidden.shape[0] == 0:
             return nothing(inputs.hidden.shape[0], weight.device)
         return _joined(
-            _statistics(inputs.hidden[chunk] @ weight.t(), inputs.targets[chunk], options)
+            _statistics(options.capped(inputs.hidden[chunk] @ weight.t()), inputs.targets[chunk], options)
             for chunk in _chunks(inputs.hidden.shape[0], weight.shape[0], options)
         )
 
@@ -47,8 +47,10 @@ class ReferenceKernels:
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if want_weight else None
         for chunk in _chunks(inputs.hidden.shape[0], weight.shape[0], options):
             hidden = inputs.hidden[chunk]
-            grad = _grad_logits(hidden @ weight.t(), inputs.targets[chunk], softmax.select(chunk), options)
-            grad = grad.to(hidden.dtype)
+            logits = options.capped(hidden @ weight.t())
+            grad = _grad_logits(logits, inputs.targets[chunk], softmax.select(chunk), options)
+            slope = options.through_cap(logits.float())
+            grad = (grad if slope is None else grad * slope).to(hidden.dtype)
             grad_hidden[chunk] = grad @ weight
             if grad_weight is not None:
                 grad_weight += grad.t() @ hidden

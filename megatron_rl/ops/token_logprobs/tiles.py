@@ -68,7 +68,7 @@ class TiledKernels(ABC):
         found = nothing(tokens, hidden.device)
         room = self._room(hidden.dtype) if keep else 0
         for tile in self._tiles(inputs):
-            logits = self.product(hidden[tile.tokens], weight[tile.rows])
+            logits = options.capped(self.product(hidden[tile.tokens], weight[tile.rows]))
             self.accumulate(Statistics(*(field[tile.tokens] for field in found)), logits, tile, options.with_entropy)
             room -= logits.nbytes
             if room >= 0:
@@ -83,7 +83,10 @@ class TiledKernels(ABC):
         grad_weight = torch.zeros_like(weight) if want_weight else None
         part: Tensor | None = None
         for tile in self._tiles(inputs):
-            grad = self.gradient(self._logits(inputs, tile, active), tile, softmax.select(tile.tokens))
+            logits = self._logits(inputs, tile, active)
+            slope = inputs.options.through_cap(logits)
+            grad = self.gradient(logits, tile, softmax.select(tile.tokens))
+            grad = grad if slope is None else grad.mul_(slope)
             grad_hidden[tile.tokens] += self.product(grad, weight[tile.rows].t())
             if grad_weight is None:
                 continue
@@ -105,13 +108,15 @@ class TiledKernels(ABC):
         return self.tiling.keep_bytes if dtype.itemsize == 4 else self.tiling.keep_half_bytes
 
     def _logits(self, inputs: LogprobInputs, tile: Tile, active: Tensor | None) -> Tensor:
-        """Undivided logits of one tile, free to be overwritten."""
+        """Undivided logits of one tile, capped, free to be overwritten."""
         if active is None:
             kept = self.kept.get((tile.tokens.start, tile.rows.start))
             kept = None if kept is None else kept.clone()  # the backward pass may come twice
         else:
             kept = self._kept_of(active[tile.tokens], tile.rows.start)
-        return self.product(inputs.hidden[tile.tokens], inputs.weight[tile.rows]) if kept is None else kept
+        if kept is not None:
+            return kept
+        return inputs.options.capped(self.product(inputs.hidden[tile.tokens], inputs.weight[tile.rows]))
 
     def _kept_of(self, tokens: Tensor, first_row: int) -> Tensor | None:
         """A copy of the logits of ``tokens``, ascending numbers of the forward pass; None if not all were kept."""

@@ -95,7 +95,6 @@ class Decoder:
         # The C++ ones compute in float32 only.
         implementation = None if self.embedding.dtype == torch.float32 else "reference"
         self._attend_cache = choose("decode_attention", device, implementation)
-        self._attend_window = choose("decode_attention", device, "reference")
         self._add_rms_norm = choose("add_rms_norm", device, implementation)
 
     def reserve(self, rows: int, length: int) -> None:
@@ -146,9 +145,8 @@ class Decoder:
 
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
             inputs = (qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
-            if layer.window is None or layer.window >= length:
-                return self._attend_cache(*inputs)
-            return self._attend_window(*inputs, layer.window)
+            window = None if layer.window is None or layer.window >= length else layer.window
+            return self._attend_cache(*inputs, self.head_dim**-0.5, window)
 
         return self._logits(self._run(tokens, attend))
 
