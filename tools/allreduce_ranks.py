@@ -53,11 +53,11 @@ def main() -> None:
     config = CollectivesConfig(all_reduce="hybrid", reuse_calibration=False, links=tuple(args.links))
     store = dist.PrefixStore("hybrid", dist.distributed_c10d._get_default_store())
     hybrid = HybridAllReduce(store, dist.group.WORLD, config, torch.device("cpu"))
-    hybrid.all_reduce(torch.zeros(1)).result()  # calibrates
+    hybrid.all_reduce(torch.zeros(1)).wait()  # calibrates
     for size_mb in args.sizes_mb:
         numel = int(size_mb * 2**20) // 4
         start = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
-        ways = {"flat": lambda x: dist.all_reduce(x), "hybrid": lambda x: hybrid.all_reduce(x).result()}
+        ways = {"flat": lambda x: dist.all_reduce(x), "hybrid": lambda x: hybrid.all_reduce(x).wait()}
         rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         results = {}
         for _ in range(args.rounds):
@@ -66,7 +66,7 @@ def main() -> None:
                 rounds[name].append(measured(lambda way=way, x=results[name]: way(x), args.counted))
         exact = sum(torch.randn(numel, generator=torch.Generator().manual_seed(r)).double() for r in range(size))
         error = float((results["hybrid"].double() - exact).norm() / exact.norm())
-        choice = hybrid.selectors()["all_reduce"].choose(numel * 4)
+        choice = hybrid.selectors()["all_reduce"].choose(1, numel * 4)
         report = {
             "topology": os.environ.get("TOPOLOGY", f"{hybrid.nodes.num_nodes}x{size // hybrid.nodes.num_nodes}"),
             "size_mb": size_mb,

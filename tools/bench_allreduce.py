@@ -6,7 +6,7 @@ over those of the hierarchical exchange. On the unshaped loopback the selector s
 ``simulated`` is what `megatron-rl plan --all-reduce` says of the same cluster, its speeds taken from the 2x2 one.
 
     make bench-allreduce
-    python tools/bench_allreduce.py [--rounds 5] [--only 2x2]
+    python tools/bench_allreduce.py [--rounds 5] [--cases 2x2 2x4] [--sizes-mb 4]
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,18 @@ def _size(report: dict[str, Any]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="a part of the case's name")
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--sizes-mb", type=float, nargs="+", help="instead of the cases' own")
     args = parser.parse_args()
     if reason := why_not():
         sys.exit(f"no simulated cluster here: {reason}")
     cases: list[dict[str, Any]] = []
     speeds = None
     for case in CASES:
-        if args.only not in case.name:
+        if case.name not in args.cases:
             continue
+        case = replace(case, sizes_mb=tuple(args.sizes_mb or case.sizes_mb))
         reports = measure(case, args.rounds)
         speeds = speeds or (calibrated(reports) if case.name == "2x2" else None)
         for report in reports:

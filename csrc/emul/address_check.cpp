@@ -63,6 +63,24 @@ void check_quantize() {
     }
 }
 
+void check_accumulate() {
+  const int64_t n = pick(1, 3000), num_parts = pick(1, 4), shift = pick(0, 1);
+  std::vector<std::vector<float>> parts(num_parts, std::vector<float>(n + shift));
+  std::vector<const void*> addresses;
+  for (auto& part : parts) {
+    for (float& value : part) value = static_cast<float>(pick(-1000, 1000)) / 64;
+    addresses.push_back(part.data() + shift);
+  }
+  std::vector<float> out(n);
+  require(mrl_accumulate(addresses.data(), num_parts, out.data(), n, mrl::kFloat32, mrl::kFloat32, shift == 0,
+                         nullptr) == 0, "accumulate launch");
+  for (int64_t i = 0; i < n; ++i) {
+    float expected = parts[0][i + shift];
+    for (int64_t p = 1; p < num_parts; ++p) expected += parts[p][i + shift];
+    require(out[i] == expected, "sum");
+  }
+}
+
 void check_checksum() {
   const int64_t rows = pick(1, 40), cols = pick(1, 90), offset = pick(0, 9), stride = cols + pick(0, 2) * 8;
   std::vector<uint16_t> words(offset + (rows - 1) * stride + cols);
@@ -87,6 +105,7 @@ int main() {
   for (int i = 0; i < 30; ++i) {
     check_copy();
     check_checksum();
+    check_accumulate();
     if (i % 6 == 0) check_quantize();
   }
   std::puts("clean");

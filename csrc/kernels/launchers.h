@@ -13,6 +13,10 @@ int mrl_copy_spans(const void* const* sources, void* const* destinations, const 
 int mrl_block_quantize(const void* x, uint8_t* codes, float* scales, int64_t rows, int64_t cols, int type,
                        void* stream);
 
+// As mrl::accumulate in cpu/ops.h; `aligned`: all addresses are multiples of 16.
+int mrl_accumulate(const void* const* parts, int64_t num_parts, void* out, int64_t n, int type, int out_type,
+                   bool aligned, void* stream);
+
 // As mrl::span_checksum in cpu/ops.h.
 int mrl_span_checksum(const void* const* tensors, const mrl::ChecksumSpan* spans, const mrl::Tile* tiles,
                       int64_t num_tiles, int type, int as_type, int word_bytes, unsigned long long* sums,

@@ -40,6 +40,13 @@ void block_quantize(Tensor x, Tensor codes, Tensor scales, int64_t type) {
         "block_quantize");
 }
 
+// `parts` is an int64 tensor of device addresses.
+void accumulate(Tensor parts, Tensor out, int64_t type, int64_t out_type, bool aligned) {
+  check(mrl_accumulate(static_cast<const void* const*>(parts.data_ptr()), parts.size(0), out.data_ptr(), out.numel(),
+                       static_cast<int>(type), static_cast<int>(out_type), aligned, stream_of(out)),
+        "accumulate");
+}
+
 void span_checksum(Tensor tensors, Tensor spans, Tensor tiles, Tensor sums, int64_t type, int64_t as_type,
                    int64_t word_bytes) {
   check(mrl_span_checksum(static_cast<const void* const*>(tensors.data_ptr()),
@@ -57,6 +64,7 @@ STABLE_TORCH_LIBRARY(megatron_rl_cuda, library) {
       "copy_spans(Tensor sources, Tensor destinations, Tensor jobs, Tensor tiles, int src_type, int dst_type, "
       "int element_bytes) -> ()");
   library.def("block_quantize(Tensor x, Tensor(a!) codes, Tensor(b!) scales, int type) -> ()");
+  library.def("accumulate(Tensor parts, Tensor(a!) out, int type, int out_type, bool aligned) -> ()");
   library.def(
       "span_checksum(Tensor tensors, Tensor spans, Tensor tiles, Tensor(a!) sums, int type, int as_type, "
       "int word_bytes) -> ()");
@@ -65,5 +73,6 @@ STABLE_TORCH_LIBRARY(megatron_rl_cuda, library) {
 STABLE_TORCH_LIBRARY_IMPL(megatron_rl_cuda, CUDA, library) {
   library.impl("copy_spans", TORCH_BOX(&copy_spans));
   library.impl("block_quantize", TORCH_BOX(&block_quantize));
+  library.impl("accumulate", TORCH_BOX(&accumulate));
   library.impl("span_checksum", TORCH_BOX(&span_checksum));
 }

@@ -1,24 +1,40 @@
-"""`Lane`: the exchange between nodes of one lane of ranks, spread over the links that work.
+"""`Lane`: exchanges between nodes of one lane of ranks, spread over the links that work.
 
-What a link carries is a share of every part, in proportion to its weight. The sum of a part is taken in node order, so
-neither the number of links nor their weights change a bit of it.
+What a link carries is a share of every piece, in proportion to its weight. An exchange has three moments: `expect`
+posts its receives, `send` begins its sends, `finish` waits. gloo sends only what the other side has announced to
+receive, and the announcement queues behind the data on their connection: what is expected early is sent at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.collectives.link import Link, split
-from megatron_rl.ops.accumulate import accumulate
 
-POLL = 2e-4  # seconds between polls
+POLL = 2e-4  # seconds between polls of a vote
 PATIENCE = 3  # with several links: the longest that an exchange may take, in time limits
 VOTE = 8  # how far apart nodes may reach a vote, in time limits: two exchanges on either side
+
+
+Begin = Callable[[Tensor, int, int], dist.Work]  # of a piece, with a node, under a tag
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Receives and sends of one tag; by link, its works."""
+
+    tag: int
+    shares: dict[int, float]
+    works: dict[int, list[dist.Work]]
 
 
 class Lane:
@@ -31,54 +47,52 @@ class Lane:
 
     def __init__(self, links: Sequence[Link], node: int, timeout: float) -> None:
         self.links, self.node, self.timeout = links, node, timeout
-        self.failed = 0  # bit k: link k failed in the exchange under way
+        self.failed = 0  # bit k: link k failed since the last `take_failures`
         self.reasons: dict[int, str] = {}
+        self._tags = itertools.count()
+        self._threads = ThreadPoolExecutor(len(links), "links") if len(links) > 1 else None
 
-    def reduce(self, parts: Sequence[Tensor], shares: dict[int, float]) -> Tensor:
-        """Sum of the nodes' parts for this node: flat fp32.
+    def expect(self, pieces: Sequence[Tensor], shares: dict[int, float]) -> Exchange:
+        """Begin to receive ``pieces[j]`` from node j; this node's own is left alone. In the same order on all ranks.
 
         Args:
-            parts: this node's contribution to each node, in node order; flat, fp32 or bf16.
+            pieces: flat and contiguous, in node order.
             shares: weight of each link to use, by its index.
         """
-        own = parts[self.node].numel()
-        cuts = [_cuts(part.numel(), shares) for part in parts]
-        mine, works, arrived = _cuts(own, shares), {}, {}
-        for at, index in enumerate(shares):
-            pieces = [part[cut[at][0] : cut[at][1]] for part, cut in zip(parts, cuts, strict=True)]
-            size = mine[at][1] - mine[at][0]
-            arrived[index] = parts[0].new_empty(len(parts) * size)
-            send = torch.cat(pieces)
-            works[index] = self._begin(
-                index, send, [len(piece) for piece in pieces], arrived[index], [size] * len(parts)
-            )
-        self._finish(works)
-        total = torch.empty(own)
-        for at, index in enumerate(shares):
-            start, stop = mine[at]
-            accumulate(list(arrived[index].view(len(parts), -1).unbind()), total[start:stop])
-        return total
+        usable: dict[int, list[dist.Work]] = {index: [] for index in shares if not self.failed >> index & 1}
+        exchange = Exchange(next(self._tags), dict(shares), usable)
+        for index, node, piece in self._cut(exchange, pieces):
+            self._begin(exchange, index, self.links[index].receive, piece, node)
+        return exchange
 
-    def gather(self, own: Tensor, wholes: Sequence[Tensor], shares: dict[int, float]) -> None:
-        """Give ``own`` to all nodes, and fill ``wholes`` with each node's part, this one's included.
+    def send(self, exchange: Exchange, pieces: Sequence[Tensor]) -> None:
+        """Begin to send ``pieces[j]`` to node j, as `expect` there has it; they are read until `finish`."""
+        for index, node, piece in self._cut(exchange, pieces):
+            self._begin(exchange, index, self.links[index].send, piece, node)
 
-        Args:
-            own: flat, of the dtype that travels.
-            wholes: views to write to, in node order; any dtype.
+    def finish(self, exchange: Exchange) -> None:
+        """Wait for an exchange.
+
+        A link has failed when it says so, or when it is still busy a time limit after another one was done: as long as
+        none is done the peer may be late, because it waits for a failed link itself.
         """
-        cuts = [_cuts(whole.numel(), shares) for whole in wholes]
-        works, arrived = {}, {}
-        for at, index in enumerate(shares):
-            start, stop = cuts[self.node][at]
-            sizes = [cut[at][1] - cut[at][0] for cut in cuts]
-            arrived[index] = own.new_empty(sum(sizes))
-            send = own[start:stop].repeat(len(wholes))
-            works[index] = self._begin(index, send, [stop - start] * len(wholes), arrived[index], sizes)
-        self._finish(works)
-        for at, index in enumerate(shares):
-            sizes = [cut[at][1] - cut[at][0] for cut in cuts]
-            for whole, cut, piece in zip(wholes, cuts, arrived[index].split(sizes), strict=True):
-                whole[cut[at][0] : cut[at][1]].copy_(piece)
+        if self._threads is None:
+            for index, works in exchange.works.items():
+                self._take(index, _error_of(works))
+            return
+        pending = {self._threads.submit(_error_of, works): index for index, works in exchange.works.items()}
+        started, first_done = time.monotonic(), None
+        while pending:
+            limit = started + PATIENCE * self.timeout if first_done is None else first_done + self.timeout
+            done, _ = wait_for(pending, max(0.0, limit - time.monotonic()), FIRST_COMPLETED)
+            if not done:
+                self._give_up(pending, time.monotonic() - started)
+                return
+            for future in done:
+                error = future.result()
+                self._take(pending.pop(future), error)
+                if error is None:
+                    first_done = first_done or time.monotonic()
 
     def vote(self, mask: int, usable: Iterable[int]) -> int | None:
         """The bitwise or of all nodes' masks, by whichever link answers first; None where none does.
@@ -96,7 +110,7 @@ class Lane:
         deadline = time.monotonic() + limit
         while votes and time.monotonic() < deadline:
             for index, (work, ballot) in list(votes.items()):
-                if not work.is_completed():
+                if len(votes) > 1 and not work.is_completed():
                     continue
                 try:
                     work.wait()
@@ -112,53 +126,49 @@ class Lane:
         failed, self.failed = self.failed, 0
         return failed
 
-    def _begin(
-        self, index: int, send: Tensor, send_counts: list[int], receive: Tensor, receive_counts: list[int]
-    ) -> dist.Work | None:
+    def close(self) -> None:
+        """End the threads."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True)
+
+    def _cut(self, exchange: Exchange, pieces: Sequence[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
+        """(link, node, its share of the piece) for every other node, the next one first."""
+        for node in (*range(self.node + 1, len(pieces)), *range(self.node)):
+            shares = pieces[node].split(split(pieces[node].numel(), list(exchange.shares.values())))
+            for index, share in zip(exchange.shares, shares, strict=True):
+                if share.numel() and index in exchange.works:
+                    yield index, node, share
+
+    def _begin(self, exchange: Exchange, index: int, start: Begin, piece: Tensor, node: int) -> None:
+        if self.failed >> index & 1:
+            return
         try:
-            return self.links[index].exchange(send, send_counts, receive, receive_counts)
+            exchange.works[index].append(start(piece, node, exchange.tag))
         except RuntimeError as error:
-            self._fail(index, error)
-            return None
+            self._take(index, error)
 
-    def _finish(self, works: dict[int, dist.Work | None]) -> None:
-        """Wait for an exchange that was begun on several links at once.
+    def _give_up(self, pending: dict[Future[RuntimeError | None], int], seconds: float) -> None:
+        for index in pending.values():
+            self._take(index, RuntimeError(f"not done after {seconds:.1f} s"))
 
-        A link has failed when it says so, or when it is still busy a time limit after another one was done: as long as
-        none is done the peer may be late, because it waits for a failed link itself.
-        """
-        pending = {index: work for index, work in works.items() if work is not None}
-        started, first_done = time.monotonic(), None
-        while pending:
-            for index, work in list(pending.items()):
-                if len(self.links) > 1 and not work.is_completed():
-                    continue
-                del pending[index]
-                try:
-                    work.wait()
-                    first_done = first_done or time.monotonic()
-                except RuntimeError as error:
-                    self._fail(index, error)
-            now = time.monotonic()
-            if (first_done is not None and now - first_done > self.timeout) or now - started > PATIENCE * self.timeout:
-                for index in pending:
-                    self._fail(index, RuntimeError(f"not done after {now - started:.1f} s"))
-                return
-            if pending:
-                time.sleep(POLL)
-
-    def _fail(self, index: int, error: RuntimeError) -> None:
-        self.failed |= 1 << index
+    def _take(self, index: int, error: RuntimeError | None) -> None:
+        """Note an error of a link, and let nothing more arrive over it."""
+        if error is None:
+            return
         self._note(index, error)
+        if not self.failed >> index & 1:
+            self.failed |= 1 << index
+            self.links[index].close()
 
     def _note(self, index: int, error: RuntimeError) -> None:
         self.reasons[index] = " ".join(str(error).split())[:160]
 
 
-def _cuts(total: int, shares: dict[int, float]) -> list[tuple[int, int]]:
-    """(start, stop) of each link's share of ``total`` elements."""
-    cuts, start = [], 0
-    for size in split(total, list(shares.values())):
-        cuts.append((start, start + size))
-        start += size
-    return cuts
+def _error_of(works: Sequence[dist.Work]) -> RuntimeError | None:
+    """Wait for all; the first error, after which the others' connections are broken as well."""
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        return error
+    return None

@@ -5,14 +5,18 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
+
+from megatron_rl.collectives.pending import Pending
 
 
 class LibraryPath:
-    """Blocking calls; on CUDA only the current stream waits.
+    """Calls that return the library's own works.
 
     Args:
         group: gloo's or NCCL's process group.
@@ -22,28 +26,36 @@ class LibraryPath:
     def __init__(self, group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
         self._group, self._device, self._limit = group, device, timedelta(seconds=timeout)
 
-    def all_reduce(self, tensor: Tensor) -> None:
-        self.finish(self._group.allreduce([tensor], dist.AllreduceOptions()))
+    def all_reduce(self, tensor: Tensor, average: bool = False) -> dist.Work:
+        work = self._group.allreduce([tensor], self._options(dist.AllreduceOptions(), average))
+        return self._averaged(work, tensor, average)
 
-    def reduce_scatter(self, out: Tensor, tensor: Tensor) -> None:
-        self.finish(self._group._reduce_scatter_base(out, tensor, dist.ReduceScatterOptions()))
+    def reduce_scatter(self, out: Tensor, tensor: Tensor, average: bool = False) -> dist.Work:
+        work = self._group._reduce_scatter_base(out, tensor, self._options(dist.ReduceScatterOptions(), average))
+        return self._averaged(work, out, average)
 
-    def all_gather(self, out: Tensor, tensor: Tensor) -> None:
+    def all_gather(self, out: Tensor, tensor: Tensor, average: bool = False) -> dist.Work:
         if self._device.type == "cpu":  # gloo has no gather into one tensor
-            rows = list(out.view(self._group.size(), -1).unbind())
-            self.finish(self._group.allgather([rows], [tensor]))
-        else:
-            self.finish(self._group._allgather_base(out, tensor, dist.AllgatherOptions()))
+            options = AllgatherOptions()
+            options.timeout = self._limit
+            return self._group.allgather([list(out.view(self._group.size(), -1).unbind())], [tensor], options)
+        return self._group._allgather_base(out, tensor, AllgatherOptions())
 
     def agree(self, figures: Tensor) -> None:
         """Broadcast rank 0's ``figures``, a CPU tensor, to all ranks, in place."""
         on_device = figures.to(self._device)
-        self.finish(self._group.broadcast([on_device], dist.BroadcastOptions()))
+        self._group.broadcast([on_device], dist.BroadcastOptions()).wait()
         figures.copy_(on_device)
 
-    def finish(self, work: dist.Work) -> None:
-        """Wait for a collective of the library."""
+    def _options(self, options: Any, average: bool) -> Any:
         if self._device.type == "cpu":
-            work.wait(self._limit)
-        else:
-            work.wait()
+            options.timeout = self._limit
+        elif average:
+            options.reduceOp = dist.ReduceOp.AVG
+        return options
+
+    def _averaged(self, work: dist.Work, tensor: Tensor, average: bool) -> dist.Work:
+        """gloo has sums only: the caller that waits divides."""
+        if not average or self._device.type != "cpu":
+            return work
+        return Pending([work], [tensor], lambda: tensor.div_(self._group.size()))

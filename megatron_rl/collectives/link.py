@@ -7,13 +7,16 @@ Each link has a process group of its own, so a link that stalls or dies takes no
 # torch's stubs lack these methods and options.
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 THREADS = 2  # of gloo, for each link
+CLOSING = 2**31 - 1  # a tag that no exchange uses
 
 
 class Link:
@@ -27,22 +30,20 @@ class Link:
     """
 
     def __init__(self, store: dist.Store, node: int, num_nodes: int, interface: str, timeout: float) -> None:
-        self.interface, self.num_nodes = interface, num_nodes
+        self.interface, self.node, self.num_nodes = interface, node, num_nodes
         self._group = _gloo(store, node, num_nodes, interface, timedelta(seconds=timeout))
 
     @property
     def name(self) -> str:
         return self.interface or "default interface"
 
-    def exchange(
-        self, send: Tensor, send_counts: Sequence[int], receive: Tensor, receive_counts: Sequence[int]
-    ) -> dist.Work:
-        """Begin to send part j of ``send`` to node j and to receive part j of ``receive`` from it.
+    def receive(self, piece: Tensor, node: int, tag: int) -> dist.Work:
+        """Begin to fill ``piece``, contiguous, with what ``node`` sends under the same tag."""
+        return self._group.recv([piece], node, tag)
 
-        Args:
-            send, receive: flat and contiguous, the parts in node order; ``*_counts`` elements each.
-        """
-        return self._group.alltoall_base(receive, send, list(receive_counts), list(send_counts), dist.AllToAllOptions())
+    def send(self, piece: Tensor, node: int, tag: int) -> dist.Work:
+        """Begin to send ``piece``, contiguous, to ``node``; it is read until the work is done."""
+        return self._group.send([piece], node, tag)
 
     def vote(self, mask: Tensor, timeout: float) -> dist.Work:
         """Begin a bitwise or of ``mask``, int64, over the nodes, in place."""
@@ -50,6 +51,12 @@ class Link:
         options.reduceOp = dist.ReduceOp.BOR
         options.timeout = timedelta(seconds=timeout)
         return self._group.allreduce([mask], options)
+
+    def close(self) -> None:
+        """Break the connections, so that nothing arrives late: gloo does so when an operation is out of time."""
+        peer = (self.node + 1) % self.num_nodes
+        with contextlib.suppress(RuntimeError):
+            self.receive(torch.empty(1), peer, CLOSING).wait(timedelta(milliseconds=1))
 
 
 def _gloo(store: dist.Store, rank: int, size: int, interface: str, limit: timedelta) -> dist.ProcessGroupGloo:

@@ -10,33 +10,31 @@ import torch
 
 from megatron_rl.collectives.cost_model import SIZES, Cost
 from megatron_rl.collectives.hierarchical import HierarchicalPath
-from megatron_rl.collectives.pipelines import Pipelines
 
 logger = logging.getLogger(__name__)
 
 ROUNDS = 2  # of each measurement; the fastest counts
 
 
-def weigh_links(pipelines: Pipelines, agree: Callable[[torch.Tensor], None]) -> None:
+def weigh_links(path: HierarchicalPath, agree: Callable[[torch.Tensor], None]) -> None:
     """Set the shares of the links; collective, a few seconds.
 
     Args:
         agree: broadcasts rank 0's fp64 tensor to all ranks, in place.
     """
-    path = pipelines.paths[0]
-    all_links, rows = dict(path.shares), []
+    pipeline, rows = path.pipeline, []
+    all_links = dict(pipeline.shares)
     for index in all_links:
-        path.shares = {index: 1.0}
+        pipeline.shares = {index: 1.0}
         rows.append([min(_timed(path, size) for _ in range(ROUNDS)) for size in SIZES])
     figures = torch.tensor(rows, dtype=torch.float64)
     agree(figures)
     costs = [Cost.fitted(list(zip(SIZES, row, strict=True))) for row in figures.tolist()]
     shares = {index: 1 / cost.seconds_per_byte for index, cost in zip(all_links, costs, strict=True)}
-    for each in pipelines.paths:
-        each.shares = dict(shares)
+    pipeline.shares = shares
     if path.rank == 0:
         whole = sum(shares.values())
-        parts = ", ".join(f"{path.link_names[k]} {share / whole:.0%}" for k, share in shares.items())
+        parts = ", ".join(f"{pipeline.link_names[k]} {share / whole:.0%}" for k, share in shares.items())
         logger.info("shares of the links between nodes: %s", parts)
 
 

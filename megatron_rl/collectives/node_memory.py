@@ -1,9 +1,10 @@
 """`NodeMemory`: POSIX shared memory between the ranks of one node, and their barrier.
 
-    slot 0 | slot 1 | ... | result          one slot a rank to write its input to, one area for the node's result
+    slots of rank 0 | slots of rank 1 | ... | results     a rank writes its input to its slots; results are the node's
 
-Before the slots there is a cache line for each rank: the barrier's count, a word for the other ranks (`say`, `heard`),
-and its process id. The file is unlinked as soon as all ranks have mapped it: nothing is left behind when one is killed.
+Slots and results are rings: pieces of a message take turns. Before them there is a cache line for each rank: the
+barrier's count, a word for the other ranks (`say`, `heard`), and its process id. The file is unlinked as soon as all
+ranks have mapped it: nothing is left behind when one is killed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class NodeMemory:
     Args:
         store: of these ranks alone (a prefix).
         rank: this rank's index in the node.
-        slot_bytes: of each rank's slot.
-        result_bytes: of the common result.
+        piece_bytes: of each slot and each result.
+        slots: of each rank.
+        results: of the node.
         timeout: seconds that a barrier waits for the slowest rank.
 
     Raises:
@@ -45,27 +47,26 @@ class NodeMemory:
     """
 
     def __init__(
-        self, store: dist.Store, rank: int, size: int, slot_bytes: int, result_bytes: int, timeout: float
+        self, store: dist.Store, rank: int, size: int, piece_bytes: int, slots: int, results: int, timeout: float
     ) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
         self._epoch = 0
-        slot_bytes, result_bytes = _whole_lines(slot_bytes), _whole_lines(result_bytes)
-        total = LINE * size + slot_bytes * size + result_bytes
-        self._map = _shared_map(store, rank, size, total, timeout)
-        self._words = memoryview(self._map)[: LINE * size].cast("q")
-        everything = torch.frombuffer(self._map, dtype=torch.uint8)
-        at = LINE * size
+        piece_bytes = -(-piece_bytes // LINE) * LINE
+        at, self._num_slots = LINE * size, slots
+        self._map = _shared_map(store, rank, size, at + (slots * size + results) * piece_bytes, timeout)
+        self._words = memoryview(self._map)[:at].cast("q")
         self._words[rank * LINE // 8 + 2] = os.getpid()
-        self._slots = [everything[at + i * slot_bytes : at + (i + 1) * slot_bytes] for i in range(size)]
-        self._result = everything[at + size * slot_bytes :]
+        self.everything = torch.frombuffer(self._map, dtype=torch.uint8)
+        self._pieces = self.everything[at:].split(piece_bytes)
 
-    def slot(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The slot of the node's rank ``index``, flat."""
-        return self._slots[index].view(dtype)
+    def slot(self, index: int, turn: int, dtype: torch.dtype) -> Tensor:
+        """Where the node's rank ``index`` writes its ``turn``-th piece, flat."""
+        return self._pieces[index * self._num_slots + turn % self._num_slots].view(dtype)
 
-    def result(self, dtype: torch.dtype) -> Tensor:
-        """The common result, flat."""
-        return self._result.view(dtype)
+    def result(self, turn: int, dtype: torch.dtype) -> Tensor:
+        """The node's result of the ``turn``-th piece, flat."""
+        first = self.size * self._num_slots
+        return self._pieces[first + turn % (len(self._pieces) - first)].view(dtype)
 
     def say(self, word: int) -> None:
         """Write this rank's word; the others see it after the next barrier."""
@@ -103,10 +104,6 @@ class NodeMemory:
             pid = self._words[index * LINE // 8 + 2]
             if pid and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
                 raise CollectiveError(f"rank {index} of this node (process {pid}) has ended during a collective")
-
-
-def _whole_lines(count: int) -> int:
-    return -(-max(count, 1) // LINE) * LINE
 
 
 def _shared_map(store: dist.Store, rank: int, size: int, total: int, timeout: float) -> mmap.mmap:

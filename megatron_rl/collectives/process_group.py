@@ -10,48 +10,20 @@ bf16 tensors, all-gathers, coalesced or not, take the hybrid paths; every other 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import AllgatherOptions
 
 from megatron_rl.collectives.hybrid import HybridAllReduce, reducible
+from megatron_rl.collectives.pending import Pending
 from megatron_rl.collectives.policy import CollectivesConfig
 
 BACKEND = "megatron_rl_hybrid"
 SUMS = (dist.ReduceOp.SUM, dist.ReduceOp.AVG)
-
-
-class _Pending(dist._Work):
-    """The handle of an asynchronous call."""
-
-    def __init__(self, futures: Sequence[Future[None]], result: list[Tensor]) -> None:
-        super().__init__()
-        self._futures, self._result = futures, result
-
-    def wait(self, timeout: timedelta | None = None) -> bool:
-        for future in self._futures:
-            future.result(timeout.total_seconds() if timeout else None)
-        return True
-
-    def is_completed(self) -> bool:
-        return all(future.done() for future in self._futures)
-
-    def is_success(self) -> bool:
-        return self.is_completed() and all(future.exception() is None for future in self._futures)
-
-    def result(self) -> list[Tensor]:
-        return self._result
-
-    def get_future(self) -> torch.futures.Future:
-        done: torch.futures.Future = torch.futures.Future()
-        self.wait()
-        done.set_result(self._result)
-        return done
 
 
 class HybridProcessGroup(dist.ProcessGroup):
@@ -75,37 +47,37 @@ class HybridProcessGroup(dist.ProcessGroup):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         opts = opts or dist.AllreduceOptions()
         if opts.reduceOp not in SUMS or not all(reducible(tensor) for tensor in tensors):
-            return self._other(lambda: self.library.allreduce(tensors, opts), tensors)
+            return self.hybrid.with_library(lambda: self.library.allreduce(tensors, opts))
         average = opts.reduceOp == dist.ReduceOp.AVG
-        return _Pending([self.hybrid.all_reduce(tensor, average) for tensor in tensors], tensors)
+        return _joined([self.hybrid.all_reduce(tensor, average) for tensor in tensors], tensors)
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
         plain = dist.AllreduceOptions()
         if opts is not None:
             plain.reduceOp = opts.reduceOp
         works = [self.allreduce([tensor], plain) for tensor in tensors]
-        return _Pending([future for work in works for future in work._futures], tensors)
+        return _joined(works, tensors)
 
     def reduce_scatter_single(self, out: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
         opts = opts or dist.ReduceScatterOptions()
         if opts.reduceOp not in SUMS or not (reducible(tensor) and reducible(out)):
-            return self._other(lambda: self.library._reduce_scatter_base(out, tensor, opts), [out])
+            return self.hybrid.with_library(lambda: self.library._reduce_scatter_base(out, tensor, opts))
         average = opts.reduceOp == dist.ReduceOp.AVG
-        return _Pending([self.hybrid.reduce_scatter(out, tensor, average)], [out])
+        return self.hybrid.reduce_scatter(out, tensor, average)
 
     def reduce_scatter_single_coalesced(self, outs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> dist.Work:
         works = [self.reduce_scatter_single(out, tensor, opts) for out, tensor in zip(outs, tensors, strict=True)]
-        return _Pending([future for work in works for future in work._futures], outs)
+        return _joined(works, outs)
 
     def all_gather_single(self, out: Tensor, tensor: Tensor, opts: Any = None) -> dist.Work:
         if not (tensor.is_contiguous() and out.is_contiguous() and tensor.numel()):
-            opts = opts or dist.AllgatherOptions()
-            return self._other(lambda: self.library._allgather_base(out, tensor, opts), [out])
-        return _Pending([self.hybrid.all_gather(out, tensor)], [out])
+            opts = opts or AllgatherOptions()
+            return self.hybrid.with_library(lambda: self.library._allgather_base(out, tensor, opts))
+        return self.hybrid.all_gather(out, tensor)
 
     def all_gather_single_coalesced(self, outs: list[Tensor], tensors: list[Tensor], opts: Any = None) -> dist.Work:
         works = [self.all_gather_single(out, tensor, opts) for out, tensor in zip(outs, tensors, strict=True)]
-        return _Pending([future for work in works for future in work._futures], outs)
+        return _joined(works, outs)
 
     # torch's names before 2.13
     _reduce_scatter_base = reduce_scatter_single
@@ -114,30 +86,31 @@ class HybridProcessGroup(dist.ProcessGroup):
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> dist.Work:
-        return self._other(lambda: self.library.broadcast(tensors, opts or dist.BroadcastOptions()), tensors)
+        return self.hybrid.with_library(lambda: self.library.broadcast(tensors, opts or dist.BroadcastOptions()))
 
     def allgather(self, outs: list[list[Tensor]], tensors: list[Tensor], opts: Any = None) -> dist.Work:
-        return self._other(lambda: self.library.allgather(outs, tensors, opts or dist.AllgatherOptions()), tensors)
+        return self.hybrid.with_library(lambda: self.library.allgather(outs, tensors, opts or AllgatherOptions()))
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
-        return self._other(lambda: self.library.reduce(tensors, opts), tensors)
+        return self.hybrid.with_library(lambda: self.library.reduce(tensors, opts))
 
     def gather(self, outs: list[list[Tensor]], tensors: list[Tensor], opts: Any) -> dist.Work:
-        return self._other(lambda: self.library.gather(outs, tensors, opts), tensors)
+        return self.hybrid.with_library(lambda: self.library.gather(outs, tensors, opts))
 
     def scatter(self, outs: list[Tensor], tensors: list[list[Tensor]], opts: Any) -> dist.Work:
-        return self._other(lambda: self.library.scatter(outs, tensors, opts), outs)
+        return self.hybrid.with_library(lambda: self.library.scatter(outs, tensors, opts))
 
     def alltoall_base(
         self, out: Tensor, tensor: Tensor, out_sizes: list[int], sizes: list[int], opts: Any
     ) -> dist.Work:
-        return self._other(lambda: self.library.alltoall_base(out, tensor, out_sizes, sizes, opts), [out])
+        return self.hybrid.with_library(lambda: self.library.alltoall_base(out, tensor, out_sizes, sizes, opts))
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        return self._other(lambda: self.library.barrier(opts or dist.BarrierOptions()), [])
+        return self.hybrid.with_library(lambda: self.library.barrier(opts or dist.BarrierOptions()))
 
-    def _other(self, begin: Callable[[], dist.Work], result: list[Tensor]) -> dist.Work:
-        return _Pending([self.hybrid.with_library(begin)], result)
+
+def _joined(works: list[dist.Work], tensors: list[Tensor]) -> dist.Work:
+    return works[0] if len(works) == 1 else Pending(works, tensors)
 
 
 def register_backend(config: CollectivesConfig) -> str:

@@ -18,12 +18,13 @@ from statistics import median
 import torch
 
 from megatron_rl.collectives.calibrations import Calibrations
-from megatron_rl.collectives.cost_model import HIERARCHICAL, SIZES, Choice, Cost, choose
+from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Choice, Cost, choose
 
 logger = logging.getLogger(__name__)
 
 ROUNDS = 3  # of each measurement; the fastest counts
 CHECK_EVERY = 64  # messages between two looks at how good the predictions were
+MEASURE_EVERY = 16  # messages, of which the library's own are not timed otherwise
 WRONG_BY = 2.0  # measured over predicted (or the reverse) from which on the paths are measured again
 
 Run = Callable[[int], None]  # moves a message of so many bytes
@@ -59,19 +60,30 @@ class Selector:
         self._ratios: deque[float] = deque(maxlen=CHECK_EVERY)
         self._count = 0
 
-    def choose(self, num_bytes: int) -> Choice:
-        """The path of the next message; collective, as it may calibrate."""
+    def next_number(self) -> int:
+        """The number of the next message; on the caller's thread, so that ranks count alike."""
+        self._count += 1
+        return self._count
+
+    def leaves_alone(self, number: int, num_bytes: int) -> bool:
+        """Whether message ``number`` is the library's and nothing is to be measured, told or agreed."""
+        if self.deterministic or not self.costs or number % MEASURE_EVERY == 0:
+            return False
+        path = choose(self.costs, num_bytes, self.minimum_gain).path
+        return path == LIBRARY and not (self._talks and (path, num_bytes.bit_length()) not in self._told)
+
+    def choose(self, number: int, num_bytes: int) -> Choice:
+        """The path of message ``number``; collective, as it may calibrate."""
         if self.deterministic:
             return Choice(HIERARCHICAL, 0.0, 0.0)
         if not self.costs:
             self._recall()
-        if not self.costs or self._were_wrong():
+        if not self.costs or (number % CHECK_EVERY == 0 and self._were_wrong()):
             self.calibrate()
         return choose(self.costs, num_bytes, self.minimum_gain)
 
     def measured(self, choice: Choice, num_bytes: int, seconds: float) -> None:
         """Take note of how long a message took."""
-        self._count += 1
         if choice.predicted > 0 and num_bytes >= SIZES[0]:
             self._ratios.append(seconds / choice.predicted)
         power = num_bytes.bit_length()
@@ -115,10 +127,7 @@ class Selector:
             logger.info("%s by %s: %.2f ms + bytes / %.0f MB/s, %s", self.name, path, cost.latency * 1e3, rate, source)
 
     def _were_wrong(self) -> bool:
-        """Whether rank 0's last predictions were off; a collective every `CHECK_EVERY` messages."""
-        if self._count < CHECK_EVERY:
-            return False
-        self._count = 0
+        """Whether rank 0's last predictions were off; collective."""
         ratio = torch.tensor([median(self._ratios) if self._ratios else 1.0], dtype=torch.float64)
         self._agree(ratio)
         wrong = not 1 / WRONG_BY < float(ratio) < WRONG_BY

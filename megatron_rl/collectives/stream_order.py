@@ -17,7 +17,7 @@ class StreamOrder:
         """On the caller's thread: what its stream has queued so far."""
         return torch.cuda.current_stream().record_event() if self._stream is not None else None
 
-    def inside(self, mark: torch.cuda.Event | None, work: Callable[[], None]) -> Callable[[], None]:
+    def inside(self, mark: torch.cuda.Event | None, work: Callable[[], object]) -> Callable[[], None]:
         """``work`` for the other thread: on its stream, after the mark, and finished on the device when it returns."""
 
         def run() -> None:

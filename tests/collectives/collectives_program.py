@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ MAPS = (
     ((0,), (1,), (2,), (3,)),
 )
 SIZE = 4
+CPU = torch.device("cpu")
 numbers = itertools.count()
 
 
@@ -62,9 +64,9 @@ def ordered_sum(parts: list[torch.Tensor], nodes: NodeMap, wire: torch.dtype) ->
 def every_division(rank: int) -> None:
     for nodes, links in itertools.product(map(NodeMap, MAPS), ((), ("lo", "lo"))):
         config = CollectivesConfig(chunk_mb=0.01, links=links, timeout_seconds=30)
-        path = HierarchicalPath(store(), rank, nodes, config)
+        path = HierarchicalPath(store(), rank, nodes, config, CPU)
         if links:
-            path.shares = {0: 1.0, 1: 2.0}
+            path.pipeline.shares = {0: 1.0, 1: 2.0}
         for numel, dtype in itertools.product((1, 7, 5003), (torch.float32, torch.bfloat16)):
             parts = inputs(numel * SIZE, dtype)
             expected = ordered_sum(parts, nodes, dtype)
@@ -72,10 +74,10 @@ def every_division(rank: int) -> None:
             path.all_reduce(summed)
             assert torch.equal(summed, expected), f"all_reduce {nodes.nodes} {numel} {dtype}"
             own = torch.empty(numel, dtype=dtype)
-            path.reduce_scatter(own, parts[rank], (0, numel))
+            path.reduce_scatter(own, parts[rank])
             assert torch.equal(own, expected.view(SIZE, -1)[rank]), f"reduce_scatter {nodes.nodes} {numel} {dtype}"
             gathered = torch.empty_like(expected)
-            path.all_gather(gathered, own, (0, numel))
+            path.all_gather(gathered, own)
             assert torch.equal(gathered, expected), f"all_gather {nodes.nodes} {numel} {dtype}"
         say(rank, f"division {nodes.nodes} over {len(links) or 1} links")
 
@@ -83,11 +85,11 @@ def every_division(rank: int) -> None:
 def narrow_wire(rank: int) -> None:
     nodes = NodeMap(MAPS[0])
     config = CollectivesConfig(wire_dtype="bfloat16", error_feedback=True, timeout_seconds=30)
-    path = HierarchicalPath(store(), rank, nodes, config)
+    path = HierarchicalPath(store(), rank, nodes, config, CPU)
     parts = inputs(1000, torch.float32)
     plain = CollectivesConfig(wire_dtype="bfloat16", timeout_seconds=30)
     once = parts[rank].clone()
-    HierarchicalPath(store(), rank, nodes, plain).all_reduce(once)
+    HierarchicalPath(store(), rank, nodes, plain, CPU).all_reduce(once)
     assert torch.equal(once, ordered_sum(parts, nodes, torch.bfloat16)), "bf16 on the wire"
     exact, total = sum(part.double() for part in parts), torch.zeros(1000, dtype=torch.float64)
     for _ in range(32):
@@ -161,7 +163,7 @@ def many_at_once(rank: int) -> None:
         tensors.append((parts[rank].clone(), sum(part.double() for part in parts)))
         futures.append(hybrid.all_reduce(tensors[-1][0]))
     for future, (found, exact) in zip(futures, tensors, strict=True):
-        future.result(120)
+        future.wait(timedelta(seconds=120))
         assert (found.double() - exact).norm() <= 1e-6 * exact.norm()
     hybrid.close()
     say(rank, "many at once")
@@ -177,7 +179,7 @@ def calibrated_before(rank: int) -> None:
             config = CollectivesConfig(all_reduce="hybrid", chunk_mb=chunk_mb, timeout_seconds=30)
             hybrid = HybridAllReduce(store(), library, config, torch.device("cpu"), NodeMap(MAPS[0], ("a", "b")))
             x = torch.full((1000,), float(rank + 1))
-            hybrid.all_reduce(x).result(120)
+            hybrid.all_reduce(x).wait(timedelta(seconds=120))
             assert (x == SIZE * (SIZE + 1) / 2).all()
             counts.append(hybrid.selectors()["all_reduce"].num_calibrations)
             hybrid.close()

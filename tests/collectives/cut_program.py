@@ -26,10 +26,11 @@ if __name__ == "__main__":
         rank,
         NodeMap.discover(dist.PrefixStore("nodes", store), rank, size),
         CollectivesConfig(links=links, timeout_seconds=6, chunk_mb=0.5),
+        torch.device("cpu"),
     )
     started, rounds = time.monotonic(), 0
     try:
-        while len(path.shares) == len(links) and time.monotonic() - started < LIMIT:
+        while len(path.pipeline.shares) == len(links) and time.monotonic() - started < LIMIT:
             tensor = torch.full((200_000,), float(rank + 1))
             path.all_reduce(tensor)
             assert bool((tensor == size * (size + 1) / 2).all()), "a wrong sum"
@@ -42,5 +43,5 @@ if __name__ == "__main__":
     except CollectiveError as error:
         print(error, flush=True)
         os._exit(3)
-    print("left:", ", ".join(path.link_names[k] for k in path.shares), flush=True)
-    os._exit(0 if len(path.shares) < len(links) else 4)
+    print("left:", ", ".join(path.pipeline.link_names[k] for k in path.pipeline.shares), flush=True)
+    os._exit(0 if len(path.pipeline.shares) < len(links) else 4)

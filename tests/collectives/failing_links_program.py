@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from collectives_program import MAPS, inputs, ordered_sum, say, store
+from collectives_program import CPU, MAPS, inputs, ordered_sum, say, store
 
 from megatron_rl.collectives.hierarchical import HierarchicalPath
 from megatron_rl.collectives.node_memory import CollectiveError
@@ -21,24 +21,23 @@ from megatron_rl.collectives.policy import CollectivesConfig
 
 def broken_at(path: HierarchicalPath, link: int, after: int) -> None:
     """Let one lane's exchanges over ``link`` fail from the ``after``-th on."""
-    assert path._lane is not None
-    target, count = path._lane.links[link], itertools.count()
-    exchange: Callable[..., dist.Work] = target.exchange
+    assert path.pipeline._lane is not None
+    target, count = path.pipeline._lane.links[link], itertools.count()
+    send: Callable[..., dist.Work] = target.send
 
     def failing(*args: object) -> dist.Work:
         if next(count) >= after:
-            target._group.abort()
             raise RuntimeError("cable pulled")
-        return exchange(*args)
+        return send(*args)
 
-    target.exchange = failing  # type: ignore[method-assign]
+    target.send = failing  # type: ignore[method-assign]
 
 
 def failing_links(rank: int) -> None:
     nodes = NodeMap(MAPS[0])
     for link, after in ((0, 1), (1, 4)):
         path = HierarchicalPath(
-            store(), rank, nodes, CollectivesConfig(links=("lo", "lo"), chunk_mb=0.02, timeout_seconds=6)
+            store(), rank, nodes, CollectivesConfig(links=("lo", "lo"), chunk_mb=0.02, timeout_seconds=6), CPU
         )
         if rank == 3:
             broken_at(path, link, after)
@@ -47,9 +46,9 @@ def failing_links(rank: int) -> None:
             summed = parts[rank].clone()
             path.all_reduce(summed)
             assert torch.equal(summed, ordered_sum(parts, nodes, torch.float32)), f"after link {link} failed"
-        assert list(path.shares) == [1 - link], "every rank leaves the failed link out"
+        assert list(path.pipeline.shares) == [1 - link], "every rank leaves the failed link out"
         say(rank, f"link {link} fails at exchange {after} of one rank")
-    path = HierarchicalPath(store(), rank, nodes, CollectivesConfig(links=("lo",), timeout_seconds=6))
+    path = HierarchicalPath(store(), rank, nodes, CollectivesConfig(links=("lo",), timeout_seconds=6), CPU)
     if rank == 2:
         broken_at(path, 0, 0)
     with pytest.raises(CollectiveError, match="lo"):

@@ -8,7 +8,7 @@ import torch
 from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Cost, choose
 from megatron_rl.collectives.link import split
 from megatron_rl.collectives.nodes import NodeMap
-from megatron_rl.collectives.selector import CHECK_EVERY, Selector
+from megatron_rl.collectives.selector import CHECK_EVERY, MEASURE_EVERY, Selector
 
 MB = 1 << 20
 
@@ -49,22 +49,35 @@ def selector(**seconds: float) -> Selector:
 
 def test_it_calibrates_once_and_again_when_predictions_are_off(monkeypatch):
     chosen = selector(library=0.4, hierarchical=0.1)
-    choice = chosen.choose(8 * MB)
+    choice = chosen.choose(1, 8 * MB)
     assert choice.path == HIERARCHICAL
     for _ in range(CHECK_EVERY):
         chosen.measured(choice, 8 * MB, choice.predicted * 1.1)
-    assert chosen.choose(8 * MB).path == HIERARCHICAL
+    assert chosen.choose(CHECK_EVERY, 8 * MB).path == HIERARCHICAL
     assert chosen.num_calibrations == 1
     for _ in range(CHECK_EVERY):
         chosen.measured(choice, 8 * MB, choice.predicted * 5)
     monkeypatch.setattr(chosen, "_probe", lambda run, size: 0.1 if run is chosen._paths[LIBRARY] else 0.5)
-    assert chosen.choose(8 * MB).path == LIBRARY
+    assert chosen.choose(CHECK_EVERY + 1, 8 * MB).path == HIERARCHICAL  # ranks look at their predictions together
+    assert chosen.choose(2 * CHECK_EVERY, 8 * MB).path == LIBRARY
     assert chosen.num_calibrations == 2
+
+
+def test_what_is_the_librarys_is_left_alone_but_for_every_sixteenth_message():
+    chosen = selector(library=0.1, hierarchical=0.4)
+    assert not chosen.leaves_alone(1, 8 * MB)  # nothing is measured yet
+    chosen.choose(1, 8 * MB)
+    assert [number for number in range(1, 65) if not chosen.leaves_alone(number, 8 * MB)] == [16, 32, 48, 64]
+    assert CHECK_EVERY % MEASURE_EVERY == 0  # so ranks that agree are never at a call of the library's own
+    other = selector(library=0.4, hierarchical=0.1)
+    other.choose(1, 8 * MB)
+    assert not other.leaves_alone(2, 8 * MB)
 
 
 def test_deterministic_never_takes_the_library():
     made = Selector("x", {}, lambda figures: None, minimum_gain=0.1, deterministic=True, talks=False)
-    assert made.choose(SIZES[0]).path == HIERARCHICAL
+    assert made.choose(1, SIZES[0]).path == HIERARCHICAL
+    assert not made.leaves_alone(2, SIZES[0])
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 7, 1000, 12345])

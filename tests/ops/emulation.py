@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-KERNELS = ("copy_spans", "block_quantize", "span_checksum")
+KERNELS = ("copy_spans", "block_quantize", "span_checksum", "accumulate")
 
 
 def host_compiler() -> str:
@@ -61,6 +61,11 @@ class EmulatedOps:
         tables = map(_pointer, (tensors, spans, tiles))
         count = ctypes.c_int64(len(tiles))
         self._check(self._library.mrl_span_checksum(*tables, count, src, dst, word_bytes, _pointer(sums), None))
+
+    def accumulate(self, parts: Tensor, out: Tensor, number_type: int, out_type: int, aligned: bool) -> None:
+        count, elements, whole = ctypes.c_int64(len(parts)), ctypes.c_int64(out.numel()), ctypes.c_bool(aligned)
+        tensors = _pointer(parts), count, _pointer(out), elements
+        self._check(self._library.mrl_accumulate(*tensors, number_type, out_type, whole, None))
 
     @staticmethod
     def _check(error: int) -> None:

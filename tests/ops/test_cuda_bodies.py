@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 from ops.emulation import CSRC, KERNELS, EmulatedOps, compile_on_host, host_compiler
 from ops.op_cases import FLOATS, assert_bitwise_equal, copy_case, copy_tensors, random_bits
 
+from megatron_rl.ops import accumulate as accumulate_op
 from megatron_rl.ops import block_quantize as quantize_op
 from megatron_rl.ops import copy_spans as copy_op
 from megatron_rl.ops import span_checksum as checksum_op
+from megatron_rl.ops.accumulate import cuda as accumulate_cuda
 from megatron_rl.ops.block_quantize import cuda as quantize_cuda
 from megatron_rl.ops.copy_spans import cuda as copy_cuda
 from megatron_rl.ops.span_checksum import cuda as checksum_cuda
@@ -42,7 +44,7 @@ def on_host(emulated: EmulatedOps) -> Iterator[None]:
 
 
 def put_in_place(ops: EmulatedOps, patch: pytest.MonkeyPatch) -> None:
-    for module in (copy_cuda, quantize_cuda, checksum_cuda):
+    for module in (copy_cuda, quantize_cuda, checksum_cuda, accumulate_cuda):
         patch.setattr(module, "OPS", ops)
 
 
@@ -92,6 +94,22 @@ def check_checksum(rows: int, cols: int, dtype: torch.dtype, as_dtype: torch.dty
     assert checksum_cuda.span_checksum(tensors, spans, 2, as_dtype).tolist() == expected.tolist()
 
 
+def check_accumulate(
+    num_parts: int, elements: int, dtypes: tuple[torch.dtype, torch.dtype], shift: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scale = 10.0 ** torch.arange(num_parts)  # the order of unequal numbers shows in the last bits
+    whole = [torch.randn(elements + shift, generator=generator) * scale[i] for i in range(num_parts)]
+    parts = [part.to(dtypes[0])[shift:] for part in whole]
+    for part in parts:
+        part[0] = -0.0  # a sum that starts from +0 loses the sign
+    expected, actual = torch.empty(elements, dtype=dtypes[1]), torch.zeros(elements + shift, dtype=dtypes[1])
+    accumulate_op.accumulate(parts, expected, implementation="reference")
+    accumulate_cuda.accumulate(parts, actual[shift:])
+    assert_bitwise_equal(actual[shift:], expected)
+    assert not actual[:shift].any()
+
+
 @pytest.mark.parametrize("pair", PAIRS, ids=str)
 @given(case=copy_case(largest=200), shift=st.integers(0, 3))
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -120,6 +138,24 @@ def test_span_checksum_body_agrees_with_the_reference(on_host, rows, cols, dtype
     check_checksum(rows, cols, dtype, as_dtype if dtype in FLOATS else None, seed)
 
 
+@given(
+    num_parts=st.integers(1, 6),
+    elements=st.integers(1, 6000),
+    dtypes=st.tuples(*[st.sampled_from([torch.float32, torch.bfloat16])] * 2),
+    shift=st.sampled_from([0, 0, 1]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_accumulate_body_agrees_with_the_reference(on_host, num_parts, elements, dtypes, shift, seed):
+    check_accumulate(num_parts, elements, dtypes, shift, seed)
+
+
+def test_the_accumulate_body_may_write_to_one_of_its_parts(on_host):
+    parts = [torch.full((3000,), value) for value in (1.0, 2.0, 4.0)]
+    accumulate_cuda.accumulate(parts, parts[2])
+    assert torch.equal(parts[2], torch.full((3000,), 7.0))
+
+
 def test_tiles_larger_than_one_launch_block_are_covered(on_host):
     generator = torch.Generator().manual_seed(0)
     source, target = random_bits(41_000, torch.float32, generator), torch.zeros(41_000, dtype=torch.bfloat16)
@@ -146,10 +182,18 @@ def quantizations() -> None:
         check_quantize(rows, cols, torch.float32, 4, wild)
 
 
+def sums() -> None:
+    """Whole packs with a ragged end, and unaligned memory; more than one block."""
+    for elements, shift in ((2053, 0), (3000, 1)):
+        check_accumulate(3, elements, (torch.bfloat16, torch.float32), shift, 5)
+        check_accumulate(2, elements, (torch.float32, torch.float32), shift, 6)
+
+
 CHECKS: dict[str, Callable[[], None]] = {
     "copy_spans": copies,
     "block_quantize": quantizations,
     "span_checksum": checksums,
+    "accumulate": sums,
 }
 MUTANTS = [  # file, code in it, what it becomes, and the kernel that must then fail
     ("copy_spans.cu", "tile.cols % kPack == 0 &&", "", "copy_spans"),
@@ -165,6 +209,10 @@ MUTANTS = [  # file, code in it, what it becomes, and the kernel that must then 
     ("span_checksum.cu", "row += step)", "row += step + 1)", "span_checksum"),
     ("span_checksum.cu", "W>::of(at[k]) + 1)", "W>::of(at[k]))", "span_checksum"),
     ("span_checksum.cu", "tile.col + col + k", "col + k", "span_checksum"),
+    ("accumulate.cu", "int64_t p = 0; p < num_parts", "int64_t p = 0; p + 1 < num_parts", "accumulate"),
+    ("accumulate.cu", "p == 0 ? Cast<float>::from(in.v[k]) :", "", "accumulate"),
+    ("accumulate.cu", "at < first + kPack && at < n", "at + 1 < first + kPack && at < n", "accumulate"),
+    ("accumulate.cu", "threadIdx.x) * kPack", "threadIdx.x) * 1", "accumulate"),
 ]
 
 

@@ -7,6 +7,7 @@ import torch
 from ops.gpu_device import DEVICE, only_on_a_gpu
 from ops.op_cases import FLOATS, assert_bitwise_equal, random_bits
 
+from megatron_rl.ops.accumulate import accumulate
 from megatron_rl.ops.block_quantize import block_quantize
 from megatron_rl.ops.copy_spans import copy_spans
 from megatron_rl.ops.span_checksum import span_checksum
@@ -62,3 +63,17 @@ def test_span_checksum_on_a_gpu(implementation, dtype, as_dtype):
     expected = span_checksum([matrix], spans, 2, as_dtype=as_dtype, implementation="reference")
     actual = span_checksum([matrix.to(DEVICE)], spans, 2, as_dtype=as_dtype, implementation=implementation)
     assert actual.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("out_dtype", FLOATS[:2], ids=str)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_accumulate_on_a_gpu(implementation, dtype, out_dtype, shift):
+    generator = torch.Generator().manual_seed(3)
+    parts = [(torch.randn(70_001, generator=generator) * 10**i).to(dtype) for i in range(5)]
+    expected = torch.empty(70_001 - shift, dtype=out_dtype)
+    accumulate([part[shift:] for part in parts], expected, implementation="reference")
+    actual = torch.empty(70_001 - shift, dtype=out_dtype, device=DEVICE)
+    accumulate([part.to(DEVICE)[shift:] for part in parts], actual, implementation=implementation)
+    assert_bitwise_equal(actual.cpu(), expected)

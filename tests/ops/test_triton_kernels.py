@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = tuple(f"test_{op}.py" for op in ("copy_spans", "block_quantize", "span_checksum", "token_logprobs", "gae"))
+OPS = ("copy_spans", "block_quantize", "span_checksum", "accumulate", "token_logprobs", "gae")
+FILES = tuple(f"test_{op}.py" for op in OPS)
 ARCHITECTURES = ("80", "90", "100")
 
 
@@ -76,6 +77,15 @@ def test_the_passes_over_logits_load_sixteen_bytes_at_a_time_and_spill_nothing(c
     assert found["cubin_bytes"] > 0
     assert not found["local_memory"]
     assert "ld.global.v4.b32" in found["loads"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_load_sixteen_bytes_at_a_time_and_spill_nothing(compiled, architecture):
+    found = compiled[f"accumulate sm_{architecture}"]
+    assert found["cubin_bytes"] > 0
+    assert not found["local_memory"]
+    assert "ld.global.v4.b32" in found["loads"]
+    assert set(found["stores"]) == {"st.global.v4.b32"}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

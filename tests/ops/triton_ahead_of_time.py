@@ -12,6 +12,9 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
+from megatron_rl.ops.accumulate.triton import BLOCK as SUM_BLOCK
+from megatron_rl.ops.accumulate.triton import PACK as SUM_PACK
+from megatron_rl.ops.accumulate.triton import sum_parts
 from megatron_rl.ops.block_quantize.triton import quantize_blocks
 from megatron_rl.ops.copy_spans.triton import NARROW, PACK, WIDE, copy_tiles
 from megatron_rl.ops.gae.triton import BLOCK as GAE_BLOCK
@@ -22,6 +25,7 @@ from megatron_rl.ops.token_logprobs.triton import BLOCK, fold_rows, gradient_row
 
 COPY = {"src": "*i32", "dst": "*i16", "tiles": "*i64"}
 CHECKSUM = {"tensor": "*i16", "tiles": "*i64", "sums": "*i64"}
+SUM = {"first": "*i16", "starts": "*i64", "num_parts": "i32", "out": "*i32", "n": "i32"}
 QUANTIZE = {"x": "*i16", "codes": "*u8", "scales": "*fp32", "rows": "i32", "cols": "i32"}
 STATISTICS = dict.fromkeys(("maximum", "total", "target", "moment", "log_total", "entropy"), "*fp32")
 GRADIENTS = dict.fromkeys(("grad_logprob", "grad_entropy"), "*fp32")
@@ -46,6 +50,7 @@ CASES = {
     "checksum": (checksum_tiles, CHECKSUM, CHECKSUM_CONSTANTS, 4),
     "logprob fold": (fold_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
     "logprob gradient": (gradient_rows, LOGPROB, LOGPROB_CONSTANTS, 8),
+    "accumulate": (sum_parts, SUM, {"SRC": 2, "DST": 1, "PACK": SUM_PACK, "BLOCK": SUM_BLOCK}, 8),
     "gae": (scan_sequences, GAE, {"BLOCK": GAE_BLOCK}, 4),
     "quantize": (quantize_blocks, QUANTIZE, {"TYPE": 2, "BLOCK": 128}, 8),
 }
