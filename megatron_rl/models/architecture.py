@@ -30,7 +30,7 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes and switches of a pre-norm, rotary, gated-SiLU decoder."""
+    """Sizes and switches of a pre-norm, rotary decoder with gated feed-forward layers."""
 
     family: str  # Hugging Face model_type: "llama", "qwen2", "qwen3", "qwen3_moe"
     num_layers: int
@@ -45,12 +45,20 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm over each query and key head
     norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: tuple[
-        tuple[str, object], ...
-    ] = ()  # Hugging Face rope_scaling, as sorted items, lists as tuples; () = none
+    rope_scaling: tuple[tuple[str, object], ...] = ()  # Hugging Face's, sorted items, lists as tuples; () = none
     rotary_fraction: float = 1.0  # part of a head, from its first channel, that turns
     max_positions: int = 4096
     experts: Experts | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it
     full_layers: tuple[int, ...] = ()  # layers that see all keys, where the others have a window
+    window_theta: float | None = None  # base of unscaled rotary positions in layers with a window; None = as elsewhere
+    o_bias: bool = False  # the output projection of attention has a bias
+    mlp_bias: bool = False  # the dense feed-forward layers have biases
+    activation: str = "silu"  # of the gate, as Hugging Face names it
+    query_scalar: float | None = None  # scores are divided by its square root; None = by that of head_dim
+    attention_softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    logit_softcap: float | None = None  # the same of logits
+    norm_offset: float = 0.0  # norms multiply with this plus their weight
+    post_norms: bool = False  # norms also behind attention and feed-forward layer, before their output is added
+    scaled_embedding: bool = False  # embeddings are multiplied with the square root of their size
     value_model: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary

@@ -25,13 +25,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class LayerDescription:
-    """``x += attention(attention_norm(x))``, then ``x += mlp(mlp_norm(x))``."""
+    """``x += attention(attention_norm(x))``, then ``x += mlp(mlp_norm(x))``; each output through a post norm first,
+    where there is one."""
 
     attention_norm: Norm
     attention: GroupedQueryAttention
     mlp_norm: Norm
     mlp: DenseMLP | ExpertMLP
     recomputed: tuple[Recomputed, ...] = ()  # what SGLang computes from its shards; names lack the layer's prefix
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -40,9 +43,16 @@ class LayerDescription:
         return (
             self.attention_norm.parameter("input_layernorm.weight", fused),
             *self.attention.parameters(),
+            *_behind(self.attention_post_norm, "self_attention.linear_proj"),
             self.mlp_norm.parameter("pre_mlp_layernorm.weight", self.mlp.fused_norm),
             *self.mlp.parameters(),
+            *_behind(self.mlp_post_norm, "mlp.linear_fc2"),
         )
+
+
+def _behind(norm: Norm | None, linear: str) -> tuple[Parameter, ...]:
+    """A norm of the output of a linear layer of Megatron's, to which it belongs there."""
+    return () if norm is None else (norm.parameter(f"{linear}.post_layernorm.weight"),)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class ModelDescription:
     final_norm: Norm
     output: OutputLayer | ValueOutput
     layers_prefix: str = "model.layers."
+    final_recomputed: tuple[Recomputed, ...] = ()  # what SGLang computes from shards that are in no layer
 
     @property
     def tied(self) -> bool:

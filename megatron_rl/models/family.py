@@ -47,6 +47,12 @@ EXPERT_KEYS = {
     "ffn": "moe_intermediate_size",
     "normalize_weights": "norm_topk_prob",
 }
+# Field of Architecture -> key of config.json, where scores and logits are bent as Gemma 2 does.
+BENDING = {
+    "query_scalar": "query_pre_attn_scalar",
+    "attention_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+}
 FULL, SLIDING = "full_attention", "sliding_attention"  # the values of ``layer_types`` that are computed
 RENAMED = {"num_experts": "num_local_experts"}  # keys that transformers 5 writes under another name
 
@@ -65,6 +71,16 @@ class ModelFamily:
     fused_in_file: ClassVar[bool] = False  # files have one qkv_proj and one gate_up_proj
     windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``
     names_windows: ClassVar[bool] = False  # and says by ``layer_types`` which layers have it; otherwise all do
+    biased_output: ClassVar[bool] = False  # where ``bias_key`` is set, the output projection has a bias, too
+    bends: ClassVar[bool] = False  # the config has ``query_pre_attn_scalar`` and ``*_logit_softcapping``
+    activations: ClassVar[tuple[str, ...]] = ("silu",)  # that are computed; an exported config names the last
+    activation_key: ClassVar[str] = "hidden_act"
+    norm_offset: ClassVar[float] = 0.0  # norms multiply with this plus their weight
+    sums_norms: ClassVar[bool] = True  # rollout engines hold that sum
+    post_norms: ClassVar[bool] = False  # four norms in a layer
+    scaled_embedding: ClassVar[bool] = False
+    whole_embedding: ClassVar[bool] = False  # in rollout engines, on every rank
+    mlp_bias_key: ClassVar[str] = ""  # the config says here whether the feed-forward layers have biases; "" = none has
     bias_key: ClassVar[str] = ""  # the config says here whether queries, keys and values have biases; "" = ``qkv_bias``
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
     expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
@@ -96,21 +112,37 @@ class ModelFamily:
         heads = config["num_attention_heads"]
         implied = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
         given = {key: config.get(key) or implied[key] if key in implied else config[key] for key in KEYS.values()}
-        rope = dict(config["rope_parameters"])
-        theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+        biased = bool(config[self.bias_key]) if self.bias_key else self.qkv_bias
         window, full_layers = self.windows(config)
         return Architecture(
             family=self.model_type,
             **{ours: given[key] for ours, key in KEYS.items()},
-            qkv_bias=bool(config[self.bias_key]) if self.bias_key else self.qkv_bias,
+            qkv_bias=biased,
+            o_bias=biased and self.biased_output,
+            mlp_bias=bool(self.mlp_bias_key and config[self.mlp_bias_key]),
             qk_norm=self.qk_norm,
-            rope_theta=theta,
-            rope_scaling=frozen_rope(rope),
-            rotary_fraction=1.0 if fraction is None else fraction,
+            **self.rope_fields(config),
             experts=self.experts(config),
             window=window,
             full_layers=full_layers,
+            activation=config[self.activation_key],
+            norm_offset=self.norm_offset,
+            post_norms=self.post_norms,
+            scaled_embedding=self.scaled_embedding,
+            **{ours: config[key] for ours, key in BENDING.items() if self.bends},
         )
+
+    def rope_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The rotary fields of `Architecture`."""
+        rope = dict(config["rope_parameters"])
+        theta, fraction = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
+        fraction = 1.0 if fraction is None else fraction
+        return {"rope_theta": theta, "rope_scaling": frozen_rope(rope), "rotary_fraction": fraction}
+
+    def rope_parameters(self, a: Architecture) -> dict[str, Any]:
+        """The inverse of `rope_fields`."""
+        rope = {"rope_theta": a.rope_theta} | thawed_rope(a.rope_scaling)
+        return rope | ({"partial_rotary_factor": a.rotary_fraction} if self.turns_part else {})
 
     def experts(self, config: Mapping[str, Any]) -> Experts | None:
         """The mixture-of-experts part of a Hugging Face config; None in dense families."""
@@ -142,21 +174,23 @@ class ModelFamily:
         fields: dict[str, Any] = {key: getattr(a, ours) for ours, key in KEYS.items()}
         if not self.names_head_dim and a.head_dim * a.num_heads == a.hidden:
             del fields["head_dim"]
-        rope = {"rope_theta": a.rope_theta} | thawed_rope(a.rope_scaling)
-        rope |= {"partial_rotary_factor": a.rotary_fraction} if self.turns_part else {}
+        fields |= {self.mlp_bias_key: a.mlp_bias} if self.mlp_bias_key else {}
+        fields |= {key: getattr(a, ours) for ours, key in BENDING.items() if self.bends}
         fields |= {self.bias_key: a.qkv_bias} if self.bias_key else {}
         fields |= {"sliding_window": a.window} if self.windowed else {}
         fields |= _layer_types(a) if self.windowed and self.names_windows else {}
-        fields |= {"architectures": [self.hf_name(a)], "rope_parameters": rope}
+        fields |= {"architectures": [self.hf_name(a)], "rope_parameters": self.rope_parameters(a)}
+        fields |= {self.activation_key: a.activation if a.activation in self.activations else self.activations[-1]}
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raise ConfigError for config fields that would silently change what is computed."""
         window = config.get("sliding_window")
         unsupported = {
-            "hidden_act": config.get("hidden_act", "silu") != "silu",
+            self.activation_key: config.get(self.activation_key, "silu") not in self.activations,
             "attention_bias": bool(config.get("attention_bias")) and self.bias_key != "attention_bias",
-            "mlp_bias": bool(config.get("mlp_bias")),
+            "mlp_bias": bool(config.get("mlp_bias")) and not self.mlp_bias_key,
+            "use_bidirectional_attention": bool(config.get("use_bidirectional_attention")),
             "sliding_window": window is not None and (not self.windowed or window < 1),
             "layer_types": not {FULL, SLIDING}.issuperset(config.get("layer_types") or ()),
             "quantization_config": config.get("quantization_config") is not None,
@@ -167,7 +201,10 @@ class ModelFamily:
                     f"{self.model_type} config has {key}={config[key]!r}, which this decoder does not compute: "
                     f"use a checkpoint without it, or extend megatron_rl/models/families/{self.model_type}.py"
                 )
-        rope = config["rope_parameters"]
+        self.check_rope(config["rope_parameters"])
+
+    def check_rope(self, rope: Mapping[str, Any]) -> None:
+        """Raise ConfigError for rotary parameters that are not computed."""
         rope_type, part = rope.get("rope_type", "default"), rope.get("partial_rotary_factor")
         if part is not None and not self.turns_part and part != 1.0:
             raise ConfigError(
@@ -180,14 +217,16 @@ class ModelFamily:
 
     def describe(self, a: Architecture) -> ModelDescription:
         """The whole decoder, composed."""
-        embedding = Embedding(a.vocab, a.hidden)
+        scale = a.hidden**0.5 if a.scaled_embedding else 1.0
+        embedding = Embedding(a.vocab, a.hidden, scale=scale, whole_in_rollout=self.whole_embedding)
         tied = {"hf": embedding.hf} if a.tied else {}
+        output = OutputLayer(a.vocab, a.hidden, softcap=a.logit_softcap, **tied)
         return ModelDescription(
             family=self.model_type,
             embedding=embedding,
             layers=tuple(self.layer(a, index) for index in range(a.num_layers)),
             final_norm=self.norm(a, "model.norm.weight"),
-            output=ValueOutput(a.hidden) if a.value_model else OutputLayer(a.vocab, a.hidden, **tied),
+            output=ValueOutput(a.hidden) if a.value_model else output,
         )
 
     def layer(self, a: Architecture, index: int) -> LayerDescription:
@@ -201,11 +240,13 @@ class ModelFamily:
 
     def norm(self, a: Architecture, hf: str, size: int | None = None) -> Norm:
         """The norm of this Hugging Face name, over the hidden size unless another is given."""
-        return Norm(hf, size or a.hidden, a.norm_eps)
+        return Norm(hf, size or a.hidden, a.norm_eps, a.norm_offset, summed_in_rollout=self.sums_norms)
 
     def rotary(self, a: Architecture, index: int) -> Rotary:
         """The rotary positions of the ``index``-th layer."""
         dim = int(a.head_dim * a.rotary_fraction)
+        if a.window_theta is not None and a.window is not None and index not in a.full_layers:
+            return Rotary(dim, a.window_theta)
         return Rotary(dim, a.rope_theta, a.rope_scaling, a.max_positions if a.rope_scaling else 0)
 
     def attention(self, a: Architecture, index: int) -> GroupedQueryAttention:
@@ -224,13 +265,16 @@ class ModelFamily:
             q_norm,
             k_norm,
             window,
+            o_bias=a.o_bias,
+            scale=None if a.query_scalar is None else a.query_scalar**-0.5,
+            softcap=a.attention_softcap,
             fused_in_file=self.fused_in_file,
         )
 
     def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
         """The feed-forward layer, or the experts, of the ``index``-th layer."""
         if a.experts is None or index in a.experts.dense_layers:
-            return DenseMLP(a.hidden, a.ffn, self.fused_in_file)
+            return DenseMLP(a.hidden, a.ffn, self.fused_in_file, a.activation, a.mlp_bias)
         return ExpertMLP(a.hidden, a.experts, self.expert_names)
 
 

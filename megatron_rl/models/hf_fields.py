@@ -60,6 +60,15 @@ class RopeFields(_Fields):
     """Of LongRoPE: the same beyond it."""
 
 
+class LayeredRopeFields(RopeFields):
+    """``rope_parameters``, for all layers or for each kind of layer."""
+
+    full_attention: RopeFields | None = None
+    """Of layers that see all tokens."""
+    sliding_attention: RopeFields | None = None
+    """Of layers with a window."""
+
+
 class HFFields(_Fields):
     """``config.json``."""
 
@@ -97,13 +106,21 @@ class HFFields(_Fields):
     """Weights of the chosen experts sum to 1."""
     hidden_act: str | None = None
     """Activation of the MLP."""
+    query_pre_attn_scalar: Positive | None = None
+    """Attention scores are divided by its square root."""
+    attn_logit_softcapping: Positive | None = None
+    """Soft cap of attention scores."""
+    final_logit_softcapping: Positive | None = None
+    """Soft cap of logits."""
+    hidden_activation: str | None = None
+    """The same, of Gemma."""
     rms_norm_eps: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Epsilon of the norms."""
     rope_theta: Positive | None = Field(default=None, le=1e15)
     """Base of the rotary wavelengths."""
     rope_scaling: RopeFields | None = None
     """Rotary scaling."""
-    rope_parameters: RopeFields | None = None
+    rope_parameters: LayeredRopeFields | None = None
     """Rotary base and scaling."""
     tie_word_embeddings: bool | None = None
     """Whether the output layer is the embedding."""

@@ -168,6 +168,7 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
         for index, layer in enumerate(model.layers)
         for tensor in layer.recomputed
     )
+    recomputed += model.final_recomputed
     return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held, recomputed)
 
 

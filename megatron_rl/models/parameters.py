@@ -133,6 +133,7 @@ class VocabularyRows(Parameter):
     hidden: int
     megatron_name: str
     rollout_name: str
+    whole_in_rollout: bool = False  # every rank of a rollout engine has all rows, without padding
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         return [(self.hf, (self.vocab, self.hidden))]
@@ -141,6 +142,8 @@ class VocabularyRows(Parameter):
         return [self._rows(at, self.megatron_name)]
 
     def rollout(self, at: Place) -> Iterable[Shard]:
+        if self.whole_in_rollout:
+            return [whole(at.local + self.rollout_name, at.hf + self.hf, (self.vocab, self.hidden))]
         return [self._rows(at, self.rollout_name)]
 
     def _rows(self, at: Place, name: str) -> Shard:
@@ -216,12 +219,12 @@ class GateUp(Parameter):
 
     gate: Rows
     up: Rows
-    hidden: int
+    cols: int | None  # of the weight; None = the bias
     megatron_name: str
     rollout_name: str
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
-        return logical_rows((self.gate, self.up), self.hidden)
+        return logical_rows((self.gate, self.up), self.cols)
 
     def megatron(self, at: Place) -> Iterable[Shard]:
         return [self._halves(at, self.megatron_name)]
@@ -232,7 +235,7 @@ class GateUp(Parameter):
     def _halves(self, at: Place, name: str) -> Shard:
         start, stop = block(self.gate.count, at.tp.index, at.tp.count, "the feed-forward size")
         pieces = [half.piece(at.hf, start, stop) for half in (self.gate, self.up)]
-        return Shard(at.local + name, (2 * (stop - start), self.hidden), stack_rows(pieces, self.hidden))
+        return Shard(at.local + name, row_shape(2 * (stop - start), self.cols), stack_rows(pieces, self.cols or 1))
 
 
 @dataclass(frozen=True, slots=True)

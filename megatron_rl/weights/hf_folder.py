@@ -116,6 +116,9 @@ def _add_older_spellings(path: Path) -> None:
     """transformers 5 renamed keys; engines built on transformers 4 would silently use defaults for them."""
     fields = json.loads(path.read_text())
     rope = dict(fields["rope_parameters"])
+    if "sliding_attention" in rope:  # Gemma 3
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = dict(rope["full_attention"])
     fields["rope_theta"] = rope.pop("rope_theta")
     if (part := rope.pop("partial_rotary_factor", None)) is not None:
         fields["partial_rotary_factor"] = part

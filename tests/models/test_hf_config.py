@@ -66,8 +66,6 @@ def test_qwen2_keeps_a_head_size_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"mlp_bias": True}, "mlp_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0}}, "'dynamic' is not supported"),
@@ -77,6 +75,21 @@ def test_qwen2_keeps_a_head_size_of_its_own() -> None:
 def test_what_would_be_computed_differently_is_refused(fields: dict, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         architecture_from_hf(LlamaConfig(**fields))
+
+
+def test_biases_are_refused_of_families_that_have_none() -> None:
+    with pytest.raises(ConfigError, match="attention_bias=True"):
+        architecture_from_hf(MistralConfig(attention_bias=True))
+    with pytest.raises(ConfigError, match="mlp_bias=True"):
+        architecture_from_hf(Qwen3Config(mlp_bias=True))
+
+
+def test_biases_of_llama_are_taken_one_by_one() -> None:
+    found = [
+        architecture_from_hf(LlamaConfig(attention_bias=attention, mlp_bias=mlp))
+        for attention, mlp in ((True, False), (False, True))
+    ]
+    assert [(a.qkv_bias, a.o_bias, a.mlp_bias) for a in found] == [(True, True, False), (False, False, True)]
 
 
 def test_sliding_windows_are_refused() -> None:

@@ -195,6 +195,7 @@ class MegatronEngine(TrainingEngine):
             vocab_start=self.context.coordinates.tp * weight.shape[0],
             vocab_size=self.architecture.vocab,
             temperature=temperature,
+            softcap=self.architecture.logit_softcap,
             group=self.context.tp_group if self.context.sizes.tp > 1 else None,
             with_entropy=with_entropy,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
-from megatron_rl.models.parameters import FusedQKV, InputColumns, Parameter, Rows
+from megatron_rl.models.parameters import FusedQKV, InputColumns, Parameter, Replicated, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,9 @@ class GroupedQueryAttention:
     q_norm: Norm | None = None  # over each query head; always together with k_norm
     k_norm: Norm | None = None
     window: int | None = None  # keys that a query sees, its own included; None = all before it
+    o_bias: bool = False
+    scale: float | None = None  # of products of queries and keys; None = head_dim ** -0.5
+    softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     fused_in_file: bool = False  # the Hugging Face file has one qkv_proj, queries above keys above values
 
     def parameters(self) -> Iterator[Parameter]:
@@ -40,6 +43,8 @@ class GroupedQueryAttention:
             yield self.k_norm.parameter("self_attention.k_layernorm.weight")
         inputs = self.num_heads * self.head_dim
         yield InputColumns("self_attn.o_proj.weight", self.hidden, inputs, "self_attention.linear_proj.weight")
+        if self.o_bias:
+            yield Replicated("self_attn.o_proj.bias", (self.hidden,), "self_attention.linear_proj.bias")
 
     def _rows(self, suffix: str) -> tuple[Rows, Rows, Rows]:
         """Where queries, keys and values lie in the Hugging Face file."""

@@ -16,9 +16,12 @@ class Embedding:
     vocab: int  # rows of the Hugging Face tensor, without any padding
     hidden: int
     hf: str = "model.embed_tokens.weight"
+    scale: float = 1.0  # of the hidden states, rounded to their dtype first
+    whole_in_rollout: bool = False  # every rank of a rollout engine has all rows, without padding
 
     def parameter(self) -> Parameter:
-        return VocabularyRows(self.hf, self.vocab, self.hidden, "embedding.word_embeddings.weight", self.hf)
+        megatron = "embedding.word_embeddings.weight"
+        return VocabularyRows(self.hf, self.vocab, self.hidden, megatron, self.hf, self.whole_in_rollout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class OutputLayer:
     hidden: int
     hf: str = "lm_head.weight"
     rollout_name: str = "lm_head.weight"
+    softcap: float | None = None  # logits become softcap * tanh(logit / softcap)
 
     def parameter(self) -> Parameter:
         return VocabularyRows(self.hf, self.vocab, self.hidden, "output_layer.weight", self.rollout_name)

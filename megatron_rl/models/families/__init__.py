@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from megatron_rl.models.families import (  # noqa: F401
+    gemma,
+    gemma2,
+    gemma3_text,
     glm4_moe,
     llama,
     mistral,

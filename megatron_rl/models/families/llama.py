@@ -1,4 +1,5 @@
-"""Llama 2 and 3, and every model published under their model type: the dense decoder itself."""
+"""Llama 2 to 3.2, and every model published under their model type (DeepSeek-LLM, DeepSeek-Coder, Yi, SmolLM2):
+the dense decoder itself."""
 
 from __future__ import annotations
 
@@ -7,4 +8,8 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 
 @FAMILIES.register("llama")
 class Llama(ModelFamily):
-    """No difference from the dense decoder."""
+    """Biases in attention, in the feed-forward layers, or in both, where the config says so."""
+
+    bias_key = "attention_bias"
+    biased_output = True
+    mlp_bias_key = "mlp_bias"

@@ -6,7 +6,6 @@ whole prompts and fills the KV cache; `decode` adds one token to every running s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 
 from megatron_rl.models import Architecture, describe
 from megatron_rl.models.components.embedding import OutputLayer
+from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
 from megatron_rl.models.description import ModelDescription
@@ -22,6 +22,8 @@ from megatron_rl.ops.selection import choose
 from megatron_rl.rollout.local.expert_layer import ExpertLayer
 from megatron_rl.rollout.local.feed_forward import feed_forward
 from megatron_rl.rollout.local.kv_cache import KVCache
+from megatron_rl.rollout.local.norm_weight import NormWeight
+from megatron_rl.rollout.local.prompt_attention import attend_prompts
 from megatron_rl.rollout.local.rotary_cache import RotaryCache, rotate_
 from megatron_rl.rollout.local.sharding import TensorParallel
 
@@ -33,16 +35,15 @@ Attend = Callable[["Layer", torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class NormWeight:
-    """An RMSNorm."""
+class Output:
+    """What becomes of the sum over the ranks before it is added to the hidden states."""
 
-    weight: torch.Tensor
-    eps: float
+    bias: torch.Tensor | None
+    norm: NormWeight | None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.dtype != x.dtype:  # as SGLang's RMSNorm: all of it in fp32
-            return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+    def __call__(self, summed: torch.Tensor) -> torch.Tensor:
+        summed = summed if self.bias is None else summed.add_(self.bias)
+        return summed if self.norm is None else self.norm(summed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,18 @@ class Layer:
     index: int
     rotary: Rotary
     window: int | None  # tokens that a query sees, itself included
+    scale: float
+    softcap: float | None
     attention_norm: NormWeight
     qkv: torch.Tensor
     qkv_bias: torch.Tensor | None
     q_norm: NormWeight | None
     k_norm: NormWeight | None
     o: torch.Tensor
+    attention_out: Output
     mlp_norm: NormWeight
     mlp: Callable[[torch.Tensor], torch.Tensor]  # this rank's part of the output
+    mlp_out: Output
 
 
 class Decoder:
@@ -80,6 +85,7 @@ class Decoder:
         model = describe(architecture)
         if not isinstance(model.output, OutputLayer):
             raise ValueError(f"a {model.family} model without an output layer generates no tokens")
+        self.description, self.softcap = model, model.output.softcap
         self.vocab, self.tp, self.cache = model.embedding.vocab, tp, cache
         self.head_dim, self.kv_heads = cache.head_dim, cache.kv_heads
         self.q_heads = model.shared(lambda layer: layer.attention.num_heads, "attention heads") // tp.size
@@ -124,7 +130,7 @@ class Decoder:
             heads = qkv.view(count, longest, -1, self.head_dim)
             queries, keys, values = heads.split([self.q_heads, self.kv_heads, self.kv_heads], 2)
             self.cache.write_prompts(layer.index, keys, values, sources, row)
-            return attend_prompts(queries, keys, values, layer.window)
+            return attend_prompts(queries, keys, values, layer.scale, layer.window, layer.softcap)
 
         hidden = self._run(tokens.flatten(), attend)
         last = torch.arange(count, device=tokens.device) * longest + lengths - 1
@@ -146,7 +152,7 @@ class Decoder:
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
             inputs = (qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
             window = None if layer.window is None or layer.window >= length else layer.window
-            return self._attend_cache(*inputs, self.head_dim**-0.5, window)
+            return self._attend_cache(*inputs, layer.scale, window, layer.softcap)
 
         return self._logits(self._run(tokens, attend))
 
@@ -161,15 +167,16 @@ class Decoder:
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for layer, next_norm in zip(self.layers, next_norms, strict=True):
             context = attend(layer, self._qkv(layer, normed))
-            normed = self._add(hidden, F.linear(context, layer.o), layer.mlp_norm)
-            normed = self._add(hidden, self._mlp(layer, normed), next_norm)
+            normed = self._add(hidden, F.linear(context, layer.o), layer.attention_out, layer.mlp_norm)
+            normed = self._add(hidden, self._mlp(layer, normed), layer.mlp_out, next_norm)
         return normed
 
-    def _add(self, hidden: torch.Tensor, partial: torch.Tensor, norm: NormWeight) -> torch.Tensor:
+    def _add(self, hidden: torch.Tensor, partial: torch.Tensor, out: Output, norm: NormWeight) -> torch.Tensor:
         """Add the sum over the ranks to ``hidden``, in place, and return the norm of that."""
-        if norm.weight.dtype != hidden.dtype:
-            return norm(hidden.add_(self.tp.reduce(partial)))
-        return self._add_rms_norm(hidden, self.tp.reduce(partial), norm.weight, norm.eps)
+        summed, factor = out(self.tp.reduce(partial)), norm.factor
+        if factor.dtype != hidden.dtype:
+            return norm(hidden.add_(summed))
+        return self._add_rms_norm(hidden, summed, factor, norm.eps)
 
     def _qkv(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
         """Query, key and value heads of each token, ``[tokens, q_heads + 2 * kv_heads, head_dim]``, not yet turned."""
@@ -186,7 +193,12 @@ class Decoder:
         return torch.cat([layer.mlp(some) for some in normed.split(MLP_TOKENS)])
 
     def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        if self.tp.size == 1:
+        rows = self._rows(tokens)
+        scale = self.description.embedding.scale
+        return rows if scale == 1.0 else rows * torch.tensor(scale, dtype=rows.dtype, device=rows.device)
+
+    def _rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.tp.size == 1 or self.description.embedding.whole_in_rollout:
             return self.embedding[tokens]
         local = tokens - self.tp.rank * len(self.embedding)
         foreign = (local < 0) | (local >= len(self.embedding))
@@ -194,34 +206,47 @@ class Decoder:
         return self.tp.reduce(rows)
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.tp.gather_columns(F.linear(hidden, self.head))
+        logits = F.linear(hidden, self.head)
+        if not (self.description.tied and self.description.embedding.whole_in_rollout):
+            logits = self.tp.gather_columns(logits)
+        if self.softcap is not None:
+            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits[:, : self.vocab].float()
 
 
 def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
     described, prefix = model.layers[index], model.prefix(index)
-    attention = described.attention
+    attention, mlp = described.attention, described.mlp
 
     def norm(norm: Norm | None) -> NormWeight | None:
         return None if norm is None else _norm(norm, parameters, prefix)
+
+    def named(name: str, exists: bool = True) -> torch.Tensor | None:
+        return _named(parameters, prefix + name) if exists else None
 
     return Layer(
         index=index,
         rotary=attention.rotary,
         window=attention.window,
+        scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
+        softcap=attention.softcap,
         attention_norm=_norm(described.attention_norm, parameters, prefix),
         qkv=_named(parameters, prefix + "self_attn.qkv_proj.weight"),
-        qkv_bias=_named(parameters, prefix + "self_attn.qkv_proj.bias") if attention.qkv_bias else None,
+        qkv_bias=named("self_attn.qkv_proj.bias", attention.qkv_bias),
         q_norm=norm(attention.q_norm),
         k_norm=norm(attention.k_norm),
         o=_named(parameters, prefix + "self_attn.o_proj.weight"),
+        attention_out=Output(named("self_attn.o_proj.bias", attention.o_bias), norm(described.attention_post_norm)),
         mlp_norm=_norm(described.mlp_norm, parameters, prefix),
-        mlp=feed_forward(described.mlp, functools.partial(_named, parameters), prefix, tp),
+        mlp=feed_forward(mlp, lambda name: _named(parameters, name), prefix, tp),
+        mlp_out=Output(
+            named("mlp.down_proj.bias", isinstance(mlp, DenseMLP) and mlp.bias), norm(described.mlp_post_norm)
+        ),
     )
 
 
 def _norm(norm: Norm, parameters: Mapping[str, torch.Tensor], prefix: str = "") -> NormWeight:
-    return NormWeight(_named(parameters, prefix + norm.hf), norm.eps)
+    return NormWeight.of(norm, _named(parameters, prefix + norm.hf))
 
 
 def _named(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -230,23 +255,3 @@ def _named(parameters: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
             f"the rollout layout has no {name!r}, which this architecture needs: was it made for another model?"
         )
     return parameters[name]
-
-
-def attend_prompts(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None = None
-) -> torch.Tensor:
-    """Causal attention inside each prompt; heads ``[prompts, length, heads, head_dim]``, fewer of keys than of queries
-    where grouped. ``[prompts * length, q_heads * head_dim]``."""
-    grouped, length = queries.shape[2] != keys.shape[2], queries.shape[1]
-    seen = None
-    if window is not None and window < length:
-        seen = torch.ones(length, length, dtype=torch.bool, device=queries.device).tril().triu(1 - window)
-    context = F.scaled_dot_product_attention(
-        queries.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=seen,
-        is_causal=seen is None,
-        enable_gqa=grouped,
-    )
-    return context.transpose(1, 2).flatten(0, 1).flatten(1)

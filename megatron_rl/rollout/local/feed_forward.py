@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from megatron_rl.models.activations import ACTIVATIONS
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.rollout.local.expert_layer import ExpertLayer, SharedExpert
@@ -18,14 +19,16 @@ Named = Callable[[str], torch.Tensor]  # SGLang's name -> this rank's parameter
 
 @dataclass(frozen=True, slots=True)
 class DenseLayer:
-    """A gated-SiLU feed-forward layer on this rank."""
+    """A gated feed-forward layer on this rank, without the bias of its output."""
 
     gate_up: torch.Tensor
     down: torch.Tensor
+    activation: Callable[[torch.Tensor], torch.Tensor] = F.silu
+    bias: torch.Tensor | None = None  # of gate_up
 
     def __call__(self, normed: torch.Tensor) -> torch.Tensor:
-        gate, up = F.linear(normed, self.gate_up).chunk(2, -1)
-        return F.linear(F.silu(gate).mul_(up), self.down)
+        gate, up = F.linear(normed, self.gate_up, self.bias).chunk(2, -1)
+        return F.linear(self.activation(gate).mul_(up), self.down)
 
 
 def feed_forward(
@@ -33,7 +36,8 @@ def feed_forward(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """``[tokens, hidden]`` -> this rank's part of the output; ``prefix`` precedes the names of the layer."""
     if isinstance(described, DenseMLP):
-        return _dense(named, prefix + "mlp.")
+        bias = named(prefix + "mlp.gate_up_proj.bias") if described.bias else None
+        return replace(_dense(named, prefix + "mlp."), activation=ACTIVATIONS[described.activation], bias=bias)
     names, experts = described.names, described.experts
     shared = None
     if experts.shared_ffn:

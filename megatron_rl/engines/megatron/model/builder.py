@@ -6,20 +6,23 @@ chunks = build_model(architecture, config, pg_collection=groups)   # one GPTMode
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform, use_transformer_engine
-from megatron_rl.engines.megatron.model.layer_spec import layer_spec
+from megatron_rl.engines.megatron.model.layer_spec import fits_transformer_engine, layer_spec
+from megatron_rl.engines.megatron.model.own_modules import CappedOutput, ScaledEmbedding, become
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies, rotate_in_attention
 from megatron_rl.engines.megatron.model.value_head import ValueHead
 from megatron_rl.log import leave_out
+from megatron_rl.models.activations import ACTIVATIONS
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.description import ModelDescription
@@ -117,10 +120,11 @@ def _build_chunk(
     tied: bool,
 ) -> GPTModel:
     """One chunk; ``vp_stage`` is None without interleaving, ``vocab`` counts padding rows too."""
+    model = describe(architecture)
     pp_rank, last_stage = groups.pp.rank(), (config.virtual_pipeline_model_parallel_size or 1) - 1
     chunk = GPTModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, vp_stage, pp_rank, architecture.experts),
+        transformer_layer_spec=layer_spec(config, vp_stage, pp_rank, architecture.experts, model),
         vocab_size=vocab,
         max_sequence_length=architecture.max_positions,
         pre_process=pp_rank == 0 and not vp_stage,
@@ -133,10 +137,14 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    if use_transformer_engine():
+    if use_transformer_engine() and fits_transformer_engine(model):
         chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
     else:
-        rotate_in_attention(chunk, describe(architecture))
+        rotate_in_attention(chunk, model)
+    if chunk.pre_process and model.embedding.scale != 1.0:
+        become(chunk.embedding, ScaledEmbedding, scale=model.embedding.scale)
+    if chunk.post_process and architecture.logit_softcap is not None:
+        become(chunk.output_layer, CappedOutput, softcap=architecture.logit_softcap)
     return chunk
 
 
@@ -161,10 +169,18 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         "qk_layernorm": model.shared(lambda layer: layer.attention.q_norm is not None, "query and key norms"),
         "normalization": "RMSNorm",
         "layernorm_zero_centered_gamma": _zero_centered(model),
-        "activation_func": F.silu,
+        "activation_func": _activation(model),
         "gated_linear_unit": True,
-        "add_bias_linear": False,
+        "add_bias_linear": architecture.qkv_bias and architecture.o_bias and architecture.mlp_bias,
+        "softmax_scale": model.shared(lambda layer: layer.attention.scale, "scales of attention scores"),
     } | _windows(model)
+
+
+def _activation(model: ModelDescription) -> Callable[[Tensor], Tensor]:
+    names = {layer.mlp.activation for layer in model.layers if isinstance(layer.mlp, DenseMLP)} or {"silu"}
+    if len(names) > 1:
+        raise ConfigError(f"the layers of this {model.family} model have activations {sorted(names)}; expected one")
+    return ACTIVATIONS[names.pop()]
 
 
 def _windows(model: ModelDescription) -> dict[str, Any]:
@@ -186,7 +202,8 @@ def _windows(model: ModelDescription) -> dict[str, Any]:
 def _zero_centered(model: ModelDescription) -> bool:
     """Whether norms multiply with ``1 + weight``; Megatron-Core has one setting for all norms of a model."""
     layers = model.shared(lambda layer: (layer.attention_norm.offset, layer.mlp_norm.offset), "offsets of norms")
-    heads = [norm.offset for layer in model.layers for norm in (layer.attention.q_norm, layer.attention.k_norm) if norm]
+    others = [(each.attention.q_norm, each.attention.k_norm, each.attention_post_norm) for each in model.layers]
+    heads = [norm.offset for norms in others for norm in norms if norm]
     offsets = {model.final_norm.offset, *layers, *heads}
     if len(offsets) > 1 or not offsets <= {0.0, 1.0}:
         raise ConfigError(f"norms of this {model.family} model have offsets {sorted(offsets)}; expected all 0 or all 1")

@@ -38,6 +38,7 @@ class CoreAttention(MegatronModule):
     """
 
     supports_packing = True
+    softcap: float | None = None
     rotary: CosSinTable | None = None  # None: queries and keys arrive turned, as from Megatron's own layers
 
     def __init__(
@@ -121,14 +122,15 @@ class CoreAttention(MegatronModule):
             scale=self.softmax_scale,
             rotary=table,
             window=self.window,
+            softcap=self.softcap,
             dropout=dropout,
         )
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-        if self.cp_group is not None or self.window is not None:
+        if self.cp_group is not None or self.window is not None or self.softcap is not None:
             raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} with context parallelism or a sliding window: pass None, "
-                "attention is causal"
+                f"attention_mask of shape {list(mask.shape)} with context parallelism, a sliding window or a soft cap: "
+                "pass None, attention is causal"
             )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.rotary is not None:

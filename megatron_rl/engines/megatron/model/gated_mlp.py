@@ -30,7 +30,7 @@ class GatedMLP(MLP):
         return (
             config.gated_linear_unit
             and config.activation_func is F.silu
-            and not config.add_bias_linear
+            and self.linear_fc1.bias is None
             and not config.use_te_activation_func
             and config.activation_func_clamp_value is None
             and config.glu_linear_offset == 0.0

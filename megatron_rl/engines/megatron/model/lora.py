@@ -134,7 +134,7 @@ def _add(place: _Place, lora: LoraConfig, seed: int) -> LoraAdapter:
         value, *rest = output
         return (value + adapter(seen(inputs[0])), *rest)
 
-    layer.register_forward_hook(hook)
+    layer.register_forward_hook(hook, prepend=True)  # before a norm of the output (`own_modules.OutputLinear`)
     return adapter
 
 

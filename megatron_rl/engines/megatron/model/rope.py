@@ -57,11 +57,15 @@ class NoRotary(nn.Module):
 
 
 def rotate_in_attention(chunk: nn.Module, model: ModelDescription) -> None:
-    """Let the core attentions of ``chunk`` (a `GPTModel` of our local layer spec) apply the rotary embedding."""
+    """Let the core attentions of ``chunk`` (a `GPTModel` of our local layer spec) apply the rotary embedding, and what
+    else Megatron-Core's configuration does not say of them."""
     tables: dict[Rotary, CosSinTable] = {}
     for layer in chunk.decoder.layers:  # type: ignore[union-attr]
-        rotary = model.layers[layer.layer_number - 1].attention.rotary  # type: ignore[operator]
+        described = model.layers[layer.layer_number - 1].attention  # type: ignore[operator]
+        rotary, core = described.rotary, layer.self_attention.core_attention  # type: ignore[union-attr]
         if rotary not in tables:
             tables[rotary] = CosSinTable(rotary)
-        layer.self_attention.core_attention.rotary = tables[rotary]  # type: ignore[union-attr]
+        core.rotary, core.softcap, core.window = tables[rotary], described.softcap, described.window
+        if described.scale is not None:
+            core.softmax_scale = described.scale
     chunk.rotary_pos_emb = NoRotary()

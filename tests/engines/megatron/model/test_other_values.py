@@ -1,6 +1,6 @@
-"""What no family of today has, in tiny families made here: tensors that are fused in the Hugging Face file (as
-Phi-3's, against transformers' own), and norms whose weight lacks 1 (as Gemma's), on every way that weights take. And
-windows of two sizes, which Megatron-Core has not."""
+"""What few families or none have: tensors that are fused in the Hugging Face file (Phi-3's, against transformers' own),
+and, in tiny families made here, norms whose weight lacks 1, on every way that weights take. And windows of two sizes,
+which Megatron-Core has not."""
 
 from __future__ import annotations
 
@@ -35,16 +35,6 @@ FUSED = replace(LLAMA, family="phi3")
 LACKING = replace(LLAMA, family="lacking_one")
 MIXED = replace(QWEN3_MOE, family="mixed")
 TWO_WINDOWS = replace(LLAMA, family="two_windows")
-
-
-class Phi3(ModelFamily):
-    """qkv_proj and gate_up_proj are one tensor each in the file."""
-
-    def attention(self, a: Architecture, index: int):
-        return replace(super().attention(a, index), fused_in_file=True)
-
-    def mlp(self, a: Architecture, index: int):
-        return replace(super().mlp(a, index), fused_in_file=True)
 
 
 class LackingOne(ModelFamily):
@@ -82,7 +72,7 @@ class Deriving(ModelFamily):
 
 @pytest.fixture(scope="module", autouse=True)
 def families() -> Iterator[None]:
-    added = {"phi3": Phi3, "lacking_one": LackingOne, "two_windows": TwoWindows, "deriving": Deriving, "mixed": Mixed}
+    added = {"lacking_one": LackingOne, "two_windows": TwoWindows, "deriving": Deriving, "mixed": Mixed}
     for name, family in added.items():
         FAMILIES.register(name)(family)
     yield
