@@ -51,7 +51,8 @@ THIRD_PARTY_ROOMS = {
     "tensorboard": {"tracking"},
     "torch.utils.tensorboard": {"tracking"},
     "wandb": {"tracking"},
-    "transformers": {"models", "weights"},
+    "megatron_rl.engines.fsdp2": {"engines"},
+    "transformers": {"models", "weights", "engines/fsdp2"},
     "safetensors": {"models", "weights"},
     "triton": {"ops"},
 }

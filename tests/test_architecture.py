@@ -80,7 +80,12 @@ BROKEN = {
         "from torch.utils.tensorboard import SummaryWriter",
         "only in tracking",
     ),
-    "transformers in data": ("third parties", "megatron_rl__data__x", "def f():\n    import transformers", "in models"),
+    "transformers in data": (
+        "third parties",
+        "megatron_rl__data__x",
+        "def f():\n    import transformers",
+        "in engines/fsdp2, models",
+    ),
     "cuda in trainer": ("hardware", "megatron_rl__trainer__x", "import torch\ntorch.cuda.synchronize()", "torch.cuda"),
     "cuda imported": ("hardware", "megatron_rl__trainer__x", "from torch.cuda import Event", "torch.cuda.Event"),
     "backend named": ("hardware", "megatron_rl__workers__x", "def f(backend='gloo'): ...", "'gloo'"),

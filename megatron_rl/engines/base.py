@@ -57,9 +57,15 @@ class Origin:
 class LowRank(Protocol):
     """The adapter of one frozen weight ``W [out, in]``: the model computes with ``W + factor * b @ a``."""
 
-    a: Any  # [rank, in]
-    b: Any  # [out, rank]
     row_parallel: bool  # inputs are split over tensor-parallel ranks, not outputs
+
+    @property
+    def a(self) -> Any:
+        """``[rank, in]``."""
+
+    @property
+    def b(self) -> Any:
+        """``[out, rank]``."""
 
     @property
     def facts(self) -> dict[str, float]:
@@ -113,6 +119,21 @@ class TrainingEngine(abc.ABC):
     def published(self) -> dict[str, Readable]:
         """The weights as rollout engines and exports get them: adapters merged, nothing copied before it is read."""
         return dict(self.tensors())
+
+    @contextlib.contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """While open, the model computes with ``weights``, named and shaped as `tensors`; afterwards with its own
+        again. They may lie on another device, and are not to be read in the meantime. Collective."""
+        self.sync_parameters()
+        parameters = self.parameters()
+        own = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = weights[name].to(parameter.device, non_blocking=True)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = own[name]
 
     @abc.abstractmethod
     def sync_parameters(self) -> None:
@@ -216,7 +237,8 @@ class TrainingEngine(abc.ABC):
     @abc.abstractmethod
     def state(self, prefix: str = "", loading: bool = False) -> dict[str, Any]:
         """What a resumed run needs: weights, optimizer, schedule and ``counters``, for Megatron-Core's
-        `dist_checkpointing`: sharded tensors, which any layout can load, and plain values that are equal on all ranks.
+        `dist_checkpointing`: sharded tensors or DTensors, which any layout can load, and plain values that are equal
+        on all ranks.
 
         Args:
             prefix: of the names of tensors in the file, so that several models fit into one.

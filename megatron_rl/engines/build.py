@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import TrainingEngine
-from megatron_rl.engines.engine_config import EngineConfig
+from megatron_rl.engines.engine_config import Backend, EngineConfig
+from megatron_rl.engines.fsdp2.sizes import require_data_parallel
 from megatron_rl.engines.megatron.build import build, max_positions
 from megatron_rl.engines.megatron.checkpoint.storage import MegatronStorage
 from megatron_rl.engines.megatron.model.builder import transformer_config
 from megatron_rl.engines.state_storage import StateStorage
 from megatron_rl.models import Architecture
-from megatron_rl.models.hf_config import architecture_from_hf
+from megatron_rl.models.family import NoFamilyError
+from megatron_rl.models.hf_config import best_architecture
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.weights.starting_model import hf_config_of, is_hf_model, resolved
+from megatron_rl.weights.starting_model import family_architecture, hf_config_of, is_hf_model, resolved
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(
@@ -33,8 +39,8 @@ def build_engine(
     """An engine for ``model``. Collective.
 
     Args:
-        model: a ready `TrainingEngine`, used as it is; or what Megatron-Core trains: a Hugging Face folder,
-            id or model, a Megatron checkpoint, or a Megatron job's own model chunks.
+        model: a ready `TrainingEngine`, used as it is; or a Hugging Face folder, id or model, a Megatron checkpoint,
+            or a Megatron job's own model chunks.
         name: the role's, in errors.
         vocab: logical vocabulary of Megatron chunks, without padding; nothing else needs it.
         optimizer, scheduler: the job's own; None = made from ``config.optimizer``.
@@ -47,6 +53,20 @@ def build_engine(
     """
     if isinstance(model, TrainingEngine):
         return _ready(model, name, value_model, optimizer)
+    if choose_backend(model, config.backend, name) == "fsdp2":
+        # At run time only: it imports all of transformers' modelling code, 2 CPU-seconds that most jobs do not need.
+        from megatron_rl.engines.fsdp2 import build as fsdp2
+
+        return fsdp2.build(
+            model,
+            context,
+            config,
+            name=name,
+            optimizer=optimizer,
+            value_model=value_model,
+            shared_value_head=shared_value_head,
+            frozen=frozen,
+        )
     return build(
         model,
         context,
@@ -59,6 +79,26 @@ def build_engine(
         shared_value_head=shared_value_head,
         frozen=frozen,
     )
+
+
+def choose_backend(model: Any, wanted: Backend | None, name: str) -> Backend:
+    """What trains ``model``: what is ``wanted``, or Megatron-Core where it is a family's model, or FSDP2.
+
+    Raises:
+        ConfigError: FSDP2 is wanted for a Megatron job's own chunks.
+    """
+    if not is_hf_model(model):
+        if wanted == "fsdp2":
+            raise ConfigError("backend fsdp2 trains Hugging Face models, but Megatron model chunks were given")
+        return "megatron"
+    if wanted is not None:
+        return wanted
+    try:
+        family_architecture(resolved(model))
+    except NoFamilyError as error:
+        logger.info("%s: trained under FSDP2, data parallel only, since %s", name, str(error).split(":")[0])
+        return "fsdp2"
+    return "megatron"
 
 
 def _ready(engine: TrainingEngine, name: str, value_model: bool, optimizer: Any) -> TrainingEngine:
@@ -85,15 +125,18 @@ def size_of(model: Any, vocab: int) -> tuple[int, int]:
     if isinstance(model, TrainingEngine):
         return model.architecture.vocab, model.architecture.max_positions
     if is_hf_model(model):
-        architecture = architecture_from_hf(hf_config_of(resolved(model)))
+        architecture = best_architecture(hf_config_of(resolved(model)))
         return architecture.vocab, architecture.max_positions
     chunks = list(model) if hasattr(model, "__len__") else [model]
     return vocab, max_positions(chunks)
 
 
-def check_sizes(architecture: Architecture, sizes: ParallelSizes) -> None:
-    """Raise ConfigError unless the backend can split this architecture over these parallel sizes."""
-    transformer_config(architecture, sizes)
+def check_sizes(architecture: Architecture, sizes: ParallelSizes, wanted: Backend | None = None) -> None:
+    """Raise ConfigError unless the backend, the ``wanted`` one if any, can split this architecture over these sizes."""
+    if wanted == "fsdp2" or (wanted is None and isinstance(architecture, ModuleArchitecture)):
+        require_data_parallel(sizes)
+    else:
+        transformer_config(architecture, sizes)
 
 
 def build_storage(asynchronous: bool = False) -> StateStorage:

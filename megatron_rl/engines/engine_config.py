@@ -14,6 +14,7 @@ from megatron_rl.config.ranges import NonNegative, Positive, Seed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["megatron", "fsdp2"]
 Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
 
 
@@ -83,6 +84,9 @@ class LoraConfig(ConfigRecord):
 class EngineConfig(ConfigRecord):
     """A model on this job's ranks, and what trains it."""
 
+    backend: Backend | None = None
+    """What trains: Megatron-Core, or the Hugging Face module itself under PyTorch FSDP2 (data parallelism only; see
+    docs/fsdp2.md). None = Megatron-Core where the model has a family, else FSDP2, with a line in the log."""
     dtype: DtypeName = "float32"
     """Of the weights and of the forward pass."""
     recompute: bool = False

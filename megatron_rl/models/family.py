@@ -57,6 +57,10 @@ FULL, SLIDING = "full_attention", "sliding_attention"  # the values of ``layer_t
 RENAMED = {"num_experts": "num_local_experts"}  # keys that transformers 5 writes under another name
 
 
+class NoFamilyError(ConfigError):
+    """No family here computes what a Hugging Face config describes; its module in `transformers` may."""
+
+
 class ModelFamily:
     """The dense decoder: pre-norm, rotary, grouped queries, gated SiLU, no biases, RMSNorm.
 
@@ -197,7 +201,7 @@ class ModelFamily:
         }
         for key, refused in unsupported.items():
             if refused:
-                raise ConfigError(
+                raise NoFamilyError(
                     f"{self.model_type} config has {key}={config[key]!r}, which this decoder does not compute: "
                     f"use a checkpoint without it, or extend megatron_rl/models/families/{self.model_type}.py"
                 )
@@ -211,7 +215,7 @@ class ModelFamily:
                 f"{self.model_type} config has partial_rotary_factor={part}, which {self.hf_class} ignores"
             )
         if rope_type not in SCALINGS:
-            raise ConfigError(f"rope_type {rope_type!r} is not supported: expected one of {', '.join(SCALINGS)}")
+            raise NoFamilyError(f"rope_type {rope_type!r} is not supported: expected one of {', '.join(SCALINGS)}")
 
     # Architecture -> description
 
@@ -286,7 +290,7 @@ def family_of(model_type: str) -> ModelFamily:
     """
     if model_type not in FAMILIES:
         known = list(FAMILIES)
-        raise ConfigError(
+        raise NoFamilyError(
             f"model type {model_type!r} is not supported.{nearest(model_type, known)} Supported: {', '.join(known)}. "
             "To add one, state its differences from the dense decoder in megatron_rl/models/families/<model_type>.py"
         )

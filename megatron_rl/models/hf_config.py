@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
-from megatron_rl.models.family import family_of
+from megatron_rl.models.family import FAMILIES, NoFamilyError, family_of
 from megatron_rl.models.hf_fields import HFFields
+from megatron_rl.models.module_architecture import ModuleArchitecture
 
 GENERATION_FILE = "generation_config.json"
 
@@ -37,10 +45,12 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: expected a Hugging Face model folder, with config.json")
     fields = read_json_object(path)
-    try:
-        family = family_of(str(fields.get("model_type")))  # before transformers, which does not know what we support
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    model_type = str(fields.get("model_type"))
+    if model_type not in FAMILIES and model_type not in CONFIG_MAPPING:
+        try:
+            family_of(model_type)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
     HFFields.parse(fields, str(path))
     if isinstance(fields.get("auto_map"), dict) and any("Model" in key for key in fields["auto_map"]):
         raise ConfigError(
@@ -51,9 +61,7 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # wrong types raise whatever transformers meets first
         brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(
-            f"{path} is not the config of a {family.model_type} model ({brief}): restore the file"
-        ) from None
+        raise ConfigError(f"{path} is not the config of a {model_type} model ({brief}): restore the file") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -136,7 +144,51 @@ def architecture_from_hf(config: PretrainedConfig) -> Architecture:
     Raises:
         ConfigError: the model type is not supported, or the config asks for what its family does not compute.
     """
-    return family_of(config.model_type).architecture(config.to_dict())
+    return family_of(_family_name(config)).architecture(config.to_dict())
+
+
+def _family_name(config: PretrainedConfig) -> str:
+    """The model type; of a config class of the user's own that of the class of `transformers` that it derives from."""
+    kinds = [kind for kind in type(config).__mro__ if issubclass(kind, PretrainedConfig)]
+    own = [kind for kind in kinds if not kind.__module__.startswith("transformers.")]
+    derived = kinds[len(own)].model_type if own else ""
+    return derived if derived in FAMILIES else config.model_type
+
+
+def best_architecture(config: PretrainedConfig) -> Architecture:
+    """That of the config's family, or where no family computes it that of its module in `transformers`.
+
+    Raises:
+        ConfigError: there is no such module either, or the config cannot be used.
+    """
+    try:
+        return architecture_from_hf(config)
+    except NoFamilyError:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None) is not None:
+            raise
+        # At run time only: it imports all of transformers' modelling code, 2 CPU-seconds that most jobs do not need.
+        from megatron_rl.models.hf_module import architecture_of_config
+
+        return architecture_of_config(config)
+
+
+def module_config(
+    architecture: ModuleArchitecture, config: Any, tokenizer: Any = None, dtype: str = "float32"
+) -> PretrainedConfig:
+    """The config of a module that is exported.
+
+    Args:
+        config: of the model it came from, or its fields; None: the architecture's own.
+    """
+    given = config or json.loads(architecture.config_json)
+    fields = given.to_dict() if isinstance(given, PretrainedConfig) else dict(given)
+    found: PretrainedConfig = architecture.config_class.from_dict(fields)
+    found.architectures, found.dtype = [architecture.module_class.__name__], dtype
+    if architecture.value_model:
+        found.num_labels = 1
+        if tokenizer is not None:
+            found.pad_token_id = tokenizer.pad_token_id
+    return found
 
 
 def is_classifier(config: PretrainedConfig) -> bool:

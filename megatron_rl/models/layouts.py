@@ -15,6 +15,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.description import ModelDescription
 from megatron_rl.models.family import describe
+from megatron_rl.models.module_architecture import ModuleArchitecture, held_of, logical_of
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
@@ -26,6 +27,8 @@ EVERYWHERE = "everywhere"  # the only replica of a layout in which all ranks hol
 
 def logical_tensors(architecture: Architecture) -> dict[str, Shape]:
     """Names and shapes of the model's Hugging Face tensors; a tied model has no ``lm_head.weight``."""
+    if isinstance(architecture, ModuleArchitecture):
+        return logical_of(architecture.tensors)
     items = describe(architecture).parameters()
     return {prefix + name: shape for prefix, parameter in items for name, shape in parameter.logical()}
 
@@ -37,12 +40,16 @@ def hf_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout
         "huggingface",
         dict.fromkeys(ranks, EVERYWHERE),
         lambda replica: [whole(name, name, shape) for name, shape in tensors.items()],
-        held=_held(describe(architecture), with_added=False),
+        held=_held(architecture, with_added=False),
     )
 
 
 def transformers_layout(architecture: Architecture, ranks: Iterable[int] = (0,)) -> Layout:
     """Each of ``ranks`` holds a whole `transformers` model: as `hf_layout`, but experts are stacked."""
+    if isinstance(architecture, ModuleArchitecture):
+        whole_module = [tensor.shard for tensor in architecture.tensors]
+        held = held_of(architecture.tensors)
+        return Layout("transformers", dict.fromkeys(ranks, EVERYWHERE), lambda replica: whole_module, held=held)
 
     def emit(replica: Hashable) -> Iterator[Shard]:
         for prefix, parameter in describe(architecture).parameters():
@@ -138,6 +145,8 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
         ConfigError: the sizes do not fit the architecture, or an engine has not ``tp`` ranks.
     """
     check_rollout(architecture, tp, ep)
+    if isinstance(architecture, ModuleArchitecture):
+        return transformers_layout(architecture, [rank for ranks in replicas for rank in ranks])
     replica_of: dict[int, Hashable] = {}
     for ranks in replicas:
         if len(ranks) != tp:
@@ -162,7 +171,7 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
 
     model = describe(architecture)
     symmetry = Symmetry(_RolloutKind(model, ep), emit)
-    held = _held(model, with_added=True)
+    held = _held(architecture, with_added=True)
     recomputed = tuple(
         replace(tensor, name=model.prefix(index) + tensor.name, source=model.prefix(index) + tensor.source)
         for index, layer in enumerate(model.layers)
@@ -172,10 +181,12 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
     return Layout(f"sglang TP{tp}" + (f" EP{ep}" if ep > 1 else ""), replica_of, emit, symmetry, held, recomputed)
 
 
-def _held(model: ModelDescription, with_added: bool) -> dict[str, Held]:
+def _held(architecture: Architecture, with_added: bool) -> dict[str, Held]:
     """What files, or rollout engines (which also hold ``with_added`` values), hold otherwise than most tensors."""
+    if isinstance(architecture, ModuleArchitecture):
+        return held_of(architecture.tensors)
     found = {}
-    for prefix, parameter in model.parameters():
+    for prefix, parameter in describe(architecture).parameters():
         held = Held(parameter.rollout_add if with_added else 0.0, parameter.dtype)
         if held != AS_IT_IS:
             found.update({prefix + name: held for name, _ in parameter.logical()})
@@ -236,6 +247,12 @@ def check_megatron(architecture: Architecture, sizes: ParallelSizes, padded_voca
 def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
     """Raise ConfigError unless SGLang can hold ``architecture`` in these sizes."""
     a = architecture
+    if isinstance(a, ModuleArchitecture):
+        if tp > 1 or ep > 1:
+            raise ConfigError(
+                f"rollout.tp={tp}, but {a.family} has no family here, and modules of transformers are not split: set 1"
+            )
+        return
     _check_heads(a, tp, "rollout.tp")
     _check_dense(a, tp, "rollout.tp")
     if ep > 1 and a.experts is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_rl.models.naming import MegatronNaming
-from megatron_rl.reshard.layout import Shard, Span, block, stack_rows
+from megatron_rl.reshard.layout import Shard, Span, block, matrix_shape, stack_rows
 
 Shape = tuple[int, ...]
 Piece = tuple[str, int, int]  # logical tensor, first row, row after the last
@@ -67,8 +67,8 @@ class Parameter(ABC):
 
 
 def whole(local: str, tensor: str, shape: Shape) -> Shard:
-    """A shard that is all of one logical tensor of at most two dims."""
-    rows, cols = shape[0], shape[1] if len(shape) == 2 else 1
+    """A shard that is all of one logical tensor."""
+    rows, cols = matrix_shape(shape)
     return Shard(local, shape, (Span(tensor, 0, rows, 0, cols, 0, 0),))
 
 

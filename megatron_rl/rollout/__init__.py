@@ -12,6 +12,7 @@ from megatron_rl.rollout.base import (
     sample_seed,
 )
 from megatron_rl.rollout.local.local_engine import LocalEngine
+from megatron_rl.rollout.module.module_engine import ModuleEngine
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.rollout.sglang.sglang_engine import SGLangEngine
 
@@ -19,6 +20,7 @@ __all__ = [
     "ENGINES",
     "Completion",
     "LocalEngine",
+    "ModuleEngine",
     "RolloutEngine",
     "RolloutPlacement",
     "SGLangEngine",

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.ranges import Seed, TokenId
-from megatron_rl.models import Architecture
+from megatron_rl.models import Architecture, rollout_layout
 from megatron_rl.registry import Registry
 from megatron_rl.reshard import Layout
 
@@ -106,6 +106,20 @@ class RolloutEngine(ABC):
         Raises:
             ConfigError: the engine cannot serve it.
         """
+
+    @classmethod
+    def for_model(cls, architecture: Architecture) -> type[RolloutEngine]:
+        """The class that stands for this one where the model is such."""
+        return cls
+
+    @classmethod
+    def lay_out(cls, architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]]) -> Layout:
+        """The layout of the weights, as `models.rollout_layout`.
+
+        Raises:
+            ConfigError: the sizes do not fit the architecture.
+        """
+        return rollout_layout(architecture, tp, replicas)
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:

@@ -13,7 +13,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
 from megatron_rl.engines.build import check_sizes
-from megatron_rl.models.hf_config import architecture_from_hf, read_generation, read_hf_config
+from megatron_rl.models.hf_config import best_architecture, read_generation, read_hf_config
 from megatron_rl.models.layouts import check_rollout
 from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward, check_answers
@@ -129,11 +129,11 @@ def _model_folder(config: RunConfig) -> Path:
 
 
 def _check_sizes(folder: Path, config: RunConfig) -> bool:
-    architecture = architecture_from_hf(read_hf_config(folder))
-    check_sizes(architecture, config.parallel)
+    architecture = best_architecture(read_hf_config(folder))
+    check_sizes(architecture, config.parallel, config.actor.backend)
     check_rollout(architecture, config.actor.rollout.tp, 1)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
-        ENGINES[config.actor.rollout.engine].check_model(architecture)
+        ENGINES[config.actor.rollout.engine].for_model(architecture).check_model(architecture)
     return True
 
 
@@ -141,7 +141,7 @@ def _check_weights(folder: Path, config: RunConfig) -> None:
     """The headers of the weight files; a Megatron checkpoint's weights are not in the folder of its description."""
     if not isinstance(starting_model(config), MegatronCheckpoint):
         with SafetensorsFolder(folder) as source:
-            check_folder(source, architecture_from_hf(read_hf_config(folder)))
+            check_folder(source, best_architecture(read_hf_config(folder)))
 
 
 def _check_special_tokens(folder: Path, tokenizer: Any) -> None:

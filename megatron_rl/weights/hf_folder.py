@@ -25,8 +25,9 @@ from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, Pre
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import family_of
-from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
+from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, module_config
 from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import WireFormat
@@ -78,7 +79,8 @@ class HFDescription:
         """Write config.json, generation_config.json and the tokenizer's files."""
         config = self._config(dtype)
         config.save_pretrained(folder)
-        _add_older_spellings(folder / "config.json")
+        if not isinstance(self.architecture, ModuleArchitecture):
+            _add_older_spellings(folder / "config.json")
         if not self.architecture.value_model:
             generation = self.generation or GenerationConfig.from_model_config(config)
             generation.save_pretrained(folder)
@@ -93,6 +95,8 @@ class HFDescription:
 
     def _config(self, dtype: torch.dtype) -> PretrainedConfig:
         a, name = self.architecture, str(dtype).removeprefix("torch.")
+        if isinstance(a, ModuleArchitecture):
+            return module_config(a, self.config, self.tokenizer, name)
         if not self.config:
             config = hf_config_from(a, self.tokenizer, name)
             if a.value_model:

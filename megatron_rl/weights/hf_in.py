@@ -20,9 +20,10 @@ from transformers import PretrainedConfig
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.components.embedding import SCORE
-from megatron_rl.models.family import describe
+from megatron_rl.models.family import NoFamilyError, describe
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard.layout import Layout, Span
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memory
@@ -118,7 +119,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
         source.check(name, shape)
     embedding, output = _vocabulary_names(architecture)
     if output not in expected and not architecture.value_model and output in source:
-        _check_tied(source, embedding, output, expected[embedding])
+        check_tied(source, embedding, output, expected[embedding])
     # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
     behind = [n for n in extra if _is_behind(n, architecture)]
@@ -141,12 +142,14 @@ def _is_behind(name: str, architecture: Architecture) -> bool:
 
 
 def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:
-    """Of the embedding, and of the output layer where the two are not tied."""
+    """Of the embedding, and of the output layer where the two are not tied; "" of a module without a family."""
+    if isinstance(architecture, ModuleArchitecture):
+        return "", ""
     model = describe(replace(architecture, tied=False, value_model=False))
     return model.embedding.hf, model.output.hf
 
 
-def _check_tied(source: SafetensorsFolder, embedding: str, output: str, shape: tuple[int, ...]) -> None:
+def check_tied(source: SafetensorsFolder, embedding: str, output: str, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where a stored output layer is not the embedding that takes its place, compared in parts."""
     source.check(output, shape)
     for start in range(0, shape[0], ROWS):
@@ -165,9 +168,10 @@ def refuse_own_code(model: PreTrainedModel) -> None:
         kind = type(module)
         definer = next(base for base in kind.__mro__ if "forward" in vars(base))
         if "forward" in vars(module) or definer.__module__.partition(".")[0] not in ("transformers", "torch"):
-            raise ConfigError(
+            raise NoFamilyError(
                 f"{name or 'the model'} is a {kind.__name__} with a forward of its own, which would be trained and "
-                "exported as the stock model: give the stock class, or add its family in megatron_rl/models"
+                "exported as the stock model: give the stock class, add its family in megatron_rl/models, or train it "
+                "as it is with backend=fsdp2"
             )
 
 
@@ -189,9 +193,10 @@ def model_source(model: PreTrainedModel) -> tuple[Architecture, TensorSource]:
     embedding, output = _vocabulary_names(architecture)
     extra = sorted(name for name in state if name not in known and name != output and "rotary_emb" not in name)
     if extra:
-        raise ConfigError(
+        raise NoFamilyError(
             f"{type(model).__name__} has {len(extra)} tensors that a {architecture.family} model does not have, first "
-            f"{extra[0]!r}: they would be neither trained nor exported. Give the stock model"
+            f"{extra[0]!r}: they would be neither trained nor exported. Give the stock model, or train it as it is "
+            "with backend=fsdp2"
         )
     tied = output not in known and SCORE not in known
     if tied and output in state and not torch.equal(state[output], state[embedding]):

@@ -155,6 +155,13 @@ class SafetensorsFolder:
         self.folder = Path(folder)
         self.files = _weight_map(self.folder)
         self._open: dict[Path, Any] = {}
+        self._stored: dict[str, str] = {}  # name here -> name in the files, where it is another
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Call tensors otherwise than the files do: name in the files -> name here."""
+        for stored, name in names.items():
+            self.files[name] = self.files.pop(stored)
+            self._stored[name] = stored
 
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.files
@@ -174,11 +181,16 @@ class SafetensorsFolder:
         path, part = self.files[span.tensor], self._slice(span.tensor)
         shape = tuple(part.get_shape())
         rows, cols = matrix_shape(shape)
-        if len(shape) > 2 or span.row_stop > rows or span.col_stop > cols:
+        if span.row_stop > rows or span.col_stop > cols:
             raise ConfigError(
                 f"{path}: {span.tensor} has shape {list(shape)}, but the config needs rows up to {span.row_stop} and "
                 f"columns up to {span.col_stop}: config.json and the weights do not belong together"
             )
+        if len(shape) > 2:
+            inner = rows // shape[0]
+            first, last = span.row_start // inner, -(-span.row_stop // inner)
+            block = part[first:last].reshape(-1, cols)[span.row_start - first * inner :]
+            return block[: span.num_rows, span.col_start : span.col_stop]
         chosen = part[span.row_start : span.row_stop]
         if len(shape) == 2:
             chosen = part[span.row_start : span.row_stop, span.col_start : span.col_stop]
@@ -213,7 +225,7 @@ class SafetensorsFolder:
     def _slice(self, tensor: str) -> Any:
         path = self.files[tensor]
         try:
-            return self._handle(path).get_slice(tensor)
+            return self._handle(path).get_slice(self._stored.get(tensor, tensor))
         except SafetensorError as error:
             raise ConfigError(f"{path} holds no readable {tensor!r} ({error}): restore the file") from None
 

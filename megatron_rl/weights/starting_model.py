@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_rl.models.hf_config import read_hf_config
+from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_in import model_source, read_architecture, resolve_folder
@@ -40,6 +42,21 @@ def hf_config_of(source: Path | HFModel | MegatronCheckpoint) -> HFConfig:
     if isinstance(source, MegatronCheckpoint):
         return copy.deepcopy(source.hf_config)
     return copy.deepcopy(source.config)
+
+
+def family_architecture(source: Path | HFModel | MegatronCheckpoint, value_model: bool = False) -> Architecture:
+    """The architecture of a resolved source that is a family's model, with nothing of its own.
+
+    Raises:
+        NoFamilyError: it is another model, and how.
+    """
+    if isinstance(source, Path):
+        architecture = architecture_from_hf(read_hf_config(source))
+    elif isinstance(source, MegatronCheckpoint):
+        architecture = source.architecture
+    else:
+        architecture, _ = model_source(source)
+    return replace(architecture, value_model=value_model)
 
 
 def stored_dtypes(source: Path | HFModel | MegatronCheckpoint) -> WireFormat:

@@ -90,16 +90,8 @@ class Reference:
             with self.engine.base() if self._lends_base else contextlib.nullcontext():
                 yield
             return
-        self.engine.sync_parameters()
-        parameters = self.engine.parameters()
-        own = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = self._frozen[name].to(parameter.device, non_blocking=True)
+        with self.engine.holding(self._frozen):
             yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = own[name]
 
     def state(self) -> dict[str, Tensor] | None:
         """This rank's frozen shards for a checkpoint; None when the reference has its own model

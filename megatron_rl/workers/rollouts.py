@@ -20,7 +20,6 @@ from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.engines.engine_config import DTYPES
-from megatron_rl.models import rollout_layout
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
 from megatron_rl.reshard import Layout, P2PTransport, Transport
@@ -66,7 +65,7 @@ class Rollouts:
         engine: RolloutEngine | None,
     ) -> None:
         if engine is None:
-            ENGINES[config.engine].check_model(model.architecture)
+            self._engine_type(model, config).check_model(model.architecture)
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos
@@ -86,6 +85,10 @@ class Rollouts:
         context = model.context
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
         self.placements = [RolloutPlacement(replica, config.tp) for replica in ranks]
+
+    @staticmethod
+    def _engine_type(model: TrainingEngine, config: RolloutConfig) -> type[RolloutEngine]:
+        return ENGINES[config.engine].for_model(model.architecture)
 
     @property
     def placement(self) -> RolloutPlacement:
@@ -132,9 +135,10 @@ class Rollouts:
         replicas = tuple(replica for placement in self.placements for replica in placement.replicas)
         platform = current_platform()
         group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
-        return ENGINES[self.config.engine](  # type: ignore[call-arg]
+        engine = self._engine_type(model, self.config)
+        return engine(  # type: ignore[call-arg]
             architecture=model.architecture,
-            layout=rollout_layout(model.architecture, tp, replicas),
+            layout=engine.lay_out(model.architecture, tp, replicas),
             rank=model.context.rank,
             dtype=self.dtype,
             tp_group=group,
@@ -148,7 +152,7 @@ class Rollouts:
     def limits(self, max_tokens: int) -> Limits:
         """Vocabulary and length limits of prompts whose responses may have ``max_tokens``."""
         architecture, config = self.model.architecture, self.config
-        context = ENGINES[config.engine].context(config.options, architecture.max_positions)
+        context = self._engine_type(self.model, config).context(config.options, architecture.max_positions)
         return Limits(architecture.vocab, context, max_tokens)
 
     def push(self) -> SyncReport:

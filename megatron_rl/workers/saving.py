@@ -53,11 +53,11 @@ def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bo
     """As `TrainedWorker.save_adapters`."""
     if not engine.adapters or engine.value_model:
         raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
-    context, at = engine.context, engine.context.coordinates
+    context, layout = engine.context, engine.layout
     engine.sync_parameters()
     own: list[AdapterPart] = []
-    if at.dp == at.cp == 0:
-        shards = {shard.name: shard for shard in engine.layout.shards(context.rank)}
+    if context.rank == layout.replicas[layout.replica_of[context.rank]][0]:
+        shards = {shard.name: shard for shard in layout.shards(context.rank)}
         for name, adapter in engine.adapters.items():
             own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
     parts = [part for parts in context.gather_objects(own) for part in parts]

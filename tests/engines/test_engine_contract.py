@@ -1,6 +1,7 @@
-"""The contract of `TrainingEngine`, held by Megatron-Core's and by a plain torch one, and the same steps through both.
+"""The contract of `TrainingEngine`, held by Megatron-Core's, by FSDP2's and by a plain torch one, and the same steps
+through all.
 
-A model of both engines begins with the same random weights. Oracle of log-probabilities and gradients: `transformers`
+A model of all engines begins with the same random weights. Oracle of log-probabilities and gradients: `transformers`
 in float64.
 """
 
@@ -38,7 +39,7 @@ from megatron_rl.workers.outputs import logprob_output
 
 SMALL = replace(LLAMA, num_layers=2, hidden=32, ffn=48, num_kv_heads=4, head_dim=4)
 ADAM = OptimizerConfig(learning_rate=1e-3, clip_gradient=0.5)
-ENGINES = ("megatron", "torch")
+ENGINES = ("megatron", "torch", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,8 @@ def random_model(seed: int = 2) -> PreTrainedModel:
 def engine_of(kind: str, context: ParallelContext, rows: int | None = None) -> TrainingEngine:
     if kind == "torch":
         return TorchEngine(random_model(), context, ADAM, rows)
-    config = EngineConfig(optimizer=ADAM, micro_batch_size=rows, packing=None if rows is None else False)
+    packing = None if rows is None else False
+    config = EngineConfig(optimizer=ADAM, micro_batch_size=rows, packing=packing, backend=kind)
     return build_engine(random_model(), context, config, name="model")
 
 
@@ -278,20 +280,22 @@ def test_steps_of_both_engines_are_equal(context, step, tmp_path):
         actor = Actor(engine_of(kind, context), Tokenizer())
         found[kind] = [step(actor), step(actor)]
         saved[kind] = load_file(actor.save_pretrained(tmp_path / kind) / "model.safetensors")
-    for ours, theirs in zip(found["torch"], found["megatron"], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ("loss/total", "optimizer/gradient_norm"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
-    assert found["torch"][0]["optimizer/gradient_norm"] > 1e-3
-    assert saved["torch"].keys() == saved["megatron"].keys()
     begin = dict(random_model().named_parameters())
-    for name, weight in saved["torch"].items():
-        assert (weight - saved["megatron"][name]).abs().max() < 1e-5, name
-        assert not torch.equal(weight, begin[name]), name
+    for kind in ("torch", "fsdp2"):
+        for ours, theirs in zip(found[kind], found["megatron"], strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ("loss/total", "optimizer/gradient_norm"):
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7), name
+        assert found[kind][0]["optimizer/gradient_norm"] > 1e-3
+        assert saved[kind].keys() == saved["megatron"].keys()
+        for name, weight in saved[kind].items():
+            assert (weight - saved["megatron"][name]).abs().max() < 1e-5, name
+            assert not torch.equal(weight, begin[name]), name
 
 
-def test_the_whole_flow_runs_over_a_plain_torch_engine(context):
-    actor = Actor(engine_of("torch", context), Tokenizer())
+@pytest.mark.parametrize("kind", ["torch", "fsdp2"])
+def test_the_whole_flow_runs_over_another_engine(kind, context):
+    actor = Actor(engine_of(kind, context), Tokenizer())
     grpo = GRPO(actor=actor, reference=Reference(actor), kl_coefficient=0.01)
     flow = actor.sample(n=4, max_tokens=6) >> RewardModel(lambda sample: len(set(sample.response_ids)) / 6).score()
     flow = flow >> grpo.update()

@@ -4,6 +4,7 @@ torch optimizer. It proves that the roles know no backend; it is no product.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,8 @@ from megatron_rl.batch import Batch
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngine
 from megatron_rl.engines.engine_config import OptimizerConfig
-from megatron_rl.models import architecture_from_hf, transformers_layout
+from megatron_rl.models import transformers_layout
+from megatron_rl.models.hf_config import best_architecture
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.reshard import Layout, WireFormat
 
@@ -34,7 +36,8 @@ class TorchEngine(TrainingEngine):
         assert context.world_size == 1, "this engine knows one rank"
         self.model = model
         self.context = context
-        self.architecture = architecture_from_hf(model.config)
+        self.architecture = best_architecture(model.config)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.origin = Origin(hf_config=model.config, dtypes=WireFormat(model.dtype))
         self.micro_batching = MicroBatching(packing=False, rows=rows)
         self.clip = optimizer.clip_gradient
@@ -87,15 +90,17 @@ class TorchEngine(TrainingEngine):
         return results
 
     def _hidden(self, batch: Batch, micro_batch: MicroBatch) -> Tensor:
-        """Padding stands behind each sequence, where causal attention does not see it."""
+        """Logits in place of hidden states: the whole model's, whatever it does with these. Padding stands behind each
+        sequence, where causal attention does not see it."""
         places = micro_batch.position_ids.view(micro_batch.rows, micro_batch.columns)
-        found = self.model.model(input_ids=micro_batch.input_ids(batch), position_ids=places, use_cache=False)
-        return found.last_hidden_state.flatten(0, 1)
+        given = {"position_ids": places} if self.takes_positions else {}
+        found = self.model(input_ids=micro_batch.input_ids(batch), use_cache=False, **given)
+        return found.logits.flatten(0, 1)
 
     def token_logprobs(
         self, hidden: Tensor, labels: Tensor, temperature: float, with_entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
-        logprobs = (self.model.lm_head(hidden).float() / temperature).log_softmax(-1)
+        logprobs = (hidden.float() / temperature).log_softmax(-1)
         chosen = logprobs.gather(-1, labels[:, None]).squeeze(-1)
         return chosen, -(logprobs.exp() * logprobs).sum(-1) if with_entropy else None
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.models import Architecture, describe
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import Layout
 from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
@@ -22,7 +23,7 @@ from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.local.decoder import Decoder
 from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.running import RunningSequence
-from megatron_rl.rollout.local.scheduler import Scheduler, request_groups
+from megatron_rl.rollout.local.scheduler import PrefillRequest, Scheduler, request_groups
 from megatron_rl.rollout.local.sharding import TensorParallel
 from megatron_rl.rollout.local.stopping import TextDecoder, stop_table
 
@@ -77,21 +78,39 @@ class LocalEngine(RolloutEngine):
         self.eos_token_ids = frozenset(eos_token_ids)
         self.device = torch.device(device)
         self._layout, self._gate, self._tp = layout, UpdateGate(), TensorParallel.over(tp_group)
-        self._targets = _allocate(layout, rank, dtype, self.device)
+        self._targets = self._allocate(dtype)
         self._asleep: set[str] = set()
-        model = describe(architecture)
+        self._decoder = self._make_decoder(dtype, kv_cache_bytes)
+
+    def _allocate(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Storage of this rank's shards, zero."""
+        layout, shards = self._layout, self._layout.shards(self.rank)
+        if not shards:
+            raise ValueError(
+                f"rank {self.rank} takes no part in the rollout layout {layout.name!r} (ranks "
+                f"{sorted(layout.replica_of)})"
+            )
+        dtypes = layout.dtypes(dtype)
+        tensors = {s.name: torch.zeros(s.shape, dtype=shard_dtype(s, dtypes), device=self.device) for s in shards}
+        logger.info("rollout weights: %d tensors, %.1f MB", len(shards), sum(t.nbytes for t in tensors.values()) / 1e6)
+        return tensors
+
+    def _make_decoder(self, dtype: torch.dtype, kv_cache_bytes: int) -> Any:
+        """What runs prompts and decodes, as `Scheduler` asks for it, over the storage of the shards."""
+        model = describe(self.architecture)
         kv_heads, head_dim = model.shared(
             lambda layer: (layer.attention.num_kv_heads, layer.attention.head_dim), "heads"
         )
-        cache = KVCache(
-            len(model.layers),
-            max(kv_heads // self._tp.size, 1),
-            head_dim,
-            kv_cache_bytes,
-            dtype,
-            self.device,
-        )
-        self._decoder = Decoder(architecture, self._targets, self._tp, cache)
+        heads = max(kv_heads // self._tp.size, 1)
+        cache = KVCache(len(model.layers), heads, head_dim, kv_cache_bytes, dtype, self.device)
+        return Decoder(self.architecture, self._targets, self._tp, cache)
+
+    @classmethod
+    def for_model(cls, architecture: Architecture) -> type[RolloutEngine]:
+        """Without a family there is no description to decode by: the module of `transformers` generates."""
+        if cls is LocalEngine and isinstance(architecture, ModuleArchitecture):
+            return ENGINES["transformers"]
+        return cls
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
@@ -163,9 +182,14 @@ class LocalEngine(RolloutEngine):
         sample_seeds = [[sample_seed(params.seed, seed, j) for j in range(params.n)] for seed in seeds]
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
         table = stop_table(stops, self.architecture.vocab, self.device)
-        scheduler = Scheduler(self._decoder, params, rows, self.prefill_tokens, table, version, emit)
-        scheduler.run(request_groups(prompts, sample_seeds, rows, params.stop, self.tokenizer))
+        for requests in self._batches(request_groups(prompts, sample_seeds, rows, params.stop, self.tokenizer), rows):
+            scheduler = Scheduler(self._decoder, params, rows, self.prefill_tokens, table, version, emit)
+            scheduler.run(requests)
         return [[samples[j] for j in range(params.n)] for samples in results]
+
+    def _batches(self, requests: list[PrefillRequest], rows: int) -> list[list[PrefillRequest]]:
+        """Requests that share a scheduler, which takes them as ``rows`` become free."""
+        return [requests]
 
     def sleep(self, tags: Sequence[str] = TAGS) -> None:
         check_tags(tags)
@@ -197,15 +221,3 @@ class LocalEngine(RolloutEngine):
         if fitting < rows:
             logger.info("%d of %d sequences of %d tokens at a time fit the KV cache", fitting, rows, length)
         return min(rows, fitting), length
-
-
-def _allocate(layout: Layout, rank: int, dtype: torch.dtype, device: torch.device) -> dict[str, torch.Tensor]:
-    shards = layout.shards(rank)
-    if not shards:
-        raise ValueError(
-            f"rank {rank} takes no part in the rollout layout {layout.name!r} (ranks {sorted(layout.replica_of)})"
-        )
-    dtypes = layout.dtypes(dtype)
-    tensors = {s.name: torch.zeros(s.shape, dtype=shard_dtype(s, dtypes), device=device) for s in shards}
-    logger.info("rollout weights: %d tensors, %.1f MB", len(shards), sum(t.nbytes for t in tensors.values()) / 1e6)
-    return tensors

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
 from megatron_rl.rollout.base import (
@@ -131,6 +132,11 @@ class SGLangEngine(RolloutEngine):
 
     @classmethod
     def check_model(cls, architecture: Architecture) -> None:
+        if isinstance(architecture, ModuleArchitecture):
+            raise ConfigError(
+                f"model type {architecture.family!r} has no family here, so that it is not known how SGLang lays its "
+                "weights out: set actor.rollout.engine=transformers"
+            )
         dense = architecture.experts.dense_layers if architecture.experts is not None else ()
         if dense and architecture.family in EXPERTS_EVERYWHERE:
             raise ConfigError(

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from megatron_rl.devices import current_platform
+from megatron_rl.engines.megatron.checkpoint.dtensors import with_sharded_tensors
 from megatron_rl.engines.megatron.checkpoint.writer import CheckpointWriter
 from megatron_rl.engines.state_storage import StateStorage
 from megatron_rl.parallel import ParallelContext
@@ -40,7 +41,7 @@ class MegatronStorage(StateStorage):
             published()
 
         writer = CheckpointWriter(folder)
-        request = writer.begin(state)
+        request = writer.begin(with_sharded_tensors(state))
         request.add_finalize_fn(complete)
         if self._queue is None:
             request.execute_sync()
@@ -52,7 +53,7 @@ class MegatronStorage(StateStorage):
             self._queue.maybe_finalize_async_calls(blocking=wait)
 
     def load(self, template: dict[str, Any], folder: Path) -> dict[str, Any]:
-        return dist_checkpointing.load(template, str(folder))
+        return dist_checkpointing.load(with_sharded_tensors(template), str(folder))
 
     def load_common(self, folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load_common_state_dict(str(folder))

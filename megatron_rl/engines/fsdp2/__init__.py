@@ -1,0 +1,1 @@
+"""The FSDP2 backend: the Hugging Face module itself under PyTorch's ``fully_shard``, for models without a family."""

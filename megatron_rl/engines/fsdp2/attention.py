@@ -1,0 +1,78 @@
+"""The attention function that modules of `transformers` call here: packed sequences, or rows, without a mask.
+
+It is registered with `AttentionInterface` under `NAME`. With ``cu_seq_lens_q`` (a keyword of flash attention, which
+such modules hand through) a row holds several sequences end to end; without it each row is one sequence, padding last.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from megatron_rl.ops.packed_attention import packed_attention
+
+NAME = "megatron_rl_packed"
+REFUSED = ("position_bias",)  # keywords of what `packed_attention` does not compute
+
+
+class NotPackableError(ValueError):
+    """A module asks of attention what is not computed here."""
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """``[rows, heads, columns, dim] -> [rows, columns, heads, value_dim]``; ``s_aux`` are attention sinks.
+
+    Raises:
+        NotPackableError: a mask, or something else that is not computed here, was asked for.
+    """
+    asked = [name for name in REFUSED if given.get(name) is not None]
+    if attention_mask is not None or asked or not getattr(module, "is_causal", True):
+        raise NotPackableError(f"{type(module).__name__} asks for {asked or 'a mask'}")
+    rows, _, columns, _ = query.shape
+    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (query, key, value))
+    out = packed_attention(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        segments_of(cu_seq_lens_q, rows, columns),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+        dropout=dropout,
+    )
+    return out.unflatten(0, (rows, columns)), None
+
+
+def segments_of(cu_seq_lens: Tensor | None, rows: int, columns: int) -> Tensor:
+    """The segments of `packed_attention`: queries of each sequence, which see the keys of the same."""
+    edges = torch.arange(rows + 1) * columns if cu_seq_lens is None else cu_seq_lens.cpu().long()
+    first, count = edges[:-1], edges.diff()
+    return torch.stack([first, count, first, count], dim=1)
+
+
+def no_mask(*_: Any, **__: Any) -> None:
+    """The mask of every attention: none."""
+
+
+def register() -> None:
+    """Make `NAME` known to `transformers`."""
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, no_mask)

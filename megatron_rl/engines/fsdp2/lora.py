@@ -1,0 +1,122 @@
+"""Low-rank adapters on the linear layers of a module under FSDP2.
+
+    y = x W^T + factor * (x A^T) B^T          A: [rank, in], B: [out, rank]      (Hu et al. 2021, arXiv:2106.09685)
+
+A and B are parameters of the layer that they adapt, so that FSDP2 gathers them with it. B is cut by rows as W is: a
+rank merges its rows with its own of B and all of A, which is small and gathered once for each push.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from megatron_rl.config import ConfigError
+from megatron_rl.engines.engine_config import LoraConfig
+from megatron_rl.models.lora_update import merged
+
+CHILD = "lora"  # the adapter's name in its layer
+
+# Megatron-Core's name of a layer -> the names that modules of `transformers` give to it or to its parts.
+LAYERS = {
+    "linear_qkv": "q_proj k_proj v_proj qkv_proj query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj "
+    "in_proj_qkvz in_proj_qkv",
+    "linear_proj": "o_proj out_proj dense",
+    "linear_fc1": "gate_proj up_proj gate_up_proj fc1 c_fc dense_h_to_4h",
+    "linear_fc2": "down_proj fc2 c_proj dense_4h_to_h",
+}
+
+
+class LoraAdapter(nn.Module):
+    """The update of one linear layer; a child of it.
+
+    Args:
+        name: of the layer, from which its first values follow.
+    """
+
+    row_parallel = False  # see `engines.base.LowRank`
+
+    def __init__(self, layer: nn.Linear, name: str, config: LoraConfig, seed: int) -> None:
+        super().__init__()
+        self.factor, self.dropout, self.rank = config.alpha / config.rank, config.dropout, config.rank
+        self.enabled = True
+        digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        bound = 1 / math.sqrt(layer.in_features)
+        first = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        self.weight_a = nn.Parameter(first)
+        self.weight_b = nn.Parameter(torch.zeros(layer.out_features, config.rank))
+        self._whole_a = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update of the layer's output."""
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
+        return F.linear(F.linear(dropped, self.weight_a) * self.factor, self.weight_b)
+
+    def gather(self) -> None:
+        """Bring all of A to this rank. Collective."""
+        held: Any = self.weight_a.detach()
+        self._whole_a = held.full_tensor() if isinstance(held, DTensor) else held
+
+    @property
+    def a(self) -> Tensor:
+        """``[rank, in]`` as it was when it was gathered."""
+        return self._whole_a
+
+    @property
+    def b(self) -> Tensor:
+        """This rank's rows."""
+        held: Any = self.weight_b.detach()
+        return held.to_local() if isinstance(held, DTensor) else held
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """This rank's rows of the layer's weight with the update in them."""
+        return merged(weight, self.a, self.b, self.factor)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The fields of PEFT's ``LoraConfig`` that describe it."""
+        return {"r": self.rank, "lora_alpha": self.factor * self.rank, "lora_dropout": self.dropout}
+
+
+def add_adapters(
+    module: nn.Module, layers: Sequence[nn.Module], config: LoraConfig, seed: int
+) -> dict[str, LoraAdapter]:
+    """Freeze ``module`` and give the linear layers that ``config`` names, inside of ``layers``, an adapter each.
+
+    Returns:
+        The adapters by the name of the weight in the module.
+
+    Raises:
+        ConfigError: there is no such layer.
+    """
+    module.requires_grad_(False)
+    chosen = {name for target in config.target_modules for name in LAYERS[target].split()}
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    adapters = {}
+    for name, part in list(module.named_modules()):
+        if isinstance(part, nn.Linear) and id(part) in inside and name.rpartition(".")[2] in chosen:
+            adapter = LoraAdapter(part, name, config, seed)
+            part.add_module(CHILD, adapter)
+            part.forward = functools.partial(_adapted, part, adapter)  # type: ignore[method-assign]
+            adapters[f"{name}.weight"] = adapter
+    if not adapters:
+        linear = sorted({name.rpartition(".")[2] for name, p in module.named_modules() if isinstance(p, nn.Linear)})
+        raise ConfigError(
+            f"lora.target_modules={list(config.target_modules)} names no linear layer of {type(module).__name__}; its "
+            f"linear layers are called {', '.join(linear) or 'nothing: it has none'}"
+        )
+    return adapters
+
+
+def _adapted(layer: nn.Linear, adapter: LoraAdapter, x: Tensor) -> Tensor:
+    found = F.linear(x, layer.weight, layer.bias)
+    return found + adapter(x) if adapter.enabled else found
