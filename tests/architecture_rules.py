@@ -36,13 +36,14 @@ LEVELS = {
 
 # Third party (dotted prefix) -> rooms, folders and modules that may import it.
 THIRD_PARTY_ROOMS = {
-    # The two modules of models translate the fields of Megatron's TransformerConfig.
+    # The modules of models translate the fields of Megatron's TransformerConfig.
     "megatron": {
         "devices",
         "parallel",
         "collectives",
         "engines/megatron",
         "models/job_arguments",
+        "models/latent_fields",
         "models/megatron_architecture",
     },
     "megatron_rl.engines.megatron": {"engines"},

@@ -29,6 +29,18 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True)
+class MLA:
+    """The sizes of multi-head latent attention (`models/components/mla.py`) in an `Architecture`."""
+
+    q_rank: int | None  # of the latent of queries; None = they are projected from the hidden state
+    kv_rank: int  # of the latent of keys and values
+    nope_dim: int  # channels of a query or key head that do not turn
+    rope_dim: int  # those that do, behind them
+    value_dim: int  # channels of a value head
+    interleaved: bool = True  # channels 2i and 2i + 1 turn together, in place of i and i + rope_dim / 2
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Sizes and switches of a pre-norm, rotary decoder with gated feed-forward layers."""
 
@@ -49,6 +61,7 @@ class Architecture:
     rotary_fraction: float = 1.0  # part of a head, from its first channel, that turns
     max_positions: int = 4096
     experts: Experts | None = None
+    mla: MLA | None = None  # in place of grouped-query attention; ``head_dim`` is nope_dim + rope_dim
     window: int | None = None  # keys that a query sees, its own included; None = all before it
     full_layers: tuple[int, ...] = ()  # layers that see all keys, where the others have a window
     window_theta: float | None = None  # base of unscaled rotary positions in layers with a window; None = as elsewhere

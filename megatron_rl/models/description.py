@@ -15,6 +15,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.components.attention import GroupedQueryAttention
 from megatron_rl.models.components.embedding import Embedding, OutputLayer, ValueOutput
 from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.mla import LatentAttention
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.parameters import Parameter
@@ -29,7 +30,7 @@ class LayerDescription:
     where there is one."""
 
     attention_norm: Norm
-    attention: GroupedQueryAttention
+    attention: GroupedQueryAttention | LatentAttention
     mlp_norm: Norm
     mlp: DenseMLP | ExpertMLP
     recomputed: tuple[Recomputed, ...] = ()  # what SGLang computes from its shards; names lack the layer's prefix
@@ -39,9 +40,8 @@ class LayerDescription:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """In the order of the forward pass; names lack the layer's prefix."""
-        fused = "self_attention.linear_qkv.layer_norm_weight"
         return (
-            self.attention_norm.parameter("input_layernorm.weight", fused),
+            self.attention_norm.parameter("input_layernorm.weight", self.attention.fused_norm),
             *self.attention.parameters(),
             *_behind(self.attention_post_norm, "self_attention.linear_proj"),
             self.mlp_norm.parameter("pre_mlp_layernorm.weight", self.mlp.fused_norm),

@@ -18,6 +18,7 @@ from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.attention import GroupedQueryAttention
 from megatron_rl.models.components.embedding import Embedding, OutputLayer, ValueOutput
 from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.mla import LatentAttention
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import SCALINGS, Rotary, Scaling
@@ -88,6 +89,7 @@ class ModelFamily:
     bias_key: ClassVar[str] = ""  # the config says here whether queries, keys and values have biases; "" = ``qkv_bias``
     expert_keys: ClassVar[Mapping[str, str]] = {}  # `EXPERT_KEYS`, or its like; {} = no experts
     expert_names: ClassVar[ExpertNames] = EXPERT_NAMES
+    published_code: ClassVar[str] = ""  # in its stead `transformers` has the family: an ``auto_map`` to it is ignored
     exported: ClassVar[Mapping[str, Any]] = {}  # what an exported config says, whatever the one that was loaded said
 
     def __init__(self, model_type: str) -> None:
@@ -153,11 +155,11 @@ class ModelFamily:
         if not self.expert_keys:
             return None
         keys = {ours: RENAMED[key] if RENAMED.get(key) in config else key for ours, key in self.expert_keys.items()}
-        given = {ours: config[key] for ours, key in keys.items()}
-        return Experts(**given, dense_layers=self.dense_layers(config), **self.routing(config))
+        given = {ours: config[key] for ours, key in keys.items()} | self.routing(config)
+        return Experts(**given, dense_layers=self.dense_layers(config))
 
     def routing(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of `Experts` that no key of the config holds as it is."""
+        """Fields of `Experts` that no key of the config holds, or not as it is."""
         return {}
 
     def windows(self, config: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...]]:
@@ -253,7 +255,7 @@ class ModelFamily:
             return Rotary(dim, a.window_theta)
         return Rotary(dim, a.rope_theta, a.rope_scaling, a.max_positions if a.rope_scaling else 0)
 
-    def attention(self, a: Architecture, index: int) -> GroupedQueryAttention:
+    def attention(self, a: Architecture, index: int) -> GroupedQueryAttention | LatentAttention:
         """The attention of the ``index``-th layer."""
         q_norm, k_norm = (
             self.norm(a, f"self_attn.{letter}_norm.weight", a.head_dim) if a.qk_norm else None for letter in "qk"

@@ -52,7 +52,10 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
     HFFields.parse(fields, str(path))
-    if isinstance(fields.get("auto_map"), dict) and any("Model" in key for key in fields["auto_map"]):
+    native = FAMILIES[model_type].published_code if model_type in FAMILIES else ""
+    if isinstance(fields.get("auto_map"), dict) and any(
+        "Model" in key and not (native and str(code).startswith(native)) for key, code in fields["auto_map"].items()
+    ):
         raise ConfigError(
             f"{path} names code of its own (auto_map: {fields['auto_map']}), which would be trained and exported "
             "as the stock model: use a model of the stock class, or add its family in megatron_rl/models"

@@ -142,6 +142,16 @@ class HFFields(_Fields):
     """Dense layers before those with experts."""
     routed_scaling_factor: Positive | None = None
     """Factor of the router's weights."""
+    q_lora_rank: Size | None = None
+    """Size of the latent of queries."""
+    kv_lora_rank: Size | None = None
+    """Size of the latent of keys and values."""
+    qk_nope_head_dim: Size | None = None
+    """Channels of a head that do not turn."""
+    qk_rope_head_dim: Size | None = None
+    """Channels of a head that turn."""
+    v_head_dim: Size | None = None
+    """Channels of a value head."""
     use_qk_norm: bool | None = None
     """Norms over query and key heads."""
     sliding_window: Annotated[int, Field(ge=0, lt=2**31)] | None = None

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.mla import LATENT_EPS
+from megatron_rl.models.latent_fields import latent_fields
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.parallel import ParallelSizes
 
@@ -46,7 +48,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "quick_geglu": (False,),
     "openai_gelu": (False,),
     "swiglu": (True,),
-    "multi_latent_attention": (False,),
     "mtp_num_layers": (None, 0),
     "experimental_attention_variant": (None,),
     "heterogeneous_layers_config_path": (None,),
@@ -105,6 +106,11 @@ def architecture_from_arguments(arguments: Namespace, vocab: int) -> Architectur
             f"the checkpoint's arguments lack {', '.join(missing)}: describe its model with a config.json"
         )
     _refuse(values)
+    if values.get("multi_latent_attention") and values["layernorm_epsilon"] != LATENT_EPS:
+        raise ConfigError(
+            f"--norm-epsilon {values['layernorm_epsilon']} with --multi-latent-attention: norms over latents have "
+            f"{LATENT_EPS} in `transformers`, whatever the others have; describe the model with a config.json"
+        )
     return architecture_from_megatron(
         _transformer_config(values),
         vocab=vocab,
@@ -143,8 +149,9 @@ def _refuse(values: Mapping[str, Any]) -> None:
 def _transformer_config(values: Mapping[str, Any]) -> TransformerConfig:
     """The fields as ``core_transformer_config_from_args`` gives them, without the checks of what this machine can run
     (``__post_init__``): the model is described here, not built."""
-    config = object.__new__(TransformerConfig)
-    for field in dataclasses.fields(TransformerConfig):
+    kind = MLATransformerConfig if values.get("multi_latent_attention") else TransformerConfig
+    config: TransformerConfig = object.__new__(kind)
+    for field in dataclasses.fields(kind):
         if field.name in values:
             setattr(config, field.name, values[field.name])
         elif field.default_factory is not dataclasses.MISSING:
@@ -202,6 +209,7 @@ def arguments_from_architecture(
     return Namespace(
         **COMMON,
         **_expert_arguments(a),
+        **_attention_arguments(a),
         num_layers=a.num_layers,
         encoder_num_layers=a.num_layers,
         hidden_size=a.hidden,
@@ -209,17 +217,14 @@ def arguments_from_architecture(
         num_attention_heads=a.num_heads,
         group_query_attention=grouped,
         num_query_groups=a.num_kv_heads if grouped else 1,
-        kv_channels=a.head_dim,
         seq_length=a.max_positions,
         max_position_embeddings=a.max_positions,
         rotary_percent=a.rotary_fraction,
-        rotary_base=int(a.rope_theta) if float(a.rope_theta).is_integer() else a.rope_theta,
         use_rope_scaling=dict(a.rope_scaling) == LLAMA3_SCALING,
         layernorm_epsilon=a.norm_eps,
         window_size=None if a.window is None else (a.window - 1, 0),
         window_attn_skip_freq=[int(i not in a.full_layers) for i in range(a.num_layers)] if a.full_layers else None,
         add_qkv_bias=a.qkv_bias,
-        qk_layernorm=a.qk_norm,
         untie_embeddings_and_output_weights=not a.tied,
         padded_vocab_size=padded_vocab,
         tensor_model_parallel_size=sizes.tp,
@@ -230,6 +235,14 @@ def arguments_from_architecture(
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
     )
+
+
+def _attention_arguments(a: Architecture) -> dict[str, object]:
+    base = int(a.rope_theta) if float(a.rope_theta).is_integer() else a.rope_theta
+    if a.mla is None:
+        plain: dict[str, object] = {"kv_channels": a.head_dim, "qk_layernorm": a.qk_norm, "rotary_base": base}
+        return plain | {"multi_latent_attention": False}
+    return latent_fields(a, a.mla) | {"multi_latent_attention": True, "rotary_base": base}
 
 
 def _expert_arguments(a: Architecture) -> dict[str, object]:

@@ -187,7 +187,8 @@ def _held(architecture: Architecture, with_added: bool) -> dict[str, Held]:
         return held_of(architecture.tensors)
     found = {}
     for prefix, parameter in describe(architecture).parameters():
-        held = Held(parameter.rollout_add if with_added else 0.0, parameter.dtype)
+        rollout = (parameter.rollout_add, parameter.rollout_dtype or parameter.dtype)
+        held = Held(*rollout) if with_added else Held(0.0, parameter.dtype)
         if held != AS_IT_IS:
             found.update({prefix + name: held for name, _ in parameter.logical()})
     return found

@@ -7,14 +7,16 @@ that an exported Hugging Face folder or a rollout engine never silently runs a d
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.family import in_a_family
+from megatron_rl.models.latent_fields import latent_of, refused_latent_fields, scaling_of_latent
 from megatron_rl.models.megatron_fields import Refusal, refused_fields
 
 
@@ -40,7 +42,8 @@ def architecture_from_megatron(
     Raises:
         ConfigError: the model is none that a supported Hugging Face family computes.
     """
-    refuse(refused_fields(config))
+    latent = isinstance(config, MLATransformerConfig) and config.multi_latent_attention
+    refuse(refused_fields(config) + (refused_latent_fields(config) if latent else []))
     window, full_layers = _windows(config)
     architecture = Architecture(
         family="",
@@ -63,7 +66,21 @@ def architecture_from_megatron(
         window=window,
         full_layers=full_layers,
     )
-    return in_a_family(architecture)
+    return in_a_family(_with_latents(architecture, config) if latent else architecture)
+
+
+def _with_latents(architecture: Architecture, config: MLATransformerConfig) -> Architecture:
+    """The same with latent attention, which has positions of its own."""
+    mla = latent_of(config)
+    return replace(
+        architecture,
+        mla=mla,
+        head_dim=mla.nope_dim + mla.rope_dim,
+        num_kv_heads=architecture.num_heads,
+        qk_norm=False,
+        rope_theta=float(config.rotary_base),
+        rope_scaling=scaling_of_latent(config),
+    )
 
 
 def _windows(config: TransformerConfig) -> tuple[int | None, tuple[int, ...]]:

@@ -83,9 +83,7 @@ FREE: dict[str, str] = {
         "fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad "
         "tp_only_amax_red kitchen_attention_backend fp4_recipe fp4_quantizer_factory "
         "moe_pad_expert_input_to_capacity moe_token_drop_policy mamba_state_dim "
-        "mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path q_lora_rank kv_lora_rank "
-        "qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent rotary_scaling_factor "
-        "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
+        "mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path rotary_percent"
     ),
 }
 
@@ -113,6 +111,20 @@ TAKEN: dict[str, str] = {
     "moe_router_topk_scaling_factor": "routed_scaling_factor",
     "moe_shared_expert_intermediate_size": "shared_expert_intermediate_size, or n_shared_experts",
     "moe_shared_expert_gate": "the family: Qwen2-MoE",
+    "multi_latent_attention": "the families: DeepSeek-V2, DeepSeek-V3; with qk_layernorm",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+    "rope_type": "rope_type of latent attention",
+    "rotary_base": "rope_theta of latent attention",
+    "rotary_scaling_factor": "factor of its YaRN",
+    "original_max_position_embeddings": "the same of its YaRN",
+    "beta_fast": "the same of its YaRN",
+    "beta_slow": "the same of its YaRN",
+    "mscale": "the same of its YaRN; 1.0 where mscale_all_dim is 0",
+    "mscale_all_dim": "the same of its YaRN",
 }
 
 
@@ -148,7 +160,6 @@ NEUTRAL: dict[str, Neutral] = {
     "qk_clip": _OFF,
     "attention_output_gate": _OFF,
     "apply_residual_connection_post_layernorm": _OFF,
-    "multi_latent_attention": _OFF,
     "experimental_attention_variant": _NONE,
     "linear_attention_freq": _NONE,
     "heterogeneous_block_specs": _OFF,

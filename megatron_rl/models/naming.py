@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+FUSED = ("linear_qkv.layer_norm_weight", "linear_kv_up_proj.layer_norm_weight")
+
 
 @dataclass(frozen=True, slots=True)
 class MegatronNaming:
@@ -27,7 +29,7 @@ class MegatronNaming:
         """
         fused = grouped = False
         for name in names:
-            fused = fused or name.endswith("linear_qkv.layer_norm_weight")
+            fused = fused or name.endswith(FUSED)
             grouped = grouped or "mlp.experts.linear_fc1.weight" in name
             if name.endswith(("mlp.experts.weight1", "mlp.experts.weight2")):
                 raise ValueError(

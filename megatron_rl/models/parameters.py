@@ -47,6 +47,7 @@ class Parameter(ABC):
 
     rollout_add = 0.0
     dtype: torch.dtype | None = None  # of files and rollout engines, where it is not the model's
+    rollout_dtype: torch.dtype | None = None  # of rollout engines alone
 
     @abstractmethod
     def logical(self) -> Iterable[tuple[str, Shape]]:
@@ -109,6 +110,7 @@ class Replicated(Parameter):
     transformers_name: str = ""  # in memory, where it differs from the file's
     rollout_add: float = 0.0  # added to the file's values in the rollout engine
     dtype: torch.dtype | None = None
+    rollout_dtype: torch.dtype | None = None
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
         return [(self.hf, self.shape)]

@@ -103,6 +103,7 @@ class HFDescription:
                 config.num_labels = 1
             return config
         fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
+        fields.pop("auto_map", None)  # to code that is not exported
         config = CONFIG_MAPPING[a.family].from_dict(fields)
         config.architectures, config.dtype = [family_of(a.family).hf_name(a)], name
         config.update(dict(family_of(a.family).exported))

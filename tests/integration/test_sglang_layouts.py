@@ -21,11 +21,18 @@ from megatron_rl.weights.source import SafetensorsFolder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "qwen3_moe", "mixtral", "qwen2_moe", "glm4_moe")
+FAMILIES += ("deepseek_v3", "moonlight", "deepseek_v2")
 CASES = [(family, tp, 1) for family in FAMILIES for tp in (1, 2, 4)]
 CASES += [(family, 4, 2) for family in FAMILIES if hasattr(CONFIGS[family], "num_experts_per_tok")]
 # Sizes that each of 4 ranks holds a part of, and heads that are repeated at 4; the vocabulary needs padding.
 SIZES = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 64, "vocab_size": 250}
-OWN = {"qwen2_moe": {"head_dim": 8, "mlp_only_layers": []}}  # SGLang has experts in all of its layers
+LATENT = {"num_key_value_heads": 8, "vocab_size": 250}
+OWN = {
+    "qwen2_moe": {"head_dim": 8, "mlp_only_layers": []},  # SGLang has experts in all of its layers
+    "deepseek_v3": LATENT,
+    "moonlight": LATENT,
+    "deepseek_v2": LATENT,
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,8 @@ def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("family", "tp", "ep"), CASES)
 def test_shards_are_bitwise_those_of_sglangs_own_loader(held: Path, family: str, tp: int, ep: int) -> None:
     config = type(CONFIGS[family]).from_pretrained(held / family)
-    architecture = replace(architecture_of(config), head_dim=8)
+    architecture = architecture_of(config)
+    architecture = architecture if architecture.mla else replace(architecture, head_dim=8)
     layout = rollout_layout(architecture, tp, [list(range(tp))], ep)
     with SafetensorsFolder(held / family) as source:
         for rank in range(tp):

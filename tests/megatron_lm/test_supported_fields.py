@@ -197,11 +197,6 @@ def test_a_field_off_its_neutral_value_is_refused_by_name(name):
         architecture_from_megatron(config, VOCAB, tied=False)
 
 
-def test_latent_attention_is_refused():
-    with pytest.raises(ConfigError, match="multi_latent_attention=True"):
-        architecture_from_megatron(MLATransformerConfig(**DENSE), VOCAB, tied=False)
-
-
 @dataclasses.dataclass
 class ForkedConfig(TransformerConfig):
     logit_softcap: float | None = None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.models import Architecture, Experts, logical_tensors
+from megatron_rl.models.architecture import MLA
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.parallel import RankGrid
 
@@ -47,10 +48,43 @@ GLM4_MOE = replace(
         chosen_groups=2, scaling=1.5,
     ),
 )  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 0.8, "mscale_all_dim": 1.1,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+DEEPSEEK_V3 = replace(
+    GLM4_MOE,
+    family="deepseek_v3",
+    qkv_bias=False,
+    qk_norm=False,
+    num_kv_heads=8,
+    head_dim=12,
+    rotary_fraction=1.0,
+    rope_scaling=tuple(sorted(YARN.items())),
+    mla=MLA(q_rank=16, kv_rank=20, nope_dim=4, rope_dim=8, value_dim=6),
+    norm_eps=1e-5,
+)
+MOONLIGHT = replace(
+    DEEPSEEK_V3,
+    rope_scaling=(),
+    mla=replace(DEEPSEEK_V3.mla, q_rank=None, interleaved=False),
+    experts=replace(GLM4_MOE.experts, num_groups=1, chosen_groups=1),
+)
+DEEPSEEK_V2 = replace(
+    DEEPSEEK_V3,
+    family="deepseek_v2",
+    experts=replace(
+        GLM4_MOE.experts, normalize_weights=False, scoring="softmax", correction_bias=False, group_scored_by=1
+    ),
+)
+DEEPSEEK_V2_LITE = replace(
+    DEEPSEEK_V2,
+    experts=replace(DEEPSEEK_V2.experts, num_groups=1, chosen_groups=1, group_scored_by=2),
+)
 MISTRAL = replace(LLAMA, family="mistral", window=7)  # shorter than the sequences of the tests
 QWEN2_WINDOWS = replace(QWEN2, window=7, full_layers=(1,))
 MIXTRAL = replace(MISTRAL, family="mixtral", ffn=16, experts=Experts(8, 3, 16))
-ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, QWEN2_MOE, GLM4_MOE)
+ALL = (LLAMA, QWEN2, QWEN3, QWEN3_MOE, MISTRAL, MIXTRAL, QWEN2_MOE, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2)
 
 
 @dataclass(frozen=True)
@@ -141,9 +175,12 @@ def megatron_layer(a: Architecture, full: dict[str, Tensor], grid: RankGrid, ran
     out = {
         "input_layernorm.weight": full[p + "input_layernorm.weight"],
         "pre_mlp_layernorm.weight": full[p + "post_attention_layernorm.weight"],
-        "self_attention.linear_qkv.weight": megatron_qkv(a, full, layer, "weight", at.tp, tp),
         "self_attention.linear_proj.weight": full[p + "self_attn.o_proj.weight"].chunk(tp, dim=1)[at.tp],
     }
+    if a.mla is not None:
+        out |= {f"self_attention.{name}": tensor for name, tensor in megatron_latent(a, full, p, at.tp, tp).items()}
+    else:
+        out["self_attention.linear_qkv.weight"] = megatron_qkv(a, full, layer, "weight", at.tp, tp)
     if a.qkv_bias:
         out["self_attention.linear_qkv.bias"] = megatron_qkv(a, full, layer, "bias", at.tp, tp)
     if a.qk_norm:
@@ -172,6 +209,39 @@ def megatron_layer(a: Architecture, full: dict[str, Tensor], grid: RankGrid, ran
     return out
 
 
+def megatron_latent(a: Architecture, full: dict[str, Tensor], p: str, rank: int, tp: int) -> dict[str, Tensor]:
+    p += "self_attn."
+    out = {
+        "linear_kv_down_proj.weight": full[p + "kv_a_proj_with_mqa.weight"],
+        "kv_layernorm.weight": full[p + "kv_a_layernorm.weight"],
+        "linear_kv_up_proj.weight": full[p + "kv_b_proj.weight"].chunk(tp)[rank],
+    }
+    if a.mla.q_rank is None:
+        return out | {"linear_q_proj.weight": full[p + "q_proj.weight"].chunk(tp)[rank]}
+    return out | {
+        "linear_q_down_proj.weight": full[p + "q_a_proj.weight"],
+        "q_layernorm.weight": full[p + "q_a_layernorm.weight"],
+        "linear_q_up_proj.weight": full[p + "q_b_proj.weight"].chunk(tp)[rank],
+    }
+
+
+def rollout_latent(a: Architecture, full: dict[str, Tensor], p: str, rank: int, tp: int) -> dict[str, Tensor]:
+    p += "self_attn."
+    down = full[p + "kv_a_proj_with_mqa.weight"]
+    out = {
+        p + "kv_a_layernorm.weight": full[p + "kv_a_layernorm.weight"],
+        p + "kv_b_proj.weight": full[p + "kv_b_proj.weight"].chunk(tp)[rank],
+    }
+    if a.mla.q_rank is None:
+        projections = {p + "q_proj.weight": full[p + "q_proj.weight"].chunk(tp)[rank]}
+        return out | projections | {p + "kv_a_proj_with_mqa.weight": down}
+    return out | {
+        p + "fused_qkv_a_proj_with_mqa.weight": torch.cat([full[p + "q_a_proj.weight"], down]),
+        p + "q_a_layernorm.weight": full[p + "q_a_layernorm.weight"],
+        p + "q_b_proj.weight": full[p + "q_b_proj.weight"].chunk(tp)[rank],
+    }
+
+
 def rollout_by_hand(a: Architecture, full: dict[str, Tensor], rank: int, tp: int, ep: int, padded: int) -> dict:
     """SGLang's names -> tensors of one rank."""
     out = {
@@ -186,7 +256,9 @@ def rollout_by_hand(a: Architecture, full: dict[str, Tensor], rank: int, tp: int
             out[f"{p}{norm}.weight"] = full[f"{p}{norm}.weight"]
         for norm in ("q_norm", "k_norm") if a.qk_norm else ():
             out[f"{p}self_attn.{norm}.weight"] = full[f"{p}self_attn.{norm}.weight"]
-        for suffix in ("weight", "bias") if a.qkv_bias else ("weight",):
+        if a.mla is not None:
+            out |= rollout_latent(a, full, p, rank, tp)
+        for suffix in () if a.mla else ("weight", "bias") if a.qkv_bias else ("weight",):
             out[f"{p}self_attn.qkv_proj.{suffix}"] = rollout_qkv(a, full, layer, suffix, rank, tp)
         out[p + "self_attn.o_proj.weight"] = full[p + "self_attn.o_proj.weight"].chunk(tp, dim=1)[rank]
         if a.experts is None or layer in a.experts.dense_layers:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from models.oracle import (
     ALL,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     GLM4_MOE,
     LLAMA,
     MISTRAL,
     MIXTRAL,
+    MOONLIGHT,
     QWEN2,
     QWEN2_MOE,
     QWEN3,
@@ -62,7 +65,8 @@ MOE_GRIDS = [
     (ParallelSizes(tp=4, ep=2, pp=2, vpp=2), 16),
 ]
 CASES = [(a, *grid) for a in (LLAMA, QWEN2, QWEN3, MISTRAL) for grid in DENSE_GRIDS]
-CASES += [(a, *grid) for a in (QWEN3_MOE, MIXTRAL, QWEN2_MOE, GLM4_MOE) for grid in MOE_GRIDS]
+MIXTURES = (QWEN3_MOE, MIXTRAL, QWEN2_MOE, GLM4_MOE, DEEPSEEK_V3, DEEPSEEK_V2, MOONLIGHT)
+CASES += [(a, *grid) for a in MIXTURES for grid in MOE_GRIDS]
 
 
 @pytest.mark.parametrize(("architecture", "sizes", "world"), CASES, ids=lambda v: getattr(v, "family", str(v)))
@@ -83,7 +87,7 @@ def test_ranks_with_equal_shards_share_a_replica_group_and_others_do_not() -> No
 
 ROLLOUTS = [(1, 1), (2, 1), (4, 1), (8, 1)]
 ROLLOUT_CASES = [(a, *sizes) for a in ALL for sizes in ROLLOUTS]
-ROLLOUT_CASES += [(a, 4, ep) for a in (QWEN3_MOE, MIXTRAL, QWEN2_MOE, GLM4_MOE) for ep in (2, 4)]
+ROLLOUT_CASES += [(a, 4, ep) for a in MIXTURES for ep in (2, 4)]
 
 
 @pytest.mark.parametrize(("architecture", "tp", "ep"), ROLLOUT_CASES, ids=lambda v: getattr(v, "family", str(v)))

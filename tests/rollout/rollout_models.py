@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Glm4MoeConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from megatron_rl.models import Architecture
-from megatron_rl.models.architecture import Experts
+from megatron_rl.models.architecture import MLA, Experts
 from megatron_rl.reshard import Layout
 from megatron_rl.reshard.layout import Shard
 from megatron_rl.rollout import LocalEngine
@@ -48,6 +50,36 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 0.8,
+    "mscale_all_dim": 1.1,
+    "original_max_position_embeddings": 32,
+}
+_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "n_group": 3,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "tie_word_embeddings": False,
+    "experts_implementation": "eager",
+}
+_LATENT = _EXPERTS | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 24,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
 }
 _ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -77,21 +109,12 @@ CONFIGS: dict[str, PretrainedConfig] = {
         tie_word_embeddings=False,
         experts_implementation="eager",
     ),
-    "glm4_moe": Glm4MoeConfig(
-        **_SMALL,
-        head_dim=16,
-        attention_bias=True,
-        use_qk_norm=True,
-        n_routed_experts=6,
-        num_experts_per_tok=2,
-        moe_intermediate_size=24,
-        n_shared_experts=2,
-        n_group=3,
-        topk_group=2,
-        routed_scaling_factor=1.5,
-        tie_word_embeddings=False,
-        experts_implementation="eager",
+    "glm4_moe": Glm4MoeConfig(**_SMALL | _EXPERTS, head_dim=16, attention_bias=True, use_qk_norm=True),
+    "deepseek_v3": DeepseekV3Config(**_SMALL | _LATENT, rope_parameters=_YARN, rms_norm_eps=1e-5),
+    "moonlight": DeepseekV3Config(
+        **_SMALL | _LATENT | {"q_lora_rank": None, "v_head_dim": 24, "n_group": 1, "topk_group": 1}
     ),
+    "deepseek_v2": DeepseekV2Config(**_SMALL | _LATENT, rope_parameters=_YARN, topk_method="group_limited_greedy"),
     "qwen3_moe": Qwen3MoeConfig(
         **_SMALL,
         head_dim=16,
@@ -132,11 +155,22 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         sizes = config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size
         shared = {"shared_ffn": config.shared_expert_intermediate_size, "shared_gate": True}
         experts = Experts(*sizes, normalize_weights=False, dense_layers=tuple(config.mlp_only_layers), **shared)
-    if config.model_type == "glm4_moe":
+    if config.model_type.startswith(("glm4", "deepseek")):
         sizes = config.n_routed_experts, config.num_experts_per_tok, config.moe_intermediate_size
         groups = {"num_groups": config.n_group, "chosen_groups": config.topk_group, "scaling": 1.5}
-        shared = {"shared_ffn": 48, "dense_layers": (0,), "scoring": "sigmoid", "correction_bias": True}
-        experts = Experts(*sizes, **groups, **shared)
+        routing = {"scoring": "sigmoid", "correction_bias": True}
+        if config.model_type == "deepseek_v2":
+            routing = {"group_scored_by": 1, "normalize_weights": False}
+        experts = Experts(*sizes, shared_ffn=48, dense_layers=(0,), **groups, **routing)
+    mla = None
+    if config.model_type.startswith("deepseek"):
+        mla = MLA(
+            config.q_lora_rank,
+            config.kv_lora_rank,
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
     if config.model_type == "mixtral":
         experts = Experts(config.num_local_experts, config.num_experts_per_tok, config.intermediate_size)
     return Architecture(
@@ -146,7 +180,9 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         ffn=config.intermediate_size,
         num_heads=config.num_attention_heads,
         num_kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=config.qk_head_dim
+        if mla
+        else getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         vocab=config.vocab_size,
         tied=config.tie_word_embeddings,
         qkv_bias=config.model_type.startswith(("qwen2", "glm4")),
@@ -157,6 +193,7 @@ def architecture_of(config: PretrainedConfig) -> Architecture:
         rotary_fraction=fraction,
         max_positions=config.max_position_embeddings,
         experts=experts,
+        mla=mla,
         window=getattr(config, "sliding_window", None) or None,
         full_layers=(1,) if config.model_type == "qwen2" and config.sliding_window else (),
     )
@@ -202,7 +239,9 @@ class Cutter:
 
     def _layer(self, prefix: str) -> None:
         size, state = self.architecture, self.state
-        for suffix in ("weight", "bias") if size.qkv_bias else ("weight",):
+        if size.mla is not None:
+            self._latent(prefix + "self_attn.")
+        for suffix in () if size.mla else ("weight", "bias") if size.qkv_bias else ("weight",):
             self.out[f"{prefix}self_attn.qkv_proj.{suffix}"] = torch.cat(
                 [
                     self.heads(state[f"{prefix}self_attn.{part}_proj.{suffix}"], count)
@@ -221,6 +260,20 @@ class Cutter:
         else:
             block = "block_sparse_moe." if self.architecture.family == "mixtral" else "mlp."
             self._experts(prefix + "mlp.", prefix + block)
+
+    def _latent(self, prefix: str) -> None:
+        state, down = self.state, self.state[prefix + "kv_a_proj_with_mqa.weight"]
+        for name in ("kv_a_layernorm", "q_a_layernorm"):
+            if f"{prefix}{name}.weight" in state:
+                self.out[f"{prefix}{name}.weight"] = state[f"{prefix}{name}.weight"]
+        for name in ("kv_b_proj", "q_b_proj", "q_proj"):
+            if f"{prefix}{name}.weight" in state:
+                self.out[f"{prefix}{name}.weight"] = self.rows(state[f"{prefix}{name}.weight"])
+        if self.architecture.mla.q_rank is None:
+            self.out[prefix + "kv_a_proj_with_mqa.weight"] = down
+        else:
+            both = torch.cat([state[prefix + "q_a_proj.weight"], down])
+            self.out[prefix + "fused_qkv_a_proj_with_mqa.weight"] = both
 
     def _shared(self, prefix: str) -> None:
         if self.architecture.experts.correction_bias:

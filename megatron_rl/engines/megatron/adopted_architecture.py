@@ -10,11 +10,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
 from megatron_rl.engines.megatron.model.expert_router import ExpertRouter
+from megatron_rl.engines.megatron.model.latent_attention import LatentAttention
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.mla import LATENT_EPS
 from megatron_rl.models.components.position import Scaling
 from megatron_rl.models.family import in_a_family
 from megatron_rl.models.megatron_architecture import architecture_from_megatron, refuse
@@ -68,6 +71,7 @@ TELinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear DotProductAtte
 FusedScaleMaskSoftmax SelfAttention IdentityOp IdentityFuncOp MLP TEFusedMLP MoELayer TopKRouter SequentialMLP
 TEGroupedMLP TransformerLayer MoETransformerLayer TransformerBlock RotaryEmbedding VocabParallelEmbedding
 LanguageModelEmbedding GPTModel GroupedMLP SharedExpertMLP
+MLASelfAttention YarnRotaryEmbedding
 """  # GroupedMLP is refused with its own message
 _MEGATRON = frozenset(_MEGATRON_NAMES.split())
 _INSIDE = "transformer_engine."  # what Megatron's TE classes are made of
@@ -92,6 +96,8 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
     own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
     plain = replace(plain, experts=own_routers[0].experts) if own_routers else plain
     scaling = own_scaling(chunk)
+    if plain.mla is not None:
+        plain, scaling = _with_halves(plain, chunk), plain.rope_scaling
     if scaling is None:
         frequencies = frequencies_of(chunk)
         scaling = None if frequencies is None else scaling_of(plain, frequencies)
@@ -100,6 +106,32 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
         expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both"
         refuse([Refusal("rotary_pos_emb", given, expected)])
     return in_a_family(replace(plain, rope_scaling=scaling or ()))
+
+
+def _with_halves(architecture: Architecture, chunk: nn.Module) -> Architecture:
+    """With what our own latent attention says of the channels that turn together."""
+    assert architecture.mla is not None
+    own = [module for module in chunk.modules() if isinstance(module, LatentAttention)]
+    return replace(architecture, mla=replace(architecture.mla, interleaved=own[0].interleaved)) if own else architecture
+
+
+def _refused_latents(chunk: nn.Module) -> list[Refusal]:
+    """What Megatron-Core's own latent attention computes otherwise than `transformers`, or holds otherwise here."""
+    found = {}
+    for name, module in chunk.named_modules():
+        if isinstance(module, MLASelfAttention):
+            config = module.config
+            if config.layernorm_epsilon != LATENT_EPS:
+                found["layernorm_epsilon"] = (
+                    shown(config.layernorm_epsilon),
+                    f"{LATENT_EPS} with multi_latent_attention: norms over latents have it in `transformers`",
+                )
+            if module.linear_kv_down_proj.weight.shape[0] != config.kv_lora_rank + config.qk_pos_emb_head_dim:
+                found[f"module {name}"] = (
+                    "projections into latents cut over tensor-parallel ranks",
+                    "TransformerEngine's layer spec, or megatron_rl.engines.megatron.model.layer_spec, or tp=1",
+                )
+    return [Refusal(name, *parts) for name, parts in found.items()]
 
 
 def refused_arguments(chunk: nn.Module) -> list[Refusal]:
@@ -115,7 +147,7 @@ def refused_arguments(chunk: nn.Module) -> list[Refusal]:
         found.append(Refusal("mtp_block_spec", "multi-token prediction layers", "None"))
     if embedding is not None and chunk.config.sequence_parallel and not embedding.scatter_to_sequence_parallel:  # type: ignore[union-attr]
         found.append(Refusal("scatter_embedding_sequence_parallel", "False", "True with sequence_parallel"))
-    return found + _unknown_modules(chunk)
+    return found + _unknown_modules(chunk) + _refused_latents(chunk)
 
 
 def _unknown_modules(chunk: nn.Module) -> list[Refusal]:

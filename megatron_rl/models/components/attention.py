@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
@@ -27,6 +28,14 @@ class GroupedQueryAttention:
     scale: float | None = None  # of products of queries and keys; None = head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     fused_in_file: bool = False  # the Hugging Face file has one qkv_proj, queries above keys above values
+
+    # Megatron's norm before it, where fused into the projection
+    fused_norm: ClassVar[str] = "self_attention.linear_qkv.layer_norm_weight"
+
+    @property
+    def cached_dim(self) -> int:
+        """Channels that a key or a value takes in a cache of both."""
+        return self.head_dim
 
     def parameters(self) -> Iterator[Parameter]:
         """Names lack the layer's prefix."""

@@ -21,6 +21,7 @@ class ExpertMLP:
     experts: Experts
     names: ExpertNames = EXPERT_NAMES
     router_dtype: torch.dtype | None = None  # of files and rollout engines; None = the model's
+    rollout_router_dtype: torch.dtype | None = None  # of rollout engines, where files have another
 
     fused_norm: ClassVar[str] = ""  # the router reads the norm's output, too, so Megatron never fuses it
 
@@ -33,6 +34,7 @@ class ExpertMLP:
             "mlp.router.weight",
             transformers_name=names.module_router,
             dtype=self.router_dtype,
+            rollout_dtype=self.rollout_router_dtype,
         )
         if experts.correction_bias:
             shape = (experts.num_experts,)

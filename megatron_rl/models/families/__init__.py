@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from megatron_rl.models.families import (  # noqa: F401
+    deepseek_v2,
+    deepseek_v3,
     gemma,
     gemma2,
     gemma3_text,

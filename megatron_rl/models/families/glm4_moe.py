@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.components.experts import ExpertMLP
+from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.families.deepseek_experts import DeepseekExperts
 from megatron_rl.models.family import FAMILIES
 
@@ -18,6 +22,10 @@ class Glm4Moe(DeepseekExperts):
     names_head_dim = False
     turns_part = True
     bias_key = "attention_bias"
+
+    def mlp(self, a: Architecture, index: int) -> DenseMLP | ExpertMLP:
+        found = super().mlp(a, index)  # SGLang's Glm4MoeGate is fp32
+        return replace(found, rollout_router_dtype=torch.float32) if isinstance(found, ExpertMLP) else found
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         return replace(super().architecture(config), qk_norm=config["use_qk_norm"])

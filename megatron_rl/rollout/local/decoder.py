@@ -6,6 +6,7 @@ whole prompts and fills the KV cache; `decode` adds one token to every running s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,10 +18,10 @@ from megatron_rl.models.components.embedding import OutputLayer
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
-from megatron_rl.models.description import ModelDescription
 from megatron_rl.ops.selection import choose
 from megatron_rl.rollout.local.expert_layer import ExpertLayer
 from megatron_rl.rollout.local.feed_forward import feed_forward
+from megatron_rl.rollout.local.heads import GroupedHeads, LatentHeads, heads_of
 from megatron_rl.rollout.local.kv_cache import KVCache
 from megatron_rl.rollout.local.norm_weight import NormWeight
 from megatron_rl.rollout.local.prompt_attention import attend_prompts
@@ -30,7 +31,7 @@ from megatron_rl.rollout.local.sharding import TensorParallel
 # Tokens whose intermediate values, the widest of a layer, exist at once: long prompts take several rounds.
 MLP_TOKENS = 1024
 
-# (layer, heads of each token from `Decoder._qkv`) -> context of each token, [tokens, q_heads * head_dim]
+# (layer, heads of each token from `Layer.heads`) -> context of each token, [tokens, q_heads * head_dim]
 Attend = Callable[["Layer", torch.Tensor], torch.Tensor]
 
 
@@ -56,10 +57,7 @@ class Layer:
     scale: float
     softcap: float | None
     attention_norm: NormWeight
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    q_norm: NormWeight | None
-    k_norm: NormWeight | None
+    heads: GroupedHeads | LatentHeads
     o: torch.Tensor
     attention_out: Output
     mlp_norm: NormWeight
@@ -92,7 +90,7 @@ class Decoder:
         self.embedding = _named(parameters, model.embedding.hf)
         self.head = self.embedding if model.tied else _named(parameters, model.output.rollout_name)
         self.final_norm = _norm(model.final_norm, parameters)
-        self.layers = tuple(_layer(model, parameters, index, tp) for index in range(len(model.layers)))
+        self.layers = tuple(self._layer(parameters, index) for index in range(len(model.layers)))
         self.rotary = {
             rotary: RotaryCache(rotary, self.embedding.dtype, self.embedding.device)
             for rotary in dict.fromkeys(layer.rotary for layer in self.layers)
@@ -102,6 +100,35 @@ class Decoder:
         implementation = None if self.embedding.dtype == torch.float32 else "reference"
         self._attend_cache = choose("decode_attention", device, implementation)
         self._add_rms_norm = choose("add_rms_norm", device, implementation)
+
+    def _layer(self, parameters: Mapping[str, torch.Tensor], index: int) -> Layer:
+        described, prefix = self.description.layers[index], self.description.prefix(index)
+        attention, mlp = described.attention, described.mlp
+        named = functools.partial(_named, parameters)
+
+        def norm(norm: Norm | None) -> NormWeight | None:
+            return None if norm is None else _norm(norm, parameters, prefix)
+
+        return Layer(
+            index=index,
+            rotary=attention.rotary,
+            window=attention.window,
+            scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
+            softcap=attention.softcap,
+            attention_norm=_norm(described.attention_norm, parameters, prefix),
+            heads=heads_of(attention, named, prefix, self.q_heads, self.kv_heads),
+            o=named(prefix + "self_attn.o_proj.weight"),
+            attention_out=Output(
+                named(prefix + "self_attn.o_proj.bias") if attention.o_bias else None,
+                norm(described.attention_post_norm),
+            ),
+            mlp_norm=_norm(described.mlp_norm, parameters, prefix),
+            mlp=feed_forward(mlp, named, prefix, self.tp),
+            mlp_out=Output(
+                named(prefix + "mlp.down_proj.bias") if isinstance(mlp, DenseMLP) and mlp.bias else None,
+                norm(described.mlp_post_norm),
+            ),
+        )
 
     def reserve(self, rows: int, length: int) -> None:
         """Make room for ``rows`` sequences of up to ``length`` tokens, and forget those before."""
@@ -166,7 +193,7 @@ class Decoder:
         normed = self.layers[0].attention_norm(hidden)
         next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
         for layer, next_norm in zip(self.layers, next_norms, strict=True):
-            context = attend(layer, self._qkv(layer, normed))
+            context = layer.heads.context(attend(layer, layer.heads(normed)))
             normed = self._add(hidden, F.linear(context, layer.o), layer.attention_out, layer.mlp_norm)
             normed = self._add(hidden, self._mlp(layer, normed), layer.mlp_out, next_norm)
         return normed
@@ -177,15 +204,6 @@ class Decoder:
         if factor.dtype != hidden.dtype:
             return norm(hidden.add_(summed))
         return self._add_rms_norm(hidden, summed, factor, norm.eps)
-
-    def _qkv(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
-        """Query, key and value heads of each token, ``[tokens, q_heads + 2 * kv_heads, head_dim]``, not yet turned."""
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(len(normed), -1, self.head_dim)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            queries, keys = qkv[:, : self.q_heads], qkv[:, self.q_heads : self.q_heads + self.kv_heads]
-            queries.copy_(layer.q_norm(queries))
-            keys.copy_(layer.k_norm(keys))
-        return qkv
 
     def _mlp(self, layer: Layer, normed: torch.Tensor) -> torch.Tensor:
         if isinstance(layer.mlp, ExpertLayer) or len(normed) <= MLP_TOKENS:
@@ -212,37 +230,6 @@ class Decoder:
         if self.softcap is not None:
             logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits[:, : self.vocab].float()
-
-
-def _layer(model: ModelDescription, parameters: Mapping[str, torch.Tensor], index: int, tp: TensorParallel) -> Layer:
-    described, prefix = model.layers[index], model.prefix(index)
-    attention, mlp = described.attention, described.mlp
-
-    def norm(norm: Norm | None) -> NormWeight | None:
-        return None if norm is None else _norm(norm, parameters, prefix)
-
-    def named(name: str, exists: bool = True) -> torch.Tensor | None:
-        return _named(parameters, prefix + name) if exists else None
-
-    return Layer(
-        index=index,
-        rotary=attention.rotary,
-        window=attention.window,
-        scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
-        softcap=attention.softcap,
-        attention_norm=_norm(described.attention_norm, parameters, prefix),
-        qkv=_named(parameters, prefix + "self_attn.qkv_proj.weight"),
-        qkv_bias=named("self_attn.qkv_proj.bias", attention.qkv_bias),
-        q_norm=norm(attention.q_norm),
-        k_norm=norm(attention.k_norm),
-        o=_named(parameters, prefix + "self_attn.o_proj.weight"),
-        attention_out=Output(named("self_attn.o_proj.bias", attention.o_bias), norm(described.attention_post_norm)),
-        mlp_norm=_norm(described.mlp_norm, parameters, prefix),
-        mlp=feed_forward(mlp, lambda name: _named(parameters, name), prefix, tp),
-        mlp_out=Output(
-            named("mlp.down_proj.bias", isinstance(mlp, DenseMLP) and mlp.bias), norm(described.mlp_post_norm)
-        ),
-    )
 
 
 def _norm(norm: Norm, parameters: Mapping[str, torch.Tensor], prefix: str = "") -> NormWeight:

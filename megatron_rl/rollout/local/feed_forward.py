@@ -12,9 +12,8 @@ from megatron_rl.models.activations import ACTIVATIONS
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.rollout.local.expert_layer import ExpertLayer, SharedExpert
+from megatron_rl.rollout.local.heads import Named
 from megatron_rl.rollout.local.sharding import TensorParallel
-
-Named = Callable[[str], torch.Tensor]  # SGLang's name -> this rank's parameter
 
 
 @dataclass(frozen=True, slots=True)

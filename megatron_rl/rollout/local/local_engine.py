@@ -99,7 +99,7 @@ class LocalEngine(RolloutEngine):
         """What runs prompts and decodes, as `Scheduler` asks for it, over the storage of the shards."""
         model = describe(self.architecture)
         kv_heads, head_dim = model.shared(
-            lambda layer: (layer.attention.num_kv_heads, layer.attention.head_dim), "heads"
+            lambda layer: (layer.attention.num_kv_heads, layer.attention.cached_dim), "heads"
         )
         heads = max(kv_heads // self._tp.size, 1)
         cache = KVCache(len(model.layers), heads, head_dim, kv_cache_bytes, dtype, self.device)

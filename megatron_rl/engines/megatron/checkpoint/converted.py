@@ -19,6 +19,7 @@ from megatron_rl.engines.megatron.model.builder import build_model, transformer_
 from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of, unwrap
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_reader import LATEST, RELEASE, point_to
+from megatron_rl.models.components.mla import LATENT_EPS
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
 from megatron_rl.models.layouts import megatron_layout
 from megatron_rl.models.naming import chunk_prefix
@@ -98,7 +99,10 @@ def _stacked_layers(a: Architecture) -> dict[str, Any]:
 def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.dtype, name: str) -> dict[str, Any]:
     """What Megatron-LM keeps in a checkpoint beside tensors (checkpointing.py generate_state_dict)."""
     arguments = arguments_from_architecture(a, sizes, vocab, dtype)
-    other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, architecture_from_arguments(arguments, vocab))]
+    if a.mla is not None and a.norm_eps != LATENT_EPS:
+        other = [f"rms_norm_eps={a.norm_eps}, but {LATENT_EPS} of latents"]
+    else:
+        other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, architecture_from_arguments(arguments, vocab))]
     if other or a.value_model:
         logger.warning(
             "Megatron-LM has no arguments for this model (%s): its own scripts would compute another one from this "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
@@ -24,9 +24,11 @@ from megatron_rl.engines.megatron.model.value_head import ValueHead
 from megatron_rl.log import leave_out
 from megatron_rl.models.activations import ACTIVATIONS
 from megatron_rl.models.architecture import Architecture, Experts
+from megatron_rl.models.components.mla import LATENT_EPS
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.description import ModelDescription
 from megatron_rl.models.family import describe
+from megatron_rl.models.latent_fields import latent_fields
 from megatron_rl.models.pipeline import chunk_layout, is_uneven, padded_vocab, stage_layers
 from megatron_rl.parallel import ParallelSizes
 
@@ -72,6 +74,8 @@ def transformer_config(
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if architecture.experts is not None:
         fields |= _expert_fields(architecture.experts, architecture.num_layers)
+    if architecture.mla is not None:
+        return MLATransformerConfig(**fields | latent_fields(architecture, architecture.mla) | overrides)
     return TransformerConfig(**fields | overrides)
 
 
@@ -137,15 +141,26 @@ def _build_chunk(
         pg_collection=groups,
         vp_stage=vp_stage,
     )
-    if use_transformer_engine() and fits_transformer_engine(model):
-        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
-    else:
+    if not (use_transformer_engine() and fits_transformer_engine(model)):
         rotate_in_attention(chunk, model)
+    elif architecture.mla is not None:
+        for layer in chunk.decoder.layers:
+            _set_latent_eps(layer.self_attention)
+    else:
+        chunk.rotary_pos_emb.inv_freq = inverse_frequencies(architecture)
     if chunk.pre_process and model.embedding.scale != 1.0:
         become(chunk.embedding, ScaledEmbedding, scale=model.embedding.scale)
     if chunk.post_process and architecture.logit_softcap is not None:
         become(chunk.output_layer, CappedOutput, softcap=architecture.logit_softcap)
     return chunk
+
+
+def _set_latent_eps(attention: Any) -> None:
+    """Of the norms that TransformerEngine fuses into the projections from latents; Megatron-Core gives them that of
+    other norms."""
+    attention.linear_kv_up_proj.eps = LATENT_EPS
+    if attention.config.q_lora_rank is not None:
+        attention.linear_q_up_proj.eps = LATENT_EPS
 
 
 def _decoder_fields(architecture: Architecture) -> dict[str, Any]:

@@ -51,6 +51,8 @@ class CoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        k_channels: int | None = None,  # latent attention says its head sizes; tensors have them, too
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         _refuse_other_kinds(config, attn_mask_type, attention_type)

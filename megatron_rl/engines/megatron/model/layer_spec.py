@@ -15,6 +15,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,9 +24,11 @@ from megatron_rl.devices import use_transformer_engine
 from megatron_rl.engines.megatron.model.core_attention import CoreAttention
 from megatron_rl.engines.megatron.model.expert_router import ExpertRouter, is_megatrons
 from megatron_rl.engines.megatron.model.gated_mlp import GatedMLP
+from megatron_rl.engines.megatron.model.latent_attention import LatentAttention
 from megatron_rl.engines.megatron.model.own_modules import BiasedInputLinear, OutputLinear
 from megatron_rl.engines.megatron.model.rms_norm import RMSNorm
 from megatron_rl.models.architecture import Experts
+from megatron_rl.models.components.mla import LatentAttention as LatentDescription
 from megatron_rl.models.components.mlp import DenseMLP
 from megatron_rl.models.description import LayerDescription, ModelDescription
 
@@ -54,10 +57,9 @@ def layer_spec(
     if use_transformer_engine() and (model is None or fits_transformer_engine(model)):
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage, pp_rank=pp_rank)
         return replace(block, layer_specs=[_routed(spec, experts) for spec in block.layer_specs or []])
-    if config.normalization != "RMSNorm" or config.multi_latent_attention:
+    if config.normalization != "RMSNorm":
         raise ValueError(
-            f"normalization={config.normalization}, multi_latent_attention={config.multi_latent_attention}: without "
-            f"TransformerEngine and a GPU only RMSNorm and multi-head or grouped-query attention are supported"
+            f"normalization={config.normalization}: without TransformerEngine and a GPU only RMSNorm is supported"
         )
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank
@@ -85,7 +87,11 @@ def fits_transformer_engine(model: ModelDescription) -> bool:
         "norms behind layers": any(layer.attention_post_norm or layer.mlp_post_norm for layer in model.layers),
         "soft caps of scores": any(layer.attention.softcap is not None for layer in model.layers),
         "rotary positions that differ": len({layer.attention.rotary for layer in model.layers}) > 1,
-        "rotary positions with an amplitude": any(layer.attention.rotary.amplitude != 1.0 for layer in model.layers),
+        "rotary positions with an amplitude": any(
+            layer.attention.rotary.amplitude != 1.0 and not isinstance(layer.attention, LatentDescription)
+            for layer in model.layers
+        ),
+        "latent attention whose halves turn": not all(map(_is_interleaved, model.layers)),
         "rotary positions by length": any(layer.attention.rotary.switch is not None for layer in model.layers),
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
@@ -104,6 +110,9 @@ def local_layer(spec: ModuleSpec, config: TransformerConfig, model: ModelDescrip
     layer = spec.submodules
     attention, dense = layer.self_attention, getattr(layer.mlp, "module", None) is MLP
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
+    if attention.module is MLASelfAttention:
+        norms = {"q_layernorm": RMSNorm, "kv_layernorm": RMSNorm}
+        attention = replace(attention, module=LatentAttention, params=attention.params | _latent_options(model))
     inner = replace(attention.submodules, core_attention=CoreAttention, **norms)
     if model is not None:
         inner, layer = _own_linears(inner, layer, config, model, dense)
@@ -115,6 +124,17 @@ def local_layer(spec: ModuleSpec, config: TransformerConfig, model: ModelDescrip
         self_attention=replace(attention, submodules=inner),
     )
     return replace(spec, submodules=submodules)
+
+
+def _latent_options(model: ModelDescription | None) -> dict[str, bool]:
+    """What ``config`` does not say of latent attention: which channels turn together."""
+    if model is None:
+        return {}
+    return {"interleaved": model.shared(_is_interleaved, "channels that turn together")}
+
+
+def _is_interleaved(layer: LayerDescription) -> bool:
+    return not isinstance(layer.attention, LatentDescription) or layer.attention.mla.interleaved
 
 
 def _own_linears(

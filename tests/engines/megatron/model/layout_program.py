@@ -20,7 +20,7 @@ from megatron_rl.engines.megatron.model.core_attention import packed_params
 from megatron_rl.engines.megatron.model.hidden_states import hidden_states
 from megatron_rl.engines.megatron.model.model_chunk import layer_indices, output_weight, supports_packing
 from megatron_rl.models import Architecture
-from megatron_rl.models.architecture import Experts
+from megatron_rl.models.architecture import MLA, Experts
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -33,8 +33,20 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 DENSE = Architecture("qwen3", 5, 32, 64, 4, 2, 8, 90, tied=True, qk_norm=True, rope_theta=1000.0)
 BIASED = replace(DENSE, family="qwen2", tied=False, qk_norm=False, qkv_bias=True)
 SPARSE = replace(DENSE, family="qwen3_moe", num_layers=2, tied=False, experts=Experts(4, 2, 24, dense_layers=(0,)))
+ROUTED = Experts(4, 2, 24, shared_ffn=24, dense_layers=(0,), scoring="sigmoid", correction_bias=True)
+LATENT = replace(
+    DENSE,
+    family="deepseek_v3",
+    num_layers=2,
+    tied=False,
+    qk_norm=False,
+    num_kv_heads=4,
+    head_dim=12,
+    experts=ROUTED,
+    mla=MLA(q_rank=16, kv_rank=20, nope_dim=4, rope_dim=8, value_dim=6),
+)
 WINDOWED = replace(BIASED, family="mistral", qkv_bias=False, num_layers=2, window=5)
-ARCHITECTURES = {"dense": DENSE, "biased": BIASED, "sparse": SPARSE, "windowed": WINDOWED}
+ARCHITECTURES = {"dense": DENSE, "biased": BIASED, "sparse": SPARSE, "windowed": WINDOWED, "latent": LATENT}
 LENGTHS = (12, 28, 32, 8, 24, 16, 4, 36)  # neighbours pack to 40
 COLUMNS, ROWS, TEMPERATURE, VOCAB_MULTIPLE = 40, 2, 0.7, 32
 
@@ -273,6 +285,9 @@ def cases() -> list[Case]:
         Case("ep4 padded", "sparse", s(ep=4), packed=False),
         Case("tp2 ep2 sp", "sparse", s(tp=2, ep=2, **sp)),
         Case("pp2 ep2", "sparse", s(pp=2, ep=2)),
+        Case("latent tp2 ep2 sp", "latent", s(tp=2, ep=2, **sp)),
+        Case("latent tp2 cp2 sp", "latent", s(tp=2, cp=2, **sp)),
+        Case("latent pp2 padded recompute", "latent", s(pp=2), packed=False, recompute=True),
     ]
 
 

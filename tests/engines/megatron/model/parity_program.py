@@ -53,6 +53,10 @@ CASES = [
     ("qwen2_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("glm4_moe", ParallelSizes(ep=4)),
     ("glm4_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("deepseek_v3", ParallelSizes(ep=4)),
+    ("deepseek_v3", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
+    ("deepseek_v3", ParallelSizes(pp=2, vpp=2)),
+    ("deepseek_v2", ParallelSizes(tp=4, sequence_parallel=True)),
     ("seeded", ParallelSizes(tp=2, pp=2)),  # tests/seeded_model.py: 5 layers over 2 stages
     ("stories", ParallelSizes(tp=2, pp=2)),  # real weights, where they are at hand
 ]
@@ -61,6 +65,7 @@ CONVERSIONS = [
     ("qwen3_moe", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("mixtral", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
     ("glm4_moe", ParallelSizes(pp=2, vpp=2)),
+    ("deepseek_v3", ParallelSizes(tp=2, ep=2, pp=2, sequence_parallel=True)),
 ]
 TOKENS = 16
 

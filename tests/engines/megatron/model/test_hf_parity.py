@@ -8,7 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from models.oracle import GLM4_MOE, LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN2_WINDOWS, QWEN3, QWEN3_MOE
+from models.oracle import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    GLM4_MOE,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    MOONLIGHT,
+    QWEN2,
+    QWEN2_MOE,
+    QWEN2_WINDOWS,
+    QWEN3,
+    QWEN3_MOE,
+)
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import megatron_rl
@@ -51,6 +65,10 @@ CASES = {
     "mixtral, sliding window": MIXTRAL,
     "qwen2_moe, gated shared expert": QWEN2_MOE,
     "glm4_moe, sigmoid router": GLM4_MOE,
+    "deepseek_v3, YaRN": DEEPSEEK_V3,
+    "deepseek_v3 without a latent of queries, halves turn": MOONLIGHT,
+    "deepseek_v2, groups scored by their best": DEEPSEEK_V2,
+    "deepseek_v2 without groups": DEEPSEEK_V2_LITE,
     "glm4_moe, weights not rescaled": replace(
         GLM4_MOE, experts=replace(GLM4_MOE.experts, normalize_weights=False, chosen_groups=3)
     ),

@@ -49,4 +49,4 @@ def held(tmp_path_factory, seeded_model) -> list[str]:
 @pytest.mark.parametrize("line", LINES)
 def test_logits_names_and_bits_survive_a_layout(held, line) -> None:
     assert held.count(line) == 1
-    assert len(LINES) == 23 + (SHARED is not None)
+    assert len(LINES) == 28 + (SHARED is not None)
