@@ -104,7 +104,7 @@ class HFDescription:
             return config
         fields = self.config.to_dict() if isinstance(self.config, PretrainedConfig) else dict(self.config)
         fields.pop("auto_map", None)  # to code that is not exported
-        config = CONFIG_MAPPING[a.family].from_dict(fields)
+        config = CONFIG_MAPPING[a.family].from_dict(fields | {"model_type": a.family})
         config.architectures, config.dtype = [family_of(a.family).hf_name(a)], name
         config.update(dict(family_of(a.family).exported))
         if a.value_model:
