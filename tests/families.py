@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
@@ -118,7 +120,32 @@ def mixtures() -> dict[str, PretrainedConfig]:
     }
 
 
-FAMILIES: dict[str, PretrainedConfig] = dense() | mixtures()
+def latent() -> dict[str, PretrainedConfig]:
+    sizes = {
+        "kv_lora_rank": 24,
+        "q_lora_rank": 20,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        "first_k_dense_replace": 1,
+    }
+    sizes = SMALL | EXPERTS | sizes | {"num_key_value_heads": 8}
+    yarn = theta(1e4, YARN | {"mscale": 0.8, "mscale_all_dim": 1.1, "beta_fast": 32.0, "beta_slow": 1.0})
+    moonlight = {"q_lora_rank": None, "v_head_dim": 24, "n_group": 1, "topk_group": 1}
+    return {
+        "deepseek_v2": DeepseekV2Config(**sizes, **yarn, topk_method="group_limited_greedy"),
+        "deepseek_v3": DeepseekV3Config(**sizes, **yarn),
+        "deepseek_v3, moonlight": DeepseekV3Config(**sizes | moonlight),
+    }
+
+
+FAMILIES: dict[str, PretrainedConfig] = dense() | mixtures() | latent()
 
 
 def seeded_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -132,4 +159,7 @@ def seeded_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
             else:
                 unscaled = "embed_tokens" in name and not config.model_type.startswith("gemma")
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if unscaled else 1.2 / parameter.shape[-1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.3)
     return model

@@ -89,12 +89,13 @@ LLAMA3_SCALING = {
 FIELDS = {field.name for field in dataclasses.fields(MLATransformerConfig)}
 
 
-def architecture_from_arguments(arguments: Namespace, vocab: int) -> Architecture:
+def architecture_from_arguments(arguments: Namespace, vocab: int, in_family: bool = True) -> Architecture:
     """The decoder that Megatron-LM's ``gpt_builder`` makes from these arguments.
 
     Args:
         arguments: as a checkpoint holds them, after Megatron-LM's ``validate_args``.
         vocab: rows of the embedding that count.
+        in_family: as of `architecture_from_megatron`.
 
     Raises:
         ConfigError: an argument is missing, or asks for what no supported decoder computes; the message names it.
@@ -119,6 +120,7 @@ def architecture_from_arguments(arguments: Namespace, vocab: int) -> Architectur
         rope_theta=float(values["rotary_base"]),
         rope_scaling=tuple(sorted(LLAMA3_SCALING.items())) if values.get("use_rope_scaling") else (),
         max_positions=int(values["max_position_embeddings"]),
+        in_family=in_family,
     )
 
 
@@ -174,7 +176,6 @@ COMMON: dict[str, object] = {
     "rotary_interleaved": False,
     "normalization": "RMSNorm",
     "layernorm_zero_centered_gamma": False,
-    "add_bias_linear": False,
     "swiglu": True,
     "squared_relu": False,
     "apply_query_key_layer_scaling": False,
@@ -225,6 +226,7 @@ def arguments_from_architecture(
         window_size=None if a.window is None else (a.window - 1, 0),
         window_attn_skip_freq=[int(i not in a.full_layers) for i in range(a.num_layers)] if a.full_layers else None,
         add_qkv_bias=a.qkv_bias,
+        add_bias_linear=a.qkv_bias and a.o_bias and a.mlp_bias,
         untie_embeddings_and_output_weights=not a.tied,
         padded_vocab_size=padded_vocab,
         tensor_model_parallel_size=sizes.tp,

@@ -28,6 +28,7 @@ def architecture_from_megatron(
     rope_scaling: tuple[tuple[str, object], ...] = (),
     rotary_fraction: float = 1.0,
     max_positions: int = 4096,
+    in_family: bool = True,
 ) -> Architecture:
     """Translate a `TransformerConfig`; what it does not hold comes from the `GPTModel`'s arguments.
 
@@ -38,6 +39,7 @@ def architecture_from_megatron(
         rope_scaling: as Hugging Face spells it, sorted items; () = none.
         rotary_fraction: ``rotary_percent``.
         max_positions: ``max_sequence_length``.
+        in_family: find the Hugging Face family that it is exported as; False leaves ``family`` empty.
 
     Raises:
         ConfigError: the model is none that a supported Hugging Face family computes.
@@ -55,7 +57,9 @@ def architecture_from_megatron(
         head_dim=config.kv_channels,
         vocab=vocab,
         tied=tied,
-        qkv_bias=config.add_qkv_bias,
+        qkv_bias=config.add_qkv_bias or config.add_bias_linear,
+        o_bias=config.add_bias_linear,
+        mlp_bias=config.add_bias_linear,
         qk_norm=config.qk_layernorm,
         norm_eps=config.layernorm_epsilon,
         rope_theta=float(rope_theta),
@@ -66,7 +70,8 @@ def architecture_from_megatron(
         window=window,
         full_layers=full_layers,
     )
-    return in_a_family(_with_latents(architecture, config) if latent else architecture)
+    architecture = _with_latents(architecture, config) if latent else architecture
+    return in_a_family(architecture) if in_family else architecture
 
 
 def _with_latents(architecture: Architecture, config: MLATransformerConfig) -> Architecture:

@@ -40,6 +40,8 @@ NAMES = {
     "head_dim": ("head_dim", "kv_channels"),
     "norm_eps": ("rms_norm_eps", "layernorm_epsilon"),
     "rope_theta": ("rope_theta", "rotary_base"),
+    "o_bias": ("attention bias of the output projection", "add_bias_linear"),
+    "mlp_bias": ("mlp_bias", "add_bias_linear"),
     "rotary_fraction": ("partial_rotary_factor", "rotary_percent"),
     "rope_scaling": ("rope_parameters", "use_rope_scaling"),
     "tied": ("tie_word_embeddings", "not untie_embeddings_and_output_weights"),

@@ -101,6 +101,7 @@ TAKEN_OVER: dict[str, tuple[dict, dict]] = {
     "share_embeddings_and_output_weights": (DENSE, {"share_embeddings_and_output_weights": True}),
     "layernorm_epsilon": (DENSE | {"layernorm_epsilon": 0.1}, {}),
     "add_qkv_bias": (DENSE | {"add_qkv_bias": True}, {}),
+    "add_bias_linear": (DENSE | {"add_bias_linear": True}, {}),
     "qk_layernorm, kv_channels": (DENSE | {"qk_layernorm": True, "kv_channels": 16}, {}),
     "num_query_groups": (DENSE | {"num_query_groups": 1}, {}),
     "apply_query_key_layer_scaling": (DENSE | {"apply_query_key_layer_scaling": True}, {}),

@@ -118,6 +118,12 @@ def test_layers_with_and_without_a_window_are_taken_from_layer_types() -> None:
         architecture_from_hf(Qwen3Config(**four, layer_types=["chunked_attention"] * 4))
 
 
+def test_a_window_of_0_beside_a_no_is_none(tmp_path) -> None:
+    fields = Qwen2Config(num_hidden_layers=2).to_dict() | {"use_sliding_window": False, "sliding_window": 0}
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"layer_types": None}))
+    assert architecture_from_hf(read_hf_config(tmp_path)).window is None
+
+
 def test_megatron_has_a_window_in_some_layers() -> None:
     config = transformer_config(QWEN2_WINDOWS, ParallelSizes())
     assert (config.window_size, config.window_attn_skip_freq) == ((6, 0), [1, 0, 1, 1])
@@ -154,8 +160,8 @@ def test_missing_or_broken_config_files_are_named(tmp_path) -> None:
 
 
 def test_megatron_models_that_no_family_computes_are_refused() -> None:
-    config = transformer_config(LLAMA, ParallelSizes(), normalization="LayerNorm", add_bias_linear=True)
-    with pytest.raises(ConfigError, match=r"normalization='LayerNorm', add_bias_linear=True"):
+    config = transformer_config(LLAMA, ParallelSizes(), normalization="LayerNorm", glu_linear_offset=1.0)
+    with pytest.raises(ConfigError, match=r"normalization='LayerNorm', glu_linear_offset=1.0"):
         architecture_from_megatron(config, 50, False)
     with pytest.raises(ConfigError, match="no Hugging Face family"):
         in_a_family(replace(LLAMA, qkv_bias=True, qk_norm=True))

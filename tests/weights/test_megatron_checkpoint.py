@@ -95,7 +95,6 @@ def test_arguments_and_architecture_say_the_same(a):
         ({"moe_something_new": 3}, "--moe-something-new 3"),
         ({"rotary_base": None}, "lack rotary_base"),
         ({"normalization": "LayerNorm"}, "LayerNorm"),
-        ({"add_bias_linear": True}, "add_bias_linear"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_config_from
 
+WINDOWED = ("gemma2", "gemma3_text")  # families whose windows SGLang computes
 CPU_INTERMEDIATE_UNIT = 32  # a CPU server pads intermediate sizes to a multiple of this times tp
 
 
@@ -25,19 +26,27 @@ def write_model_folder(folder: Path, architecture: Architecture, tokenizer: Any 
 
 
 def check_served(architecture: Architecture, max_context: int) -> None:
-    """Refuse what SGLang would compute otherwise: its Llama, Mistral and Mixtral (0.5.23) attend to every token before,
-    and its Mixtral knows neither heads of a size of their own nor scaled rotary positions.
+    """Refuse what SGLang would compute otherwise: its Llama, Mistral, Phi-3 and Mixtral (0.5.23) attend to every token
+    before, its Gemma 2 has windows in every other layer from the first, its Llama leaves biases of feed-forward layers
+    out in silence, and its Mixtral knows neither heads of a size of their own nor scaled rotary positions.
 
     Raises:
         ConfigError: the model has one of these.
     """
     a = architecture
-    if a.window is not None and a.window < max_context:
+    if a.mlp_bias:
+        raise ConfigError("SGLang computes Llama without the biases of its feed-forward layers: use engine: local")
+    windowed = a.family in WINDOWED and (a.family != "gemma2" or a.full_layers == tuple(range(1, a.num_layers, 2)))
+    if a.window is not None and not windowed and a.window < max_context:
         raise ConfigError(
             f"SGLang computes {a.family} models without their sliding window of {a.window} tokens, and contexts of "
             f"{max_context} are longer: set actor.rollout.options.server.context_length to {a.window} or less, or use "
             "engine: local"
         )
+    scaling = dict(a.rope_scaling)
+    ignored = ["attention_factor", *(["factor"] if scaling.get("rope_type") == "longrope" else [])]
+    if found := [name for name in ignored if scaling.get(name) is not None]:
+        raise ConfigError(f"SGLang ignores {' and '.join(found)} of rope_parameters={scaling}: use engine: local")
     if a.family == "mixtral" and (a.rope_scaling or a.head_dim * a.num_heads != a.hidden):
         raise ConfigError(
             f"SGLang computes Mixtral with heads of hidden / heads = {a.hidden // a.num_heads} channels and plain "
@@ -47,11 +56,17 @@ def check_served(architecture: Architecture, max_context: int) -> None:
 
 
 def check_cpu_layout(architecture: Architecture, tp: int) -> None:
-    """Refuse what a CPU server would pad, and then hold in another layout than a GPU server does.
+    """Refuse what a CPU server would pad, and then hold in another layout than a GPU server does; and soft caps of
+    attention scores, of which SGLang's attention in plain torch knows nothing.
 
     Raises:
-        ConfigError: a size is not aligned.
+        ConfigError: a size is not aligned, or scores are capped.
     """
+    if architecture.attention_softcap is not None:
+        raise ConfigError(
+            f"SGLang on a CPU computes attention without its soft cap of {architecture.attention_softcap}: use "
+            "engine: local, or a GPU"
+        )
     unit = CPU_INTERMEDIATE_UNIT * tp
     sizes = {
         "num_attention_heads": (architecture.num_heads, tp),

@@ -102,7 +102,8 @@ def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.d
     if a.mla is not None and a.norm_eps != LATENT_EPS:
         other = [f"rms_norm_eps={a.norm_eps}, but {LATENT_EPS} of latents"]
     else:
-        other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, architecture_from_arguments(arguments, vocab))]
+        said = architecture_from_arguments(arguments, vocab, in_family=False)
+        other = [f"{ours}={x!r}" for (ours, _), x, _ in differences(a, said)]
     if other or a.value_model:
         logger.warning(
             "Megatron-LM has no arguments for this model (%s): its own scripts would compute another one from this "
