@@ -91,7 +91,11 @@ def simulated(speeds: ClusterConfig, case: Case, size_mb: float) -> dict[str, fl
     """Milliseconds of both ways on another cluster of the same machine."""
     rates = [int(rate.removesuffix("mbit")) for rate in case.links.values()]
     order = "interleaved" if case.interleaved else "by_node"
-    cluster = speeds.model_copy(update={"ranks_per_node": case.ranks, "rank_order": order})
+    # All nodes are on one machine and share its processors and memory.
+    memory = speeds.host_memory_gbytes_per_s * 2 / case.nodes
+    cluster = speeds.model_copy(
+        update={"ranks_per_node": case.ranks, "rank_order": order, "host_memory_gbytes_per_s": memory}
+    )
     if len(rates) > 1:
         first = cluster.between
         second = first.model_copy(update={"gbytes_per_s": first.gbytes_per_s * rates[1] / rates[0]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ LIBRARY = "library"
 HIERARCHICAL = "hierarchical"
 # Smaller messages are fooled by token buckets and socket buffers (a shaped 200 Mbit/s link: 64 KB at 4 times its rate).
 SIZES = (1 << 20, 4 << 20)  # bytes
+PIECES = 8  # of a message through node memory, at the least: one is sent while the next is summed
+SMALLEST = 1 << 17  # bytes of such a piece; below, latency counts more than overlap
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,11 @@ class Choice:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.predicted * 1e3:.2f} ms predicted, library {self.library * 1e3:.2f} ms"
+
+
+def piece_bytes(num_bytes: float, largest: int) -> int:
+    """Bytes of the pieces in which a message goes through node memory."""
+    return min(largest, max(SMALLEST, math.ceil(num_bytes / PIECES)))
 
 
 def choose(costs: Mapping[str, Cost], num_bytes: int, minimum_gain: float) -> Choice:

@@ -17,13 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.collectives.cost_model import piece_bytes
 from megatron_rl.collectives.link import split
 from megatron_rl.collectives.nodes import NodeMap
 from megatron_rl.collectives.pipeline import Kind, Piece, Pipeline, Span
 from megatron_rl.collectives.policy import CollectivesConfig
-
-PIECES = 4  # of a message, at the least: one is sent while the next is summed
-SMALLEST = 1 << 17  # bytes of a piece; below, latency counts more than overlap
 
 
 class HierarchicalPath:
@@ -106,8 +104,7 @@ class HierarchicalPath:
 
     def _ranges(self, count: int, element_bytes: int) -> Iterator[Span]:
         """``count`` elements (or columns) of so many bytes, in pieces."""
-        wanted = max(SMALLEST, -(-count * element_bytes // PIECES))
-        width = max(1, min(self.pipeline.piece_bytes, wanted) // element_bytes)
+        width = max(1, piece_bytes(count * element_bytes, self.pipeline.piece_bytes) // element_bytes)
         for start in range(0, count, width):
             yield start, min(start + width, count)
 

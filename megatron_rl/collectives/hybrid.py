@@ -165,13 +165,17 @@ class HybridAllReduce:
             self._weighed = True
             weigh_links(self._path, self._library.agree)
 
-    def _probe(self, kind: str, path: str, num_bytes: int) -> None:
-        """Move so many bytes of zeros by one path."""
+    def _probe(self, kind: str, path: str, num_bytes: int) -> Callable[[], None]:
+        """What moves so many bytes of zeros by one path."""
         part = torch.zeros(max(1, num_bytes // 4 // self.size), device=self.device)
         whole = torch.zeros(part.numel() * self.size, device=self.device)
         tensors = {"all_reduce": (whole,), "reduce_scatter": (part, whole), "all_gather": (whole, part)}[kind]
-        self._run(path, kind, tensors, False)
-        self._order.finish()
+
+        def run() -> None:
+            self._run(path, kind, tensors, False)
+            self._order.finish()
+
+        return run
 
 
 def reducible(tensor: Tensor) -> bool:

@@ -14,13 +14,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.collectives.link import Link, split
 
-POLL = 2e-4  # seconds between polls of a vote
+BALLOTS = 2**30  # tags from here on are of votes
 PATIENCE = 3  # with several links: the longest that an exchange may take, in time limits
 VOTE = 8  # how far apart nodes may reach a vote, in time limits: two exchanges on either side
 
@@ -49,7 +48,7 @@ class Lane:
         self.links, self.node, self.timeout = links, node, timeout
         self.failed = 0  # bit k: link k failed since the last `take_failures`
         self.reasons: dict[int, str] = {}
-        self._tags = itertools.count()
+        self._tags, self._ballots = itertools.count(), itertools.count(BALLOTS)
         self._threads = ThreadPoolExecutor(len(links), "links") if len(links) > 1 else None
 
     def expect(self, pieces: Sequence[Tensor], shares: dict[int, float]) -> Exchange:
@@ -99,26 +98,24 @@ class Lane:
 
         Nodes reach this at different times when one of them waited for a link that failed.
         """
-        limit = VOTE * self.timeout + 1
-        votes = {}
-        for index in usable:
-            ballot = torch.tensor([mask], dtype=torch.int64)
+        limit, tag = VOTE * self.timeout + 1, next(self._ballots)
+        if self._threads is None:
+            index = next(iter(usable), None)
             try:
-                votes[index] = self.links[index].vote(ballot, limit), ballot
+                return None if index is None else self.links[index].vote(mask, tag, limit)
             except RuntimeError as error:
-                self._note(index, error)
-        deadline = time.monotonic() + limit
-        while votes and time.monotonic() < deadline:
-            for index, (work, ballot) in list(votes.items()):
-                if len(votes) > 1 and not work.is_completed():
-                    continue
-                try:
-                    work.wait()
-                    return int(ballot)
-                except RuntimeError as error:
-                    self._note(index, error)
-                    del votes[index]
-            time.sleep(POLL)
+                self._note(0, error)
+                return None
+        pending = {self._threads.submit(self.links[index].vote, mask, tag, limit): index for index in usable}
+        while pending:
+            done, _ = wait_for(pending, limit, FIRST_COMPLETED)
+            if not done:
+                return None
+            for future in done:
+                index, failure = pending.pop(future), future.exception()
+                if failure is None:
+                    return future.result()
+                self._note(index, failure)
         return None
 
     def take_failures(self) -> int:
@@ -160,7 +157,7 @@ class Lane:
             self.failed |= 1 << index
             self.links[index].close()
 
-    def _note(self, index: int, error: RuntimeError) -> None:
+    def _note(self, index: int, error: BaseException) -> None:
         self.reasons[index] = " ".join(str(error).split())[:160]
 
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 SLOTS, RESULTS = 2, 4  # pieces in node memory: written and summed; expected, sent, arrived and read
 STEPS = 3  # turns from a piece's sums to the reading of its result
-WINDOW = 16  # pieces between two agreements of the nodes
+WINDOW = 64  # pieces between two agreements of the nodes
 
 Span = tuple[int, int]  # [start, stop) of elements
 

@@ -27,7 +27,7 @@ CHECK_EVERY = 64  # messages between two looks at how good the predictions were
 MEASURE_EVERY = 16  # messages, of which the library's own are not timed otherwise
 WRONG_BY = 2.0  # measured over predicted (or the reverse) from which on the paths are measured again
 
-Run = Callable[[int], None]  # moves a message of so many bytes
+Prepare = Callable[[int], Callable[[], None]]  # for so many bytes, what moves a message of them
 
 
 class Selector:
@@ -35,7 +35,7 @@ class Selector:
 
     Args:
         name: of the kind, for the log.
-        paths: a probe of each path, by its name in `cost_model`.
+        paths: prepares a probe of each path, by its name in `cost_model`.
         agree: rank 0's fp64 tensor on all ranks, in place; collective.
         talks: whether this rank writes to the log, and to ``calibrations``.
         calibrations: figures of earlier runs, kept for later ones; None measures in every run.
@@ -44,7 +44,7 @@ class Selector:
     def __init__(
         self,
         name: str,
-        paths: Mapping[str, Run],
+        paths: Mapping[str, Prepare],
         agree: Callable[[torch.Tensor], None],
         *,
         minimum_gain: float,
@@ -93,9 +93,7 @@ class Selector:
 
     def calibrate(self) -> None:
         """Measure every path at both sizes; collective."""
-        figures = torch.tensor(
-            [[self._probe(run, size) for size in SIZES] for run in self._paths.values()], dtype=torch.float64
-        )
+        figures = torch.tensor([self._probe(size) for size in SIZES], dtype=torch.float64).T.contiguous()
         self._agree(figures)
         rows = zip(self._paths, figures.tolist(), strict=True)
         self.costs = {path: Cost.fitted(list(zip(SIZES, row, strict=True))) for path, row in rows}
@@ -135,10 +133,15 @@ class Selector:
             logger.warning("%s takes %.1f times the predicted time: measuring the paths again", self.name, float(ratio))
         return wrong
 
-    def _probe(self, run: Run, size: int) -> float:
-        times = []
+    def _probe(self, size: int) -> list[float]:
+        """Seconds of each path for a message of ``size`` bytes: in turn, so that all see the same load."""
+        runs = [prepare(size) for prepare in self._paths.values()]
+        for run in runs:
+            run()  # makes connections and memory
+        times: list[list[float]] = [[] for _ in runs]
         for _ in range(ROUNDS):
-            started = time.perf_counter()
-            run(size)
-            times.append(time.perf_counter() - started)
-        return min(times)
+            for run, found in zip(runs, times, strict=True):
+                started = time.perf_counter()
+                run()
+                found.append(time.perf_counter() - started)
+        return [min(found) for found in times]

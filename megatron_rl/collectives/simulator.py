@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from megatron_rl.collectives.cost_model import LIBRARY, fastest
+from megatron_rl.collectives.cost_model import LIBRARY, fastest, piece_bytes
+from megatron_rl.collectives.pipeline import STEPS, WINDOW
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.config.ranges import Positive
 
@@ -64,15 +65,15 @@ class ClusterConfig(ConfigRecord):
     host_memory_gbytes_per_s: float = Field(default=200.0, gt=0)
     """GB/s at which all ranks of a node together read and write host memory."""
     chunk_us: float = Field(default=300.0, ge=0)
-    """Microseconds of threads and barriers for a chunk of the hierarchical path."""
-    send_us: float = Field(default=5.0, ge=0)
+    """Microseconds of Python and barriers for a piece of the hierarchical path."""
+    send_us: float = Field(default=10.0, ge=0)
     """Microseconds of the processor for each message to another node: a lane sends one to each."""
     library: Literal["ring", "ring_or_tree"] = "ring_or_tree"
     """Algorithms of the library: gloo has the ring, NCCL double binary trees as well."""
     rank_order: Literal["by_node", "interleaved"] = "by_node"
     """Whether neighbours of the ring are on one node wherever possible, or never."""
-    chunk_mb: float = Field(default=8.0, gt=0)
-    """MB that each of the two pipelines of the hierarchical path has in transfer at once."""
+    chunk_mb: float = Field(default=2.0, gt=0)
+    """MB of the largest pieces in which messages go through node memory (`CollectivesConfig.chunk_mb`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,25 +199,30 @@ def library(cluster: ClusterConfig, nodes: int, num_bytes: float) -> Path:
 def hierarchical(
     cluster: ClusterConfig, nodes: int, num_bytes: float, *, second: bool = False, bf16_wire: bool = False
 ) -> Path:
-    """`HierarchicalPath` on two pipelines: one works in node memory while the other sends.
+    """`HierarchicalPath`, whose pieces are written, summed, sent and read beside one another.
 
     Host work: copies between device and host, every rank writes its part and reads the result, sums read each rank's
-    part once. What the slower of network and host leaves over is hidden but for one chunk.
+    part once, and a turn of the pipeline for each piece. What the slower of network and host leaves over is hidden but
+    for one piece. A window begins with an announcement, ends with the last piece's turns, and nodes vote on it.
     """
     name = "hierarchical" + (" + second link" if second else "") + (" + bf16 wire" if bf16_wire else "")
     ranks, memory = cluster.ranks_per_node, cluster.host_memory_gbytes_per_s * GIGA
+    pieces = math.ceil(num_bytes / piece_bytes(num_bytes, int(cluster.chunk_mb * 2**20)))
+    windows = math.ceil(pieces / WINDOW)
+    turn = (cluster.chunk_us + 2 * (nodes - 1) * cluster.send_us) * 1e-6
     touched = (2 * ranks + ranks + 1 + 2 * ranks) * num_bytes  # write (read, write), sum, read back (read, write)
-    host = touched / memory
+    host = touched / memory + pieces * turn
     if cluster.host_link is not None:
         host += 2 * num_bytes / cluster.host_link.bytes_per_s
     sent = 2 * (nodes - 1) / nodes * num_bytes * (0.5 if bf16_wire else 1.0)
     rate = cluster.between.bytes_per_s + (cluster.second.bytes_per_s if second and cluster.second else 0.0)
     network = sent / rate
-    steps = max(1, math.ceil(num_bytes / 2 / (cluster.chunk_mb * 2**20)))
-    latencies = [cluster.between.latency] + ([cluster.second.latency] if second and cluster.second else [])
-    exchange = (max(latencies) + (nodes - 1) * cluster.send_us * 1e-6) * (nodes > 1)
-    waiting = steps * (2 * exchange + cluster.chunk_us * 1e-6)
-    return Path(name, max(network, host) + min(network, host) / (2 * steps) + waiting, sent)
+    waiting = STEPS * turn
+    if nodes > 1:
+        links = [cluster.between] + ([cluster.second] if second and cluster.second else [])
+        rounds = 3 + math.ceil(math.log2(nodes))  # announcement, parts, sums; the vote
+        waiting += rounds * max(link.latency for link in links)
+    return Path(name, max(network, host) + min(network, host) / pieces + windows * waiting, sent)
 
 
 def needed_second_link(nodes: int, ranks_per_node: int, saving: float) -> float:

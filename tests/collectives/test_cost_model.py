@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -31,19 +33,21 @@ def test_the_library_is_left_only_for_a_gain_above_the_minimum():
     assert choose({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, 1 << 30, 0.1).path == LIBRARY
 
 
+def never(size: int) -> Callable[[], None]:
+    raise AssertionError("no path is run")
+
+
 def selector(**seconds: float) -> Selector:
     """One rank, whose paths take so many seconds for any size; the clock is not asked."""
     made = Selector(
         "all_reduce",
-        {LIBRARY: lambda size: None, HIERARCHICAL: lambda size: None},
+        {LIBRARY: never, HIERARCHICAL: never},
         lambda figures: None,
         minimum_gain=0.1,
         deterministic=False,
         talks=False,
     )
-    made._probe = lambda run, size: next(values)  # type: ignore[method-assign]
-    values = iter([seconds["library"]] * 2 + [seconds["hierarchical"]] * 2)
-    made.values = values  # type: ignore[attr-defined]
+    made._probe = lambda size: [seconds["library"], seconds["hierarchical"]]  # type: ignore[method-assign]
     return made
 
 
@@ -57,7 +61,7 @@ def test_it_calibrates_once_and_again_when_predictions_are_off(monkeypatch):
     assert chosen.num_calibrations == 1
     for _ in range(CHECK_EVERY):
         chosen.measured(choice, 8 * MB, choice.predicted * 5)
-    monkeypatch.setattr(chosen, "_probe", lambda run, size: 0.1 if run is chosen._paths[LIBRARY] else 0.5)
+    monkeypatch.setattr(chosen, "_probe", lambda size: [0.1, 0.5])
     assert chosen.choose(CHECK_EVERY + 1, 8 * MB).path == HIERARCHICAL  # ranks look at their predictions together
     assert chosen.choose(2 * CHECK_EVERY, 8 * MB).path == LIBRARY
     assert chosen.num_calibrations == 2

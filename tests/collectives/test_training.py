@@ -18,7 +18,7 @@ def found() -> dict[tuple[str, str], list[dict[str, float]]]:
     return {(job, way): steps for job, way, steps in lines}
 
 
-@pytest.mark.parametrize("way", ["hybrid", "deterministic"])
+@pytest.mark.parametrize("way", ["hybrid", "deterministic", "large pieces"])
 @pytest.mark.parametrize("job", ["plain", "sharded"])
 def test_steps_are_those_of_the_library_to_the_bit(job, way, found):
     assert found[job, way] == found[job, "library"]
