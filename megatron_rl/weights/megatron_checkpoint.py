@@ -20,6 +20,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_reader import CheckpointReader, checkpoint_folder, open_checkpoint
 from megatron_rl.models.hf_config import (
     architecture_from_hf,
+    best_architecture,
     hf_config_from,
     is_classifier,
     read_generation,
@@ -27,6 +28,7 @@ from megatron_rl.models.hf_config import (
 )
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_to_add
 from megatron_rl.models.legacy_checkpoint import LegacyCheckpoint
+from megatron_rl.models.module_checkpoint import ModuleCheckpoint
 from megatron_rl.weights.hf_folder import DESCRIPTION_FOLDER, HFDescription
 from megatron_rl.weights.source import LayoutSource
 
@@ -90,7 +92,9 @@ class MegatronCheckpoint:
     @functools.cached_property
     def reader(self) -> CheckpointReader | LegacyCheckpoint:
         """The reader of the checkpoint's format."""
-        return open_checkpoint(self.folder)
+        found = open_checkpoint(self.folder)
+        is_module = isinstance(found, CheckpointReader) and ModuleCheckpoint.fits(found)
+        return ModuleCheckpoint(self.folder) if is_module else found
 
     @functools.cached_property
     def source(self) -> LayoutSource:
@@ -111,7 +115,7 @@ class MegatronCheckpoint:
         """
         if self._described is None:
             return self._own_architecture()
-        architecture = _architecture(self._described)
+        architecture = _architecture(self._described, isinstance(self.reader, ModuleCheckpoint))
         if self.config is not None:
             self._refuse_contradictions(architecture)
         return architecture
@@ -207,9 +211,11 @@ def load_options(folder: Path) -> str:
     return " ".join(["--load", str(run), "--use-checkpoint-args", *arguments_to_add(found._arguments)])
 
 
-def _architecture(folder: Path) -> Architecture:
+def _architecture(folder: Path, of_module: bool = False) -> Architecture:
+    """What a folder describes; ``of_module``: its model need not have a family."""
     config = read_hf_config(folder)
-    return replace(architecture_from_hf(config), value_model=is_classifier(config))
+    found = best_architecture(config) if of_module else architecture_from_hf(config)
+    return replace(found, value_model=is_classifier(config))
 
 
 def differences(a: Architecture, b: Architecture) -> Iterator[tuple[tuple[str, str], object, object]]:

@@ -62,7 +62,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
             yield OpenedWeights(description, source, dtypes, head)
         return
     reader, description, head = checkpoint.reader, checkpoint.description, None
-    if isinstance(reader, CheckpointReader) and SHARED_VALUE_HEAD in reader.tensors:
+    if isinstance(reader, CheckpointReader) and any(key.endswith(SHARED_VALUE_HEAD) for key in reader.tensors):
         head = reader.read(whole(SHARED_VALUE_HEAD, SCORE, (1, description.architecture.hidden)))
     dtypes = dtypes_of(checkpoint.source, logical_tensors(description.architecture))
     yield OpenedWeights(description, checkpoint.source, dtypes, head, checkpoint.folder)

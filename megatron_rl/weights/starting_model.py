@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.family import NoFamilyError
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import logical_tensors
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_in import model_source, read_architecture, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
@@ -54,6 +56,8 @@ def family_architecture(source: Path | HFModel | MegatronCheckpoint, value_model
         architecture = architecture_from_hf(read_hf_config(source))
     elif isinstance(source, MegatronCheckpoint):
         architecture = source.architecture
+        if isinstance(architecture, ModuleArchitecture):
+            raise NoFamilyError(f"model type {architecture.family!r} is not supported: it has no family here")
     else:
         architecture, _ = model_source(source)
     return replace(architecture, value_model=value_model)

@@ -43,6 +43,13 @@ def test_a_run_is_checked_trained_resumed_exactly_and_exported(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(next((tmp_path / "whole" / "out").glob("**/model.safetensors")).parent)
     assert isinstance(model, GraniteForCausalLM)
 
+    checkpoint = tmp_path / "whole" / "out" / "checkpoints" / "step_000005"
+    run_ranks("-m", 1, "megatron_rl", "convert", checkpoint, tmp_path / "converted", "--to", "hf", **PATHS)
+    converted = AutoModelForCausalLM.from_pretrained(tmp_path / "converted").state_dict()
+    assert all(torch.equal(tensor, converted[name]) for name, tensor in model.state_dict().items())
+    started = write_granite_run(tmp_path / "started", num_steps=1)
+    run_ranks(PROGRAM, 1, started, f"model={checkpoint}", **PATHS)
+
     halves = write_granite_run(tmp_path / "halves", num_steps=3)
     run_ranks(PROGRAM, 2, halves, **PATHS)
     run_ranks(PROGRAM, 2, halves, "trainer.num_steps=5", **PATHS)

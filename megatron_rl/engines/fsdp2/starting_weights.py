@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_rl.config import ConfigError
 from megatron_rl.engines.fsdp2.engine import FSDP2Engine
 from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.hf_module import module_architecture
@@ -86,8 +85,6 @@ def module_dtypes(source: Path | PreTrainedModel | MegatronCheckpoint, own: Modu
 def opened(source: Path | PreTrainedModel | MegatronCheckpoint, own: ModuleArchitecture) -> Iterator[TensorSource]:
     """The tensors of a resolved source, by the names of files."""
     if isinstance(source, MegatronCheckpoint):
-        if source.reader.has_adapters:
-            raise ConfigError(f"{source.folder} is the checkpoint of a run that trained adapters: convert it first")
         yield source.source
     elif isinstance(source, Path):
         with SafetensorsFolder(source) as folder:

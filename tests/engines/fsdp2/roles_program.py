@@ -118,6 +118,14 @@ def adapters(context: ParallelContext, folder: Path) -> dict[str, Tensor]:
                 update = factor * files[f"{key}lora_B.weight"] @ files[f"{key}lora_A.weight"]
                 assert update.abs().max() > 0
             assert torch.allclose(value, start[name] + update, atol=1e-7), name
+    place = folder / f"adapters_checkpoint{context.world_size}"
+    described = trained.describe_into
+    DistributedCheckpoints(place, context, {"actor": trained}, {}, describe=described).save(Trainer())
+    started = actor(context, place / "step_000001")
+    again = started.save_pretrained(folder / f"merged_again{context.world_size}")
+    if context.rank == 0:
+        files = load_file(again / "model.safetensors")
+        assert all(torch.equal(value, files[name]) for name, value in load_file(merged / "model.safetensors").items())
     return {name: value for name, value in found.items() if ".lora." in name}
 
 
