@@ -15,6 +15,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     Glm4MoeConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -117,6 +118,14 @@ def mixtures() -> dict[str, PretrainedConfig]:
             topk_group=2,
             routed_scaling_factor=1.5,
         ),
+        "gpt_oss": GptOssConfig(
+            **SMALL | {"head_dim": 16, "num_key_value_heads": 2},
+            **EXPERTS,
+            num_local_experts=4,
+            sliding_window=9,
+            swiglu_limit=1.0,
+            **theta(1.5e5, {k: v for k, v in YARN.items() if k != "mscale"} | {"truncate": False}),
+        ),
     }
 
 
@@ -138,10 +147,12 @@ def latent() -> dict[str, PretrainedConfig]:
     sizes = SMALL | EXPERTS | sizes | {"num_key_value_heads": 8}
     yarn = theta(1e4, YARN | {"mscale": 0.8, "mscale_all_dim": 1.1, "beta_fast": 32.0, "beta_slow": 1.0})
     moonlight = {"q_lora_rank": None, "v_head_dim": 24, "n_group": 1, "topk_group": 1}
+    other = {"rope_interleave": False, "norm_topk_prob": False, "rms_norm_eps": 1e-5}
     return {
         "deepseek_v2": DeepseekV2Config(**sizes, **yarn, topk_method="group_limited_greedy"),
         "deepseek_v3": DeepseekV3Config(**sizes, **yarn),
         "deepseek_v3, moonlight": DeepseekV3Config(**sizes | moonlight),
+        "deepseek_v3, halves turn, weights not rescaled": DeepseekV3Config(**sizes | other, **yarn),
     }
 
 

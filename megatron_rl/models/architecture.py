@@ -26,6 +26,8 @@ class Experts:
     chosen_groups: int = 1  # groups that a token's experts come from
     group_scored_by: int = 2  # how many of its best experts make up a group's score
     scaling: float = 1.0  # of the weights of the chosen experts
+    biased: bool = False  # router and experts have biases, and files hold the experts transposed
+    clamp: float | None = None  # gates and what they multiply stay within it, by gpt-oss's activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Architecture:
     attention_softcap: float | None = None  # scores become softcap * tanh(score / softcap)
     logit_softcap: float | None = None  # the same of logits
     norm_offset: float = 0.0  # norms multiply with this plus their weight
+    sinks: bool = False  # each head has a score beside those of its keys that has no value
     post_norms: bool = False  # norms also behind attention and feed-forward layer, before their output is added
     scaled_embedding: bool = False  # embeddings are multiplied with the square root of their size
     value_model: bool = False  # the output layer is one number a position, ``score.weight``, instead of the vocabulary

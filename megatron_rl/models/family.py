@@ -274,6 +274,7 @@ class ModelFamily:
             o_bias=a.o_bias,
             scale=None if a.query_scalar is None else a.query_scalar**-0.5,
             softcap=a.attention_softcap,
+            sinks=a.sinks,
             fused_in_file=self.fused_in_file,
         )
 

@@ -142,6 +142,10 @@ class HFFields(_Fields):
     """Dense layers before those with experts."""
     routed_scaling_factor: Positive | None = None
     """Factor of the router's weights."""
+    swiglu_limit: Positive | None = None
+    """Bound of gates and of what they multiply."""
+    swiglu_alpha: Positive | None = None
+    """Slope of the sigmoid in gates."""
     q_lora_rank: Size | None = None
     """Size of the latent of queries."""
     kv_lora_rank: Size | None = None

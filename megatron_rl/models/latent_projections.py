@@ -6,21 +6,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_rl.models.parameters import Parameter, Place, Shape, whole
+from megatron_rl.models.parameters import Parameter, Place, Shape, row_shape, whole
 from megatron_rl.reshard.layout import Shard, Span, block, stack_rows
 
 
 @dataclass(frozen=True, slots=True)
 class HeadRows(Parameter):
-    """A column-parallel linear layer: a rank holds a block of rows."""
+    """A column-parallel linear layer, or a number for each head: a rank holds a block of rows."""
 
     hf: str
     rows: int
-    cols: int
+    cols: int | None  # None = numbers
     megatron_name: str
 
     def logical(self) -> Iterable[tuple[str, Shape]]:
-        return [(self.hf, (self.rows, self.cols))]
+        return [(self.hf, row_shape(self.rows, self.cols))]
 
     def megatron(self, at: Place) -> Iterable[Shard]:
         return [self._block(at, self.megatron_name)]
@@ -30,8 +30,8 @@ class HeadRows(Parameter):
 
     def _block(self, at: Place, name: str) -> Shard:
         start, stop = block(self.rows, at.tp.index, at.tp.count, f"the rows of {self.hf}")
-        span = Span(at.hf + self.hf, start, stop, 0, self.cols, 0, 0)
-        return Shard(at.local + name, (stop - start, self.cols), (span,))
+        span = Span(at.hf + self.hf, start, stop, 0, self.cols or 1, 0, 0)
+        return Shard(at.local + name, row_shape(stop - start, self.cols), (span,))
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,6 +242,8 @@ def check_megatron(architecture: Architecture, sizes: ParallelSizes, padded_voca
         return
     _check_divides(a.experts.num_experts, sizes.ep, "number of experts", "parallel.ep")
     _check_divides(a.experts.ffn, sizes.etp, "expert intermediate size", "parallel.etp")
+    if a.experts.biased and sizes.etp > 1:
+        raise ConfigError(f"parallel.etp={sizes.etp}, but Megatron-Core cuts no experts with biases: set it to 1")
     _check_divides(a.experts.shared_ffn, sizes.tp, "shared expert intermediate size", "parallel.tp")
 
 

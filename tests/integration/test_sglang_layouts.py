@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, YARN
 from integration.environment import SHIM, sglang_python
 from matrix.reference import slug
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl.models import rollout_layout
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
@@ -27,14 +27,27 @@ CASES = [(name, tp, 1) for name in SERVED for tp in (1, 2, 4)]
 CASES += [(name, 4, 2) for name, config in SERVED.items() if hasattr(config, "num_experts_per_tok")]
 
 
+def served(config: PretrainedConfig) -> PretrainedConfig:
+    """As servers get it; on a CPU SGLang knows DeepSeek's positions with YaRN only, which no layout depends on."""
+    exported = hf_config_from(architecture_from_hf(config), dtype="bfloat16")
+    if config.model_type.startswith("deepseek"):
+        exported.rope_parameters = exported.rope_parameters | YARN
+    return exported
+
+
+def as_on_gpus(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """gpt-oss's experts as ``moe_runner_backend=triton_kernel`` has them, which needs a GPU: others transpose them."""
+    turned = ("w13_weight", "w2_weight") if name == "gpt_oss" else ()
+    return {key: each.transpose(1, 2) if turned and key.endswith(turned) else each for key, each in tensors.items()}
+
+
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the models, and what SGLang made of them."""
     python, folder = sglang_python(), tmp_path_factory.mktemp("shards")
     torch.manual_seed(0)
     for name, config in SERVED.items():
-        exported = hf_config_from(architecture_from_hf(config), dtype="bfloat16")  # as servers get it
-        model = AutoModelForCausalLM.from_config(exported, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(served(config), dtype=torch.bfloat16)
         buffers = (buffer for key, buffer in model.named_buffers() if "correction_bias" in key)
         for tensor in (*model.parameters(), *buffers):  # norms and biases would otherwise be constant
             torch.nn.init.normal_(tensor)
@@ -61,7 +74,7 @@ def test_shards_are_bitwise_those_of_sglangs_own_loader(held: Path, name: str, t
         for rank in range(tp):
             ours = empty_tensors(layout, rank, layout.dtypes(torch.bfloat16))
             fill(layout, rank, ours, source)
-            theirs = load_file(held / f"{slug(name)}-tp{tp}-ep{ep}-{rank}.safetensors")
+            theirs = as_on_gpus(name, load_file(held / f"{slug(name)}-tp{tp}-ep{ep}-{rank}.safetensors"))
             assert sorted(ours) == sorted(theirs)
             for key, tensor in theirs.items():
                 assert ours[key].dtype == tensor.dtype, f"{key} on rank {rank}"

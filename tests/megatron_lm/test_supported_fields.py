@@ -20,14 +20,17 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from models import oracle
 from transformers import AutoModelForCausalLM
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.build import build_engine
 from megatron_rl.engines.megatron.adopted_architecture import ARGUMENTS
 from megatron_rl.engines.megatron.engine import MegatronEngine
+from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.models.megatron_architecture import architecture_from_megatron
 from megatron_rl.models.megatron_fields import NEUTRAL, NEUTRAL_WITH_EXPERTS, classified, refused_fields
+from megatron_rl.parallel import ParallelSizes
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.job_context import running_context
@@ -140,6 +143,19 @@ def test_what_is_taken_over_has_the_logits_of_its_export(case, context, tmp_path
     with torch.no_grad():
         own = chunk(tokens, torch.arange(40)[None], None)
     torch.testing.assert_close(exported_logits(model, tokens, tmp_path / "hf"), own, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["GLM4_MOE", "DEEPSEEK_V3", "MOONLIGHT", "DEEPSEEK_V2"])
+def test_routers_and_latents_of_our_own_layer_spec_are_taken_over_whole(name, context):
+    architecture = dataclasses.replace(getattr(oracle, name), vocab=VOCAB)
+    torch.manual_seed(5)
+    config = transformer_config(architecture, ParallelSizes(), init_method_std=0.3)
+    (chunk,) = build_model(architecture, config, pg_collection=context.collection)
+    with torch.no_grad():
+        for buffer_name, buffer in chunk.named_buffers():
+            if "expert_bias" in buffer_name:
+                buffer.normal_(std=0.3)
+    assert adopt(context, chunk.eval(), compare=True).architecture == architecture
 
 
 REFUSED_ARGUMENTS: dict[str, dict] = {

@@ -85,15 +85,16 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
     """
     config = chunk.config
     refuse(refused_fields(config) + refused_arguments(chunk))
+    own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
     plain = architecture_from_megatron(
         config,  # type: ignore[arg-type]
         vocab=vocab,
         tied=bool(chunk.share_embeddings_and_output_weights),
         rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
+        in_family=not own_routers,  # which say what the configuration cannot
     )
     plain = replace(plain, rotary_fraction=float(chunk.rotary_percent))  # type: ignore[arg-type]
-    own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
     plain = replace(plain, experts=own_routers[0].experts) if own_routers else plain
     scaling = own_scaling(chunk)
     if plain.mla is not None:

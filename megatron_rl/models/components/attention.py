@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from megatron_rl.models.components.norm import Norm
 from megatron_rl.models.components.position import Rotary
+from megatron_rl.models.latent_projections import HeadRows
 from megatron_rl.models.parameters import FusedQKV, InputColumns, Parameter, Replicated, Rows
 
 
@@ -27,6 +28,7 @@ class GroupedQueryAttention:
     o_bias: bool = False
     scale: float | None = None  # of products of queries and keys; None = head_dim ** -0.5
     softcap: float | None = None  # scores become softcap * tanh(score / softcap)
+    sinks: bool = False  # each head has a score beside those of its keys that has no value
     fused_in_file: bool = False  # the Hugging Face file has one qkv_proj, queries above keys above values
 
     # Megatron's norm before it, where fused into the projection
@@ -54,6 +56,8 @@ class GroupedQueryAttention:
         yield InputColumns("self_attn.o_proj.weight", self.hidden, inputs, "self_attention.linear_proj.weight")
         if self.o_bias:
             yield Replicated("self_attn.o_proj.bias", (self.hidden,), "self_attention.linear_proj.bias")
+        if self.sinks:
+            yield HeadRows("self_attn.sinks", self.num_heads, None, "self_attention.core_attention.softmax_offset")
 
     def _rows(self, suffix: str) -> tuple[Rows, Rows, Rows]:
         """Where queries, keys and values lie in the Hugging Face file."""

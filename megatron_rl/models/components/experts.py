@@ -11,6 +11,7 @@ import torch
 from megatron_rl.models.architecture import Experts
 from megatron_rl.models.parameters import GateUp, InputColumns, Parameter, Replicated, Rows
 from megatron_rl.models.routed_experts import EXPERT_NAMES, ExpertNames, RoutedExperts
+from megatron_rl.models.transposed_experts import ExpertBiases, TransposedExperts
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,12 @@ class ExpertMLP:
         if experts.correction_bias:
             shape = (experts.num_experts,)
             yield Replicated(names.correction_bias, shape, "mlp.router.expert_bias", dtype=torch.float32)
-        yield RoutedExperts(experts.num_experts, experts.ffn, self.hidden, names)
+        if experts.biased:
+            yield Replicated("mlp.router.bias", (experts.num_experts,), "mlp.router.bias")
+            yield TransposedExperts(experts.num_experts, experts.ffn, self.hidden)
+            yield ExpertBiases(experts.num_experts, experts.ffn, self.hidden)
+        else:
+            yield RoutedExperts(experts.num_experts, experts.ffn, self.hidden, names)
         if experts.shared_ffn:
             yield from self._shared(experts.shared_ffn)
         if experts.shared_gate:

@@ -38,6 +38,7 @@ class LatentAttention:
     qkv_bias: ClassVar[bool] = False
     o_bias: ClassVar[bool] = False
     softcap: ClassVar[None] = None
+    sinks: ClassVar[bool] = False
     q_norm: ClassVar[None] = None  # there are norms over latents, none over heads
     k_norm: ClassVar[None] = None
     fused_norm: ClassVar[str] = ""  # two projections read the norm's output, so Megatron never fuses it

@@ -9,6 +9,7 @@ from megatron_rl.models.families import (  # noqa: F401
     gemma2,
     gemma3_text,
     glm4_moe,
+    gpt_oss,
     llama,
     mistral,
     mixtral,

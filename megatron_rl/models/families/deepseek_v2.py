@@ -18,7 +18,7 @@ GREEDY, GROUPED = "greedy", "group_limited_greedy"
 class DeepseekV2(DeepseekV3):
     """Softmax routers, with groups or without."""
 
-    routers: ClassVar[Mapping[str, Any]] = {"scoring_func": "softmax"}
+    routers: ClassVar[Mapping[str, Any]] = {"scoring_func": "softmax", "moe_layer_freq": 1}
     exported: ClassVar[Mapping[str, Any]] = {}
 
     def interleaved(self, config: Mapping[str, Any]) -> bool:

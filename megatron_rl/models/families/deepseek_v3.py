@@ -31,7 +31,11 @@ class DeepseekV3(DeepseekExperts):
 
     published_code = "modeling_deepseek."
     # What SGLang and the published code ask for, beside what `transformers` does.
-    routers: ClassVar[Mapping[str, Any]] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    routers: ClassVar[Mapping[str, Any]] = {
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "moe_layer_freq": 1,
+    }
 
     def architecture(self, config: Mapping[str, Any]) -> Architecture:
         mla = MLA(**{ours: config[key] for ours, key in LATENT_KEYS.items()}, interleaved=self.interleaved(config))
@@ -44,7 +48,7 @@ class DeepseekV3(DeepseekExperts):
     def check(self, config: Mapping[str, Any]) -> None:
         super().check(config)
         heads = config["num_attention_heads"]
-        expected = dict(self.routers) | {"moe_layer_freq": 1, "num_key_value_heads": heads, "ep_size": 1}
+        expected = dict(self.routers) | {"num_key_value_heads": heads, "ep_size": 1}
         for key, value in expected.items():
             if config.get(key, value) not in (value, None):
                 raise ConfigError(f"{self.model_type} config has {key}={config[key]!r}; supported is {value!r}")

@@ -56,6 +56,7 @@ class Layer:
     window: int | None  # tokens that a query sees, itself included
     scale: float
     softcap: float | None
+    sinks: torch.Tensor | None  # a score of each query head
     attention_norm: NormWeight
     heads: GroupedHeads | LatentHeads
     o: torch.Tensor
@@ -115,6 +116,7 @@ class Decoder:
             window=attention.window,
             scale=attention.head_dim**-0.5 if attention.scale is None else attention.scale,
             softcap=attention.softcap,
+            sinks=named(prefix + "self_attn.sinks") if attention.sinks else None,
             attention_norm=_norm(described.attention_norm, parameters, prefix),
             heads=heads_of(attention, named, prefix, self.q_heads, self.kv_heads),
             o=named(prefix + "self_attn.o_proj.weight"),
@@ -157,7 +159,7 @@ class Decoder:
             heads = qkv.view(count, longest, -1, self.head_dim)
             queries, keys, values = heads.split([self.q_heads, self.kv_heads, self.kv_heads], 2)
             self.cache.write_prompts(layer.index, keys, values, sources, row)
-            return attend_prompts(queries, keys, values, layer.scale, layer.window, layer.softcap)
+            return attend_prompts(queries, keys, values, layer.scale, layer.window, layer.softcap, layer.sinks)
 
         hidden = self._run(tokens.flatten(), attend)
         last = torch.arange(count, device=tokens.device) * longest + lengths - 1
@@ -179,7 +181,7 @@ class Decoder:
         def attend(layer: Layer, qkv: torch.Tensor) -> torch.Tensor:
             inputs = (qkv, *turns[layer.rotary], self.cache.layers[layer.index], positions, length)
             window = None if layer.window is None or layer.window >= length else layer.window
-            return self._attend_cache(*inputs, layer.scale, window, layer.softcap)
+            return self._attend_cache(*inputs, layer.scale, window, layer.softcap, layer.sinks)
 
         return self._logits(self._run(tokens, attend))
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron_rl.models.activations import ACTIVATIONS
 from megatron_rl.models.components.experts import ExpertMLP
 from megatron_rl.models.components.mlp import DenseMLP
-from megatron_rl.rollout.local.expert_layer import ExpertLayer, SharedExpert
+from megatron_rl.rollout.local.expert_layer import ExpertBiases, ExpertLayer, SharedExpert
 from megatron_rl.rollout.local.heads import Named
 from megatron_rl.rollout.local.sharding import TensorParallel
 
@@ -50,7 +50,13 @@ def feed_forward(
         tp=tp,
         correction=named(prefix + names.correction_bias) if experts.correction_bias else None,
         shared=shared,
+        biases=_biases(named, prefix, names.experts) if experts.biased else None,
     )
+
+
+def _biases(named: Named, prefix: str, experts: str) -> ExpertBiases:
+    w13, w2 = (named(f"{prefix}{experts}{name}_weight_bias") for name in ("w13", "w2"))
+    return ExpertBiases(named(prefix + "mlp.router.bias"), w13, w2)
 
 
 def _dense(named: Named, prefix: str) -> DenseLayer:

@@ -83,6 +83,10 @@ def _arguments(
         arguments["enable-memory-saver"] = True
     if architecture.experts is not None and architecture.experts.shared_ffn:
         arguments["disable-shared-experts-fusion"] = True  # as one more routed expert it has another layout
+    if architecture.experts is not None and architecture.experts.biased:
+        if device.type == "cpu":
+            raise ConfigError(f"a CPU server of SGLang holds {architecture.family} transposed: use engine: local")
+        arguments["moe-runner-backend"] = "triton_kernel"  # others hold the experts transposed
     if config.return_routed_experts:
         if architecture.experts is None:
             raise ConfigError("return_routed_experts=true, but the model has no experts: leave it out")

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_config_from
 
-WINDOWED = ("gemma2", "gemma3_text")  # families whose windows SGLang computes
+WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")  # families whose windows SGLang computes
 CPU_INTERMEDIATE_UNIT = 32  # a CPU server pads intermediate sizes to a multiple of this times tp
 
 
@@ -34,9 +34,9 @@ def check_served(architecture: Architecture, max_context: int) -> None:
         ConfigError: the model has one of these.
     """
     a = architecture
-    if a.mlp_bias:
+    if a.mlp_bias and a.experts is None:
         raise ConfigError("SGLang computes Llama without the biases of its feed-forward layers: use engine: local")
-    windowed = a.family in WINDOWED and (a.family != "gemma2" or a.full_layers == tuple(range(1, a.num_layers, 2)))
+    windowed = a.family in WINDOWED and (a.family == "gemma3_text" or a.full_layers == tuple(range(1, a.num_layers, 2)))
     if a.window is not None and not windowed and a.window < max_context:
         raise ConfigError(
             f"SGLang computes {a.family} models without their sliding window of {a.window} tokens, and contexts of "

@@ -187,6 +187,7 @@ def _decoder_fields(architecture: Architecture) -> dict[str, Any]:
         "activation_func": _activation(model),
         "gated_linear_unit": True,
         "add_bias_linear": architecture.qkv_bias and architecture.o_bias and architecture.mlp_bias,
+        "softmax_type": "learnable" if architecture.sinks else "vanilla",
         "softmax_scale": model.shared(lambda layer: layer.attention.scale, "scales of attention scores"),
     } | _windows(model)
 

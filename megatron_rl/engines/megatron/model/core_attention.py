@@ -22,7 +22,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from megatron_rl.engines.megatron.model.rope import CosSinTable
@@ -56,13 +56,27 @@ class CoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         _refuse_other_kinds(config, attn_mask_type, attention_type)
-        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["cp"])
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         self.layer_number = layer_number
         self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.window = config.window_size[0] + 1 if config.window_size and windowed else None  # its own key included
+        self.softmax_offset: torch.nn.Parameter | None = None  # Megatron's name for attention sinks
+        if config.softmax_type == "learnable":
+            self._add_sinks(groups.tp)
         self.cp_group = groups.cp if config.context_parallel_size > 1 else None
+
+    def _add_sinks(self, tp_group: dist.ProcessGroup) -> None:
+        """One number for each query head of this rank."""
+        heads = self.config.num_attention_heads // tp_group.size()
+        self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=self.config.params_dtype))
+        tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> Any:
+        """As Megatron's `DotProductAttention`: sinks are cut over tensor-parallel ranks."""
+        state = {} if self.softmax_offset is None else {"softmax_offset": self.softmax_offset}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def forward(
         self,
@@ -125,6 +139,7 @@ class CoreAttention(MegatronModule):
             rotary=table,
             window=self.window,
             softcap=self.softcap,
+            sinks=self.softmax_offset,
             dropout=dropout,
         )
 
@@ -283,7 +298,7 @@ def _refuse_other_kinds(config: TransformerConfig, mask_type: AttnMaskType, atte
         "attention_type": (attention_type, attention_type == "self"),
         "attn_mask_type": (mask_type, mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)),
         "window_size": (config.window_size, config.window_size is None or _looks_back(*config.window_size)),
-        "softmax_type": (config.softmax_type, config.softmax_type == "vanilla"),
+        "softmax_type": (config.softmax_type, config.softmax_type in ("vanilla", "learnable")),
     }
     for name, (given, good) in refused.items():
         if not good:

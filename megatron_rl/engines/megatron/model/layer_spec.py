@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_rl.devices import use_transformer_engine
+from megatron_rl.engines.megatron.model.clamped_experts import ClampedExperts
 from megatron_rl.engines.megatron.model.core_attention import CoreAttention
 from megatron_rl.engines.megatron.model.expert_router import ExpertRouter, is_megatrons
 from megatron_rl.engines.megatron.model.gated_mlp import GatedMLP
@@ -71,13 +72,16 @@ def layer_spec(
 
 
 def _routed(spec: ModuleSpec, experts: Experts | None) -> ModuleSpec:
-    """The layer with a router that chooses as ``experts`` says, where Megatron-Core's own cannot."""
+    """The layer with router and experts that do as ``experts`` says, where Megatron-Core's own cannot."""
     mlp = spec.submodules.mlp
-    if experts is None or is_megatrons(experts) or getattr(mlp, "module", None) is not MoELayer:
+    if experts is None or getattr(mlp, "module", None) is not MoELayer:
         return spec
-    router = functools.partial(ExpertRouter, experts=experts)
-    mlp = replace(mlp, submodules=replace(mlp.submodules, router=router))
-    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
+    parts = mlp.submodules
+    if not is_megatrons(experts):
+        parts = replace(parts, router=functools.partial(ExpertRouter, experts=experts))
+    if experts.clamp is not None:
+        parts = replace(parts, experts=replace(parts.experts, module=ClampedExperts, params={"limit": experts.clamp}))
+    return replace(spec, submodules=replace(spec.submodules, mlp=replace(mlp, submodules=parts)))
 
 
 def fits_transformer_engine(model: ModelDescription) -> bool:
@@ -85,6 +89,7 @@ def fits_transformer_engine(model: ModelDescription) -> bool:
     reasons = {
         "biases of single layers": any(len(set(_biases(layer))) > 1 for layer in model.layers),
         "norms behind layers": any(layer.attention_post_norm or layer.mlp_post_norm for layer in model.layers),
+        "attention sinks": any(layer.attention.sinks for layer in model.layers),
         "soft caps of scores": any(layer.attention.softcap is not None for layer in model.layers),
         "rotary positions that differ": len({layer.attention.rotary for layer in model.layers}) > 1,
         "rotary positions with an amplitude": any(
