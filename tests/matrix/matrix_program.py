@@ -1,10 +1,10 @@
-"""Four ranks: every entry of `families.FAMILIES` in every layout, against what `transformers` computes.
+"""Four ranks: one entry of `families.FAMILIES` in every layout, against what `transformers` computes.
 
 In each layout: logits through Megatron's pipeline schedule, a Hugging Face folder with the bits, names and dtypes that
-were read, and the weights after one step of gradient descent. In each family: log-probabilities of what the local
-engine samples on 1, 2 and 4 ranks, and a Megatron checkpoint on the way there and back.
+were read, and the weights after one step of gradient descent. Then log-probabilities of what the local engine samples
+on 1, 2 and 4 ranks, and a Megatron checkpoint on the way there and back.
 
-usage: matrix_program.py FOLDER    (with what `reference.py` wrote; prints a JSON line for each case)
+usage: matrix_program.py FOLDER    (as `reference.py` wrote it; prints a JSON line for each case)
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from engines.megatron.model.parity_program import assert_same_files, pipeline_logits, read_files, there_and_back
-from families import FAMILIES
-from matrix.reference import Expected, slug
+from matrix.reference import Expected
 from safetensors.torch import load_file
 
 import megatron_rl  # noqa: F401  (installs the CPU face before megatron.core is imported)
@@ -118,17 +117,17 @@ class Case:
         return error
 
 
-def run_layout(name: str, folder: Path, expected: Expected, layout: str, sizes: ParallelSizes) -> None:
+def run_layout(folder: Path, expected: Expected, layout: str, sizes: ParallelSizes) -> None:
     ParallelContext.forget()
     context = ParallelContext.create(sizes, timeout=120, seed=1)
     config = EngineConfig(optimizer=SGD, token_budget=64)
     case = Case(folder, expected, context, build_engine(str(folder), context, config, name="model"))
     case.check_files()
     logits, step = case.logits_error(), case.step_error()
-    report(name, layout, logits=logits, step=step)
+    report(layout, logits=logits, step=step)
 
 
-def run_rollouts(name: str, folder: Path, expected: Expected) -> None:
+def run_rollouts(folder: Path, expected: Expected) -> None:
     """What the local engine says of its own samples, beside a forward pass of transformers."""
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     architecture = read_architecture(folder)
@@ -144,29 +143,25 @@ def run_rollouts(name: str, folder: Path, expected: Expected) -> None:
         error = 0.0
         if dist.get_rank() == 0:
             error = expected.logprob_error(prompts, completions)
-        report(name, f"local engine, tp{tp}", local=error)
+        report(f"local engine, tp{tp}", local=error)
 
 
-def report(name: str, layout: str, **errors: float) -> None:
+def report(layout: str, **errors: float) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
-        print("RESULT " + json.dumps([name, layout, errors]), flush=True)
+        print("RESULT " + json.dumps([layout, errors]), flush=True)
 
 
-def main(root: Path) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ParallelContext.create(ParallelSizes(), timeout=120, seed=1)
-    for name in FAMILIES:
-        folder = root / slug(name)
-        if not folder.is_dir():
-            continue
-        expected = Expected(folder, **load_file(folder.with_suffix(".expected")))
-        for layout, sizes in layouts_of(read_architecture(folder)).items():
-            run_layout(name, folder, expected, layout, sizes)
-        ParallelContext.forget()
-        run_rollouts(name, folder, expected)
-        there_and_back(folder, ParallelSizes(tp=2, pp=2, sequence_parallel=True))
-        report(name, "checkpoint")
+    expected = Expected(folder, **load_file(folder.with_suffix(".expected")))
+    for layout, sizes in layouts_of(read_architecture(folder)).items():
+        run_layout(folder, expected, layout, sizes)
+    ParallelContext.forget()
+    run_rollouts(folder, expected)
+    there_and_back(folder, ParallelSizes(tp=2, pp=2, sequence_parallel=True))
+    report("checkpoint")
     dist.destroy_process_group()
 
 
