@@ -52,7 +52,11 @@ LLAMA3 = replace(
 LARGE_THETA = replace(QWEN2, rope_theta=1e6, norm_eps=1e-5)
 UNNORMALISED = replace(QWEN3_MOE, experts=replace(QWEN3_MOE.experts, normalize_weights=False))
 WIDE_HEADS = replace(QWEN3, head_dim=8)
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16}  # shorter than the sequence
+LONGROPE |= {"short_factor": (1.0, 1.5), "long_factor": (1.5, 8.0)}
+LONG = replace(LLAMA, family="phi3", num_heads=6, num_kv_heads=2, rope_scaling=tuple(sorted(LONGROPE.items())))
 CASES = {
+    "phi3, beyond the original context": LONG,
     "llama": LLAMA,
     "llama3 rope scaling": LLAMA3,
     "qwen2, tied, bias": LARGE_THETA,
