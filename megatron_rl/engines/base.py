@@ -16,7 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class LowRank(Protocol):
 class TrainingEngine(abc.ABC):
     """One model on one rank. Every rank calls "collective" methods together; the others need no communication."""
 
+    kind: ClassVar[str] = "other"  # whose states only such an engine can load
     name: str = "model"  # the role's, in errors
     context: ParallelContext
     architecture: Architecture

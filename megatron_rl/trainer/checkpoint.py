@@ -189,6 +189,13 @@ class DistributedCheckpoints:
                     f"{found} holds {', '.join(common['parts'])}, but this run also has {name}: "
                     "resume with the configuration that wrote it, or give another output folder"
                 )
+        for name, part in self.models.items():
+            written, kind = common[f"{name}_counters"].get("engine", part.engine.kind), part.engine.kind
+            if written != kind:
+                raise ConfigError(
+                    f"{found} holds the state of {name} in a {written} engine, but this run's is {kind}: resume with "
+                    f"backend={written}, or start another run from its weights (model={found})"
+                )
         template = self._sharded_state(trainer, loading=True, with_rng=common["world_size"] == self.context.world_size)
         state = self._storage.load(template, found)
         for name, part in self.models.items():

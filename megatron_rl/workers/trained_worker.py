@@ -218,7 +218,7 @@ class TrainedWorker:
     def state(self, prefix: str, loading: bool) -> dict[str, Any]:
         """What a resumed run needs; see `TrainingEngine.state`."""
         state = self.engine.state(prefix, loading)
-        state["counters"]["num_updates"] = self.num_updates
+        state["counters"] |= {"num_updates": self.num_updates, "engine": self.engine.kind}
         return state
 
     def load_state(self, state: Mapping[str, Any]) -> None:

@@ -201,16 +201,17 @@ def test_tensors_are_views_that_see_later_steps(kind, context):
     assert any(not torch.equal(tensor, copies[name]) for name, tensor in before.items())
 
 
+class Trainer:
+    step = 1
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
 def test_a_resumed_role_takes_the_same_steps(kind, context, tmp_path):
-    class Trainer:
-        step = 1
-
-        def state_dict(self):
-            return {}
-
-        def load_state_dict(self, state):
-            assert state == {}
-
     def actor() -> Actor:
         return Actor(engine_of(kind, context), Tokenizer())
 
@@ -226,6 +227,15 @@ def test_a_resumed_role_takes_the_same_steps(kind, context, tmp_path):
     assert step(first) == step(second)
     for name, weight in first.engine.tensors().items():
         assert torch.equal(weight, second.engine.tensors()[name]), name
+
+
+def test_another_engine_s_checkpoint_is_refused(context, tmp_path):
+    place = tmp_path / "run"
+    kept = Actor(engine_of("megatron", context), Tokenizer())
+    DistributedCheckpoints(place, context, {"actor": kept}, {}).save(Trainer())
+    other = Actor(engine_of("fsdp2", context), Tokenizer())
+    with pytest.raises(ConfigError, match="in a megatron engine, but this run's is fsdp2: resume with backend=meg"):
+        DistributedCheckpoints(place, context, {"actor": other}, {}).restore(Trainer())
 
 
 # --- roles over either engine ----------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from megatron_rl.reshard import Layout, LazyTensor, Readable
 class FSDP2Engine(TrainingEngine):
     """One module over all data-parallel ranks."""
 
+    kind = "fsdp2"
     sharded: ShardedModule
     context: ParallelContext
     architecture: Architecture

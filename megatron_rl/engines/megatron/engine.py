@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 class MegatronEngine(TrainingEngine):
     """Chunks of one rank, one per virtual pipeline stage, wrapped (DDP) or bare."""
 
+    kind = "megatron"
     chunks: list[torch.nn.Module]
     context: ParallelContext
     architecture: Architecture
