@@ -181,6 +181,8 @@ class ModelFamily:
         if not self.names_head_dim and a.head_dim * a.num_heads == a.hidden:
             del fields["head_dim"]
         fields |= {self.mlp_bias_key: a.mlp_bias} if self.mlp_bias_key else {}
+        # SGLang and transformers 4 read it beside the other rotary parameters.
+        fields |= {"partial_rotary_factor": a.rotary_fraction} if self.turns_part else {}
         fields |= {key: getattr(a, ours) for ours, key in BENDING.items() if self.bends}
         fields |= {self.bias_key: a.qkv_bias} if self.bias_key else {}
         fields |= {"sliding_window": a.window} if self.windowed else {}
