@@ -85,7 +85,8 @@ class ExpertBiases(Parameter):
         up = Span(hf + "gate_up_proj_bias", experts.start, experts.stop, start, stop, 0, 0)
         yield Shard(local + "w13_weight_bias", (len(experts), stop - start), (up,))
         down = Span(hf + "down_proj_bias", experts.start, experts.stop, 0, self.hidden, 0, 0)
-        yield Shard(local + "w2_weight_bias", (len(experts), self.hidden), () if at.expert_tp.index else (down,))
+        spans = () if at.expert_tp.index else (down,)
+        yield Shard(local + "w2_weight_bias", (len(experts), self.hidden), spans, like=down.tensor)
 
 
 def local_experts(num_experts: int, at: Place) -> range:

@@ -31,7 +31,7 @@ class Bucket:
 
 def shard_dtype(shard: Shard, wire: WireFormat) -> torch.dtype:
     """The dtype that the shard's values travel in."""
-    return wire.of(shard.spans[0].tensor) if shard.spans else wire.dtype
+    return wire.of(shard.spans[0].tensor if shard.spans else shard.like)
 
 
 def shard_bytes(shard: Shard, wire: WireFormat) -> int:

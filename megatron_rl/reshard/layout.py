@@ -53,6 +53,7 @@ class Shard:
     name: str
     shape: tuple[int, ...]
     spans: tuple[Span, ...]
+    like: str = ""  # the logical tensor whose dtype a shard of nothing but padding has; "" = that of most
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

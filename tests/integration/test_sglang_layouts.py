@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 SERVED = {name: config for name, config in FAMILIES.items() if not getattr(config, "mlp_bias", False)}
 CASES = [(name, tp, 1) for name in SERVED for tp in (1, 2, 4)]
 CASES += [(name, 4, 2) for name, config in SERVED.items() if hasattr(config, "num_experts_per_tok")]
+CASES.remove(("gpt_oss", 4, 2))  # SGLang's loader of its bf16 files (weight_loader_fused) fails with expert parallelism
 
 
 def served(config: PretrainedConfig) -> PretrainedConfig:

@@ -89,6 +89,7 @@ def test_arguments_and_architecture_say_the_same(a):
         ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "--rope-scaling-factor 32.0"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1"),
+        ({"multi_latent_attention": True, "layernorm_epsilon": 1e-6}, "qk_layernorm=False"),
         ({"squared_relu": True}, "--squared-relu True"),
         ({"spec": ["my_layers", "spec"]}, "--spec"),
         ({"moe_something_new": 3}, "--moe-something-new 3"),
