@@ -17,6 +17,7 @@ from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.plan import RankPlan
 from megatron_rl.reshard.wire_format import WireFormat
 
+OPEN_BUCKETS = 8  # that a shard may still go into: more fill them hardly better
 ALIGNMENT = 256  # bytes between the beginnings of two shards of a bucket
 
 
@@ -40,7 +41,8 @@ def shard_bytes(shard: Shard, wire: WireFormat) -> int:
 
 
 def cut_buckets(layout: Layout, wire: WireFormat, max_bytes: int) -> list[Bucket]:
-    """Neighbouring shards of up to ``max_bytes`` on each rank, in the order of the layout. What cannot be cut further
+    """Shards of up to ``max_bytes`` together on each rank, each in the first of the last few buckets that has room for
+    it, in the order of the layout. What cannot be cut further
     (a shard with all that shares a logical tensor with it) is a bucket of its own where it is larger."""
     units = _Units()
     for number, replica in enumerate(layout.replicas):
@@ -48,10 +50,14 @@ def cut_buckets(layout: Layout, wire: WireFormat, max_bytes: int) -> list[Bucket
             units.add(number, shard, shard_bytes(shard, wire))
     buckets: list[Bucket] = []
     for unit in units.merged():
-        if buckets and buckets[-1].num_bytes + unit.num_bytes <= max_bytes:
-            last = buckets.pop()
-            unit = Bucket(last.shards | unit.shards, last.tensors | unit.tensors, last.num_bytes + unit.num_bytes)
-        buckets.append(unit)
+        last = range(max(len(buckets) - OPEN_BUCKETS, 0), len(buckets))
+        found = next((i for i in last if buckets[i].num_bytes + unit.num_bytes <= max_bytes), None)
+        if found is None:
+            buckets.append(unit)
+        else:
+            other = buckets[found]
+            num_bytes = other.num_bytes + unit.num_bytes
+            buckets[found] = Bucket(other.shards | unit.shards, other.tensors | unit.tensors, num_bytes)
     return buckets
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -158,18 +158,18 @@ def checksums(url: str) -> dict[int, dict[str, str]]:
 
 
 class Assassin(ShardedTransfer):
-    """Kills the server once, before the second request of the first attempt."""
+    """Kills the server once, before the second bucket of the first attempt."""
 
     def __init__(self, victims: Sequence[int], **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._victims, self._posts = list(victims), 0
+        self._victims, self._buckets = list(victims), 0
 
-    async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
-        self._posts += 1
-        if self._posts == 2:
+    def write(self, shards: Mapping[str, torch.Tensor], fault: str = "") -> None:
+        self._buckets += 1
+        if self._buckets == 2:
             for victim in self._victims:
                 os.kill(victim, signal.SIGKILL)
-        await super()._write(client, of_ranks)
+        super().write(shards, fault)
 
 
 def say(job: Job, text: str) -> None:
@@ -216,10 +216,9 @@ def restarted(job: Job) -> None:
 class Broken(ShardedTransfer):
     """Writes one parameter wrongly into the server."""
 
-    async def _write(self, client: SGLangClient, of_ranks: Sequence[Sequence[Sequence[str]]]) -> None:
-        await super()._write(client, of_ranks)
+    async def complete(self, client: SGLangClient) -> None:
         spoiled = named_tensors({"model.norm.weight": torch.zeros(128, dtype=torch.bfloat16)})
-        await super()._write(client, [[[spoiled]]] * len(of_ranks))
+        await client.update_weights_from_tensor([spoiled] * len(self.ranks), load_format="direct")
 
 
 TRANSFERS.register("assassin")(Assassin)

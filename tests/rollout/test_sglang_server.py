@@ -18,6 +18,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.rollout.sglang.model_folder import check_cpu_layout, check_served, write_model_folder
 from megatron_rl.rollout.sglang.server import (
     CPU_SHIM,
+    SERVER_MODULES,
     ServerConfig,
     SGLangServer,
     launch_command,
@@ -81,9 +82,9 @@ def test_the_command_holds_what_the_job_and_the_user_say() -> None:
 def test_the_environment_makes_no_rank_of_the_server_and_shims_it_only_on_a_cpu() -> None:
     own = {"RANK": "1", "MASTER_PORT": "5", "TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": "/p", "HOME": "/h"}
     on_cpu, on_gpu = launch_environment(own, "cpu", 2), launch_environment(own, "cuda", 2, devices="2,3")
-    assert on_cpu["PYTHONPATH"] == str(CPU_SHIM)
+    assert on_cpu["PYTHONPATH"].split(os.pathsep) == [str(CPU_SHIM), str(SERVER_MODULES)]
     assert on_cpu["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
-    assert on_gpu == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "2,3"}
+    assert on_gpu == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "2,3", "PYTHONPATH": str(SERVER_MODULES)}
 
 
 def test_closing_ends_the_server_and_its_children_even_stubborn_ones(tmp_path: Path) -> None:

@@ -25,10 +25,12 @@ from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
 from megatron_rl.rollout.sglang import guard
+from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import RECEIVER
 
 logger = logging.getLogger(__name__)
 
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
+SERVER_MODULES = Path(__file__).parent / "server_modules"  # what servers import of ours
 LOG_TAIL_LINES = 30
 PORT_ATTEMPTS = 3
 PORTS = (20000, 32000)
@@ -77,6 +79,7 @@ def launch_command(
         "max-running-requests": max_running,
         "device": device,
         "skip-server-warmup": True,
+        "custom-weight-loader": RECEIVER,
     }
     if not load_weights:
         options["load-format"] = "dummy"
@@ -106,13 +109,14 @@ def launch_environment(
     """
     of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
     of_ranks |= {"MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH"}
-    environment = {
+    environment = {"PYTHONPATH": str(SERVER_MODULES)} | {
         name: value for name, value in own.items() if name not in of_ranks and not name.startswith("TORCHELASTIC_")
     }
     if device == "cpu":
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
         bound = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
-        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": str(CPU_SHIM), "OMP_NUM_THREADS": "1"}
+        environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(CPU_SHIM), str(SERVER_MODULES)])
         environment |= {"SGLANG_CPU_OMP_THREADS_BIND": bound} if tp > 1 else {}
     elif devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices

@@ -30,6 +30,7 @@ from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.reshard.layout import Recomputed
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
+from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import RECEIVER
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
 from megatron_rl.rollout.sglang.weight_transfer.proof import Proof, RankSums, ServerSums, prove
 from megatron_rl.rollout.sglang.weight_transfer.wire import free_shared_memory, unshared_bytes
@@ -97,6 +98,7 @@ class WeightTransfer(ABC):
         # Of the update under way:
         self.clients: Sequence[SGLangClient] = ()  # on the first rank; empty on the others
         self.num_servers, self.shared = 0, False  # shared: servers can map the memory of this process
+        self.have_receiver = False  # all servers do; see `bucket_mailbox`
         self._devices: tuple[str, ...] = ()  # of the servers
         self._sums: dict[str, dict[str, str]] = {}  # device -> shard -> checksum
 
@@ -131,7 +133,7 @@ class WeightTransfer(ABC):
         for client in clients:
             self._proofs.pop(client.url, None)
         self.clients = clients
-        self.num_servers, self._devices = self.lead(self._begin)
+        self.num_servers, self._devices, self.have_receiver = self.lead(self._begin)
         self._sums = {device: {} for device in self._devices}
 
     def write(self, shards: Mapping[str, Tensor], fault: str = "") -> None:
@@ -141,6 +143,18 @@ class WeightTransfer(ABC):
             ValueError: a shard is unknown, of another shape or dtype or comes twice, on any rank.
             RuntimeError: an earlier bucket failed, or there is a ``fault``, on any rank; servers may hold a mixture.
         """
+        left = self.relay(shards, fault)
+        if left is not None:
+            self._write_apart(shards, left)
+        for device in self._devices if self._verify else ():
+            for name, tensor in shards.items():
+                self._sums[device][name] = server_checksum(tensor, device)
+                for other in self._recomputed.get(name, ()):
+                    self._sums[device][other.name] = server_checksum(other.compute(tensor), device)
+        self._written.update(shards)
+
+    def _write_apart(self, shards: Mapping[str, Tensor], fault: str) -> None:
+        """By requests of their own."""
         ready = self._gather_ready(shards, fault)
         needed = sum(one.new_bytes for one in ready) + (self.bucket_bytes if self.runs_loader else 0)
         shared = ready[0].free_bytes > needed
@@ -151,12 +165,6 @@ class WeightTransfer(ABC):
             return
         payloads = [one.payload for one in ready]
         self.send(shards, payloads if shared and all(payload is not None for payload in payloads) else None)
-        for device in self._devices if self._verify else ():
-            for name, tensor in shards.items():
-                self._sums[device][name] = server_checksum(tensor, device)
-                for other in self._recomputed.get(name, ()):
-                    self._sums[device][other.name] = server_checksum(other.compute(tensor), device)
-        self._written.update(shards)
 
     def close(self) -> str:
         """Return once every server of the replica provably holds all shards; or why that cannot be verified.
@@ -166,7 +174,8 @@ class WeightTransfer(ABC):
             RuntimeError: a bucket failed, or a server holds other weights, on any rank.
         """
         missing = sorted(self.shapes.keys() - self._written)
-        self._gather_ready({}, f"shards missing: {missing}" if missing else "", is_misuse=bool(missing))
+        fault = f"shards missing: {missing}" if missing else ""
+        self._gather_ready({}, self.relay({}) or fault, is_misuse=bool(missing))
         sums = self.gather(self._sums)
         reasons = self.lead(lambda: self._finish(sums))
         self.drop()
@@ -176,6 +185,7 @@ class WeightTransfer(ABC):
 
     def drop(self) -> None:
         """The update under way, if any, is given up."""
+        self.drop_relay()
         if self._posting is not None:
             self._posting.cancel()
         self._posting, self._written, self.shared = None, set[str](), False
@@ -184,6 +194,17 @@ class WeightTransfer(ABC):
         """The checksums of a server right after the last update of it; None = it was not asked for them. On the
         replica's first rank only."""
         return self._proofs[url].sums if url in self._proofs else None
+
+    def relay(self, shards: Mapping[str, Tensor], fault: str = "") -> str | None:
+        """Put a bucket on its way within a request that is under way; all ranks of the replica together.
+
+        Returns:
+            None = it went; otherwise no such request is under way any more, and why nothing more may be written, if so.
+        """
+        return fault
+
+    def drop_relay(self) -> None:  # noqa: B027  most have none
+        """Give up a request that buckets are put into."""
 
     def prepare(self, shards: Mapping[str, Tensor]) -> Any:
         """What the first rank needs of this one to send a bucket that servers can map already; None = it is gathered
@@ -241,11 +262,18 @@ class WeightTransfer(ABC):
         """``action`` on all servers at once, to its end."""
         self.loop.run(_each(self.clients, action))
 
+    def posting_failure(self) -> str:
+        """How the request under way has failed, on the first rank; "" = it has not, so far."""
+        posting = self._posting
+        if posting is None or not posting.done():
+            return ""
+        return str(posting.exception() or "")
+
     def _gather_ready(self, shards: Mapping[str, Tensor], fault: str, is_misuse: bool = False) -> list[_Ready]:
         """What all ranks report, once servers have read the previous bucket; raises their faults. Reports carry data
         that the first rank needs, so there is no vote beside them: it would double the exchanges of a bucket."""
         if not fault and shards:
-            fault = self._misuse(shards)
+            fault = self.misuse(shards)
             is_misuse = bool(fault)
         free = 0
         if self.leads:
@@ -264,7 +292,7 @@ class WeightTransfer(ABC):
             raise error("weights were not delivered: " + "; ".join(one.fault for one in faults))
         return ready
 
-    def _misuse(self, shards: Mapping[str, Tensor]) -> str:
+    def misuse(self, shards: Mapping[str, Tensor]) -> str:
         for name, tensor in shards.items():
             if name not in self.shapes or name in self._written:
                 return f"unknown or written twice: {name}"
@@ -286,17 +314,20 @@ class WeightTransfer(ABC):
 
     # --- the servers -----------------------------------------------------------------------------------------------
 
-    def _begin(self) -> tuple[int, tuple[str, ...]]:
-        """How many servers there are, and their devices."""
+    def _begin(self) -> tuple[int, tuple[str, ...], bool]:
+        """How many servers there are, their devices, and whether all have the receiver."""
         devices: set[str] = set()
+        loaders: list[Sequence[str]] = []
 
         async def begin(client: SGLangClient) -> None:
-            devices.add(str((await client.server_info()).get("device")))
+            info = await client.server_info()
+            devices.add(str(info.get("device")))
+            loaders.append(info.get("custom_weight_loader") or ())
             if self.needs_session:
                 await _open_session(client)
 
         self.each(begin)
-        return len(self.clients), tuple(sorted(devices))
+        return len(self.clients), tuple(sorted(devices)), all(RECEIVER in known for known in loaders)
 
     def _finish(self, sums: Sequence[ServerSums]) -> str:
         reasons: list[str] = []
