@@ -219,7 +219,7 @@ class PolicyGradient(BaseAlgorithm):
         if not correction.is_on and kl > max(correction.warn_above, self._warned_kl):
             self._warned_kl = 2 * kl  # again when it has doubled
             logger.warning(
-                "trainer and rollout engine are %.4f nats a token apart: %s. algorithm.correction.level: "
+                "trainer and rollout engine differ by %.4f nats per token: %s. algorithm.correction.level: "
                 "token weighs samples against it",
                 kl,
                 explain(batch.metrics, self.actor.verify_weights()),

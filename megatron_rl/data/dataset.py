@@ -71,7 +71,7 @@ class Limits:
             for token in (min(row, default=0), max(row, default=0)):
                 if not 0 <= token < self.vocab:
                     raise DataError(
-                        f"{place}: token id {token} lies outside of the model's vocabulary of {self.vocab}: this "
+                        f"{place}: token id {token} is outside the model's vocabulary of {self.vocab}: this "
                         "tokenizer belongs to another model, or its new tokens have no rows in the embedding"
                     )
 

@@ -74,7 +74,7 @@ class GlobalBatchLoader(Generic[T]):
         dp_rank, dp_size = (context.coordinates.dp, context.dp_size) if context is not None else (0, 1)
         if batch_size < 1 or batch_size % dp_size:
             raise ConfigError(
-                f"batch_size={batch_size} records cannot be shared evenly by {dp_size} data-parallel ranks: use a "
+                f"batch_size={batch_size} records cannot be divided evenly among {dp_size} data-parallel ranks: use a "
                 f"multiple of {dp_size}"
             )
         if not len(dataset):

@@ -55,14 +55,14 @@ def plan_micro_batches(
 
 
 def check_vocab(batch: Batch, engine: TrainingEngine) -> None:
-    """Raise ConfigError, on all data-parallel ranks, for token ids outside of the model's vocabulary."""
+    """Raise ConfigError, on all data-parallel ranks, for token ids outside the model's vocabulary."""
     ids, vocab = batch["input_ids"], engine.architecture.vocab
     least, most = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
     found = _maximum(most if least >= 0 else 2**62 - least, engine.context)
     if vocab and found >= vocab:  # 0: Megatron chunks of a value model without a tokenizer
         token = found if found < 2**62 else 2**62 - found
         raise ConfigError(
-            f"a batch has token id {token}, outside of the model's vocabulary of {vocab}: it was made with another "
+            f"a batch has token id {token}, outside the model's vocabulary of {vocab}: it was made with another "
             "model's tokenizer, or the tokenizer's new tokens have no rows in the embedding"
         )
 

@@ -91,7 +91,7 @@ def align_tokenizer(
         generation: the model's ``generation_config.json``; its eos ids end responses, too. The tokenizer's joins them.
 
     Raises:
-        ConfigError: no pad or no eos can be found, or a special token lies outside of the model's vocabulary.
+        ConfigError: no pad or no eos can be found, or a special token is outside the model's vocabulary.
     """
     declared = eos_ids(config.eos_token_id) if config is not None else ()
     stops = (*declared, *(generation.stops if generation is not None else ()))
@@ -140,7 +140,7 @@ def _align_config(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, 
     for name, token in (("pad", special.pad), *(("eos", token) for token in special.eos)):
         if not 0 <= token < vocab:
             raise ConfigError(
-                f"{name} token id {token} lies outside of the model's vocabulary of {vocab}: this tokenizer belongs to "
+                f"{name} token id {token} is outside the model's vocabulary of {vocab}: this tokenizer belongs to "
                 "another model"
             )
     changed = {"pad_token_id": special.pad, "eos_token_id": special.eos[0] if len(special.eos) == 1 else [*special.eos]}

@@ -207,7 +207,7 @@ def _locked(path: Path, deadline: float) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UnavailableError(f"another process still builds after the time limit ({path})") from None
+                    raise UnavailableError(f"another process is still building after the time limit ({path})") from None
                 time.sleep(0.05)
             except OSError as error:
                 # Lustre and NFS can be mounted without locks. Each rank then compiles, and renames a complete library.

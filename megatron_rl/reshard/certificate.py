@@ -144,8 +144,8 @@ class _Auditor:
         for tensor, wanted in target.patterns.items():
             if tensor not in source.tensors:
                 raise ValueError(
-                    f"{self._plan.target.name} needs {tensor}, which {self._plan.source.name} has not: check that both "
-                    f"layouts describe the same model"
+                    f"{self._plan.target.name} needs {tensor}, which {self._plan.source.name} does not have: check "
+                    f"that both layouts describe the same model"
                 )
             held, _, shares = source.tensors[tensor]
             if (held, wanted) not in proved:

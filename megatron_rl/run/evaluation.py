@@ -80,7 +80,7 @@ class Evaluation:
         reports = context.gather_objects(own)
         count, asked = sum(report[1] for report in reports), sum(report[2] for report in reports)
         if count == 0:
-            raise RewardError(f"evaluation: reward {self.reward.name!r} could not be had for any sample")
+            raise RewardError(f"evaluation: reward {self.reward.name!r} could not be computed for any sample")
         names = {name for report in reports for name in report[0]}
         means = {name: sum(report[0].get(name, 0.0) for report in reports) / count for name in sorted(names)}
         means |= {"num_prompts": asked / self.n, "dropped_fraction": 1 - count / asked}

@@ -104,7 +104,7 @@ def check_layout(config: RunConfig, world_size: int) -> None:
     RolloutPlacement(grid.ranks(dp=0), config.actor.rollout.tp)
     if config.prompts_per_step % grid.dp:
         raise ConfigError(
-            f"prompts_per_step={config.prompts_per_step} cannot be shared evenly by {grid.dp} data-parallel ranks "
+            f"prompts_per_step={config.prompts_per_step} cannot be divided evenly among {grid.dp} data-parallel ranks "
             f"({world_size} ranks, {config.parallel}): use a multiple of {grid.dp}"
         )
 

@@ -118,7 +118,7 @@ class MlflowTracker(Tracker):
                 found = Path(self._client.download_artifacts(old, item.path, folder))
                 self.log_artifact(found, item.path if item.is_dir else "")
         self._client.delete_run(old)
-        logger.warning("MLflow run %s goes on as %s, without the steps that are trained again", old, self.run_id)
+        logger.warning("MLflow run %s continues as %s, without the steps that are trained again", old, self.run_id)
 
     def _log_in_parts(self, metrics: list[Any]) -> None:
         for start in range(0, len(metrics), METRICS_PER_CALL):

@@ -76,7 +76,7 @@ def intact_checkpoint(folder: Path, resume: str, context: ParallelContext) -> Pa
         )
     if resume != "auto":
         raise CheckpointError(f"{what}; the newest intact one is {intact}: trainer.resume={intact.name}")
-    logger.warning("%s; going on from %s, the newest intact one", what, intact)
+    logger.warning("%s; continuing from %s, the newest intact one", what, intact)
     return intact
 
 

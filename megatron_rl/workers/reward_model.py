@@ -124,7 +124,7 @@ def _with_reward(name: str, samples: list[Sample], rewards: list[float | NoRewar
     pairs = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
     if samples and not pairs:
         reason = next(reward.reason for reward in rewards if isinstance(reward, NoReward))
-        raise RewardError(f"reward {name!r} could not be had for any of {len(samples)} samples: {reason}")
+        raise RewardError(f"reward {name!r} could not be computed for any of {len(samples)} samples: {reason}")
     return [sample for sample, _ in pairs], [reward for _, reward in pairs]
 
 

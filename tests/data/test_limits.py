@@ -16,9 +16,7 @@ LETTER = ord("z") + 10  # its token id, the largest of these texts
 def test_token_ids_above_the_vocabulary_are_refused_with_their_row(kind: type) -> None:
     rows = [ROW, ROW | {"prompt": "Q:z"}]
     kind(rows, ToyTokenizer(), limits=Limits(vocab=LETTER + 1))
-    with pytest.raises(
-        DataError, match=f"record 1: token id {LETTER} lies outside of the model's vocabulary of {LETTER}"
-    ):
+    with pytest.raises(DataError, match=f"record 1: token id {LETTER} is outside the model's vocabulary of {LETTER}"):
         kind(rows, ToyTokenizer(), limits=Limits(vocab=LETTER))
 
 

@@ -115,7 +115,7 @@ def test_reward_model_of_an_address_is_a_stage_and_drops_what_has_no_reward(serv
 def test_nothing_is_left_when_no_sample_has_a_reward(server: ContractServer) -> None:
     server.too_long = 1
     model = RewardModel(server.url + "/sglang", kind="sglang", on_failure="drop", retries=0)
-    with pytest.raises(RewardError, match="could not be had for any of 3 samples"):
+    with pytest.raises(RewardError, match="could not be computed for any of 3 samples"):
         model.score().run(Batch(samples=samples(3)))
 
 

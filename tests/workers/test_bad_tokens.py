@@ -26,7 +26,7 @@ def found(tmp_path_factory) -> dict:
 def test_every_rank_refuses_a_token_that_the_model_has_no_row_for(found, layout):
     for case, token in {"above": 16, "below": -3}.items():
         for error in found[f"{layout} {case}"]:
-            assert f"token id {token}, outside of the model's vocabulary of 16" in error
+            assert f"token id {token}, outside the model's vocabulary of 16" in error
     assert found[f"{layout} fine"] == ["none", "none"]
 
 

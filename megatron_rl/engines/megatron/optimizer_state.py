@@ -89,7 +89,7 @@ def _require_storable(inner: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if key != "step" and not (isinstance(value, Tensor) and value.shape == parameter.shape):
                 raise ConfigError(
-                    f"the optimizer {type(inner).__name__} keeps {key!r}, which has not the shape of its parameter "
+                    f"the optimizer {type(inner).__name__} keeps {key!r}, which does not have its parameter's shape "
                     f"({list(parameter.shape)}): Megatron-Core's checkpoints cannot hold it; set trainer.save_every=0 "
                     "and save_at_end=false, or pass another optimizer"
                 )

@@ -13,7 +13,7 @@ __all__ = ["add_rms_norm", "requires"]
 def add_rms_norm(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megatron_rl.ops.add_rms_norm.interface.add_rms_norm`."""
     if hidden.dtype != torch.float32:
-        raise ValueError(f"add_rms_norm=cpu computes in float32, not {hidden.dtype}: leave the choice open")
+        raise ValueError(f"add_rms_norm=cpu computes in float32, not {hidden.dtype}: leave the implementation unset")
     out = torch.empty_like(hidden)
     torch.ops.megatron_rl_cpu.add_rms_norm(hidden, delta, weight, out, eps, torch.get_num_threads())
     return out

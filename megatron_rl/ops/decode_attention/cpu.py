@@ -25,7 +25,7 @@ def decode_attention(
 ) -> Tensor:
     """See `megatron_rl.ops.decode_attention.interface.decode_attention`."""
     if qkv.dtype != torch.float32:
-        raise ValueError(f"decode_attention=cpu computes in float32, not {qkv.dtype}: leave the choice open")
+        raise ValueError(f"decode_attention=cpu computes in float32, not {qkv.dtype}: leave the implementation unset")
     rows, heads, head_dim = qkv.shape
     out = torch.empty(rows, (heads - 2 * cache.shape[1]) * head_dim)
     sinks = torch.empty(0) if sinks is None else sinks.float().contiguous()

@@ -30,7 +30,7 @@ def packed_attention(
     if query.dtype != torch.float32 or dropout > 0.0:
         raise ValueError(
             f"packed_attention=cpu computes in float32 without dropout, not {query.dtype} with dropout={dropout}: "
-            "leave the choice open"
+            "leave the implementation unset"
         )
     rule = (scale, window or 0, softcap or 0.0)
     return _PackedAttention.apply(query, key, value, sinks, segments, rotary, rule)

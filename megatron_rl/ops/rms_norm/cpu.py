@@ -15,7 +15,9 @@ __all__ = ["requires", "rms_norm"]
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `megatron_rl.ops.rms_norm.interface.rms_norm`."""
     if x.dtype != torch.float32 or weight.dtype != torch.float32:
-        raise ValueError(f"rms_norm=cpu computes in float32, not {x.dtype} and {weight.dtype}: leave the choice open")
+        raise ValueError(
+            f"rms_norm=cpu computes in float32, not {x.dtype} and {weight.dtype}: leave the implementation unset"
+        )
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -15,7 +15,7 @@ __all__ = ["requires", "swiglu"]
 def swiglu(x: Tensor) -> Tensor:
     """See `megatron_rl.ops.swiglu.interface.swiglu`."""
     if x.dtype != torch.float32:
-        raise ValueError(f"swiglu=cpu computes in float32, not {x.dtype}: leave the choice open")
+        raise ValueError(f"swiglu=cpu computes in float32, not {x.dtype}: leave the implementation unset")
     return _Swiglu.apply(x)
 
 

@@ -61,6 +61,6 @@ class HttpReward(ServiceReward):
         try:
             found = look_up(answer, self.config.path)
         except LookupError as error:
-            raise TransientError(f"path {self.config.path!r} leads nowhere: {error}") from None
+            raise TransientError(f"path {self.config.path!r} does not exist in the answer: {error}") from None
         rows = expect_rows(found, samples) if self.takes_lists else [found]
         return [pick_number(self.name, row, None, sample) for row, sample in zip(rows, samples, strict=True)]

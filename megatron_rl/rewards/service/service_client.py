@@ -132,7 +132,7 @@ class ServiceClient:
         try:
             return json.loads(content)
         except (ValueError, RecursionError):
-            raise TransientError(f"{shown} answered with what is not JSON: {_head(content)}") from None
+            raise TransientError(f"{shown} did not answer with JSON: {_head(content)}") from None
 
     def _without_token(self, content: bytes) -> bytes:
         """``content`` without the token, which a server may echo and messages would then show."""

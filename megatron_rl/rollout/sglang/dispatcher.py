@@ -145,7 +145,7 @@ class Dispatcher:
         try:
             await asyncio.wait({work, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
-                raise ServerError(f"{client.url} was given up while prompt {request.index} ran there")
+                raise ServerError(f"{client.url} was abandoned while prompt {request.index} ran there")
             completions = work.result()
             request_ids = []  # nothing to abort
             return completions

@@ -133,10 +133,10 @@ def read_completion(result: Mapping[str, Any], request: GenerateRequest, known_v
     meta = result["meta_info"]
     reason = meta["finish_reason"]
     if reason["type"] not in ("stop", "length"):
-        raise ServerError(f"prompt {request.index}: the server gave it up: {reason.get('message') or reason}")
+        raise ServerError(f"prompt {request.index}: the server aborted it: {reason.get('message') or reason}")
     tokens, triples = [int(token) for token in result["output_ids"]], meta["output_token_logprobs"]
     if not tokens or [int(token) for _, token, *_ in triples] != tokens:
-        raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, but log-probabilities of others")
+        raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, but log-probabilities of other tokens")
     if len(tokens) > request.params.max_tokens:
         raise ServerError(f"prompt {request.index}: {len(tokens)} tokens, at most {request.params.max_tokens} wanted")
     if request.vocab is not None and not 0 <= min(tokens) <= max(tokens) < request.vocab:

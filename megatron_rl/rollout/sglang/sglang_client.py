@@ -98,7 +98,7 @@ class SGLangClient:
                 async with self._http.stream(method, path, json=body, timeout=each_read) as answer:
                     yield answer
         except TimeoutError:
-            raise ServerError(f"{self.url}{path} did not end its answer in {timeout:g} s") from None
+            raise ServerError(f"{self.url}{path} did not finish its answer within {timeout:g} s") from None
         except (httpx.HTTPError, httpx.InvalidURL, _TooLongError) as error:
             raise ServerError(f"{self.url}{path}: {type(error).__name__} {error}".rstrip()) from error
 
@@ -124,7 +124,7 @@ class SGLangClient:
             return json.loads(content)
         except (ValueError, RecursionError):
             excerpt = content[:BODY_EXCERPT].decode(errors="replace")
-            raise ServerError(f"{self.url}{path} answered with what is not JSON: {excerpt!r}") from None
+            raise ServerError(f"{self.url}{path} did not answer with JSON: {excerpt!r}") from None
 
     # What the server is
 

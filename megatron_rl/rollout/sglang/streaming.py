@@ -129,7 +129,7 @@ class StreamedAnswer:
         whole = request_body(self.request, request_ids, cache_key)
         kept = [self.drafts[i].tokens for i in rest]
         if any(kept):
-            logger.warning("prompt %d goes on behind %d tokens that had come", self.request.index, sum(map(len, kept)))
+            logger.warning("prompt %d resumes after %d streamed tokens", self.request.index, sum(map(len, kept)))
         params = [whole["sampling_params"][i] for i in rest]
         return whole | {
             "stream": True,
@@ -158,7 +158,7 @@ class StreamedAnswer:
             ) from error
         if given_up is not None:
             status = given_up.get("status_code")
-            text = f"prompt {self.request.index}: the server gave it up: {given_up.get('message') or given_up}"
+            text = f"prompt {self.request.index}: the server aborted it: {given_up.get('message') or given_up}"
             raise RequestError(text) if status is not None and 400 <= status < 500 else ServerError(text)
 
     def _add(self, draft: Draft, reason: Json | None, chunk: Json, known: KnownVersions) -> Json | None:
@@ -196,5 +196,5 @@ def _grown(have: list[Any], came: Sequence[Any], total: int) -> list[Any]:
     """``came`` are the next items or, where there are as many as there should be in all, all of them."""
     grown = list(came[:total]) if len(came) >= total else have + list(came)
     if len(grown) != total:
-        raise ValueError(f"{len(grown)} tokens have come, expected {total}")
+        raise ValueError(f"{len(grown)} tokens were streamed, expected {total}")
     return grown
