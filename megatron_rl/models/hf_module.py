@@ -67,7 +67,7 @@ def module_architecture(module: PreTrainedModel, value_model: bool = False) -> M
     """
     config = module.config
     text: Any = config.get_text_config()
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1  # 1 where there is no attention: for limits only
     return ModuleArchitecture(
         family=config.model_type,
         num_layers=text.num_hidden_layers,
@@ -117,7 +117,7 @@ def module_tensors(module: PreTrainedModel) -> tuple[ModuleTensor, ...]:
     logical: dict[str, list[tuple[str, tuple[int, ...]]]] = {name: [] for name in names}
     for stored, rows in revert_weight_conversion(module, numbered).items():
         owners = set()
-        for number, start, stop in _runs(rows):
+        for number, start, stop in _runs(rows, torch.tensor(starts, device="cpu")):
             index = bisect_right(starts, number) - 1
             cols = matrix_shape(tuple(held[names[index]].shape))[1]
             spans[names[index]].append(Span(stored, start, stop, 0, cols, number - starts[index], 0))
@@ -155,9 +155,11 @@ def _stored_shape(module: PreTrainedModel, stored: str, rows: Tensor, owner: Ten
     return (*rows.shape[:-1], owner.shape[-1])
 
 
-def _runs(rows: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Runs of consecutive numbers: (first number, first index, index after the last)."""
+def _runs(rows: Tensor, starts: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Runs of consecutive numbers of one tensor, each of which begins at one of ``starts``: (first number, first index,
+    index after the last)."""
     flat = rows.reshape(-1)
-    cuts = [0, *(torch.nonzero(flat.diff() != 1).flatten() + 1).tolist(), flat.numel()]
+    new = (flat.diff() != 1) | torch.isin(flat[1:], starts)
+    cuts = [0, *(torch.nonzero(new).flatten() + 1).tolist(), flat.numel()]
     for start, stop in itertools.pairwise(cuts):
         yield int(flat[start]), start, stop

@@ -135,7 +135,10 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
 
 
 def _is_behind(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor belongs to a layer beyond those of the decoder: multi-token prediction."""
+    """Whether a tensor belongs to a layer beyond those of the decoder: multi-token prediction. Of a module without a
+    family nobody knows."""
+    if isinstance(architecture, ModuleArchitecture):
+        return False
     _, prefix, rest = name.partition(describe(architecture).layers_prefix)
     number = rest.partition(".")[0]
     return bool(prefix) and number.isdigit() and int(number) >= architecture.num_layers

@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from megatron_rl.ops.packed_attention import packed_attention
 
 NAME = "megatron_rl_packed"
-REFUSED = ("position_bias",)  # keywords of what `packed_attention` does not compute
+REFUSED = ("position_bias", "indices", "block_indices")  # keywords of what `packed_attention` does not compute
 
 
 class NotPackableError(ValueError):
@@ -43,6 +43,8 @@ def attention(
         NotPackableError: a mask, or something else that is not computed here, was asked for.
     """
     asked = [name for name in REFUSED if given.get(name) is not None]
+    if _has_window_in_mask(module) and sliding_window is None:
+        asked.append("sliding_window, in its mask alone")
     if attention_mask is not None or asked or not getattr(module, "is_causal", True):
         raise NotPackableError(f"{type(module).__name__} asks for {asked or 'a mask'}")
     rows, _, columns, _ = query.shape
@@ -59,6 +61,15 @@ def attention(
         dropout=dropout,
     )
     return out.unflatten(0, (rows, columns)), None
+
+
+def _has_window_in_mask(module: nn.Module) -> bool:
+    """Whether a layer has a window, as its config says; most modules hand it to attention as well."""
+    config, index = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and index is not None:
+        return bool(kinds[index] == "sliding_attention")
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
 
 
 def segments_of(cu_seq_lens: Tensor | None, rows: int, columns: int) -> Tensor:

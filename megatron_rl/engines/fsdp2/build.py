@@ -90,7 +90,7 @@ def build(
     complete = fill_module(engine, found, own)
     generation = read_generation(found.hf_folder if isinstance(found, MegatronCheckpoint) else found)
     engine.origin = Origin(hf_config, generation, module_dtypes(found, own), lacks_value_head=not complete)
-    engine.can_pack = config.packing is not False and packs_exactly(engine)
+    engine.can_pack = packs_exactly(engine) and config.packing is not False  # the first may choose eager attention
     engine.micro_batching = _micro_batching(engine, config)
     if not frozen:
         trained = {name: weight for name, weight in engine.parameters().items() if weight.requires_grad}

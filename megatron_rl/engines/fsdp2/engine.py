@@ -128,7 +128,7 @@ class FSDP2Engine(TrainingEngine):
             return [output(micro_batch, self._hidden(batch, micro_batch)) for micro_batch in micro_batches]
 
     def forward_backward(self, batch: Batch, micro_batches: Sequence[MicroBatch], output: Output) -> list[Any]:
-        self.sharded.train()
+        self.sharded.learn()
         self._optimizer.zero_grad()
         results = []
         with self.sharded.settled():
@@ -141,10 +141,12 @@ class FSDP2Engine(TrainingEngine):
     def _hidden(self, batch: Batch, micro_batch: MicroBatch) -> Tensor:
         """Padding stands behind each sequence, where causal attention does not see it, or is a sequence of its own."""
         device, shape = self.device, (micro_batch.rows, micro_batch.columns)
-        edges = micro_batch.cu_seqlens
+        edges, places = micro_batch.cu_seqlens, micro_batch.position_ids
+        if edges is not None:  # padding may be longer than any sequence, and than the positions that a model has
+            places = places.where(micro_batch.input_index >= 0, 0)
         found: Tensor = self.sharded(
             micro_batch.input_ids(batch).to(device),
-            micro_batch.position_ids.view(shape).to(device),
+            places.view(shape).to(device),
             None if edges is None else edges.to(device),
         )
         return found.flatten(0, 1)  # not inside, where FSDP2 hooks onto the tensor that comes out
@@ -189,7 +191,7 @@ class FSDP2Engine(TrainingEngine):
         buffers = {one.shard.name: state[one.shard.name] for one in self.module_tensors if not one.trained}
         return {
             "model": {name: parameter.detach() for name, parameter in self.parameters().items()},
-            "optimizer": self._optimizer.state(loading),
+            "optimizer": self._optimizer.state(),
             "counters": {"num_steps": self.num_steps, "buffers": buffers, "lora_factor": self._lora_factor},
         }
 

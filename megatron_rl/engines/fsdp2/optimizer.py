@@ -80,16 +80,15 @@ class ShardedOptimizer:
 
     # Checkpoints
 
-    def state(self, loading: bool) -> dict[str, Tensor]:
-        """Moments by ``moment.parameter``; those to load into are zeros."""
+    def state(self) -> dict[str, Tensor]:
+        """Moments by ``moment.parameter``; zeros before the first step."""
         if self.config.optimizer == "sgd":
             return {}
         found = {}
         for name, parameter in self.parameters.items():
             kept = self.inner.state.get(parameter, {})
             for moment in MOMENTS:
-                if moment in kept or loading:
-                    found[f"{moment}.{name}"] = kept.get(moment, torch.zeros_like(parameter.detach()))
+                found[f"{moment}.{name}"] = kept[moment] if moment in kept else torch.zeros_like(parameter.detach())
         return found
 
     def load_state(self, state: Mapping[str, Any], num_steps: int) -> None:

@@ -19,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.fsdp2.head import decoder_of
+from megatron_rl.engines.fsdp2.lora import LoraAdapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +61,14 @@ class ShardedModule(nn.Module):
         hidden: Tensor = decoder_of(self.module)(input_ids=input_ids, use_cache=False, **given)[0]
         score = self._score[0]
         return hidden if score is None else F.linear(hidden.float(), score.weight.float())
+
+    def learn(self) -> None:
+        """Be ready for a training pass, which computes what a pass without gradients does: in training mode routers of
+        some models sample experts, and layers are left out. Only recomputation and adapters are told that it is one."""
+        self.eval()
+        for part in self.modules():
+            if isinstance(part, (GradientCheckpointingLayer, LoraAdapter)):
+                part.training = True
 
     # Sharding
 
@@ -131,7 +141,7 @@ def without_dropout(holder: Any) -> list[str]:
     """Set every dropout among the attributes of a config or a module to 0; returns those that were not."""
     found = []
     for name, value in list(vars(holder).items()):
-        is_dropout = name.endswith(("dropout", "pdrop", "_drop", "dropout_prob", "dropout_rate"))
+        is_dropout = name.endswith(("dropout", "pdrop", "_drop", "dropout_prob", "dropout_rate", "layerdrop"))
         if is_dropout and isinstance(value, float) and value > 0:
             setattr(holder, name, 0.0)
             found.append(f"{name}={value}")

@@ -83,4 +83,4 @@ class ModuleDecoder:
     def _run(self, tokens: Tensor, places: Tensor, cache: Any) -> tuple[Tensor, Any]:
         given: dict[str, Any] = {"position_ids": places} if self._positions else {}
         found = self.module(input_ids=tokens, past_key_values=cache, use_cache=True, **given, **self._last)
-        return found.logits[:, -1].float(), found.past_key_values
+        return found.logits[:, -1].float(), getattr(found, "past_key_values", None)
