@@ -49,7 +49,8 @@ class Lane:
         self.failed = 0  # bit k: link k failed since the last `take_failures`
         self.reasons: dict[int, str] = {}
         self._tags, self._ballots = itertools.count(), itertools.count(BALLOTS)
-        self._threads = ThreadPoolExecutor(len(links), "links") if len(links) > 1 else None
+        # One for each link: what is stuck on one never keeps another waiting.
+        self._threads = [ThreadPoolExecutor(1, "link") for _ in links] if len(links) > 1 else None
 
     def expect(self, pieces: Sequence[Tensor], shares: dict[int, float]) -> Exchange:
         """Begin to receive ``pieces[j]`` from node j; this node's own is left alone. In the same order on all ranks.
@@ -79,7 +80,8 @@ class Lane:
             for index, works in exchange.works.items():
                 self._take(index, _error_of(works))
             return
-        pending = {self._threads.submit(_error_of, works): index for index, works in exchange.works.items()}
+        busy = {index: works for index, works in exchange.works.items() if works}
+        pending = {self._threads[index].submit(_error_of, works): index for index, works in busy.items()}
         started, first_done = time.monotonic(), None
         while pending:
             limit = started + PATIENCE * self.timeout if first_done is None else first_done + self.timeout
@@ -106,7 +108,7 @@ class Lane:
             except RuntimeError as error:
                 self._note(0, error)
                 return None
-        pending = {self._threads.submit(self.links[index].vote, mask, tag, limit): index for index in usable}
+        pending = {self._threads[index].submit(self.links[index].vote, mask, tag, limit): index for index in usable}
         while pending:
             done, _ = wait_for(pending, limit, FIRST_COMPLETED)
             if not done:
@@ -125,8 +127,8 @@ class Lane:
 
     def close(self) -> None:
         """End the threads."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True)
+        for thread in self._threads or ():
+            thread.shutdown(wait=True)
 
     def _cut(self, exchange: Exchange, pieces: Sequence[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
         """(link, node, its share of the piece) for every other node, the next one first."""

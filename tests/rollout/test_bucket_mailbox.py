@@ -40,7 +40,8 @@ torch.save(model.state_dict(), sys.argv[2])
 SENDER = """
 import sys, time
 from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import Mailbox
-print(Mailbox(64).path, flush=True)
+box = Mailbox(64)
+print(box.path, flush=True)
 time.sleep(600)
 """
 
@@ -69,6 +70,10 @@ def wait_until_read(box: Mailbox) -> None:
     while not box.is_read and time.monotonic() < deadline:
         time.sleep(0.01)
     assert box.is_read
+
+
+def never() -> list[bytes]:
+    raise AssertionError("mails of a bucket that does not go were made")
 
 
 def mail(**tensors: torch.Tensor) -> bytes:
@@ -103,7 +108,7 @@ def test_what_cannot_be_written_is_an_error_for_the_sender_and_not_the_end_of_th
     relay = BucketRelay(Agreement(Alone()), {name: shape}, num_servers=1)
     reader = start_reader(*relay.paths, tmp_path / "result", paths)
     relay.put([mail(**{name: shared_buffer(24).view(torch.bfloat16).view(shape)})])
-    assert not relay.post([mail(bias=torch.zeros(3))], lambda: "")
+    assert not relay.post(True, never, lambda: "")
     assert re.search(error, relay.error)
     relay.close()
     assert reader.wait(60) == 0
@@ -124,7 +129,7 @@ def test_a_reader_whose_sender_was_killed_goes_on_without_it(paths, tmp_path):
 def test_a_request_that_failed_ends_the_wait_for_its_readers():
     relay = BucketRelay(Agreement(Alone()), {"w": (1,)}, num_servers=2)
     relay.put([b"never read"] * 2)
-    assert not relay.post([b"next"] * 2, lambda: "the server has ended")
+    assert not relay.post(True, never, lambda: "the server has ended")
     relay.close()
 
 
@@ -132,7 +137,23 @@ def test_a_bucket_that_no_mailbox_holds_leaves_the_relay_once_the_last_one_was_r
     relay = BucketRelay(Agreement(Alone()), {"weight": (3, 4)}, num_servers=1)
     reader = start_reader(*relay.paths, tmp_path / "result", paths)
     relay.put([mail(weight=shared_buffer(24).view(torch.bfloat16).view(3, 4).fill_(5))])
-    assert not relay.post([b"x" * (1 << 20)], lambda: "")
+    assert not relay.post(False, never, lambda: "")
     relay.close()
     assert reader.wait(60) == 0
     assert torch.equal(torch.load(tmp_path / "result")["weight"], torch.full((3, 4), 5).bfloat16())
+
+
+def test_a_sender_that_died_before_the_reader_looked_is_noticed_too(paths, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", SENDER], stdout=subprocess.PIPE, text=True) as sender:
+        assert sender.stdout is not None
+        path = sender.stdout.readline().strip()
+        sender.kill()
+        sender.wait()  # before the reader looks for the first time
+        assert start_reader(path, tmp_path / "result", paths).wait(60) == 0
+
+
+def test_a_reader_of_an_update_that_was_given_up_before_ends_at_once(paths, tmp_path):
+    gone = Mailbox(64)
+    path = gone.path
+    gone.close()
+    assert start_reader(path, tmp_path / "result", paths).wait(60) == 0

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-POSTED, READ, LENGTH, ERROR, SENDER, OPENED = range(6)  # words; POSTED, LENGTH and SENDER are the sender's
+POSTED, READ, LENGTH, ERROR, SENDER, NAMESPACE = range(6)  # words; READ and ERROR are the reader's
 WORDS, ERROR_BYTES = 8, 1024
 MAIL = 8 * WORDS + ERROR_BYTES  # where it begins
 ENDED = -1  # in POSTED: no more buckets will come
@@ -36,10 +36,13 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
         named_tensors: one; its name is the path of this rank's mailbox, its values mean nothing.
     """
     ((path, _),) = named_tensors
-    with open(path, "r+b") as file:
-        memory = mmap.mmap(file.fileno(), 0)
+    try:
+        with open(path, "r+b") as file:
+            memory = mmap.mmap(file.fileno(), 0)
+        os.unlink(path)  # so that nothing is left behind, whoever is killed
+    except FileNotFoundError:
+        return  # the update was given up before it began
     words = memoryview(memory)[: 8 * WORDS].cast("q")
-    words[OPENED] = 1
     parameters = dict(model.named_parameters())
     while words[ERROR] == 0 and _wait(words):
         try:
@@ -55,15 +58,23 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
     memory.close()
 
 
+def namespace() -> int:
+    """Of process ids: the sender's mean something in the same one only. 0 = unknown."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 def _wait(words: memoryview) -> bool:
     """Whether another bucket has come."""
     sender = Path(f"/proc/{words[SENDER]}")
-    seen, looked = sender.exists(), time.monotonic()
+    visible, looked = words[NAMESPACE] == namespace() != 0, time.monotonic()
     while words[POSTED] == words[READ]:
         time.sleep(NAP)
         if time.monotonic() > looked + LOOK:
             looked = time.monotonic()
-            if os.path.isdir("/proc/self") and seen and not sender.exists():
+            if visible and not sender.exists():
                 return False
     return words[POSTED] != ENDED
 

@@ -95,6 +95,7 @@ class WeightTransfer(ABC):
         self._dtypes = {shard.name: shard_dtype(shard, layout.dtypes(dtype)) for shard in layout.shards(rank)}
         self._proofs: dict[str, Proof] = {}  # by url, on the first rank
         self._posting: Future[object] | None = None
+        self._posting_error = ""  # of the first server that failed while it posts
         # Of the update under way:
         self.clients: Sequence[SGLangClient] = ()  # on the first rank; empty on the others
         self.num_servers, self.shared = 0, False  # shared: servers can map the memory of this process
@@ -175,7 +176,8 @@ class WeightTransfer(ABC):
         """
         missing = sorted(self.shapes.keys() - self._written)
         fault = f"shards missing: {missing}" if missing else ""
-        self._gather_ready({}, self.relay({}) or fault, is_misuse=bool(missing))
+        left = self.relay({})
+        self._gather_ready({}, left or fault, is_misuse=bool(missing) and not left)
         sums = self.gather(self._sums)
         reasons = self.lead(lambda: self._finish(sums))
         self.drop()
@@ -256,18 +258,25 @@ class WeightTransfer(ABC):
     def post(self, action: Callable[[SGLangClient], Post]) -> None:
         """On the first rank: begin ``action`` on all servers at once, beside what this thread does next."""
         if self.leads:
-            self._posting = self.loop.submit(_each(self.clients, action))
+            self._posting_error = ""
+            self._posting = self.loop.submit(_each(self.clients, lambda client: self._noting(action(client))))
+
+    async def _noting(self, posting: Post) -> None:
+        """`_each` ends when all servers have answered, and others may be waiting for our next bucket."""
+        try:
+            await posting
+        except Exception as error:
+            self._posting_error = f"{type(error).__name__}: {error}"
+            raise
 
     def each(self, action: Callable[[SGLangClient], Post]) -> None:
         """``action`` on all servers at once, to its end."""
         self.loop.run(_each(self.clients, action))
 
     def posting_failure(self) -> str:
-        """How the request under way has failed, on the first rank; "" = it has not, so far."""
-        posting = self._posting
-        if posting is None or not posting.done():
-            return ""
-        return str(posting.exception() or "")
+        """Why the request under way takes no more buckets, on the first rank; "" = it does."""
+        ended = self._posting is not None and self._posting.done()
+        return self._posting_error or ("the request ended before its update" if ended else "")
 
     def _gather_ready(self, shards: Mapping[str, Tensor], fault: str, is_misuse: bool = False) -> list[_Ready]:
         """What all ranks report, once servers have read the previous bucket; raises their faults. Reports carry data

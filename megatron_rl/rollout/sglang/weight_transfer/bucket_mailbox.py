@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -14,7 +15,7 @@ RECEIVER = f"{receiver.__name__.rpartition('.')[2]}.{receiver.receive.__name__}"
 
 
 class Mailbox:
-    """The sender's end. The file has no name any more once the reader has opened it.
+    """The sender's end. The reader takes the file's name away when it has opened it.
 
     Args:
         max_bytes: of one mail.
@@ -24,12 +25,16 @@ class Mailbox:
         self.max_bytes = max_bytes
         descriptor, self.path = tempfile.mkstemp(prefix="megatron_rl_", dir=SHARED_MEMORY)
         try:
-            os.ftruncate(descriptor, receiver.MAIL + max_bytes)
+            os.posix_fallocate(descriptor, 0, receiver.MAIL + max_bytes)  # not a SIGBUS later, where memory is full
             self._memory = mmap.mmap(descriptor, 0)
+        except BaseException:
+            os.unlink(self.path)
+            raise
         finally:
             os.close(descriptor)
         self._words = memoryview(self._memory)[: 8 * receiver.WORDS].cast("q")
         self._words[receiver.SENDER] = os.getpid()
+        self._words[receiver.NAMESPACE] = receiver.namespace()
 
     @property
     def is_read(self) -> bool:
@@ -46,7 +51,6 @@ class Mailbox:
         """Pass the next bucket on; the last one `is_read`."""
         assert self.is_read
         assert len(mail) <= self.max_bytes
-        self._forget_name()
         self._memory[receiver.MAIL : receiver.MAIL + len(mail)] = mail
         self._words[receiver.LENGTH] = len(mail)
         time.sleep(0)  # as in the reader
@@ -57,11 +61,7 @@ class Mailbox:
         self._words[receiver.POSTED] = receiver.ENDED
 
     def close(self) -> None:
-        self._forget_name(anyway=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
         self._words.release()
         self._memory.close()
-
-    def _forget_name(self, anyway: bool = False) -> None:
-        if self.path and (anyway or self._words[receiver.OPENED]):
-            os.unlink(self.path)
-            self.path = ""

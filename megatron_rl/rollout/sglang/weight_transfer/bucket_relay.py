@@ -20,7 +20,9 @@ from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import Mailbox
 RELAY_SECONDS = 60.0  # then another request begins: SGLang's watchdog ends schedulers that seem stuck for 300 s
 REQUEST_SECONDS = 1800.0  # that a request may take: a bucket of a slow training layout may be long in coming
 NAP, ROUND = 2e-4, 0.05  # seconds between two looks at the mailboxes, and between two votes
-SHARD_BYTES = 1024  # of a mail, for each shard beside its name: a handle, pickled, as base64
+SHARD_BYTES = (
+    4096  # of a mail, for each shard beside its name: a handle, pickled, as base64; unused memory is not taken
+)
 
 
 class _Vote(IntEnum):
@@ -50,18 +52,19 @@ class BucketRelay:
         """Of the mailbox for each server."""
         return [box.path for box in self._boxes]
 
-    def post(self, mails: Sequence[bytes], failure: Callable[[], str]) -> bool:
+    def post(self, fits: bool, mails: Callable[[], Sequence[bytes]], failure: Callable[[], str]) -> bool:
         """Pass a bucket on, once all servers have read the last one. Collective over the replica's ranks.
 
         Args:
-            mails: for each server; empty = this bucket cannot go this way.
-            failure: how the request has failed, as far as this rank knows.
+            fits: this rank's bucket can go this way.
+            mails: makes those for each server, once it is certain that they go: a handle that nobody opens keeps its
+                memory.
+            failure: why the request takes no more buckets, as far as this rank knows; "" = it does.
 
         Returns:
             Whether it went. Otherwise the relay is of no more use, on all ranks; unless there is an `error` or the
             request has failed, the last bucket was read.
         """
-        fits = bool(mails) and max(map(len, mails)) <= self._max_bytes
         leaves = not fits or time.monotonic() > self._opened + RELAY_SECONDS
         while True:
             self._look()
@@ -73,7 +76,7 @@ class BucketRelay:
                 break
         if max(votes) != _Vote.READ:
             return False
-        self.put(mails)
+        self.put(mails())
         return True
 
     @property

@@ -43,10 +43,10 @@ class ShardedTransfer(WeightTransfer):
         relay = self._relay
         if relay is None:
             return fault
-        fits = not fault and not self.misuse(shards) and not unshared_bytes(shards.values())
-        if relay.post(self._mails(self.prepare(shards)) if fits and shards else [], self.posting_failure):
+        fits = bool(shards) and not fault and not self.misuse(shards) and not unshared_bytes(shards.values())
+        if relay.post(fits, lambda: self._mails(self.prepare(shards)), self.posting_failure):
             return None
-        fault = relay.error or fault
+        fault = relay.error or self.posting_failure() or fault
         self.drop_relay()  # and so no server waits for a bucket when it is asked how it is
         return fault
 
@@ -66,13 +66,21 @@ class ShardedTransfer(WeightTransfer):
     def send(self, shards: Mapping[str, Tensor], prepared: Sequence[list[list[str]]] | None) -> None:
         if self.shared and self.have_receiver:
             own = prepared[self.ranks.index(self.rank)] if prepared else self.prepare(shards)
-            self._relay = BucketRelay(self.agreement, self.shapes, self.num_servers)
+            with self.agreement.attempt("making mailboxes") as attempt:
+                attempt.run(self._make_relay)
+            assert self._relay is not None
             paths = self.gather(self._relay.paths)
             self.post(lambda client: self._request(client, [[of_rank] for of_rank in self._openings(paths)], RECEIVER))
             self._relay.put(self._mails(own))
             return
         of_ranks = prepared or self.gather(self.prepare(shards))
         self.post(lambda client: self._request(client, of_ranks, "direct"))
+
+    def _make_relay(self) -> None:
+        try:
+            self._relay = BucketRelay(self.agreement, self.shapes, self.num_servers)
+        except OSError as error:
+            raise RuntimeError(f"weights were not delivered: no mailbox in shared memory: {error}") from error
 
     def _openings(self, paths: Sequence[Sequence[str]]) -> list[list[str]]:
         """Rank -> server -> what makes its receiver open the mailbox."""
