@@ -199,7 +199,7 @@ MRL_INLINE void load_rows(const PackedAttentionGrad& g, const AttentionSegment& 
     const int64_t token = at.first_query + std::min(i + r, at.num_queries - 1), row = token * a.heads + head;
     const float* grad = g.grad_out + row * a.value_dim;
     for (int64_t d = 0; d < a.value_dim; ++d) w.grads[r * kMaxHeadDim + d] = exists ? grad[d] : 0.0f;
-    maximum[r] = a.maximum[row];
+    maximum[r] = exists ? a.maximum[row] : 0.0f;  // exp(0 - maximum) could overflow, and infinity times 0 is NaN
     inverse[r] = exists ? a.inverse[row] : 0.0f;
     delta[r] = dot(grad, a.out + row * a.value_dim, a.value_dim);
   }

@@ -54,7 +54,8 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
     HFFields.parse(fields, str(path))
     native = FAMILIES[model_type].published_code if model_type in FAMILIES else ""
     if isinstance(fields.get("auto_map"), dict) and any(
-        "Model" in key and not (native and str(code).startswith(native)) for key, code in fields["auto_map"].items()
+        "Model" in key and not (native and str(code).rpartition("--")[2].startswith(native))
+        for key, code in fields["auto_map"].items()
     ):
         raise ConfigError(
             f"{path} names code of its own (auto_map: {fields['auto_map']}), which would be trained and exported "

@@ -69,6 +69,9 @@ def refused_latent_fields(config: MLATransformerConfig) -> list[Refusal]:
         found.append(Refusal("qk_layernorm", "False", "True with multi_latent_attention"))
     if config.rope_type == "yarn" and config.mscale != 1.0 and not config.mscale_all_dim:
         found.append(Refusal("mscale", str(config.mscale), "1.0 where mscale_all_dim is 0"))
+    if config.rope_type != "yarn" and config.mscale_all_dim and config.rotary_scaling_factor > 1:
+        # MultiLatentAttention scales the scores by them whatever the rope_type
+        found.append(Refusal("mscale_all_dim", str(config.mscale_all_dim), "0 with rope_type=rope"))
     if config.rope_type != "yarn" and config.rotary_percent != 1.0:
         found.append(Refusal("rotary_percent", str(config.rotary_percent), "1.0 with multi_latent_attention"))
     return found

@@ -12,6 +12,7 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 class Phi3(ModelFamily):
     """A sliding window; rotary positions of a part of each head (Phi-4-mini)."""
 
+    published_code = "modeling_phi3."
     names_head_dim = False
     windowed = turns_part = fused_in_file = True
 

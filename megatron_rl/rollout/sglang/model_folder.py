@@ -47,6 +47,20 @@ def check_served(architecture: Architecture, max_context: int) -> None:
     ignored = ["attention_factor", *(["factor"] if scaling.get("rope_type") == "longrope" else [])]
     if found := [name for name in ignored if scaling.get(name) is not None]:
         raise ConfigError(f"SGLang ignores {' and '.join(found)} of rope_parameters={scaling}: use engine: local")
+    original = scaling.get("original_max_position_embeddings")
+    if scaling.get("rope_type") == "longrope" and isinstance(original, int) and max_context > original:
+        raise ConfigError(
+            f"SGLang turns all sequences of a batch by LongRoPE's long frequencies where one is longer than {original} "
+            f"tokens: set actor.rollout.options.server.context_length to {original} or less, or use engine: local"
+        )
+    if a.family in ("gemma", "gemma2") and a.rope_scaling:
+        raise ConfigError(f"SGLang computes {a.family} with plain rotary positions, not {scaling}: use engine: local")
+    if a.family == "gemma3_text" and a.attention_softcap is not None:
+        raise ConfigError(
+            f"SGLang computes Gemma 3 without attn_logit_softcapping={a.attention_softcap}: use engine: local"
+        )
+    if a.family == "gemma" and a.qkv_bias:
+        raise ConfigError("SGLang's Gemma has no biases in attention: use engine: local")
     if a.family == "mixtral" and (a.rope_scaling or a.head_dim * a.num_heads != a.hidden):
         raise ConfigError(
             f"SGLang computes Mixtral with heads of hidden / heads = {a.hidden // a.num_heads} channels and plain "
@@ -67,6 +81,8 @@ def check_cpu_layout(architecture: Architecture, tp: int) -> None:
             f"SGLang on a CPU computes attention without its soft cap of {architecture.attention_softcap}: use "
             "engine: local, or a GPU"
         )
+    if architecture.family == "gemma3_text" and architecture.rope_scaling:
+        raise ConfigError("SGLang on a CPU computes Gemma 3 with plain rotary positions: use engine: local, or a GPU")
     unit = CPU_INTERMEDIATE_UNIT * tp
     sizes = {
         "num_attention_heads": (architecture.num_heads, tp),

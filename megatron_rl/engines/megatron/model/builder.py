@@ -59,7 +59,8 @@ def transformer_config(
         ConfigError: sizes that this architecture cannot be split into.
     """
     _check_sizes(architecture, sizes)
-    fields = _decoder_fields(architecture) | _parallel_fields(architecture, sizes) | _fusion_fields()
+    fields = _decoder_fields(architecture) | _parallel_fields(architecture, sizes)
+    fields |= _fusion_fields(describe(architecture))
     fields |= {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -247,11 +248,12 @@ def _parallel_fields(architecture: Architecture, sizes: ParallelSizes) -> dict[s
     }
 
 
-def _fusion_fields() -> dict[str, Any]:
-    fused = use_transformer_engine()
+def _fusion_fields(model: ModelDescription) -> dict[str, Any]:
+    fused = use_transformer_engine() and fits_transformer_engine(model)
     return {
         "use_cpu_initialization": current_platform().name == "cpu",
-        "bias_activation_fusion": fused,
+        "bias_activation_fusion": fused
+        and _activation(model) is ACTIVATIONS["silu"],  # Megatron-Core fuses no tanh GELU
         "bias_dropout_fusion": fused,
         "apply_rope_fusion": fused,
         "moe_grouped_gemm": fused,

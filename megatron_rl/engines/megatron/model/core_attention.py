@@ -144,10 +144,10 @@ class CoreAttention(MegatronModule):
         )
 
     def _masked(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-        if self.cp_group is not None or self.window is not None or self.softcap is not None:
+        if any(part is not None for part in (self.cp_group, self.window, self.softcap, self.softmax_offset)):
             raise ValueError(
-                f"attention_mask of shape {list(mask.shape)} with context parallelism, a sliding window or a soft cap: "
-                "pass None, attention is causal"
+                f"attention_mask of shape {list(mask.shape)} with context parallelism, a sliding window, a soft cap or "
+                "sinks: pass None, attention is causal"
             )
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.rotary is not None:

@@ -16,7 +16,7 @@ import torch
 from megatron_rl.config import ConfigError
 from megatron_rl.reshard import Layout
 
-EXPERTS = ".experts.w13_weight"
+EXPERTS, BIASES = ".experts.w13_weight", ".experts.w13_weight_bias"
 # Option -> (values that leave parameters as they are, what others do). None stands for an option that is not set.
 OPTIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     "pp_size": ((1, None), "cuts the layers over servers' ranks"),
@@ -49,6 +49,7 @@ class ServerLayout:
     ep: int
     has_experts: bool
     dtype: str  # "bfloat16"
+    of_files: bool = False  # experts lie as in files, as gpt-oss's do with one backend; others transpose them
 
     @classmethod
     def of(cls, layout: Layout, dtype: torch.dtype) -> ServerLayout:
@@ -60,13 +61,17 @@ class ServerLayout:
             return cls(len(replicas), 1, False, name)
         held = [shard for replica in replicas for shard in layout.shards_of(replica) if shard.name == first.name]
         everywhere = {span.tensor for shard in held for span in shard.spans}
-        return cls(len(replicas), len(everywhere) // len({span.tensor for span in first.spans}), True, name)
+        of_files = any(shard.name.endswith(BIASES) for shard in layout.shards_of(replicas[0]))
+        return cls(len(replicas), len(everywhere) // len({span.tensor for span in first.spans}), True, name, of_files)
 
     def differences(self, info: Mapping[str, Any]) -> list[str]:
         """What makes the server with /server_info ``info`` hold its parameters otherwise; empty when nothing does."""
+        rules = OPTIONS | (MOE_OPTIONS if self.has_experts else {})
+        if self.of_files:
+            rules |= {"moe_runner_backend": (("triton_kernel",), "holds the experts transposed")}
         found = [
             f"{name}={info.get(name)!r} (it {effect}; expected {values[0]!r})"
-            for name, (values, effect) in (OPTIONS | (MOE_OPTIONS if self.has_experts else {})).items()
+            for name, (values, effect) in rules.items()
             if info.get(name) not in values
         ]
         if self.has_experts and info.get("ep_size", 1) != self.ep:
