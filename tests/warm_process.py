@@ -157,6 +157,7 @@ def be_the_program(request: dict[str, Any], rank: int, given: int) -> NoReturn:
         file = Path(request["folder"], f"{rank}.{name}")
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(request["directory"])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     import numpy
 
     numpy.random.seed()  # as Python's own generator is by fork

@@ -101,7 +101,9 @@ def what_cannot_be_stored(folder: Path) -> None:
     """Is said by name."""
     actor = actor_of("nadam", seed=5)
     step(actor)
-    with pytest.raises(ConfigError, match="the optimizer NAdam keeps 'mu_product', which has not the shape"):
+    with pytest.raises(
+        ConfigError, match="the optimizer NAdam keeps 'mu_product', which does not have its parameter's shape"
+    ):
         checkpoints(actor, folder).save(SimpleNamespace(step=1, state_dict=dict))
     print("RESULT nadam refused", flush=True)
 

@@ -92,7 +92,7 @@ def test_waiting_for_another_process_is_bounded(tmp_path, cache):
     cache.mkdir()
     with (cache / f"ops_test-{build.key()}.lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(UnavailableError, match="another process still builds"):
+        with pytest.raises(UnavailableError, match="another process is still building"):
             built(build, timeout=0.2)
 
 

@@ -92,7 +92,7 @@ def test_decode_attention_on_a_gpu():
     qkv, cos, sin, cache, positions = decode_case(rows=5, kv_heads=2, group=2, head_dim=16, length=9)
     expected_cache, found_cache = cache.double(), cache.clone().to(DEVICE)
     reference = load("decode_attention", "reference", "cpu")
-    expected = reference(qkv.double(), cos.double(), sin.double(), expected_cache, positions, 9)
+    expected = reference(qkv.double(), cos.double(), sin.double(), expected_cache, positions, 9, 16**-0.5)
     found = decode_attention(
         qkv.clone().to(DEVICE), cos.to(DEVICE), sin.to(DEVICE), found_cache, positions.to(DEVICE), 9
     )

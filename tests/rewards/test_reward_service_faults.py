@@ -194,10 +194,10 @@ def of_rows(*rows: object) -> bytes:
 
 # an answer of status 200 to two samples -> part of the reason
 MALFORMED: dict[str, tuple[bytes, str]] = {
-    "deep JSON": (b"[" * 100_000 + b"]" * 100_000, "not JSON"),
+    "deep JSON": (b"[" * 100_000 + b"]" * 100_000, "answer with JSON"),
     "JSON as deep as it can be": (b"[" * 900 + b"]" * 900, "expected a list of 2 results"),
     "a number of 400 digits": (b'[{"embedding": [%s]}, {"embedding": [%s]}]' % ((b"9" * 400,) * 2), "digits"),
-    "a number of 5,000 digits": (b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 5000), "not JSON"),
+    "a number of 5,000 digits": (b'[{"embedding": [%s]}, {"embedding": [1]}]' % (b"9" * 5000), "answer with JSON"),
     "too few": (of_rows({"embedding": [1.0]}), "expected a list of 2 results"),
     "too many": (of_rows(*[{"embedding": [1.0]}] * 3), "expected a list of 2 results"),
     "an object": (b'{"error": "odd"}', "expected a list of 2 results"),
@@ -207,8 +207,8 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "texts": (of_rows(*[{"embedding": ["x"]}] * 2), "expected numbers"),
     "truth values": (of_rows(*[{"embedding": [True]}] * 2), "expected numbers"),
     "no numbers": (of_rows(*[{"embedding": [math.nan]}] * 2), "it is nan"),
-    "UTF-16": (of_rows({"embedding": [1.0]}).decode().encode("utf-16")[:-1], "not JSON"),
-    "nothing": (b"", "not JSON"),
+    "UTF-16": (of_rows({"embedding": [1.0]}).decode().encode("utf-16")[:-1], "answer with JSON"),
+    "nothing": (b"", "answer with JSON"),
 }
 
 

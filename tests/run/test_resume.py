@@ -92,7 +92,7 @@ def test_every_restart_passes_over_a_damaged_checkpoint(killed_and_damaged, unin
     said = f"checkpoint {checkpoints}/step_000004 is damaged: __"
     warnings = [line for line in errors.splitlines() if said in line]
     assert sorted(line.split("[")[1][:6] for line in warnings) == ["rank 0", "rank 1"], errors[-4000:]
-    assert all(line.endswith(f"going on from {checkpoints}/step_000002, the newest intact one") for line in warnings)
+    assert all(line.endswith(f"continuing from {checkpoints}/step_000002, the newest intact one") for line in warnings)
     assert metrics_of(checkpoints.parent) == uninterrupted[1]
 
 

@@ -107,7 +107,7 @@ def test_auto_passes_over_what_is_damaged_and_says_so(folder, context, caplog):
         assert intact_checkpoint(folder, "auto", context) == folder / "step_000001"
     assert [record.getMessage() for record in caplog.records] == [
         f"checkpoint {folder}/step_000003 is damaged: __0_0.distcp is not as it was written (its digest differs from "
-        f"that in {FILE}); going on from {folder}/step_000001, the newest intact one"
+        f"that in {FILE}); continuing from {folder}/step_000001, the newest intact one"
     ]
 
 

@@ -38,7 +38,7 @@ def shard_of(full: Mapping[str, Tensor], chunk: nn.Module, name: str, parameter:
     if not getattr(parameter, "tensor_model_parallel", False):
         return tensor
     dim = parameter.partition_dim
-    if "experts" in whole_name:
+    if ".experts." in whole_name:  # shared experts are cut as dense layers are
         size, rank = ps.get_expert_tensor_parallel_world_size(), ps.get_expert_tensor_parallel_rank()
     else:
         size, rank = ps.get_tensor_model_parallel_world_size(), ps.get_tensor_model_parallel_rank()

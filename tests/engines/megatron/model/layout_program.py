@@ -286,7 +286,7 @@ def cases() -> list[Case]:
         Case("tp2 ep2 sp", "sparse", s(tp=2, ep=2, **sp)),
         Case("pp2 ep2", "sparse", s(pp=2, ep=2)),
         Case("latent tp2 ep2 sp", "latent", s(tp=2, ep=2, **sp)),
-        Case("latent tp2 cp2 sp", "latent", s(tp=2, cp=2, **sp)),
+        Case("latent tp2 cp2 ep2 sp", "latent", s(tp=2, cp=2, ep=2, **sp)),
         Case("latent pp2 padded recompute", "latent", s(pp=2), packed=False, recompute=True),
     ]
 
