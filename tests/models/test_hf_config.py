@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 from models.oracle import ALL, DEEPSEEK_V2, DEEPSEEK_V2_LITE, LLAMA, MISTRAL, MIXTRAL, QWEN2_WINDOWS, QWEN3_MOE
-from transformers import AutoConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.builder import transformer_config
@@ -56,6 +65,23 @@ def test_published_moe_config_is_read() -> None:
     config = Qwen3MoeConfig(num_experts=128, mlp_only_layers=[3], decoder_sparse_step=2, num_hidden_layers=6)
     expected = Experts(128, 8, 768, normalize_weights=False, dense_layers=(0, 2, 3, 4))
     assert architecture_from_hf(config).experts == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "is_read"),
+    [
+        ("modeling_phi3.Phi3ForCausalLM", True),  # as published, from before transformers had the class
+        ("microsoft/Phi-3.5-mini-instruct--modeling_phi3.Phi3ForCausalLM", True),  # saved again
+        ("modeling_mine.Phi3ForCausalLM", False),
+    ],
+)
+def test_a_folder_that_names_code_is_read_where_transformers_has_that_class(code: str, is_read: bool, tmp_path) -> None:
+    Phi3Config(pad_token_id=0, auto_map={"AutoModelForCausalLM": code}).save_pretrained(tmp_path)
+    if is_read:
+        assert architecture_from_hf(read_hf_config(tmp_path)).family == "phi3"
+    else:
+        with pytest.raises(ConfigError, match="names code of its own"):
+            read_hf_config(tmp_path)
 
 
 def test_qwen2_keeps_a_head_size_of_its_own() -> None:

@@ -169,3 +169,26 @@ def test_models_that_sglang_would_compute_otherwise_are_refused() -> None:
     check_served(architecture_of(CONFIGS["mixtral"]), max_context=128)
     with pytest.raises(ConfigError, match="SGLang computes Mixtral with heads of hidden / heads = 8 channels"):
         check_served(replace(architecture_of(CONFIGS["mixtral"]), head_dim=16), max_context=128)
+
+
+LINEAR = (("factor", 8.0), ("rope_type", "linear"))
+LONGROPE = (("long_factor", (4.0,) * 4), ("original_max_position_embeddings", 64), ("rope_type", "longrope"))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "refused"),
+    [
+        ("gemma", {"rope_scaling": LINEAR}, "gemma with plain rotary positions"),
+        ("gemma2", {"rope_scaling": LINEAR}, "gemma2 with plain rotary positions"),
+        ("gemma", {"qkv_bias": True}, "no biases in attention"),
+        ("gemma3_text", {"attention_softcap": 50.0}, "attn_logit_softcapping=50.0"),
+        ("phi3", {"rope_scaling": LONGROPE}, "one is longer than 64 tokens: set .*context_length to 64"),
+    ],
+)
+def test_what_sglangs_classes_leave_out_is_refused(family, changes, refused) -> None:
+    plain = replace(architecture_of(CONFIGS["llama"]), family=family)
+    check_served(plain, max_context=128)
+    with pytest.raises(ConfigError, match=refused):
+        check_served(replace(plain, **changes), max_context=128)
+    if "context_length" in refused:
+        check_served(replace(plain, **changes), max_context=64)
