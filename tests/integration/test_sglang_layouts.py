@@ -3,6 +3,7 @@ with two expert-parallel ranks of two tensor-parallel ones each."""
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 from pathlib import Path
@@ -17,12 +18,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl.models import rollout_layout
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
+from megatron_rl.rollout.sglang.sglang_engine import EXPERTS_EVERYWHERE
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import SafetensorsFolder
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1500)]
 # SGLang has no biases in feed-forward layers, and leaves those of a file out: `rollout/sglang/model_folder.py` refuses.
-SERVED = {name: config for name, config in FAMILIES.items() if not getattr(config, "mlp_bias", False)}
+SERVED = {name: copy.deepcopy(config) for name, config in FAMILIES.items() if not getattr(config, "mlp_bias", False)}
+for config in SERVED.values():
+    if config.model_type in EXPERTS_EVERYWHERE:  # `SGLangEngine.check_model` refuses dense layers among them
+        config.mlp_only_layers = []
 CASES = [(name, tp, 1) for name in SERVED for tp in (1, 2, 4)]
 CASES += [(name, 4, 2) for name, config in SERVED.items() if hasattr(config, "num_experts_per_tok")]
 CASES.remove(("gpt_oss", 4, 2))  # SGLang's loader of its bf16 files (weight_loader_fused) fails with expert parallelism

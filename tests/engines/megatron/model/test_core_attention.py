@@ -104,7 +104,7 @@ def test_windows_hide_what_lies_before_them(context, lengths, window):
     attention = core_attention(context, window_size=(window - 1, 0))
     got = attention(*(x.squeeze(1) for x in inputs), None, packed_seq_params=packed_params(cu_seqlens))
     assert_same(got, explicit(*inputs, visible, 8**-0.5), inputs)
-    with pytest.raises(ValueError, match="sliding window or a soft cap: pass None"):
+    with pytest.raises(ValueError, match="a sliding window, a soft cap or sinks: pass None"):
         attention(*inputs, torch.zeros(12, 12, dtype=torch.bool)[None, None])
 
 
