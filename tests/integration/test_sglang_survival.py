@@ -196,7 +196,7 @@ def test_tokens_that_had_streamed_survive_a_killed_server(
         for completion in group:
             assert len(completion.token_ids) == 400
             check(prompt, completion, 10)
-    kept = [record.args[1] for record in caplog.records if "goes on behind" in record.message]  # type: ignore[index]
+    kept = [record.args[1] for record in caplog.records if "resumes after" in record.message]  # type: ignore[index]
     assert len(kept) == 4, "half of the prompts were on the server"
     assert sum(kept) > 400  # type: ignore[arg-type]
     print(f"tokens kept of 4 prompts with 2 samples each: {kept}")
