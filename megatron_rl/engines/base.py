@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,7 +26,7 @@ from megatron_rl.batch import Batch
 from megatron_rl.data.packing import Alignment, MicroBatch
 from megatron_rl.models import Architecture
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout, Readable, WireFormat
+from megatron_rl.reshard import Layout, LazyTensor, Readable, WireFormat
 
 if TYPE_CHECKING:
     from megatron_rl.models.hf_config import GenerationFile, HFConfig
@@ -58,6 +59,7 @@ class LowRank(Protocol):
     """The adapter of one frozen weight ``W [out, in]``: the model computes with ``W + factor * b @ a``."""
 
     row_parallel: bool  # inputs are split over tensor-parallel ranks, not outputs
+    enabled: bool  # off, it adds nothing
 
     @property
     def a(self) -> Any:
@@ -66,6 +68,9 @@ class LowRank(Protocol):
     @property
     def b(self) -> Any:
         """``[out, rank]``."""
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """This rank's part of W with the update in it: a new tensor of the same dtype."""
 
     @property
     def facts(self) -> dict[str, float]:
@@ -118,8 +123,13 @@ class TrainingEngine(abc.ABC):
         return {name: parameter.detach() for name, parameter in self.parameters().items()}
 
     def published(self) -> dict[str, Readable]:
-        """The weights as rollout engines and exports get them: adapters merged, nothing copied before it is read."""
-        return dict(self.tensors())
+        """The weights as rollout engines and exports get them. Each adapter is merged when its weight is read: there is
+        never a second copy of the model."""
+        tensors = self.tensors()
+        return tensors | {
+            name: LazyTensor(tensors[name], functools.partial(adapter.merged, tensors[name]))
+            for name, adapter in self.adapters.items()
+        }
 
     @contextlib.contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
@@ -148,7 +158,13 @@ class TrainingEngine(abc.ABC):
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """While open, the model computes with its frozen weights alone, without adapters."""
-        yield
+        for adapter in self.adapters.values():
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter in self.adapters.values():
+                adapter.enabled = True
 
     # Computing: all collective
 

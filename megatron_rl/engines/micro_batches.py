@@ -13,7 +13,20 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import MicroBatch, pack, pad, split_micro_batches
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, TrainingEngine
+from megatron_rl.engines.engine_config import EngineConfig
 from megatron_rl.parallel import ParallelContext
+
+
+def micro_batching(config: EngineConfig, packs: bool, remedy: str) -> MicroBatching:
+    """What ``config`` asks of a model that ``packs`` or not; where it does not say, packed micro-batches if it can.
+
+    Raises:
+        ConfigError: it asks for packed ones of a model that does not; the message ends with the ``remedy``.
+    """
+    if config.packing and not packs:
+        raise ConfigError(f"packing=true, but {remedy}")
+    packing = packs if config.packing is None else config.packing
+    return MicroBatching(config.token_budget, packing, config.micro_batch_size)
 
 
 def plan_micro_batches(

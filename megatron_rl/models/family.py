@@ -76,6 +76,7 @@ class ModelFamily:
     fused_in_file: ClassVar[bool] = False  # files have one qkv_proj and one gate_up_proj
     windowed: ClassVar[bool] = False  # the config may have a ``sliding_window``
     names_windows: ClassVar[bool] = False  # and says by ``layer_types`` which layers have it; otherwise all do
+    counts_windows: ClassVar[bool] = False  # and, for older readers, how many at the beginning do not, as Qwen's do
     biased_output: ClassVar[bool] = False  # where ``bias_key`` is set, the output projection has a bias, too
     bends: ClassVar[bool] = False  # the config has ``query_pre_attn_scalar`` and ``*_logit_softcapping``
     activations: ClassVar[tuple[str, ...]] = ("silu",)  # that are computed; an exported config names the last
@@ -186,10 +187,17 @@ class ModelFamily:
         fields |= {key: getattr(a, ours) for ours, key in BENDING.items() if self.bends}
         fields |= {self.bias_key: a.qkv_bias} if self.bias_key else {}
         fields |= {"sliding_window": a.window} if self.windowed else {}
-        fields |= _layer_types(a) if self.windowed and self.names_windows else {}
+        fields |= self._layer_types(a) if self.windowed and self.names_windows else {}
         fields |= {"architectures": [self.hf_name(a)], "rope_parameters": self.rope_parameters(a)}
         fields |= {self.activation_key: a.activation if a.activation in self.activations else self.activations[-1]}
         return fields | {key: getattr(a.experts, ours) for ours, key in self.expert_keys.items()}
+
+    def _layer_types(self, a: Architecture) -> dict[str, Any]:
+        windowed = [a.window is not None and index not in a.full_layers for index in range(a.num_layers)]
+        first = windowed.index(True) if any(windowed) else a.num_layers
+        counted = {"use_sliding_window": a.window is not None, "max_window_layers": first}
+        kinds = [SLIDING if one else FULL for one in windowed]
+        return {"layer_types": kinds} | (counted if self.counts_windows else {})
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raise ConfigError for config fields that would silently change what is computed."""
@@ -339,14 +347,6 @@ def thawed_rope(scaling: Scaling) -> dict[str, Any]:
     """The inverse of `frozen_rope`."""
     items = {key: list(value) if isinstance(value, tuple) else value for key, value in scaling}
     return items or {"rope_type": "default"}
-
-
-def _layer_types(a: Architecture) -> dict[str, Any]:
-    """How Qwen's configs say which layers have a window; older readers know only how many at the beginning do not."""
-    windowed = [a.window is not None and index not in a.full_layers for index in range(a.num_layers)]
-    first = windowed.index(True) if any(windowed) else a.num_layers
-    kinds = [SLIDING if one else FULL for one in windowed]
-    return {"use_sliding_window": a.window is not None, "max_window_layers": first, "layer_types": kinds}
 
 
 def _without_idle(a: Architecture) -> Architecture:

@@ -1,11 +1,29 @@
-"""LoRA's update of a weight, merged: of a model in training when it is published, of a checkpoint when it is read."""
+"""What LoRA computes whatever trains: A's first values, and the update merged into a weight, of a model in training
+when it is published, of a checkpoint when it is read."""
 
 from __future__ import annotations
+
+import hashlib
+import math
 
 import torch
 from torch import Tensor
 
 SUFFIX = "_adapter"  # in checkpoints an adapter stands beside its layer: linear_qkv, linear_qkv_adapter
+
+
+def first_values(layer: str, rank: int, inputs: int, seed: int) -> Tensor:
+    """A of a whole layer, ``[rank, inputs]`` fp32: uniform within 1 / sqrt(inputs), which is Kaiming with a = sqrt(5),
+    as in PEFT. It depends on the layer's name, and so on no layout."""
+    digest = hashlib.blake2b(f"{seed} {layer}".encode(), digest_size=7).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+    bound = 1 / math.sqrt(inputs)
+    return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
+
+
+def peft_facts(rank: int, factor: float, dropout: float) -> dict[str, float]:
+    """The fields of PEFT's ``LoraConfig`` that describe an adapter; ``factor`` is alpha / rank."""
+    return {"r": rank, "lora_alpha": factor * rank, "lora_dropout": dropout}
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron_rl.models.parameters import Axis, Parameter, Place, Shape
+from megatron_rl.models.parameters import Parameter, Place, Shape
 from megatron_rl.reshard.layout import Shard, Span, block, stack_rows
 
 
@@ -52,7 +52,7 @@ class RoutedExperts(Parameter):
 
     def megatron(self, at: Place) -> Iterator[Shard]:
         start, stop = block(self.ffn, at.expert_tp.index, at.expert_tp.count, "the expert feed-forward size")
-        for local, expert in enumerate(self._experts(at.ep)):
+        for local, expert in enumerate(local_experts(self.num_experts, at)):
             fc1, fc2 = at.naming.expert_names(local)
             yield Shard(at.local + fc1, (2 * (stop - start), self.hidden), self._up(at.hf, expert, start, stop))
             yield Shard(at.local + fc2, (self.hidden, stop - start), (self._down(at.hf, expert, start, stop),))
@@ -68,7 +68,7 @@ class RoutedExperts(Parameter):
 
     def _stacked(self, at: Place, up_name: str, down_name: str) -> Iterator[Shard]:
         start, stop = block(self.ffn, at.expert_tp.index, at.expert_tp.count, "the expert feed-forward size")
-        experts, width = self._experts(at.ep), stop - start
+        experts, width = local_experts(self.num_experts, at), stop - start
         up: list[Span] = []
         down: list[Span] = []
         for local, expert in enumerate(experts):
@@ -77,12 +77,14 @@ class RoutedExperts(Parameter):
         yield Shard(at.local + up_name, (len(experts), 2 * width, self.hidden), tuple(up))
         yield Shard(at.local + down_name, (len(experts), self.hidden, width), tuple(down))
 
-    def _experts(self, ep: Axis) -> range:
-        return range(*block(self.num_experts, ep.index, ep.count, "the number of experts"))
-
     def _up(self, prefix: str, expert: int, start: int, stop: int, row: int = 0) -> tuple[Span, ...]:
         pieces = [(self._name(prefix, expert, half), start, stop) for half in (self.names.gate, self.names.up)]
         return stack_rows(pieces, self.hidden, row)
 
     def _down(self, prefix: str, expert: int, start: int, stop: int, row: int = 0) -> Span:
         return Span(self._name(prefix, expert, self.names.down), 0, self.hidden, start, stop, row, 0)
+
+
+def local_experts(num_experts: int, at: Place) -> range:
+    """The experts of a rank."""
+    return range(*block(num_experts, at.ep.index, at.ep.count, "the number of experts"))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_rl.models.parameters import Parameter, Place, Shape
+from megatron_rl.models.routed_experts import local_experts
 from megatron_rl.reshard.layout import Shard, Span, block
 
 EXPERTS = "mlp.experts."  # in files, in SGLang and in the memory of `transformers`
@@ -87,11 +88,6 @@ class ExpertBiases(Parameter):
         down = Span(hf + "down_proj_bias", experts.start, experts.stop, 0, self.hidden, 0, 0)
         spans = () if at.expert_tp.index else (down,)
         yield Shard(local + "w2_weight_bias", (len(experts), self.hidden), spans, like=down.tensor)
-
-
-def local_experts(num_experts: int, at: Place) -> range:
-    """The experts of a rank."""
-    return range(*block(num_experts, at.ep.index, at.ep.count, "the number of experts"))
 
 
 def megatron_name(at: Place, local: int, layer: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from megatron_rl.ops.packed_attention import packed_attention
+from megatron_rl.ops.packed_attention import packed_attention, whole_sequences
 
 NAME = "megatron_rl_packed"
 REFUSED = ("position_bias", "indices", "block_indices")  # keywords of what `packed_attention` does not compute
@@ -53,7 +53,7 @@ def attention(
         q.contiguous(),
         k.contiguous(),
         v.contiguous(),
-        segments_of(cu_seq_lens_q, rows, columns),
+        whole_sequences(torch.arange(rows + 1) * columns if cu_seq_lens_q is None else cu_seq_lens_q),
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
@@ -70,13 +70,6 @@ def _has_window_in_mask(module: nn.Module) -> bool:
     if kinds and index is not None:
         return bool(kinds[index] == "sliding_attention")
     return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-
-
-def segments_of(cu_seq_lens: Tensor | None, rows: int, columns: int) -> Tensor:
-    """The segments of `packed_attention`: queries of each sequence, which see the keys of the same."""
-    edges = torch.arange(rows + 1) * columns if cu_seq_lens is None else cu_seq_lens.cpu().long()
-    first, count = edges[:-1], edges.diff()
-    return torch.stack([first, count, first, count], dim=1)
 
 
 def no_mask(*_: Any, **__: Any) -> None:

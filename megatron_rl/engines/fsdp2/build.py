@@ -12,7 +12,7 @@ from torch import nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
-from megatron_rl.engines.base import MicroBatching, Origin
+from megatron_rl.engines.base import Origin
 from megatron_rl.engines.engine_config import DTYPES, EngineConfig
 from megatron_rl.engines.fsdp2.attention import NAME, register
 from megatron_rl.engines.fsdp2.engine import FSDP2Engine
@@ -24,6 +24,7 @@ from megatron_rl.engines.fsdp2.shard_layout import check_placements
 from megatron_rl.engines.fsdp2.sharded_module import ShardedModule, without_dropout
 from megatron_rl.engines.fsdp2.sizes import require_data_parallel
 from megatron_rl.engines.fsdp2.starting_weights import fill_module, module_dtypes
+from megatron_rl.engines.micro_batches import micro_batching
 from megatron_rl.models import Architecture
 from megatron_rl.models.family import NoFamilyError
 from megatron_rl.models.hf_config import read_generation
@@ -91,7 +92,8 @@ def build(
     generation = read_generation(found.hf_folder if isinstance(found, MegatronCheckpoint) else found)
     engine.origin = Origin(hf_config, generation, module_dtypes(found, own), lacks_value_head=not complete)
     engine.can_pack = packs_exactly(engine) and config.packing is not False  # the first may choose eager attention
-    engine.micro_batching = _micro_batching(engine, config)
+    remedy = f"{type(module).__name__} does not keep packed sequences apart: set packing=false"
+    engine.micro_batching = micro_batching(config, engine.packs, remedy)
     if not frozen:
         trained = {name: weight for name, weight in engine.parameters().items() if weight.requires_grad}
         engine.optimizer = ShardedOptimizer(trained, config.optimizer)
@@ -166,13 +168,3 @@ def _enable_recompute(module: PreTrainedModel, recompute: bool) -> None:
     if not module.supports_gradient_checkpointing:
         raise ConfigError(f"recompute=true, but {type(module).__name__} cannot recompute its layers: set it to false")
     module.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _micro_batching(engine: FSDP2Engine, config: EngineConfig) -> MicroBatching:
-    if config.packing and not engine.packs:
-        raise ConfigError(
-            f"packing=true, but {type(engine.sharded.module).__name__} does not keep packed sequences apart: set "
-            "packing=false"
-        )
-    packing = engine.packs if config.packing is None else config.packing
-    return MicroBatching(config.token_budget, packing, config.micro_batch_size)

@@ -28,7 +28,7 @@ from megatron_rl.engines.fsdp2.sharded_module import ShardedModule
 from megatron_rl.models import Architecture
 from megatron_rl.models.module_architecture import ModuleTensor
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout, LazyTensor, Readable
+from megatron_rl.reshard import Layout
 
 
 @dataclass
@@ -77,28 +77,10 @@ class FSDP2Engine(TrainingEngine):
         held = {name: local(parameter) for name, parameter in self.parameters().items()}
         return held | {one.shard.name: state[one.shard.name] for one in self.module_tensors if not one.trained}
 
-    def published(self) -> dict[str, Readable]:
-        """Each adapter is merged into this rank's rows when these are read."""
-        tensors = self.tensors()
-        return tensors | {
-            name: LazyTensor(tensors[name], functools.partial(adapter.merged, tensors[name]))
-            for name, adapter in self.adapters.items()
-        }
-
     def sync_parameters(self) -> None:
         """Weights are gathered anew by each pass; of adapters, what merging needs of other ranks is gathered here."""
         for adapter in self.adapters.values():
             adapter.gather()
-
-    @contextlib.contextmanager
-    def base(self) -> Iterator[None]:
-        for adapter in self.adapters.values():
-            adapter.enabled = False
-        try:
-            yield
-        finally:
-            for adapter in self.adapters.values():
-                adapter.enabled = True
 
     @contextlib.contextmanager
     def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:

@@ -9,8 +9,6 @@ rank merges its rows with its own of B and all of A, which is small and gathered
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import LoraConfig
-from megatron_rl.models.lora_update import merged
+from megatron_rl.models.lora_update import first_values, merged, peft_facts
 
 CHILD = "lora"  # the adapter's name in its layer
 
@@ -48,10 +46,7 @@ class LoraAdapter(nn.Module):
         super().__init__()
         self.factor, self.dropout, self.rank = config.alpha / config.rank, config.dropout, config.rank
         self.enabled = True
-        digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        bound = 1 / math.sqrt(layer.in_features)
-        first = torch.empty(config.rank, layer.in_features).uniform_(-bound, bound, generator=generator)
+        first = first_values(name, config.rank, layer.in_features, seed)
         self.weight_a = nn.Parameter(first)
         self.weight_b = nn.Parameter(torch.zeros(layer.out_features, config.rank))
         self._whole_a = first
@@ -84,7 +79,7 @@ class LoraAdapter(nn.Module):
     @property
     def facts(self) -> dict[str, float]:
         """The fields of PEFT's ``LoraConfig`` that describe it."""
-        return {"r": self.rank, "lora_alpha": self.factor * self.rank, "lora_dropout": self.dropout}
+        return peft_facts(self.rank, self.factor, self.dropout)
 
 
 def add_adapters(

@@ -42,6 +42,7 @@ from megatron_rl.engines.megatron.optimizer import (
     wrap_data_parallel,
 )
 from megatron_rl.engines.megatron.starting_weights import fill_model
+from megatron_rl.engines.micro_batches import micro_batching
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation
 from megatron_rl.models.pipeline import padded_vocab
 from megatron_rl.parallel import ParallelContext
@@ -204,10 +205,8 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
 
 
 def _micro_batching(engine: MegatronEngine, config: EngineConfig) -> MicroBatching:
-    if config.packing and not engine.packs:
-        raise ConfigError(
-            "packing=true, but this model's core attention does not take packed sequences: set "
-            "packing=false, or build the model with megatron_rl.engines.megatron.model.layer_spec"
-        )
-    packing = engine.packs if config.packing is None else config.packing
-    return MicroBatching(config.token_budget, packing, config.micro_batch_size)
+    remedy = (
+        "this model's core attention does not take packed sequences: set packing=false, or build the model with "
+        "megatron_rl.engines.megatron.model.layer_spec"
+    )
+    return micro_batching(config, engine.packs, remedy)

@@ -6,11 +6,10 @@ Megatron's pipeline schedule (`pipeline_schedule.py`), steps through Megatron's 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,7 +41,7 @@ from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import stage_layers
 from megatron_rl.ops.token_logprobs import token_logprobs
 from megatron_rl.parallel import ParallelContext
-from megatron_rl.reshard import Layout, LazyTensor, Readable
+from megatron_rl.reshard import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -127,14 +126,6 @@ class MegatronEngine(TrainingEngine):
             for name, parameter in unwrap(chunk).named_parameters()
         }
 
-    def published(self) -> dict[str, Readable]:
-        """Each adapter is merged when its weight is read: there is never a second copy of the model."""
-        tensors = self.tensors()
-        return tensors | {
-            name: LazyTensor(tensors[name], functools.partial(adapter.merged, tensors[name]))
-            for name, adapter in self.adapters.items()
-        }
-
     def sync_parameters(self) -> None:
         """Finish a pending all-gather of updated parameters (distributed optimizer with overlap)."""
         for chunk in self.chunks:
@@ -143,16 +134,6 @@ class MegatronEngine(TrainingEngine):
 
     def follow_weights(self) -> int:
         return 0 if self.optimizer is None else follow_weights(self.optimizer)
-
-    @contextlib.contextmanager
-    def base(self) -> Iterator[None]:
-        for adapter in self.adapters.values():
-            adapter.enabled = False
-        try:
-            yield
-        finally:
-            for adapter in self.adapters.values():
-                adapter.enabled = True
 
     # Computing
 

@@ -81,6 +81,11 @@ class Rotary:
         return self.max_positions / _number(scaling, "original_max_position_embeddings")
 
 
+def neighbours_to_halves(x: Tensor) -> Tensor:
+    """Channels that turn together: from neighbours, as DeepSeek's files have them, to one in each half of a head."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
 def yarn_mscale(stretch: float, weight: float = 1.0) -> float:
     """YaRN's correction of attention scores (equation 22 of the paper, ``weight`` as DeepSeek has it)."""
     return 1.0 if stretch <= 1.0 else 0.1 * weight * math.log(stretch) + 1.0

@@ -64,7 +64,7 @@ class DeepseekV3(DeepseekExperts):
 
     def layer(self, a: Architecture, index: int) -> LayerDescription:
         assert a.mla is not None
-        return replace(super().layer(a, index), recomputed=LatentAttention.recomputed(self.attention(a, index)))
+        return replace(super().layer(a, index), recomputed=self.attention(a, index).recomputed())
 
     def attention(self, a: Architecture, index: int) -> LatentAttention:
         assert a.mla is not None

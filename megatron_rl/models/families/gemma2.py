@@ -43,10 +43,8 @@ class Gemma2(Gemma):
         return replace(model, final_recomputed=(_sum_of(model.final_norm),)) if self.keeps_sums else model
 
     def config_fields(self, architecture: Architecture) -> dict[str, Any]:
-        fields = super().config_fields(architecture)
-        for key in ("use_sliding_window", "max_window_layers"):
-            del fields[key]
-        return fields | {"hidden_act": architecture.activation}  # SGLang wants both spellings
+        # SGLang wants both spellings
+        return super().config_fields(architecture) | {"hidden_act": architecture.activation}
 
 
 def _sum_of(norm: Norm) -> Recomputed:

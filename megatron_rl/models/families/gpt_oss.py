@@ -47,7 +47,4 @@ class GptOss(ModelFamily):
     def config_fields(self, architecture: Architecture) -> dict[str, Any]:
         if not architecture.sinks:
             raise ConfigError("a gpt_oss has attention sinks")
-        fields = super().config_fields(architecture)
-        for key in ("use_sliding_window", "max_window_layers"):
-            del fields[key]
-        return fields
+        return super().config_fields(architecture)

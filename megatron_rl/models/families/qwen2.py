@@ -11,4 +11,4 @@ class Qwen2(ModelFamily):
 
     qkv_bias = True
     names_head_dim = False
-    windowed = names_windows = True
+    windowed = names_windows = counts_windows = True

@@ -10,4 +10,4 @@ class Qwen3(ModelFamily):
     """RMSNorm over each query and key head; windows in some layers."""
 
     qk_norm = True
-    windowed = names_windows = True
+    windowed = names_windows = counts_windows = True

@@ -74,6 +74,17 @@ def packed_attention(
     return out
 
 
+def whole_sequences(cu_seqlens: Tensor) -> Tensor:
+    """The segments of sequences whose queries and keys all lie here, ``[sequences, 4]``.
+
+    Args:
+        cu_seqlens: ``[sequences + 1]``, where each begins and the last ends; on any device.
+    """
+    edges = cu_seqlens.cpu().long()
+    first, count = edges[:-1], edges.diff()
+    return torch.stack([first, count, first, count], dim=1)
+
+
 def _check(query: Tensor, key: Tensor, value: Tensor, segments: Tensor) -> None:
     shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
     if not query.dim() == key.dim() == value.dim() == 3 or key.shape[:2] != value.shape[:2]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron_rl.models.components.attention import GroupedQueryAttention
 from megatron_rl.models.components.mla import LatentAttention
 from megatron_rl.models.components.norm import Norm
+from megatron_rl.models.components.position import neighbours_to_halves
 from megatron_rl.rollout.local.norm_weight import NormWeight
 
 Named = Callable[[str], torch.Tensor]  # SGLang's name -> this rank's parameter
@@ -81,10 +82,7 @@ class LatentHeads:
         return context.unflatten(-1, (self.heads, -1))[..., : self.described.mla.value_dim].flatten(-2)
 
     def _halves(self, x: torch.Tensor) -> torch.Tensor:
-        """Channels that turn together, from neighbours (as files have them) to one in each half."""
-        if not self.described.mla.interleaved:
-            return x
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return neighbours_to_halves(x) if self.described.mla.interleaved else x
 
 
 def heads_of(

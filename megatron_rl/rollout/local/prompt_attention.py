@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from megatron_rl.ops.packed_attention import packed_attention
+from megatron_rl.ops.packed_attention import packed_attention, whole_sequences
 
 
 def attend_prompts(
@@ -25,13 +25,11 @@ def attend_prompts(
         grouped = q.shape[1] != k.shape[1]
         context = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
         return context.transpose(1, 2).flatten(0, 1).flatten(1)
-    starts = torch.arange(count) * length
-    lengths = torch.full_like(starts, length)
     return packed_attention(
         queries.flatten(0, 1),
         keys.flatten(0, 1),
         values.flatten(0, 1),
-        torch.stack([starts, lengths, starts, lengths], 1),
+        whole_sequences(torch.arange(count + 1) * length),
         scale=scale,
         window=window,
         softcap=softcap,

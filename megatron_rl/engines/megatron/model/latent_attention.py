@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_rl.engines.megatron.model.hidden_states import whole_hidden
 from megatron_rl.models.components.mla import LATENT_EPS
+from megatron_rl.models.components.position import neighbours_to_halves
 
 # Where TransformerEngine is missing Megatron-Core 0.16.1 imports stand-ins of it, takes those for the real thing and
 # asks whether a layer is an instance of one, which is no class.
@@ -112,5 +113,4 @@ class LatentAttention(MultiLatentAttention):
         return linear(x)[0].unflatten(-1, (self.num_attention_heads_per_partition, -1))
 
     def _halves(self, x: Tensor) -> Tensor:
-        """Channels that turn together, from neighbours (as files have them) to one in each half."""
-        return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if self.interleaved else x
+        return neighbours_to_halves(x) if self.interleaved else x

@@ -10,8 +10,6 @@ columns and B is replicated. What travels between tensor-parallel ranks has ``ra
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +31,7 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.hidden_states import whole_hidden
-from megatron_rl.models.lora_update import merged
+from megatron_rl.models.lora_update import first_values, merged, peft_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +45,7 @@ class AdaptedLayer:
 
 
 class LoraAdapter(MegatronModule):
-    """A is drawn uniformly within 1 / sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), B is zero: at first it adds 0.
+    """A is drawn (`first_values`), B is zero: at first it adds 0.
 
     The draw is that of the whole A, so initial values do not depend on the layout. Off, it adds nothing at all.
     """
@@ -82,10 +80,7 @@ class LoraAdapter(MegatronModule):
 
     def _first_values(self, rank: int, inputs: int, seed: int) -> Tensor:
         size, index = (self.tp_group.size(), self.tp_group.rank()) if self.row_parallel else (1, 0)
-        digest = hashlib.blake2b(f"{seed} {self.layer_name}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        bound = 1 / math.sqrt(inputs * size)
-        whole = torch.empty(rank, inputs * size).uniform_(-bound, bound, generator=generator)
+        whole = first_values(self.layer_name, rank, inputs * size, seed)
         return whole[:, index * inputs : (index + 1) * inputs].clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,8 +109,7 @@ class LoraAdapter(MegatronModule):
     @property
     def facts(self) -> dict[str, float]:
         """The fields of PEFT's ``LoraConfig`` that describe it."""
-        rank = self.a.shape[0]
-        return {"r": rank, "lora_alpha": self.factor * rank, "lora_dropout": self.dropout}
+        return peft_facts(self.a.shape[0], self.factor, self.dropout)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
