@@ -217,7 +217,8 @@ class TrainingLoop:
         except BaseException:
             self._track(line)
             raise
-        metrics["time/evaluation_s"] = time.perf_counter() - started
+        took = {"time/evaluation_s": time.perf_counter() - started}
+        metrics |= reduce_metrics(self.context.gather_objects(took))
         self._each("on_evaluate", metrics)
         self.history |= metrics
         self._evaluated_step = self.step

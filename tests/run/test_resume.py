@@ -127,3 +127,12 @@ def test_checkpoints_are_complete_and_only_the_newest_are_kept(uninterrupted):
     folder, _ = uninterrupted
     names = sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())
     assert names == ["step_000004", "step_000006"]
+
+
+def test_plain_values_of_a_checkpoint_are_those_of_every_rank(tmp_path):
+    """Megatron-Core keeps rank 0's, and warns of others: after an evaluation, which no two ranks end at once, too."""
+    config = write_run(tmp_path, evaluation={"n": 1, "data": {"path": str(tmp_path / "train.jsonl")}})
+    given = ["parallel.tp=2", "trainer.evaluate_every=1", "trainer.num_steps=2", "trainer.save_every=1"]
+    ended = run_forked(PROGRAM, config, *given, nproc=2, timeout=300, PYTHONPATH=environment()["PYTHONPATH"])
+    assert ended.code == 0, ended.err[-3000:]
+    assert "differs from rank 0" not in ended.err + ended.out
