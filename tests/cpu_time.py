@@ -14,7 +14,7 @@ from typing import Any
 import forked
 import pytest
 
-SHOWN = 10  # modules; of those that cost at least a second
+SHOWN = 30  # modules; of those that cost at least a second
 
 
 def seconds() -> float:
@@ -54,7 +54,9 @@ class CpuTime:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         # With workers, what the system counts as this process's children are those workers once more.
         total = sum(os.times()[:2]) + self.workers if self.workers else seconds()
-        terminalreporter.write_line(f"CPU time: {total / 60:.1f} minutes")
+        rest = total - sum(self.modules.values())
+        line = f"CPU time: {total / 60:.1f} minutes, {rest / 60:.1f} of them to import and to collect"
+        terminalreporter.write_line(line)
         for module, spent in self.modules.most_common(SHOWN):
             if spent >= 1:
                 terminalreporter.write_line(f"{spent:8.1f} s  {module}")

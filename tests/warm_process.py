@@ -38,6 +38,8 @@ LIBRARIES = (
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
     "numpy",
     "pytest",
     "transformers.models.auto.modeling_auto",

@@ -1,7 +1,8 @@
-"""Plots of a run: the reward curve and the training curve."""
+"""Plots of a run: the reward curve and the training curve, which are one where samples have rewards."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from megatron_rl.tracking import Tracker, plot_reward_curve, read_metrics
@@ -24,12 +25,14 @@ class RewardCurve(Callback):
             return
         metrics = read_metrics(source)
         names = {name for values in metrics.values() for name in values}
-        if "rewards/mean" in names:
-            picture = self.output_dir / "reward_curve.png"
-            plot_reward_curve(metrics, picture, train="rewards/mean")
-            self.tracker.log_artifact(picture)
-        if watched := next((name for name in WATCHED if name in names), None):
-            picture = self.output_dir / "training_curve.png"
-            held_out = "eval/reward" if watched == "rewards/mean" else f"eval/{watched}"
-            plot_reward_curve(metrics, picture, watched, held_out, title="Training", ylabel=watched)
-            self.tracker.log_artifact(picture)
+        watched = next((name for name in WATCHED if name in names), None)
+        if watched is None:
+            return
+        picture = self.output_dir / "training_curve.png"
+        if watched == "rewards/mean":
+            plot_reward_curve(metrics, picture, train=watched)
+            reward_curve = shutil.copyfile(picture, self.output_dir / "reward_curve.png")
+            self.tracker.log_artifact(reward_curve)
+        else:
+            plot_reward_curve(metrics, picture, watched, f"eval/{watched}", title="Training", ylabel=watched)
+        self.tracker.log_artifact(picture)

@@ -36,8 +36,9 @@ def plot_reward_curve(
     if not curve and not points:
         known = ", ".join(sorted(names)) or "nothing"
         raise ValueError(f"nothing to draw: neither {train!r} nor {evaluation!r} is among {known}")
-    # A Figure without pyplot draws with Agg and keeps no global state.
-    figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    # A Figure without pyplot draws with Agg and keeps no global state. Fixed margins: a computed layout draws it twice.
+    figure = matplotlib.figure.Figure(figsize=(8, 4.5), dpi=120)
+    figure.subplots_adjust(left=0.11, right=0.97, bottom=0.12, top=0.92)
     axes = figure.add_subplot()
     if curve:
         steps, values = list(curve), list(curve.values())
