@@ -23,7 +23,7 @@ LEVELS = {
     **dict.fromkeys(("collectives", "parallel"), 2),
     **dict.fromkeys(("reshard", "dataflow"), 3),
     **dict.fromkeys(("models", "data", "rewards"), 4),
-    **dict.fromkeys(("weights", "rollout"), 5),
+    **dict.fromkeys(("weights", "rollout", "environments"), 5),
     "engines": 6,
     "workers": 7,
     "algorithms": 8,

@@ -19,7 +19,7 @@ def pack_samples(batch: Batch, mask_truncated: bool = False) -> None:
     Writes ``input_ids``, ``response_mask``, ``rollout_logprobs``, ``groups`` and ``rewards``.
 
     Args:
-        mask_truncated: zero the response mask of samples whose finish reason is "length".
+        mask_truncated: zero the response mask of samples that a limit ended.
 
     Raises:
         ValueError: a sample without reward.
@@ -38,7 +38,7 @@ def pack_samples(batch: Batch, mask_truncated: bool = False) -> None:
         prompt = batch.samples[bad].prompt.index
         raise NotFiniteError(f"reward {rewards[bad].item()} of sample {bad} (prompt {prompt}) is not a finite number")
     if mask_truncated:
-        whole = torch.tensor([sample.finish_reason != "length" for sample in batch.samples], dtype=torch.bool)
+        whole = torch.tensor([not sample.truncated for sample in batch.samples], dtype=torch.bool)
         batch.tokens["response_mask"] = batch["response_mask"] & whole[batch.sequence_ids]
 
 

@@ -19,6 +19,7 @@ class Prompt:
     answer: Any = None  # data: ground truth for rule-based rewards, in whatever form the reward expects
     metadata: dict[str, Any] = field(default_factory=dict)  # data: every other column of the record
     index: int = 0  # data: position in the data set; seeds this prompt's sampling and names it in errors
+    messages: list[dict[str, Any]] | None = None  # data: the chat that `text` renders; None where it is plain text
 
 
 @dataclass(slots=True)
@@ -30,10 +31,11 @@ class Sample:
     rollout_logprobs: list[float]  # actor.sample: log-probability of each response token under the rollout engine
     response_text: str = ""  # actor.sample: decoded response without special tokens
     response_mask: list[int] = field(default_factory=list)  # actor.sample: 1 = train on it; empty means all ones
-    finish_reason: str = "stop"  # actor.sample: "stop" | "length" | "abort"
+    finish_reason: str = "stop"  # actor.sample: "stop" | "length" | "abort"; of an episode "turns" | "seconds" as well
     policy_version: int = 0  # actor.sample: version of the weights that generated it
     policy_version_spans: list[tuple[int, int]] = field(default_factory=list)  # engine: (version, token count) runs
     group: int = 0  # actor.sample: samples with the same group answer the same prompt of this batch
+    environment_reward: float | None = None  # actor.sample with an environment: what that gave, weighted
     reward: float | None = None  # reward.score: the scalar that training uses
     reward_parts: dict[str, float] = field(default_factory=dict)  # reward.score: each named reward before weighting
     metadata: dict[str, Any] = field(default_factory=dict)  # engines and rewards: anything worth keeping
@@ -50,6 +52,11 @@ class Sample:
                 pieces += [self.response_text[done:offset], token]
                 done = offset
         return "".join([*pieces, self.response_text[done:]])
+
+    @property
+    def truncated(self) -> bool:
+        """A limit ended it: on tokens, turns or seconds."""
+        return self.finish_reason in ("length", "turns", "seconds")
 
     @property
     def mask(self) -> list[int]:

@@ -78,7 +78,8 @@ class PromptDataset(TokenisedDataset[Prompt, "PromptDataset.Config"]):
             raise DataError(f"{place}: the prompt has no tokens, so there is nothing to continue")
         self._check_length(len(token_ids), place)
         metadata = {name: value for name, value in row.items() if name not in (config.prompt, config.answer)}
-        return [Prompt(token_ids, text=text, answer=row.get(config.answer), metadata=metadata, index=index)]
+        messages = None if isinstance(prompt, str) else prompt
+        return [Prompt(token_ids, text, row.get(config.answer), metadata, index, messages)]
 
     def _check_length(self, length: int, place: str) -> None:
         config, limits, room = self.config, self.limits, self.limits.room

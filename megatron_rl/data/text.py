@@ -6,7 +6,7 @@ template renders. Prompts keep the tokenizer's special tokens, one BOS at most; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from megatron_rl.data.messages import Message, Tools, read_messages, rendered
@@ -77,13 +77,22 @@ def encode(text: str, tokenizer: Tokenizer, special: bool) -> list[int]:
     return ids
 
 
-def render(messages: list[Message], tokenizer: Tokenizer, open_turn: bool, tools: Tools | None = None) -> str:
+def render(
+    messages: list[Message],
+    tokenizer: Tokenizer,
+    open_turn: bool,
+    tools: Tools | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> str:
     """Messages through the chat template; with ``open_turn`` the assistant's turn is begun.
+
+    Args:
+        variables: further ones of the template.
 
     Raises:
         DataError: the tokenizer has no chat template, or the template refuses the messages.
     """
-    given: dict[str, Any] = {"tools": tools} if tools else {}
+    given: dict[str, Any] = dict(variables or {}) | ({"tools": tools} if tools else {})
 
     def template(messages: list[Message]) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn, **given))

@@ -25,7 +25,7 @@ class RewardConfig(ConfigRecord):
     """One reward of a run's ``rewards`` list."""
 
     name: str
-    """exact, number, regex, math, model; a service: vllm, sglang, tei, tgi, http, judge; or
+    """exact, number, regex, math, model, environment; a service: vllm, sglang, tei, tgi, http, judge; or
     python:package.module:function or python:path/to/file.py:function."""
     weight: Finite = 1.0
     """Factor in the sum over rewards."""

@@ -49,6 +49,7 @@ class Reward:
 
     name: str = "reward"
     once_per_replica: bool = False  # ask once for each replica of the model: for what costs, or answers differently
+    has_environment: bool = False  # it is, or holds, what an environment gave
     place: str = "host"  # where it runs; anything but "host" may hold collectives of the training ranks
 
     def score_one(self, sample: Sample) -> float | NoReward:
@@ -101,6 +102,17 @@ class Reward:
             if not isinstance(value, NoReward):
                 sample.reward_parts[self.name] = value
 
+    def with_environment(
+        self, samples: Sequence[Sample], rewards: Sequence[float | NoReward]
+    ) -> list[float | NoReward]:
+        """``rewards`` of this reward, and what an environment gave these samples (`Sample.environment_reward`)."""
+        if self.has_environment:
+            return list(rewards)
+        return [
+            value if isinstance(value, NoReward) else value + (sample.environment_reward or 0.0)
+            for sample, value in zip(samples, rewards, strict=True)
+        ]
+
     def _score_named(self, sample: Sample) -> float | NoReward:
         try:
             return self.score_one(sample)
@@ -128,6 +140,21 @@ class FunctionReward(Reward):
 
     def score(self, samples: Sequence[Sample]) -> Sequence[float | NoReward]:
         return self.function(list(samples)) if self.batched else super().score(samples)
+
+
+@REWARDS.register("environment")
+class EnvironmentReward(Reward):
+    """What the environment of an episode gave, for its place among other rewards with weights of their own."""
+
+    has_environment = True
+
+    def __init__(self, config: Reward.Config | None = None, name: str = "environment") -> None:
+        self.name = name
+
+    def score_one(self, sample: Sample) -> float | NoReward:
+        if sample.environment_reward is None:
+            raise RewardError(f"reward {self.name!r} is for samples of an environment; sample: {describe(sample)}")
+        return sample.environment_reward
 
 
 def describe(sample: Sample) -> str:

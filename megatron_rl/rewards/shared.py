@@ -27,6 +27,7 @@ class SharedReward(Reward):
         self.reward = reward
         self.context = context
         self.name = reward.name
+        self.has_environment = reward.has_environment
 
     def __call__(self, samples: Sequence[Sample]) -> list[float | NoReward]:
         outcome: tuple[list[float | NoReward], list[dict[str, float]]] | None = None

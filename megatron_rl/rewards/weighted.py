@@ -37,6 +37,11 @@ class WeightedReward(Reward):
         places = {reward.place for reward, _ in self.parts.values()}
         return next(iter(places - {Reward.place}), Reward.place)
 
+    @property
+    def has_environment(self) -> bool:  # type: ignore[override]
+        """Whether one of its parts is what an environment gave."""
+        return any(reward.has_environment for reward, _ in self.parts.values())
+
     def score(self, samples: Sequence[Sample]) -> Sequence[float | NoReward]:
         weights = [weight for _, weight in self.parts.values()]
         columns = [reward(samples) for reward, _ in self.parts.values()]

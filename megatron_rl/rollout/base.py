@@ -8,10 +8,10 @@ themselves: ``ENGINES[name](...)`` builds one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field
@@ -62,6 +62,11 @@ class Completion:
     policy_version: int  # of the weights that generated the last token
     policy_version_spans: list[tuple[int, int]] = field(default_factory=list)  # (version, token count) runs
     metadata: dict[str, Any] = field(default_factory=dict)  # "stop": the stop text found; engines may add more
+
+
+T = TypeVar("T")
+Ask = Callable[[Sequence[int], int, int], Awaitable[Completion]]  # (token ids, max_tokens, seed)
+Conversation = Callable[[Ask], Awaitable[T]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +236,20 @@ class RolloutEngine(ABC):
             RuntimeError: no weights are committed, or an update is under way.
             ServersLostError: on every rank of the engine.
         """
+
+    def converse(self, conversations: Sequence[Conversation[T]], params: SamplingParams) -> list[T]:
+        """Hold conversations at the same time: each is a coroutine that asks for one completion after another. The
+        results are returned on the engine's first rank, where the conversations are held; elsewhere an empty list.
+        Collective over the engine's ranks.
+
+        Args:
+            params: of every completion, but for ``n``, which is 1, and ``max_tokens``.
+
+        Raises:
+            Exception: a conversation's own, on the first rank only; the others are cancelled.
+            ServersLostError: on every rank; its answers are lists of one result, by the number of the conversation.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds no conversations")
 
     def verify_weights(self) -> WeightCheck:
         """Check whether the weights served are still those of the last push. For diagnosis: it reads all of them. By

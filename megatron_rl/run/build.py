@@ -18,7 +18,7 @@ from megatron_rl.parallel import ParallelContext
 from megatron_rl.rewards import Reward, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.evaluation import Evaluation
-from megatron_rl.run.parts import check_layout, check_parts, unused_parts, uses_reference
+from megatron_rl.run.parts import check_layout, check_parts, rewards_of, unused_parts, uses_reference
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.trainer.callbacks import Callback
@@ -27,6 +27,7 @@ from megatron_rl.trainer.refill import filled
 from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.workers import Actor, Critic, Reference, RewardModel
+from megatron_rl.workers.episodes import Episodes
 from megatron_rl.workers.limits import model_limits
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     limits = model_limits(model, tokenizer, config.actor, config.actor.sampling.max_tokens)
     prompts = PromptDataset(None, tokenizer, config.data, limits)
     held_out = PromptDataset(None, tokenizer, config.evaluation.data, limits) if config.evaluation else None
-    reward = build_reward(config.rewards)
+    reward = build_reward(rewards_of(config))
+    episodes = Episodes(config.environment, tokenizer) if config.environment else None
     check_answers(reward, [*prompts, *(held_out or ())])
     callbacks = [load_callback(name) for name in config.callbacks]
     for line in unused_parts(config, algorithm_type, algorithm_config):
@@ -69,14 +71,15 @@ def build_trainer(config: RunConfig) -> Trainer:
     reference = _reference(config, actor) if uses_reference(config, algorithm_type, algorithm_config) else None
     algorithm = algorithm_type(actor, reference, critic, algorithm_config)
     reward_model = RewardModel(reward)
-    sample = actor.sample(parts=config.rollout_parts, then=reward_model.begin if config.rollout_parts > 1 else None)
+    begin = reward_model.begin if config.rollout_parts > 1 else None
+    sample = actor.sample(parts=config.rollout_parts, then=begin, environment=episodes)
     flow = filled(sample, reward_model.score(), algorithm, loader, context) >> algorithm.update()
     return Trainer(
         flow,
         loader,
         config.trainer,
         tracking=config.tracking,
-        evaluate=_evaluation(config, actor, held_out, reward),
+        evaluate=_evaluation(config, actor, held_out, reward, episodes),
         callbacks=callbacks,
         params=config.model_dump(mode="json"),
     )
@@ -145,10 +148,12 @@ def _critic(config: RunConfig, actor: Actor, num_optimizer_steps: int) -> Critic
     return Critic(source, actor.tokenizer, context=actor.context, config=critic_config)
 
 
-def _evaluation(config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward) -> Evaluation | None:
+def _evaluation(
+    config: RunConfig, actor: Actor, prompts: PromptDataset | None, reward: Reward, episodes: Episodes | None
+) -> Evaluation | None:
     if prompts is None or config.evaluation is None:
         return None
-    return Evaluation(actor, list(prompts), reward, config.evaluation.n, config.evaluation.temperature)
+    return Evaluation(actor, list(prompts), reward, config.evaluation.n, config.evaluation.temperature, episodes)
 
 
 def load_callback(name: str) -> Callback:

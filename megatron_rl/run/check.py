@@ -13,13 +13,14 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data import DataError, PromptDataset
 from megatron_rl.data.records import data_files
 from megatron_rl.engines.build import check_sizes
+from megatron_rl.environments import build_environment
 from megatron_rl.models.hf_config import best_architecture, read_generation, read_hf_config
 from megatron_rl.models.layouts import check_rollout
 from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
 from megatron_rl.run.build import check_engine, find_algorithm, load_callback, starting_model
-from megatron_rl.run.parts import check_layout, check_parts, smallest_world, unused_parts
+from megatron_rl.run.parts import check_layout, check_parts, rewards_of, smallest_world, unused_parts
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.tracking import build_tracker
 from megatron_rl.trainer.output_lock import check_writable
@@ -27,6 +28,7 @@ from megatron_rl.trainer.restart_point import find_checkpoint
 from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.source import SafetensorsFolder
+from megatron_rl.workers.episodes import Episodes
 from megatron_rl.workers.limits import model_limits
 
 MISTAKES = (ConfigError, DataError, RewardError)
@@ -95,7 +97,7 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
 
 def _check_models(attempt: Attempts, config: RunConfig) -> None:
     """The models, the tokenizer, and with it prompts and rewards."""
-    reward = attempt(build_reward, config.rewards)
+    reward = attempt(build_reward, rewards_of(config))
     for other in (config.critic, config.reference):
         if other is not None and other.model is not None:
             attempt(lambda name: _check_sizes(resolve_folder(name), config), other.model)
@@ -109,7 +111,11 @@ def _check_models(attempt: Attempts, config: RunConfig) -> None:
     if tokenizer is None:
         for section in _data_sections(config):
             attempt(_require_file, section.path)
+        if config.environment is not None:
+            attempt(build_environment, config.environment)
         return
+    if config.environment is not None:
+        attempt(Episodes, config.environment, tokenizer)
     limits = None
     if sound:
         attempt(_check_special_tokens, folder, tokenizer)

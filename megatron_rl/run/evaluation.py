@@ -15,6 +15,7 @@ from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.rewards import NoReward, Reward, RewardError, share
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.workers import Actor
+from megatron_rl.workers.episodes import EnvironmentSource, Episodes
 
 
 class Evaluation:
@@ -23,6 +24,7 @@ class Evaluation:
     Args:
         prompts: all of them, on every rank.
         n, temperature: as in `EvaluationConfig`.
+        environment: as for `Actor.sample`; what it gives is added to ``reward``.
         sampling: other fields of `SamplingParams`, over those of the actor's config.
 
     Raises:
@@ -36,6 +38,7 @@ class Evaluation:
         reward: Reward,
         n: int = 1,
         temperature: float = 0.0,
+        environment: Episodes | EnvironmentSource | None = None,
         **sampling: Any,
     ) -> None:
         context = actor.context
@@ -47,6 +50,7 @@ class Evaluation:
         self.reward = share(reward, context)
         self.n = n
         self.temperature = temperature
+        self.environment = actor.episodes(environment)
         self.sampling = sampling
 
     def __call__(self) -> dict[str, float]:
@@ -60,15 +64,19 @@ class Evaluation:
         context = self.actor.context
         gave_up: Abandoned | None = None
         try:
-            samples = self.actor.generate(self.prompts, n=self.n, temperature=self.temperature, **self.sampling)
+            samples = self.actor.generate(
+                self.prompts, self.environment, n=self.n, temperature=self.temperature, **self.sampling
+            )
         except Abandoned as abandoned:
             gave_up = abandoned
         with context.attempt("evaluation"):
             if gave_up is not None:
                 raise gave_up
             with abandonable(self.reward.place == Reward.place):
-                rewards = self.reward(samples)
+                rewards = self.reward.with_environment(samples, self.reward(samples))
         counted = self.reward.take_metrics()  # evaluation's own: the next training step starts at 0 again
+        if self.environment is not None:
+            counted |= self.environment.take_metrics(samples)
         rewarded = [(s, r) for s, r in zip(samples, rewards, strict=True) if not isinstance(r, NoReward)]
         sums: dict[str, float] = {"reward": sum(reward for _, reward in rewarded), "response_tokens_mean": 0.0}
         for sample, _ in rewarded:

@@ -6,6 +6,7 @@ from megatron_rl.algorithms import ALGORITHMS, PPO, BaseAlgorithm, OfflineAlgori
 from megatron_rl.algorithms.roles import NoWorker
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel import ParallelSizes, RankGrid
+from megatron_rl.rewards import RewardConfig
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.run.run_config import RunConfig
 from megatron_rl.trainer.trainer_config import TrainerConfig
@@ -42,6 +43,11 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
             f"algorithm.kl_coefficient={coefficient} needs a reference: add the section reference ({{}} "
             "will do), or set it to 0"
         )
+
+
+def rewards_of(config: RunConfig) -> tuple[RewardConfig, ...]:
+    """The rewards of the run: without any, an environment's own."""
+    return config.rewards or ((RewardConfig(name="environment"),) if config.environment else ())
 
 
 def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> bool:

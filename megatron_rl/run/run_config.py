@@ -14,6 +14,7 @@ from megatron_rl.config import ConfigRecord
 from megatron_rl.config.ranges import Seed
 from megatron_rl.data import PromptDataset
 from megatron_rl.engines.engine_config import EngineConfig
+from megatron_rl.environments import EnvironmentConfig
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup
@@ -78,8 +79,11 @@ class RunConfig(ConfigRecord):
     generated."""
     shuffle: bool = True
     """Shuffle the prompts in each epoch."""
-    rewards: tuple[RewardConfig, ...]
-    """The rewards of samples; several are summed with their weights."""
+    rewards: tuple[RewardConfig, ...] = ()
+    """The rewards of samples; several are summed with their weights. Only with an environment there may be none."""
+    environment: EnvironmentConfig | None = None
+    """What the model talks to: each sample is an episode of many turns, in evaluation too. Its rewards are added to
+    those of `rewards`."""
     evaluation: EvaluationConfig | None = None
     """Held-out evaluation; `trainer.evaluate_every` says when."""
     callbacks: tuple[str, ...] = ()

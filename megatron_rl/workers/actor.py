@@ -20,10 +20,12 @@ from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
 from megatron_rl.engines.build import build_engine
+from megatron_rl.environments import EpisodeError
 from megatron_rl.models.tokenizer import align_tokenizer, check_vocabulary
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.actor_config import ActorConfig
+from megatron_rl.workers.episodes import EnvironmentSource, Episodes, take_rewards
 from megatron_rl.workers.forward_only import forward_only_stage
 from megatron_rl.workers.job_context import check_share, role_context
 from megatron_rl.workers.loss import LossInputs, LossOutput
@@ -106,6 +108,7 @@ class Actor(TrainedWorker):
         *,
         parts: int = 1,
         then: Callable[[list[Sample]], object] | None = None,
+        environment: Episodes | EnvironmentSource | None = None,
         **sampling: Any,
     ) -> Stage:
         """A stage that generates ``n`` responses for each prompt with the newest weights.
@@ -115,10 +118,14 @@ class Actor(TrainedWorker):
             parts: number of parts in which the prompts are generated, one after the other.
             then: called with the samples of each part, on every rank, before the next part is generated; with
                 `RewardModel.begin` reward services work on one part while the engine generates the next.
+            environment: each sample is an episode of many turns with this: a subclass of `Environment`, a function
+                that makes one, its name, or the fields of `EnvironmentConfig`. The stage then writes ``rewards``, too:
+                those of the environment, to which `RewardModel.score` adds. ``max_tokens`` is that of a turn.
             sampling: other fields of `SamplingParams`, over ``config.sampling``.
         """
         values = self.config.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
         params = SamplingParams.parse(values, "actor.sample")
+        episodes = self.episodes(environment)
 
         def run(batch: Batch) -> None:
             if batch.share is not None:
@@ -129,7 +136,7 @@ class Actor(TrainedWorker):
             seeds = self.rollouts.training_seeds(batch.prompts)
             for start in range(0, max(1, len(batch.prompts)), size):
                 part = slice(start, start + size)
-                made = self.rollouts.generate(batch.prompts[part], params, seeds[part])
+                made = self._generate(batch.prompts[part], params, seeds[part], episodes)
                 for sample in made:
                     sample.group += start
                 batch.samples += made
@@ -138,10 +145,30 @@ class Actor(TrainedWorker):
             self.rollouts.after_sampling()
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))
+            if episodes is not None:
+                take_rewards(batch, episodes)
 
         place = f"{self.config.rollout.engine} engine TP{self.config.rollout.tp}"
         agreement = self.context.agreement
-        return Stage("actor.sample", run, ("prompts",), ("samples",), place, may_abandon=True, agreement=agreement)
+        writes = ("samples",) if episodes is None else ("samples", "rewards")
+        return Stage("actor.sample", run, ("prompts",), writes, place, may_abandon=True, agreement=agreement)
+
+    def episodes(self, environment: Episodes | EnvironmentSource | None) -> Episodes | None:
+        """What `sample` plays with ``environment``."""
+        if environment is None or isinstance(environment, Episodes):
+            return environment
+        return Episodes(environment, self.tokenizer)
+
+    def _generate(
+        self, prompts: list[Prompt], params: SamplingParams, seeds: list[int], episodes: Episodes | None
+    ) -> list[Sample]:
+        if episodes is None:
+            return self.rollouts.generate(prompts, params, seeds)
+        with self.context.agreement.attempt("actor.sample"):  # an environment fails for one replica alone
+            samples = self.rollouts.generate(prompts, params, seeds, episodes)
+            if prompts and not samples:
+                raise EpisodeError(f"all episodes of {len(prompts)} prompts were lost: {episodes.last_lost}")
+        return samples
 
     def logprobs(self, write: str = "old_logprobs") -> Stage:
         """A stage that writes log-probabilities of the response's tokens under the training weights, fp32
@@ -197,12 +224,12 @@ class Actor(TrainedWorker):
             metrics["time/weight_sync_s"] = time.perf_counter() - started
             metrics["weight_sync/wire_bytes"] = float(report.transfer.sent_bytes)
 
-    def generate(self, prompts: list[Prompt], **sampling: Any) -> list[Sample]:
+    def generate(self, prompts: list[Prompt], environment: Episodes | None = None, **sampling: Any) -> list[Sample]:
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""
         values = self.config.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
         seeds = self.rollouts.evaluation_seeds(prompts)
-        return self.rollouts.generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds)
+        return self._generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds, environment)
 
     def verify_weights(self) -> WeightCheck:
         """Check that the rollout engines still hold the pushed weights, and that the training weights are still those,
@@ -218,7 +245,7 @@ def _sample_metrics(samples: list[Sample]) -> dict[str, float]:
     if not samples:
         return {}
     lengths = torch.tensor([len(sample.response_ids) for sample in samples], dtype=torch.float32)
-    truncated = sum(sample.finish_reason == "length" for sample in samples)
+    truncated = sum(sample.truncated for sample in samples)
     return {
         "rollout/response_tokens_mean": float(lengths.mean()),
         "rollout/response_tokens_max": float(lengths.max()),

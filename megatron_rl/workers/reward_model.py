@@ -73,8 +73,8 @@ class RewardModel:
 
     def score(self) -> Stage:
         """A stage that writes ``rewards`` fp32 ``[num_samples]`` and each sample's ``reward``; samples without
-        a reward are dropped from the batch. Metrics: ``rewards/dropped_fraction``, ``reward_parts/NAME/mean`` of each
-        reward where there are several, and what services count.
+        a reward are dropped from the batch. What an environment gave is added. Metrics: ``rewards/dropped_fraction``,
+        ``reward_parts/NAME/mean`` of each reward where there are several, and what services count.
 
         Raises:
             RewardError: when run, if a reward raises or is not a finite number (the message names the sample), or if
@@ -83,7 +83,7 @@ class RewardModel:
 
         def run(batch: Batch) -> None:
             self._join_replica()
-            rewards = self.reward(batch.samples)
+            rewards = self.reward.with_environment(batch.samples, self.reward(batch.samples))
             batch.metrics.update(self.reward.take_metrics())
             num_samples = len(batch.samples)
             batch.samples, numbers = _with_reward(self.reward.name, batch.samples, rewards)

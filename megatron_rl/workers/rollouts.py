@@ -20,6 +20,7 @@ from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.engines.engine_config import DTYPES
+from megatron_rl.environments import EpisodeError
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
 from megatron_rl.reshard import Layout, P2PTransport, Transport
@@ -37,6 +38,7 @@ from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.sync import PUSH_SECONDS, SyncReport, WeightSync, default_transport
 from megatron_rl.weights.target import PartialTarget, WeightTarget, within
 from megatron_rl.workers.actor_config import RolloutConfig
+from megatron_rl.workers.episodes import Episodes
 from megatron_rl.workers.response_text import ResponseDecoder
 
 logger = logging.getLogger(__name__)
@@ -47,8 +49,9 @@ RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait 
 class _Reply(NamedTuple):
     """One rank's result of a generate call, for the other ranks of its model replica."""
 
-    answers: dict[int, list[Completion]]  # by index of the prompt; on the first rank of a rollout replica only
+    answers: dict[int, list[Any]]  # completions or episodes, by index of the prompt; on a rollout replica's first rank
     lost: str = ""  # the error of servers that have lost their weights
+    failed: str = ""  # the error of an environment
     gave_up: int = 0  # the signal that ended the call
 
 
@@ -217,26 +220,40 @@ class Rollouts:
         seen[index] += 1
         return sample_seed(seed, earlier, index) if earlier else seed
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]) -> list[Sample]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        episodes: Episodes | None = None,
+    ) -> list[Sample]:
         """``params.n`` samples of each prompt, in prompt order, on every rank of the model replica.
 
         Args:
             prompts: the same on every rank of the replica.
             seeds: one a prompt.
+            episodes: each sample is one of these; those that are lost are left out.
 
         Raises:
             Abandoned: on every rank of this replica; other replicas do not know of it yet.
+            EpisodeError: likewise.
         """
-        missing, answers = list(range(len(prompts))), dict[int, list[Completion]]()
+        missing, answers = list(range(len(prompts))), dict[int, list[Any]]()
         while missing:
-            replies = self.model.context.gather_objects(self._generate_share(prompts, params, seeds, missing), "model")
+            own = self._generate_share(prompts, params, seeds, missing, episodes)
+            replies = self.model.context.gather_objects(own, "model")
             if signal := max(reply.gave_up for reply in replies):
                 raise Abandoned(signal)
+            if failed := next((reply.failed for reply in replies if reply.failed), ""):
+                raise EpisodeError(failed)
             answers |= {index: group for reply in replies for index, group in reply.answers.items()}
             missing = [index for index in missing if index not in answers]
             if missing:
                 self._push_again(next(reply.lost for reply in replies if reply.lost))
         merged = [answers[index] for index in range(len(prompts))]
+        if episodes is not None:
+            parts = [episodes.samples(prompts[group], found, group) for group, found in enumerate(merged)]
+            return [sample for part in parts for sample in part]
         return [
             self._sample(prompt, completion, group)
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
@@ -244,7 +261,12 @@ class Rollouts:
         ]
 
     def _generate_share(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int], wanted: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        wanted: Sequence[int],
+        episodes: Episodes | None,
     ) -> _Reply:
         """The samples of this rank's share of the ``wanted`` prompts."""
         rank, placement = self.model.context.rank, self.placement
@@ -254,12 +276,28 @@ class Rollouts:
             return _Reply({})
         try:
             with abandonable(placement.tp == 1):
-                made = engine.generate([prompts[i].token_ids for i in mine], params, [seeds[i] for i in mine])
+                made = self._answers(engine, [prompts[i] for i in mine], params, [seeds[i] for i in mine], episodes)
         except Abandoned as abandoned:
             return _Reply({}, gave_up=abandoned.signal)
+        except EpisodeError as error:
+            return _Reply({}, failed=str(error))
         except ServersLostError as error:
             return _Reply({mine[i]: group for i, group in error.answers.items()}, lost=str(error))
         return _Reply(dict(zip(mine, made, strict=True)) if placement.tp_rank(rank) == 0 else {})
+
+    def _answers(
+        self,
+        engine: RolloutEngine,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        seeds: Sequence[int],
+        episodes: Episodes | None,
+    ) -> Sequence[list[Any]]:
+        if episodes is None:
+            return engine.generate([prompt.token_ids for prompt in prompts], params, seeds)
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else self.eos)}
+        context = self.limits(params.max_tokens).context
+        return episodes.play(engine, prompts, params, seeds, decode=self.decode, stop_token_ids=stops, context=context)
 
     def _push_again(self, why: str) -> None:
         """Push the newest weights again to servers that lost them during a generate call. Only the ranks of this model

@@ -18,7 +18,16 @@ from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import Layout
 from megatron_rl.reshard.buckets import shard_dtype
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
-from megatron_rl.rollout.base import ENGINES, Completion, Progress, RolloutEngine, SamplingParams, sample_seed
+from megatron_rl.rollout.base import (
+    ENGINES,
+    Completion,
+    Conversation,
+    Progress,
+    RolloutEngine,
+    SamplingParams,
+    T,
+    sample_seed,
+)
 from megatron_rl.rollout.gate import UpdateGate
 from megatron_rl.rollout.local.decoder import Decoder
 from megatron_rl.rollout.local.kv_cache import KVCache
@@ -26,6 +35,7 @@ from megatron_rl.rollout.local.running import RunningSequence
 from megatron_rl.rollout.local.scheduler import PrefillRequest, Scheduler, request_groups
 from megatron_rl.rollout.local.sharding import TensorParallel
 from megatron_rl.rollout.local.stopping import TextDecoder, stop_table
+from megatron_rl.rollout.rounds import hold_rounds
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +196,9 @@ class LocalEngine(RolloutEngine):
             scheduler = Scheduler(self._decoder, params, rows, self.prefill_tokens, table, version, emit)
             scheduler.run(requests)
         return [[samples[j] for j in range(params.n)] for samples in results]
+
+    def converse(self, conversations: Sequence[Conversation[T]], params: SamplingParams) -> list[T]:
+        return hold_rounds(self.generate, params, self._tp, conversations)
 
     def _batches(self, requests: list[PrefillRequest], rows: int) -> list[list[PrefillRequest]]:
         """Requests that share a scheduler, which takes them as ``rows`` become free."""
