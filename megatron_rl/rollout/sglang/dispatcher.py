@@ -12,9 +12,10 @@ import contextlib
 import logging
 import random
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
-from megatron_rl.rollout.base import Completion
+from megatron_rl.rollout.base import Completion, Progress
 from megatron_rl.rollout.sglang.generation import GenerateRequest, OutdatedWeightsError, read_completions, request_body
 from megatron_rl.rollout.sglang.membership import Member, Membership
 from megatron_rl.rollout.sglang.routing import State, choose
@@ -22,8 +23,6 @@ from megatron_rl.rollout.sglang.sglang_client import ABORT_SECONDS, RequestError
 from megatron_rl.rollout.sglang.streaming import KnownVersions, StreamedAnswer
 
 logger = logging.getLogger(__name__)
-
-Emit = Callable[[int, list[Completion]], None]  # (prompt, its completions)
 
 
 class Dispatcher:
@@ -36,22 +35,40 @@ class Dispatcher:
 
     def __init__(self, membership: Membership, separate_caches: bool, stream: bool = False) -> None:
         self.membership, self.separate_caches, self.stream = membership, separate_caches, stream
-        self._calls: set[asyncio.Task[None]] = set()  # of `answer_all`
+        self._calls: set[asyncio.Task[None]] = set()  # of `all_of`
         self._aborts: set[asyncio.Task[None]] = set()
 
-    async def answer_all(self, requests: Sequence[GenerateRequest], emit: Emit) -> None:
-        """Answer every request; ``emit`` is called once for each, in any order.
+    async def answer_all(
+        self, requests: Sequence[GenerateRequest], results: dict[int, list[Completion]], progress: Progress | None
+    ) -> None:
+        """Answer every request, in any order, into ``results`` by its index; ``progress`` is called with completions.
 
         Raises:
             RuntimeError: a request failed on every attempt, or no server came back in time.
             ValueError: a server refused a request as wrong.
+        """
+
+        async def answer(request: GenerateRequest) -> None:
+            completions = await self.answer(request)
+            assert request.index not in results, f"prompt {request.index} was answered twice"
+            results[request.index] = completions
+            if progress is not None:
+                progress(len(results) * len(request.seeds), len(requests) * len(request.seeds))
+
+        await self.all_of([answer(request) for request in requests])
+
+    async def all_of(self, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+        """Run coroutines that call `answer`, while servers are watched; the first error cancels the others.
+
+        Raises:
+            Exception: as `answer_all`, or what a coroutine raises by itself.
         """
         call = asyncio.current_task()
         assert call is not None
         self._calls.add(call)
         try:
             async with self.membership.watched() as watch:
-                work = asyncio.create_task(self._answer_all(requests, emit))
+                work = asyncio.create_task(_together(coroutines))
                 try:
                     await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
                     await (work if work.done() else watch)
@@ -66,34 +83,27 @@ class Dispatcher:
             self._calls.discard(call)
 
     async def end(self) -> None:
-        """End all calls of `answer_all`, as `settled` says. Cancelling everything that runs instead would cancel HTTP
+        """End all calls of `all_of`, as `settled` says. Cancelling everything that runs instead would cancel HTTP
         requests twice, whose connections are then never given back, and the aborts would wait for them."""
         for call in self._calls:
             call.cancel()
         await self.settled()
 
     async def settled(self) -> None:
-        """Return when calls of `answer_all` that were cancelled have ended and their requests are aborted."""
+        """Return when calls of `all_of` that were cancelled have ended and their requests are aborted."""
         ending = {call for call in self._calls if call.cancelling()}
         if ending:
             await asyncio.wait(ending, timeout=2 * ABORT_SECONDS)
 
-    async def _answer_all(self, requests: Sequence[GenerateRequest], emit: Emit) -> None:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for request in requests:
-                    group.create_task(self._answer(request, emit))
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-
-    async def _answer(self, request: GenerateRequest, emit: Emit) -> None:
+    async def answer(self, request: GenerateRequest) -> list[Completion]:
+        """One request's answer; inside `all_of`."""
         retry_policy, failed_on = self.membership.retry_policy, list[Member]()
         streamed = StreamedAnswer(request) if self.stream else None
         pause = retry_policy.first_pause
         for attempt in range(1, retry_policy.attempts + 1):
             member = await self._acquire(len(request.seeds), failed_on)
             try:
-                completions = await self._attempt(member, request, streamed)
+                return await self._attempt(member, request, streamed)
             except ServerError as error:
                 failed_on.append(member)
                 logger.warning("attempt %d on prompt %d failed: %s", attempt, request.index, error)
@@ -101,14 +111,12 @@ class Dispatcher:
                     raise RuntimeError(
                         f"prompt {request.index} was not answered in {attempt} attempts, the last one: {error}"
                     ) from error
-            else:
-                emit(request.index, completions)
-                return
             finally:
                 member.load -= len(request.seeds)
                 await self.membership.notify(2)  # requests are of one size, mostly; waking all would be quadratic
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, retry_policy.longest_pause)
+        raise AssertionError("the last attempt returns or raises")
 
     async def _acquire(self, sequences: int, failed_on: Sequence[Member]) -> Member:
         """Wait for a server with room and take it."""
@@ -175,6 +183,15 @@ class Dispatcher:
         task = asyncio.create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
+
+
+async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
+    try:
+        async with asyncio.TaskGroup() as group:
+            for coroutine in coroutines:
+                group.create_task(coroutine)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 async def _ask(

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, che
 from megatron_rl.rollout.base import (
     ENGINES,
     Completion,
+    Conversation,
     Progress,
     RolloutEngine,
     SamplingParams,
@@ -35,6 +36,7 @@ from megatron_rl.rollout.base import (
     sample_seed,
 )
 from megatron_rl.rollout.gate import UpdateGate
+from megatron_rl.rollout.sglang.conversing import hold
 from megatron_rl.rollout.sglang.dispatcher import Dispatcher
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.generation import GenerateRequest
@@ -171,8 +173,6 @@ class SGLangEngine(RolloutEngine):
     def new_buffer(self, num_bytes: int, device: torch.device) -> torch.Tensor:
         return self._transfer.new_buffer(num_bytes, device)
 
-    # --- weights ---------------------------------------------------------------------------------------------------
-
     def begin_update(self) -> None:
         """Pause the servers that answer; the first call waits for all of them to start."""
         if "weights" in self._asleep:
@@ -263,8 +263,6 @@ class SGLangEngine(RolloutEngine):
             return WeightCheck()
         return self._loop.run(check_members(self._membership, self._transfer.proof))
 
-    # --- generation ------------------------------------------------------------------------------------------------
-
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -274,11 +272,9 @@ class SGLangEngine(RolloutEngine):
     ) -> list[list[Completion]]:
         """As every engine does; the answers are returned on the replica's first rank only, elsewhere an empty list, and
         those of `ServersLostError` likewise."""
-        self._gate.require_ready()
-        if self._asleep:
-            raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
+        self._require_ready()
         seeds = range(len(prompts)) if seeds is None else seeds
-        check_prompts(prompts, seeds, params, self.architecture.vocab, self.max_context, self.tokenizer is not None)
+        self._check(prompts, seeds, params)
         if not prompts:
             return []
         if not self.replica.leads:
@@ -286,16 +282,33 @@ class SGLangEngine(RolloutEngine):
             return []
         requests = [self._request(i, prompts[i], params, seed) for i, seed in enumerate(seeds)]
         results: dict[int, list[Completion]] = {}
+        with self.replica.calling():
+            self._lead(self._dispatcher.answer_all(requests, results, progress), results)
+        return [results[index] for index in range(len(prompts))]
 
-        def emit(index: int, completions: list[Completion]) -> None:
-            assert index not in results, f"prompt {index} was answered twice"
-            results[index] = completions
-            if progress is not None:
-                progress(len(results) * params.n, len(prompts) * params.n)
+    def converse(self, conversations: Sequence[Conversation[Any]], params: SamplingParams) -> list[Any]:
+        self._require_ready()
+        if not self.replica.leads:
+            self._follow()
+            return []
+        results: dict[int, list[Any]] = {}
+
+        def request_of(number: int, token_ids: Sequence[int], max_tokens: int, seed: int) -> GenerateRequest:
+            own = params.model_copy(update={"n": 1, "max_tokens": max_tokens})
+            self._check([token_ids], [seed], own)
+            return self._request(number, token_ids, own, seed)
 
         with self.replica.calling():
-            self._lead(requests, results, emit)
-        return [results[index] for index in range(len(prompts))]
+            self._lead(hold(self._dispatcher, conversations, request_of, results), results)
+        return [results[number][0] for number in range(len(conversations))]
+
+    def _check(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], params: SamplingParams) -> None:
+        check_prompts(prompts, seeds, params, self.architecture.vocab, self.max_context, self.tokenizer is not None)
+
+    def _require_ready(self) -> None:
+        self._gate.require_ready()
+        if self._asleep:
+            raise RuntimeError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
 
     def _request(self, index: int, prompt: Sequence[int], params: SamplingParams, seed: int) -> GenerateRequest:
         experts = self.architecture.experts if self.config.return_routed_experts else None
@@ -309,10 +322,10 @@ class SGLangEngine(RolloutEngine):
             routed_experts=(self.architecture.num_layers, experts.experts_per_token) if experts else None,
         )
 
-    def _lead(self, requests: Sequence[GenerateRequest], results: dict[int, list[Completion]], emit: Any) -> None:
-        """Wait for the answers. A server that comes back without the newest weights gets those of `load_shards`; those
-        of a push have to be pushed again, which is worth it where no other server is left."""
-        work = self._loop.submit(self._dispatcher.answer_all(requests, emit))
+    def _lead(self, asking: Coroutine[Any, Any, None], results: dict[int, list[Any]]) -> None:
+        """Wait for ``asking``, which fills ``results``. A server that comes back without the newest weights gets those
+        of `load_shards`; those of a push have to be pushed again, which is worth it where no other server is left."""
+        work = self._loop.submit(asking)
         try:
             while not concurrent.futures.wait([work], timeout=POLL_SECONDS).done:
                 self.replica.heartbeat(CALL_SECONDS)
@@ -347,8 +360,6 @@ class SGLangEngine(RolloutEngine):
                 self._write_all(self._shards)
             except RuntimeError as error:
                 logger.warning("weights could not be written anew: %s", error)
-
-    # --- memory and end --------------------------------------------------------------------------------------------
 
     def sleep(self, tags: Sequence[str] = TAGS) -> None:
         check_tags(tags)
