@@ -1,0 +1,286 @@
+"""`Journal`: what a rollout rank has finished, on disk before anybody relies on it.
+
+One file a rank, to which records are appended, each with its length and checksums, and synced. Opening a journal reads
+it back: a last record that a killed process left incomplete is cut off; a damaged one is named and passed over, and
+those after it are found again by their marker. A checkpoint keeps the offset up to which its run had written.
+
+    head    b"MRLJRNL1", number of bytes dropped from the front, checksum of both
+    record  marker, its offset, payload's length, payload's checksum, checksum of these four, payload
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import xxhash
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"MRLJRNL1"
+MARKER = b"\xa9REC"
+HEAD = struct.Struct("<8sQQ")
+RECORD = struct.Struct("<4sQQQQ")
+
+
+class JournalError(RuntimeError):
+    """A journal could not be written, or the file is none."""
+
+
+class Record(NamedTuple):
+    """One record as it was found."""
+
+    number: int  # from 0, in the order of the file, damaged ones included
+    offset: int  # of its first byte, counted from the first byte ever written
+    payload: bytes
+
+
+class Damage(NamedTuple):
+    """A record that is not as it was written; without its length, what lies before the next whole one."""
+
+    path: Path
+    number: int  # of the record that they were
+    offset: int
+    num_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"journal {self.path}: record {self.number} at offset {self.offset} is damaged ({self.num_bytes} bytes are "
+            "not as they were written)"
+        )
+
+
+class Journal:
+    """An open journal. One process writes it.
+
+    Args:
+        path: the file; made where it does not exist.
+        sync: puts a file descriptor's data on the disk.
+
+    Attributes:
+        records: what the file held when it was opened.
+        damaged: what could not be read of it.
+        end: the offset after the last record; a checkpoint stores it.
+
+    Raises:
+        JournalError: ``path`` is no journal, or cannot be made.
+    """
+
+    def __init__(self, path: Path, sync: Callable[[int], None] = os.fdatasync) -> None:
+        self.path = path
+        self._sync = sync
+        self.records: list[Record] = []
+        self.damaged: list[Damage] = []
+        with self._naming("opened"):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            data = path.read_bytes()
+        if len(data) < HEAD.size and _head(0).startswith(data):  # new, or killed as it was made
+            with self._naming("made"):
+                self._make()
+            self._dropped, self.end = 0, HEAD.size
+            return
+        self._dropped = self._read_head(data)
+        self._recover(data)
+
+    # Writing
+
+    def append(self, payload: bytes) -> int:
+        """Write one record; returns `end` when it is on the disk.
+
+        Raises:
+            JournalError: the disk is full, or fails. The journal is as it was, and may be tried again.
+        """
+        fields = struct.pack("<4sQQQ", MARKER, self.end, len(payload), _checksum(payload))
+        data = fields + struct.pack("<Q", _checksum(fields)) + payload
+        with self._naming("written"):
+            self._write(data)
+        self.end += len(data)
+        return self.end
+
+    def cut(self, end: int) -> None:
+        """Forget all records from the offset ``end`` on: those of a future that the run does not take again."""
+        if not any(record.offset == end for record in self.records) and end != self.end:
+            raise ValueError(
+                f"journal {self.path}: offset {end} is no end of a record; the last one ends at {self.end}"
+            )
+        with self._naming("cut"):
+            self._cut(end)
+        self.records = [record for record in self.records if record.offset < end]
+        self.damaged = [damage for damage in self.damaged if damage.offset < end]
+        self.end = end
+
+    def drop_before(self, start: int) -> None:
+        """Give the space of all records before the offset ``start`` back; offsets stay as they are. What is kept goes
+        to another file, which replaces this one when it is on the disk."""
+        if not self._dropped + HEAD.size <= start <= self.end:
+            raise ValueError(
+                f"journal {self.path}: offset {start} is outside of {self._dropped + HEAD.size} to {self.end}"
+            )
+        with self._naming("shortened"):
+            self._shorten(start)
+        self.records = [record for record in self.records if record.offset >= start]
+        self.damaged = [damage for damage in self.damaged if damage.offset >= start]
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    @contextlib.contextmanager
+    def _naming(self, verb: str) -> Iterator[None]:
+        """An error of the disk says which file could not be ``verb``."""
+        try:
+            yield
+        except OSError as error:
+            folder = next(found for found in self.path.absolute().parents if found.is_dir())
+            free = shutil.disk_usage(folder).free / 2**20
+            remedy = ": free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+            raise JournalError(
+                f"journal {self.path} could not be {verb} ({error.strerror}; {free:,.1f} MiB were free); what it held "
+                f"before stands{remedy}"
+            ) from error
+
+    def _write(self, data: bytes) -> None:
+        place = self.end - self._dropped
+        try:
+            _write_all(self._file, data, place)
+            self._sync(self._file)
+        except OSError:
+            os.ftruncate(self._file, place)
+            raise
+
+    def _make(self) -> None:
+        _write_all(self._file, _head(0), 0)
+        self._sync(self._file)
+        _sync_folder(self.path.parent)
+
+    def _cut(self, end: int) -> None:
+        os.ftruncate(self._file, end - self._dropped)
+        self._sync(self._file)
+
+    def _shorten(self, start: int) -> None:
+        kept = os.pread(self._file, self.end - start, start - self._dropped)
+        dropped = start - HEAD.size
+        other = self.path.with_name(f".{self.path.name}.shortened")
+        file = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            _write_all(file, _head(dropped) + kept, 0)
+            self._sync(file)
+            os.replace(other, self.path)
+        except OSError:
+            os.close(file)
+            other.unlink(missing_ok=True)
+            raise
+        os.close(self._file)
+        self._file, self._dropped = file, dropped
+        _sync_folder(self.path.parent)
+
+    # Reading
+
+    def _read_head(self, data: bytes) -> int:
+        """The number of bytes dropped from the front; where the head is damaged, the first record tells."""
+        if len(data) >= HEAD.size:
+            magic, dropped, checksum = HEAD.unpack_from(data)
+            if magic == MAGIC and checksum == _checksum(data[: HEAD.size - 8]):
+                return int(dropped)
+        first = next(found_records(data, 0), None)
+        if first is None:
+            self.close()
+            raise JournalError(
+                f"{self.path} is no journal, or all of it is damaged: move it away, and what it held is sampled again"
+            )
+        logger.warning("journal %s: its head is damaged; its records tell what it said", self.path)
+        dropped = first.offset - first.place
+        with self._naming("mended"):
+            _write_all(self._file, _head(dropped), 0)
+        return dropped
+
+    def _recover(self, data: bytes) -> None:
+        """Fill `records`, `damaged` and `end` from the file's content; a last record that is not whole is cut off."""
+        at, number = HEAD.size, 0
+        for found in found_records(data, at, self._dropped):
+            if found.place > at:
+                self.damaged.append(Damage(self.path, number, at + self._dropped, found.place - at))
+                number += 1
+            if found.payload is None:
+                self.damaged.append(Damage(self.path, number, found.offset, found.num_bytes))
+            else:
+                self.records.append(Record(number, found.offset, found.payload))
+            at, number = found.place + found.num_bytes, number + 1
+        self.end = at + self._dropped
+        for damage in self.damaged:
+            logger.warning("%s", damage)
+        if at < len(data):
+            logger.warning(
+                "journal %s: its last record (number %d at offset %d) is not whole, %d bytes are cut off",
+                *(self.path, number, self.end, len(data) - at),
+            )
+            with self._naming("cut"):
+                self._cut(self.end)
+
+
+class _Found(NamedTuple):
+    place: int  # in the file
+    offset: int
+    num_bytes: int  # of the record
+    payload: bytes | None  # None where it is damaged
+
+
+def found_records(data: bytes, start: int, dropped: int | None = None) -> Iterator[_Found]:
+    """Every record in ``data`` from ``start`` on that is all there, by its own account.
+
+    Args:
+        dropped: bytes dropped from the front; records that say otherwise are none. None: not known.
+    """
+    at = start
+    while (at := data.find(MARKER, at)) >= 0:
+        found = _record_at(data, at)
+        if found is None or dropped not in (None, found.offset - at):
+            at += 1
+        else:
+            yield found
+            at += found.num_bytes
+
+
+def _record_at(data: bytes, at: int) -> _Found | None:
+    """The record at ``at``, None where its fields are damaged or its end is missing."""
+    if len(data) - at < RECORD.size:
+        return None
+    _, offset, length, checksum, of_fields = RECORD.unpack_from(data, at)
+    start = at + RECORD.size
+    if of_fields != _checksum(data[at : start - 8]) or length > len(data) - start:
+        return None
+    payload = data[start : start + length]
+    return _Found(at, offset, RECORD.size + length, payload if _checksum(payload) == checksum else None)
+
+
+def _checksum(data: bytes) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def _head(dropped: int) -> bytes:
+    fields = struct.pack("<8sQ", MAGIC, dropped)
+    return fields + struct.pack("<Q", _checksum(fields))
+
+
+def _write_all(file: int, data: bytes, place: int) -> None:
+    while data:
+        written = os.pwrite(file, data, place)
+        data, place = data[written:], place + written
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a new name on the disk."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
