@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import enum
-import math
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,13 +23,13 @@ The newest checkpoint of a Megatron-LM job (`--ckpt-format torch_dist` or `torch
 A checkpoint of another program, which does not:
 `megatron-rl convert pretrained trained --to hf --config folder-with-config.json`
 
-A Hugging Face folder as a checkpoint that `pretrain_gpt.py --load ckpt` takes, written by four processes that hold a
-quarter of the model each: `megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
+A Hugging Face folder as a checkpoint that `pretrain_gpt.py --load ckpt` takes, with a file for each of four ranks:
+`megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
 
 And back: `megatron-rl convert ckpt my-model-again --to hf`
 
-Over two nodes, started by hand: `torchrun --nnodes 2 --nproc-per-node 8 ... -m megatron_rl convert my-model
-ckpt --to megatron --tp 8 --pp 2`
+By several processes, each of which writes some of the files: `torchrun --nproc-per-node 8 -m megatron_rl convert
+my-model ckpt --to megatron --tp 8 --pp 2`
 """
 
 
@@ -55,7 +52,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder or model id, or Megatron checkpoint.")],
     target: Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")],
     to: Annotated[Target, typer.Option(help="Format of the result.")],
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that hold the model while it is written.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that a checkpoint's files are cut for.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, likewise.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, likewise.")] = 1,
     etp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks inside each expert, likewise.")] = 1,
@@ -68,15 +65,12 @@ def convert(
         bool, typer.Option("--verify/--no-verify", help="Compare a checkpoint's files with their digests first.")
     ] = True,
 ) -> None:
-    """Convert weights, streaming: no process ever holds more than its part of the model.
+    """Convert weights, streaming: one process, which never holds more than some rows of a tensor.
 
-    A Megatron checkpoint loads into any layout, whatever wrote it; the sizes only share out the memory of writing it,
-    and torchrun is started for them where it is not running yet. A Hugging Face folder is written file by file.
+    A Megatron checkpoint loads into any layout, whatever it was written for; in the one that it was cut for each rank
+    reads one file.
     """
     rank = environment_rank()
-    num_ranks = math.lcm(tp * pp, ep * etp * pp) if to is Target.MEGATRON else 1
-    if num_ranks > 1 and "RANK" not in os.environ:
-        _restart_under_torchrun(num_ranks)
     with clear_errors(rank):
         import torch
 
@@ -100,8 +94,3 @@ def convert(
                 typer.echo(f"for Megatron-LM: {load_options(written)}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _restart_under_torchrun(num_ranks: int) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    os.execv(sys.executable, [*command, "-m", "megatron_rl", *sys.argv[1:]])

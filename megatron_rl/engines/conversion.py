@@ -1,8 +1,7 @@
 """`convert`: a Hugging Face folder or a Megatron checkpoint into either of the two.
 
-To Hugging Face it streams: one parameter and one output file are in memory at a time, and under torchrun the ranks
-share the files. To Megatron each rank holds its part of the model in the asked-for layout, read straight from the
-source (`engines/megatron/checkpoint/converted.py`).
+Both ways it streams, some rows of one tensor at a time (`weights.hf_folder.BLOCK_BYTES`): no process ever holds a file,
+a rank's part or even a tensor of the model. One process does it all; under torchrun the ranks share the files.
 """
 
 from __future__ import annotations
@@ -15,10 +14,7 @@ import torch
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.checkpoint.converted import write_converted
 from megatron_rl.models.checkpoint_digests import find_damage
-from megatron_rl.models.layouts import hf_layout
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.reshard.layout import restricted
-from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.hf_folder import MAX_SHARD_BYTES, HFFolderWriter
 from megatron_rl.weights.opened_weights import OpenedWeights, open_weights
 from megatron_rl.weights.value_head_file import write_value_head
@@ -40,10 +36,10 @@ def convert(
 
     Args:
         to: "hf" for a Hugging Face folder, "megatron" for a distributed checkpoint.
-        sizes: the layout that the ranks hold the model in while a checkpoint is written.
+        sizes: the layout that a checkpoint's files are cut for; it loads into any.
         config: see `weights.opened_weights.open_weights`.
-        dtype: of the result; None keeps that of each tensor. A Megatron checkpoint has one dtype for the tensors of one
-            kind in all layers, the widest of them.
+        dtype: of the result; None keeps that of each tensor. What a Megatron checkpoint stores as one tensor (queries,
+            keys and values, and layers that are all alike) gets the widest of its dtypes.
         max_shard_bytes: largest file of a Hugging Face folder.
         overwrite: replace an existing target.
         verify: compare a checkpoint's files with their digests first.
@@ -58,13 +54,13 @@ def convert(
         raise ConfigError(f"cannot convert to {to!r}: expected 'hf' or 'megatron'")
     with open_weights(source, config) as opened:
         writer = HFFolderWriter(target, opened.description, dtype or opened.dtypes, max_shard_bytes, overwrite)
-        context = ParallelContext.create(sizes or ParallelSizes() if to == "megatron" else ParallelSizes())
+        context = ParallelContext.create(ParallelSizes())
         if verify and opened.checkpoint is not None:
             _refuse_damage(opened.checkpoint, context, tensors_only=config is not None)
         if to == "hf":
             _to_hf(opened, writer, context)
         else:
-            write_converted(opened, writer, context)
+            write_converted(opened, writer, context, sizes or ParallelSizes())
     return writer.folder
 
 
@@ -81,14 +77,10 @@ def _refuse_damage(checkpoint: Path, context: ParallelContext, tensors_only: boo
 
 def _to_hf(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext) -> None:
     together = context.agreement
-    layout = hf_layout(opened.description.architecture)
     with writer.writing(together, context.rank == 0):
         with together.attempt():
             for file in writer.files[context.rank :: context.world_size]:
-                part = restricted(layout, set(file.tensors))
-                tensors = empty_tensors(part, 0, writer.dtypes)
-                fill(part, 0, tensors, opened.tensors)
-                writer.write(file, tensors)
+                writer.stream(file, opened.tensors)
         with together.attempt():
             if context.rank == 0:
                 if opened.value_head is not None:

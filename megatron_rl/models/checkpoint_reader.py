@@ -1,23 +1,18 @@
 """Megatron distributed checkpoints (``torch_dist``): tensors out of one without building a model.
 
-A checkpoint stores whole tensors, whatever layout wrote them: those of a model on one rank, with the layers stacked
-into one tensor where all layers are alike (megatron.core TransformerBlock.sharded_state_dict), and the experts of a
-layer stacked too (SequentialMLP.sharded_state_dict).
+`stored_tensors` says which tensors there are; `stored_chunks` reads parts of them.
 """
 
 from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
@@ -26,27 +21,15 @@ from megatron_rl.models.inert_load import load_inert
 from megatron_rl.models.layouts import megatron_layout
 from megatron_rl.models.legacy_checkpoint import FILE, LegacyCheckpoint, unknown_tensors
 from megatron_rl.models.lora_update import SUFFIX, merged
+from megatron_rl.models.stored_chunks import StoredChunks
+from megatron_rl.models.stored_tensors import Stored, candidates
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.rectangle import Rectangle
 
 LATEST = "latest_checkpointed_iteration.txt"  # Megatron-LM's pointer from a run's folder to its newest checkpoint
 RELEASE = "release"  # what it says for weights that no training step has changed yet; also the name of their folder
 MODEL_PARTS = ("embedding.", "decoder.", "encoder.", "output_layer.", "mtp.")  # what a GPTModel's tensors begin with
-
-# The local spec's norms are stored under TransformerEngine's names (gpt_layer_specs sharded_state_dict_keys_map).
-RENAMED = {
-    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
-    "self_attention.q_layernorm.weight": "self_attention.linear_q_up_proj.layer_norm_weight",
-    "self_attention.kv_layernorm.weight": "self_attention.linear_kv_up_proj.layer_norm_weight",
-}
-
-
-class Stored(NamedTuple):
-    """Where a parameter of a one-rank model lies in a checkpoint."""
-
-    key: str
-    place: tuple[int, ...]  # in the leading, stacked dims of the stored tensor
 
 
 def checkpoint_folder(path: str | Path) -> Path | None:
@@ -126,6 +109,7 @@ class CheckpointReader:
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         stored = metadata.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in stored if isinstance(entry, TensorStorageMetadata)}
+        self._chunks = StoredChunks(folder, self.tensors, metadata.storage_data)
 
     ranks = (0,)  # of `layout`
 
@@ -163,6 +147,14 @@ class CheckpointReader:
     def dtype(self) -> torch.dtype:
         return self._stored("embedding.word_embeddings.weight").properties.dtype
 
+    def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
+        """A rectangle of what `read` returns, seen as a matrix."""
+        key, index = self._find(shard)
+        if not self._has_adapter(key):
+            return self._read(Stored(key, index), shard.shape, part)
+        matrix = self._merged(shard).view(shard.matrix_shape)
+        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
+
     def read(self, shard: Shard) -> Tensor:
         """The tensor of a shard of the one-rank layout, named as the local spec names it; its adapter, if it has one,
         merged.
@@ -170,6 +162,15 @@ class CheckpointReader:
         Raises:
             ConfigError: the checkpoint lacks it, or has it in another shape.
         """
+        key, index = self._find(shard)
+        return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
+
+    @functools.lru_cache(2)  # noqa: B019  a reader lives as long as one conversion
+    def _merged(self, shard: Shard) -> Tensor:
+        return self.read(shard)
+
+    def _find(self, shard: Shard) -> Stored:
+        """Where the tensor of a shard lies."""
         for key, index in candidates(shard.name):
             if key in self.tensors:
                 sizes = tuple(self.tensors[key].size)
@@ -178,7 +179,7 @@ class CheckpointReader:
                         f"{self.folder}: {key} has shape {list(sizes)}, but {shard.name} of the config has "
                         f"{list(shard.shape)}: the config belongs to another model"
                     )
-                return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
+                return Stored(key, index)
         raise ConfigError(f"{self.folder} lacks {shard.name}; it has {', '.join(sorted(self.tensors)[:3])} ...")
 
     def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
@@ -191,10 +192,13 @@ class CheckpointReader:
         """Whether it was written by a run that trained adapters."""
         return any(f"{SUFFIX}." in key for key in self.tensors)
 
+    def _has_adapter(self, key: str) -> bool:
+        return key.removesuffix(".weight") + f"{SUFFIX}.a" in self.tensors
+
     def _with_adapter(self, key: str, place: tuple[int, ...], weight: Tensor) -> Tensor:
-        prefix = key.removesuffix(".weight") + SUFFIX
-        if f"{prefix}.a" not in self.tensors:
+        if not self._has_adapter(key):
             return weight
+        prefix = key.removesuffix(".weight") + SUFFIX
         names = [f"{prefix}.{part}" for part in ("a", "b", "scale")]
         shapes = [tuple(self._stored(name).size)[len(place) :] for name in names]
         a, b, scale = (self._read(Stored(name, place), shape) for name, shape in zip(names, shapes, strict=True))
@@ -205,60 +209,6 @@ class CheckpointReader:
             raise ConfigError(f"{self.folder} lacks {key}: it is no checkpoint of a whole language model")
         return self.tensors[key]
 
-    def _read(self, stored: Stored, shape: tuple[int, ...]) -> Tensor:
-        lead = len(stored.place)
-        result = torch.empty((1,) * lead + shape, dtype=self.tensors[stored.key].properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(stored.place + (0,) * len(shape)), torch.Size(result.shape))
-        planner = _OneTensor(stored.key, self.tensors[stored.key], wanted, result)
-        self._reader.read_data(planner.create_local_plan(), planner).wait()
-        return result.view(shape)
-
-
-def candidates(name: str) -> Iterator[Stored]:
-    """Where a parameter of a one-rank model may be stored: its own name, or stacked with other layers and experts."""
-    parts = name.split(".")
-    if parts[:2] != ["decoder", "layers"]:
-        yield Stored(name, ())
-        return
-    layer, rest = int(parts[2]), ".".join(parts[3:])
-    index: tuple[int, ...] = ()
-    if rest.startswith("mlp.experts.local_experts."):
-        index = (int(parts[6]),)
-        rest = "mlp.experts.experts." + ".".join(parts[7:])
-    for spelling in (rest, RENAMED.get(rest)):
-        if spelling is not None:
-            yield Stored(f"decoder.layers.{spelling}", (layer, *index))
-            yield Stored(f"decoder.layers.{layer}.{spelling}", index)
-
-
-class _OneTensor(LoadPlanner):
-    """Loads one rectangle of one stored tensor; torch's own planners load whole tensors."""
-
-    def __init__(self, key: str, stored: TensorStorageMetadata, wanted: ChunkStorageMetadata, result: Tensor) -> None:
-        self._key, self._stored, self._wanted, self._result = key, stored, wanted, result
-
-    def create_local_plan(self) -> LoadPlan:
-        return LoadPlan(create_read_items_for_chunk_list(self._key, self._stored, [self._wanted]))
-
-    def set_up_planner(
-        self, state_dict: object, metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
-        raise AssertionError("one tensor needs no state dict")
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        return global_plan
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        return central_plan
-
-    def load_bytes(self, read_item: ReadItem, value: object) -> None:
-        raise AssertionError(f"{read_item} is not a tensor")
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._result
-        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(dim, start, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
+    def _read(self, stored: Stored, shape: tuple[int, ...], part: Rectangle | None = None) -> Tensor:
+        matrix = self._chunks.read(stored.key, stored.place, shape, part)
+        return matrix.view(shape) if part is None else matrix

@@ -25,6 +25,7 @@ from megatron_rl.models.layouts import megatron_layout
 from megatron_rl.models.naming import MegatronNaming
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.rectangle import Rectangle
 
 FILE = "model_optim_rng.pt"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -182,6 +183,11 @@ class LegacyCheckpoint:
                 f"{list(shard.shape)}: the config belongs to another model"
             )
         return tensors[shard.name]
+
+    def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
+        """A rectangle of it, seen as a matrix."""
+        matrix = self.load(rank, shard).reshape(shard.matrix_shape)
+        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
 
     @functools.cache  # noqa: B019  a reader lives as long as one conversion
     def tensors_of(self, rank: int) -> dict[str, Tensor]:

@@ -11,11 +11,13 @@ from torch import Tensor
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_digests import COMMON
-from megatron_rl.models.checkpoint_reader import CheckpointReader, Stored
+from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.inert_load import load_inert
 from megatron_rl.models.layouts import transformers_layout
 from megatron_rl.models.lora_update import merged
+from megatron_rl.models.stored_tensors import Stored
 from megatron_rl.reshard.layout import Layout, Shard
+from megatron_rl.reshard.rectangle import Rectangle
 
 MODEL = "actor_model/"  # before the names of a policy's tensors; see `engines.megatron.checkpoint.dtensors`
 ADAPTER = ".lora.weight_"  # between the names of a layer and of its adapter's matrices
@@ -57,6 +59,11 @@ class ModuleCheckpoint(CheckpointReader):
             return weight
         a, b = (self._read(Stored(name, ()), tuple(self._stored(name).size)) for name in names)
         return merged(weight, a, b, self._counters["lora_factor"])
+
+    def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
+        """As there; a module's tensors are read whole."""
+        matrix = self._merged(shard).reshape(shard.matrix_shape)
+        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
 
     def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
         return self.read(shard).dtype if MODEL + shard.name not in self.tensors else self.dtype

@@ -28,14 +28,16 @@ from megatron_rl.models.family import family_of
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, module_config
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.module_architecture import ModuleArchitecture
-from megatron_rl.models.safetensors_files import write_safetensors
+from megatron_rl.models.safetensors_files import SafetensorsWriter, write_safetensors
 from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import WireFormat
-from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE
+from megatron_rl.reshard.layout import Span, matrix_shape
+from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE, TensorSource
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 << 30
+BLOCK_BYTES = 16 << 20  # of a tensor that are in memory while it is copied from file to file
 DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
 
@@ -182,6 +184,21 @@ class HFFolderWriter:
             raise OSError(f"{path} could not be written: {error}") from error
         with path.open("rb") as written:
             os.fsync(written.fileno())
+
+    def stream(self, file: HFFile, source: TensorSource) -> None:
+        """Write one file straight from ``source``, some rows at a time."""
+        path = self.partial / file.name
+        shapes = {name: (shape, self.dtypes.of(name)) for name, shape in file.tensors.items()}
+        try:
+            with SafetensorsWriter(path, shapes) as written:
+                for name in written.names:
+                    rows, cols = matrix_shape(file.tensors[name])
+                    step = max(BLOCK_BYTES // max(cols * shapes[name][1].itemsize, 1), 1)
+                    for start in range(0, rows, step):
+                        values = source.read(Span(name, start, min(start + step, rows), 0, cols, 0, 0))
+                        written.write(values.to(shapes[name][1]).contiguous())
+        except OSError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
     def commit(self) -> None:
         """Write what belongs beside the tensors and give the folder its name. One rank calls this, after all writes."""

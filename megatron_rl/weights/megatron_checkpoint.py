@@ -104,7 +104,9 @@ class MegatronCheckpoint:
             ConfigError: the checkpoint holds another model than its description says.
         """
         reader = self.reader
-        return LayoutSource(reader.layout(self.architecture), reader.ranks, reader.load, dtype=reader.dtype_of)
+        return LayoutSource(
+            reader.layout(self.architecture), reader.ranks, reader.load, dtype=reader.dtype_of, part=reader.load_part
+        )
 
     @functools.cached_property
     def architecture(self) -> Architecture:

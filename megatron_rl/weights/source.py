@@ -14,16 +14,17 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.safetensors_files import DTYPES, Entry, SafetensorsFile
 from megatron_rl.reshard import WireFormat
 from megatron_rl.reshard.layout import Layout, Shard, Span, matrix_shape
+from megatron_rl.reshard.rectangle import Rectangle
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def check_shape(name: str, given: tuple[int, ...], expected: tuple[int, ...], where: str) -> None:
@@ -74,6 +75,7 @@ class LayoutSource:
         load: fetches a rank's shard, in its shape.
         dtype: of a rank's shard, where that can be known without fetching it.
         keep: shards to keep loaded: neighbouring tensors of a layer often share one.
+        part: fetches a rectangle of a rank's shard, as a matrix, where that is cheaper than all of it.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class LayoutSource:
         load: Callable[[int, Shard], Tensor],
         keep: int = 2,
         dtype: Callable[[int, Shard], torch.dtype] | None = None,
+        part: Callable[[int, Shard, Rectangle], Tensor] | None = None,
     ) -> None:
-        self._added, self._dtype = layout.added, dtype
+        self._added, self._dtype, self._load_part = layout.added, dtype, part
         self._load = functools.lru_cache(keep)(load)
         self._locations: dict[str, list[SpanLocation]] = {}
         seen = set()
@@ -120,8 +123,13 @@ class LayoutSource:
     def _part(self, location: SpanLocation, wanted: Span) -> Tensor:
         held = location.span
         row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
-        matrix = self._load(location.rank, location.shard).detach().reshape(location.shard.matrix_shape)
-        values, added = matrix[row : row + wanted.num_rows, col : col + wanted.num_cols], self._added(held.tensor)
+        added = self._added(held.tensor)
+        if self._load_part is not None:
+            place = Rectangle(row, row + wanted.num_rows, col, col + wanted.num_cols)
+            values = self._load_part(location.rank, location.shard, place)
+        else:
+            matrix = self._load(location.rank, location.shard).detach().reshape(location.shard.matrix_shape)
+            values = matrix[row : row + wanted.num_rows, col : col + wanted.num_cols]
         return values - added if added else values
 
 
@@ -154,7 +162,7 @@ class SafetensorsFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.files = _weight_map(self.folder)
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, SafetensorsFile] = {}
         self._stored: dict[str, str] = {}  # name here -> name in the files, where it is another
 
     def rename(self, names: Mapping[str, str]) -> None:
@@ -170,37 +178,36 @@ class SafetensorsFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for handle in self._open.values():
-            handle.__exit__(kind, error, at)
+        for file in self._open.values():
+            file.close()
         self._open.clear()
 
     def names(self) -> Iterable[str]:
         return self.files.keys()
 
+    def shape(self, tensor: str) -> tuple[int, ...]:
+        """The shape that ``tensor`` is stored in."""
+        return self._entry(tensor).shape
+
     def read(self, span: Span) -> Tensor:
-        path, part = self.files[span.tensor], self._slice(span.tensor)
-        shape = tuple(part.get_shape())
-        rows, cols = matrix_shape(shape)
+        path, entry = self.files[span.tensor], self._entry(span.tensor)
+        rows, cols = matrix_shape(entry.shape)
         if span.row_stop > rows or span.col_stop > cols:
             raise ConfigError(
-                f"{path}: {span.tensor} has shape {list(shape)}, but the config needs rows up to {span.row_stop} and "
-                f"columns up to {span.col_stop}: config.json and the weights do not belong together"
+                f"{path}: {span.tensor} has shape {list(entry.shape)}, but the config needs rows up to {span.row_stop} "
+                f"and columns up to {span.col_stop}: config.json and the weights do not belong together"
             )
-        if len(shape) > 2:
-            inner = rows // shape[0]
-            first, last = span.row_start // inner, -(-span.row_stop // inner)
-            block = part[first:last].reshape(-1, cols)[span.row_start - first * inner :]
-            return block[: span.num_rows, span.col_start : span.col_stop]
-        chosen = part[span.row_start : span.row_stop]
-        if len(shape) == 2:
-            chosen = part[span.row_start : span.row_stop, span.col_start : span.col_stop]
-        return chosen.reshape(span.num_rows, span.num_cols)
+        self.dtype(span.tensor)
+        stored = self._stored.get(span.tensor, span.tensor)
+        return self._handle(path).read(
+            stored, range(span.row_start, span.row_stop), range(span.col_start, span.col_stop)
+        )
 
     def check(self, tensor: str, expected: tuple[int, ...]) -> None:
         """Raise ConfigError unless ``tensor`` is stored unquantized and in exactly this shape."""
         path = self.files[tensor]
         self.dtype(tensor)
-        shape = tuple(self._slice(tensor).get_shape())
+        shape = self._entry(tensor).shape
         if shape != expected:
             raise ConfigError(
                 f"{path}: {tensor} has shape {list(shape)}, but config.json describes {list(expected)}: config.json "
@@ -215,29 +222,29 @@ class SafetensorsFolder:
         """
         if tensor not in self.files:
             raise ConfigError(f"{self.folder} lacks {tensor!r}: is it a language model's folder?")
-        stored = self._slice(tensor).get_dtype()
+        stored = self._entry(tensor).dtype
         if stored not in DTYPES:
             raise ConfigError(
                 f"{self.files[tensor]}: {tensor} is stored as {stored}, expected one of {', '.join(DTYPES)}"
             )
         return DTYPES[stored]
 
-    def _slice(self, tensor: str) -> Any:
-        path = self.files[tensor]
-        try:
-            return self._handle(path).get_slice(self._stored.get(tensor, tensor))
-        except SafetensorError as error:
-            raise ConfigError(f"{path} holds no readable {tensor!r} ({error}): restore the file") from None
+    def _entry(self, tensor: str) -> Entry:
+        path, stored = self.files[tensor], self._stored.get(tensor, tensor)
+        entries = self._handle(path).entries
+        if stored not in entries:
+            raise ConfigError(f"{path} holds no {stored!r}, but the folder's index says so: restore the file")
+        return entries[stored]
 
-    def _handle(self, path: Path) -> Any:
+    def _handle(self, path: Path) -> SafetensorsFile:
         if path not in self._open:
             self._open[path] = _open_safetensors(path)
         return self._open[path]
 
 
-def _open_safetensors(path: Path) -> Any:
+def _open_safetensors(path: Path) -> SafetensorsFile:
     try:
-        return safe_open(path, framework="pt", device="cpu").__enter__()
+        return SafetensorsFile(path)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist, but the folder's index names it: download it again") from None
     except (SafetensorError, OSError) as error:
@@ -261,7 +268,9 @@ def _weight_map(folder: Path) -> dict[str, Path]:
             raise ConfigError(f"{index}: {wrong[0]:.200} names no file of the folder: restore the file")
         return {name: folder / file for name, file in weight_map.items()}
     if single.is_file():
-        return dict.fromkeys(_open_safetensors(single).keys(), single)
+        file = _open_safetensors(single)
+        file.close()
+        return dict.fromkeys(file.entries, single)
     other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
     if other:
         raise ConfigError(

@@ -18,8 +18,8 @@ import megatron_rl
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.conversion import convert
 from megatron_rl.models import Architecture
-from megatron_rl.models.checkpoint_reader import candidates
 from megatron_rl.models.hf_config import hf_config_from
+from megatron_rl.models.stored_tensors import candidates
 
 assert megatron_rl  # installs the CPU face before megatron.core is imported
 

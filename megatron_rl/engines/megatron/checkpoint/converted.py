@@ -1,71 +1,89 @@
 """A converted model as a Megatron checkpoint that fits any layout: a run's folder as Megatron-LM's ``--load`` takes it.
 
-The iteration's sub-folder ``hf`` carries the model's config and tokenizer.
+It is written straight from the source, some rows at a time: no model is built, and no process holds one. What it is
+made of is what Megatron-Core saves of such a model (`models/stored_tensors.py`), cut as the ranks of the asked-for
+layout hold it. The iteration's sub-folder ``hf`` carries the model's config and tokenizer.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from megatron_rl.engines.megatron.checkpoint.writer import CheckpointWriter
-from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
-from megatron_rl.engines.megatron.model.model_chunk import chunk_tensors, naming_of, unwrap
+from megatron_rl.engines.megatron.checkpoint.tensor_files import TensorFiles, write_metadata
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.checkpoint_digests import COMMON, write_digests
 from megatron_rl.models.checkpoint_reader import LATEST, RELEASE, point_to
 from megatron_rl.models.components.mla import LATENT_EPS
 from megatron_rl.models.job_arguments import architecture_from_arguments, arguments_from_architecture
-from megatron_rl.models.layouts import megatron_layout
-from megatron_rl.models.naming import chunk_prefix
 from megatron_rl.models.pipeline import padded_vocab
+from megatron_rl.models.stored_tensors import HeldPart, StoredPart, held_parts, stored_parts
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.reshard import Layout, WireFormat
-from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_folder import HFFolderWriter
+from megatron_rl.reshard import Shard, WireFormat
+from megatron_rl.reshard.layout import Span
+from megatron_rl.reshard.rectangle import Rectangle
+from megatron_rl.weights.hf_folder import BLOCK_BYTES, HFFolderWriter
 from megatron_rl.weights.megatron_checkpoint import differences
 from megatron_rl.weights.opened_weights import OpenedWeights
+from megatron_rl.weights.source import TensorSource
 from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD
 
 logger = logging.getLogger(__name__)
 
-NUMBERS = re.compile(r"^chunk\d+\.|(?<=\.)\d+(?=\.)|(?<=weight)\d+$")  # of chunk, layer and expert
+# What `megatron.core.dist_checkpointing` writes as metadata.json (core.CheckpointingConfig).
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 
 
-def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext) -> None:
-    """Write the Megatron checkpoint; each rank reads and holds its part of the model. Collective."""
-    a, sizes = opened.description.architecture, context.sizes
-    dtype = writer.dtypes.dtype
-    config = transformer_config(a, sizes, dtype=dtype, **_stacked_layers(a))
-    head = opened.value_head
-    chunks = build_model(
-        a, config, pg_collection=context.collection, value_head=a.value_model, shared_value_head=head is not None
-    )
+def write_converted(
+    opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext, sizes: ParallelSizes
+) -> None:
+    """Write the Megatron checkpoint; each rank of ``context`` writes files of its own. Collective.
+
+    Args:
+        sizes: the layout whose ranks the files are for.
+
+    Raises:
+        ConfigError: the sizes do not fit the model.
+    """
+    a, together = opened.description.architecture, context.agreement
     vocab = padded_vocab(a.vocab, sizes.tp)
-    layout = megatron_layout(a, context.grid, vocab, naming_of(chunks))
-    _set_dtypes(chunks, layout, writer.dtypes)
-    together = context.agreement
+    parts, held = list(stored_parts(a, vocab)), held_parts(a, sizes, vocab)
+    kinds = _kinds(parts, writer.dtypes)
+    head = opened.value_head
+    if head is not None:
+        kinds[SHARED_VALUE_HEAD] = (tuple(head.shape), head.dtype)
     # A target named like an iteration is one iteration of a run; any other is a run that holds only a release.
     alone = re.fullmatch(rf"iter_\d{{7}}|{RELEASE}", writer.folder.name) is not None
     folder = writer.partial if alone else writer.partial / RELEASE
     with writer.writing(together, context.rank == 0):
         with together.attempt():
-            if context.rank == 0:
-                folder.mkdir(exist_ok=True)
-            own = chunk_tensors(chunks)
-            fill(layout, context.rank, own, opened.tensors)
-            for name in own:
-                if head is not None and name.endswith(SHARED_VALUE_HEAD):
-                    own[name].copy_(head)
-        _save_weights(chunks, folder, _job_state(a, sizes, vocab, dtype, folder.name))
+            folder.mkdir(exist_ok=True)
+            files = TensorFiles(folder)
+            for part in parts:
+                owned = [one for one in held[part.shard.name] if one.rank % context.world_size == context.rank]
+                _write_part(files, part, owned, kinds[part.stored.key][1], opened.tensors)
+            if head is not None and context.rank == 0:
+                files.write(0, SHARED_VALUE_HEAD, (0, 0), head)
+            written = files.close()
+        gathered = context.gather_objects(written)
         with together.attempt():
             if context.rank == 0:
-                opened.description.write_into(folder, dtype)
+                write_metadata(folder, kinds, gathered)
+                torch.save(_job_state(a, sizes, vocab, writer.dtypes.dtype, folder.name), folder / COMMON)
+                (folder / "metadata.json").write_text(json.dumps(FORMAT))
+                write_digests(folder, {name: value for one in gathered for name, value in one.digests.items()})
+                opened.description.write_into(folder, writer.dtypes.dtype)
                 if not alone:
                     (writer.partial / LATEST).write_text(RELEASE)
                 writer.publish()
@@ -73,27 +91,65 @@ def write_converted(opened: OpenedWeights, writer: HFFolderWriter, context: Para
                     point_to(writer.folder)
 
 
-def _set_dtypes(chunks: Sequence[nn.Module], layout: Layout, dtypes: WireFormat) -> None:
-    """Give the parameters of a rank's chunks the dtypes of their logical tensors. Megatron-Core stores the layers of a
-    model, and the experts of a layer, as one tensor: what differs there gets the widest dtype of all."""
-    if not dtypes.exceptions:
-        return
-    kinds: dict[str, torch.dtype] = {}
-    for replica in layout.replicas:
-        for shard in layout.shards_of(replica):
-            kind = NUMBERS.sub("*", shard.name)
-            for span in shard.spans:
-                kinds[kind] = torch.promote_types(kinds.get(kind, dtypes.of(span.tensor)), dtypes.of(span.tensor))
-    for index, chunk in enumerate(chunks):
-        for name, parameter in unwrap(chunk).named_parameters():
-            kind = NUMBERS.sub("*", chunk_prefix(index, len(chunks)) + name)
-            parameter.data = parameter.data.to(kinds.get(kind, parameter.dtype))
+def _kinds(parts: Sequence[StoredPart], dtypes: WireFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Key -> shape and dtype of each stored tensor: the widest dtype of all that lies in it."""
+    kinds: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for part in parts:
+        given = [dtypes.of(span.tensor) for span in part.shard.spans]
+        if part.stored.key in kinds:
+            given.append(kinds[part.stored.key][1])
+        widest = given[0]
+        for dtype in given[1:]:
+            widest = torch.promote_types(widest, dtype)
+        kinds[part.stored.key] = (part.lead + part.shard.shape, widest)
+    return kinds
 
 
-def _stacked_layers(a: Architecture) -> dict[str, Any]:
-    """Megatron-Core stores the layers of a model as one tensor where ``moe_layer_freq`` says that all are alike, which
-    a list never does (TransformerBlock.sharded_state_dict); Megatron-LM's default is 1."""
-    return {"moe_layer_freq": 1} if a.experts is not None and not a.experts.dense_layers else {}
+def _write_part(
+    files: TensorFiles, part: StoredPart, held: Sequence[HeldPart], dtype: torch.dtype, source: TensorSource
+) -> None:
+    """Write what ranks hold of a shard, a block of rows at a time."""
+    rows, cols = part.shard.matrix_shape
+    step = max(BLOCK_BYTES // (cols * dtype.itemsize), 1)
+    lead = (1,) * len(part.lead)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        inside = [(one, max(start, one.rectangle.row_start), min(stop, one.rectangle.row_stop)) for one in held]
+        inside = [(one, low, high) for one, low, high in inside if low < high]
+        if not inside:
+            continue
+        block = read_rows(part.shard, start, stop, dtype, source)
+        for one, low, high in inside:
+            left, right = one.rectangle.col_start, one.rectangle.col_stop
+            values = block[low - start : high - start, left:right]
+            if values.untyped_storage().nbytes() != values.nbytes:  # torch.save writes all of it
+                values = values.clone(memory_format=torch.contiguous_format)
+            flat = len(part.shard.shape) == 1
+            offsets = (*part.stored.place, low) if flat else (*part.stored.place, low, left)
+            files.write(one.rank, part.stored.key, offsets, values.view(*lead, *((-1,) if flat else values.shape)))
+    for one in held:
+        if part.stateful and one.rectangle.row_start == one.rectangle.col_start == 0:
+            files.write_state(one.rank, part.state_key)
+
+
+def read_rows(shard: Shard, start: int, stop: int, dtype: torch.dtype, source: TensorSource) -> Tensor:
+    """Rows of a shard, as a matrix, from ``source``; zeros where nothing fills them."""
+    wanted = Rectangle(start, stop, 0, shard.matrix_shape[1])
+    found = [(span, max(start, span.row), min(stop, span.row + span.num_rows)) for span in shard.spans]
+    found = [(span, low, high) for span, low, high in found if low < high]
+    if len(found) == 1 and found[0][1:] == (start, stop) and found[0][0].num_cols == wanted.num_cols:
+        return source.read(_rows_of(*found[0])).to(dtype).contiguous()
+    filled = sum((high - low) * span.num_cols for span, low, high in found)
+    block = (torch.empty if filled == wanted.numel else torch.zeros)(stop - start, wanted.num_cols, dtype=dtype)
+    for span, low, high in found:
+        block[low - start : high - start, span.col : span.col + span.num_cols] = source.read(_rows_of(span, low, high))
+    return block
+
+
+def _rows_of(span: Span, low: int, high: int) -> Span:
+    """The part of a span in rows ``[low, high)`` of its shard."""
+    first = span.row_start + low - span.row
+    return Span(span.tensor, first, first + high - low, span.col_start, span.col_stop, low, span.col)
 
 
 def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.dtype, name: str) -> dict[str, Any]:
@@ -117,20 +173,3 @@ def _job_state(a: Architecture, sizes: ParallelSizes, vocab: int, dtype: torch.d
         "iteration": iteration,
         "num_floating_point_operations_so_far": 0,
     }
-
-
-def _save_weights(chunks: Sequence[nn.Module], folder: Path, common: Mapping[str, Any]) -> None:
-    """Write the weights of a rank's chunks into the empty ``folder``. Collective over the job's ranks.
-
-    The state has Megatron-LM's form: ``model``, or ``model0``, ``model1``, ... for interleaved chunks.
-
-    Args:
-        common: what to store beside tensors, the same on every rank.
-    """
-    names = [f"model{index}" if len(chunks) > 1 else "model" for index in range(len(chunks))]
-    state: dict[str, Any] = dict(common)
-    state |= {name: unwrap(chunk).sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-    writer = CheckpointWriter(folder)
-    request = writer.begin(state)
-    request.add_finalize_fn(writer.complete)
-    request.execute_sync()

@@ -1,0 +1,189 @@
+"""`StoredChunks`: rectangles of the tensors in a checkpoint of ``torch.distributed.checkpoint``, without the rest.
+
+A tensor is stored in chunks, each a file of ``torch.save`` inside a larger file. torch's reader loads a chunk whole,
+and twice (its bytes, then the tensor); here the rows that are asked for are read from where they lie.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+
+from megatron_rl.config import ConfigError
+from megatron_rl.models.safetensors_files import read_into
+from megatron_rl.reshard.layout import matrix_shape
+from megatron_rl.reshard.rectangle import Rectangle
+
+OPEN_FILES = 64
+LOCAL_HEADER = 30  # bytes of a zip file's header before a member, without name and extra field
+
+
+class _Window(NamedTuple):
+    """The rows of a chunk, below one another: those of the wanted tensor, from ``row`` and ``col`` of it on."""
+
+    row: int
+    rows: int
+    col: int
+    cols: int
+    first: int  # row of the chunk's matrix that is the first of the window
+
+
+class StoredChunks:
+    """Reads a checkpoint's tensors.
+
+    Args:
+        tensors, storage: of its metadata.
+    """
+
+    def __init__(
+        self, folder: Path, tensors: Mapping[str, TensorStorageMetadata], storage: Mapping[MetadataIndex, Any]
+    ) -> None:
+        self._folder, self._tensors, self._storage = folder, tensors, storage
+        self._open = functools.lru_cache(OPEN_FILES)(lambda name: (folder / name).open("rb"))
+        self._starts: dict[MetadataIndex, int | None] = {}
+
+    def read(self, key: str, place: tuple[int, ...], shape: tuple[int, ...], part: Rectangle | None = None) -> Tensor:
+        """A rectangle (None: all) of one of the tensors of ``shape``, seen as a matrix, that are stacked in ``key``.
+
+        Args:
+            place: of that tensor in the leading dims.
+
+        Raises:
+            ConfigError: the checkpoint lacks some of it.
+        """
+        rows, cols = matrix_shape(shape)
+        wanted, entry = part or Rectangle(0, rows, 0, cols), self._tensors[key]
+        result = torch.empty(wanted.num_rows, wanted.num_cols, dtype=entry.properties.dtype)
+        found = 0
+        for chunk in entry.chunks:
+            window = _window(chunk, place, shape, key)
+            if window is None:
+                continue
+            low, high = max(window.row, wanted.row_start), min(window.row + window.rows, wanted.row_stop)
+            left, right = max(window.col, wanted.col_start), min(window.col + window.cols, wanted.col_stop)
+            if low < high and left < right:
+                first = window.first + low - window.row
+                values = self._rows(MetadataIndex(key, chunk.offsets), chunk, window.cols, first, first + high - low)
+                target = result[low - wanted.row_start : high - wanted.row_start]
+                across = slice(left - window.col, right - window.col)
+                target[:, left - wanted.col_start : right - wanted.col_start] = values[:, across]
+                found += (high - low) * (right - left)
+        if found != wanted.numel:
+            raise ConfigError(f"{self._folder} holds {found} of the {wanted.numel} elements of {key}{wanted}")
+        return result
+
+    def _rows(self, index: MetadataIndex, chunk: ChunkStorageMetadata, cols: int, start: int, stop: int) -> Tensor:
+        """Rows of a chunk that is a matrix with ``cols`` columns."""
+        stored, dtype = self._storage[index], self._tensors[index.fqn].properties.dtype
+        file = self._open(stored.relative_path)
+        if index not in self._starts:
+            data = _Part(file, stored.offset, stored.length)
+            self._starts[index] = _plain_start(data, tuple(chunk.sizes), dtype)
+        begin = self._starts[index]
+        if begin is None:
+            data = _Part(file, stored.offset, stored.length)
+            loaded = torch.load(io.BytesIO(data.read()), map_location="cpu", weights_only=True)
+            return loaded.to(dtype).reshape(-1, cols)[start:stop]
+        result = torch.empty(stop - start, cols, dtype=dtype)
+        path = self._folder / stored.relative_path
+        read_into(file.fileno(), path, result, stored.offset + begin + start * cols * dtype.itemsize)
+        return result
+
+
+def _window(chunk: ChunkStorageMetadata, place: tuple[int, ...], shape: tuple[int, ...], key: str) -> _Window | None:
+    """Where a chunk meets the tensor at ``place``; None where it does not."""
+    lead, index = len(place), 0
+    for at, offset, size in zip(place, chunk.offsets[:lead], chunk.sizes[:lead], strict=True):
+        if not offset <= at < offset + size:
+            return None
+        index = index * size + at - offset
+    offsets, sizes = tuple(chunk.offsets[lead:]), tuple(chunk.sizes[lead:])
+    inner = math.prod(shape[1:-1]) if len(shape) > 2 else 1
+    if len(shape) > 2 and (any(offsets[1:]) or sizes[1:] != shape[1:]):
+        raise ConfigError(f"{key}, of {list(shape)}, is stored in parts of {list(sizes)}: expected cuts along dim 0")
+    cols = (offsets[-1], sizes[-1]) if len(shape) > 1 else (0, 1)
+    rows = (offsets[0] * inner, sizes[0] * inner) if shape else (0, 1)
+    return _Window(*rows, *cols, index * rows[1])
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of an open file as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        rest = self._length - self._at
+        self._file.seek(self._start + self._at)
+        data = self._file.read(rest if size < 0 else min(size, rest))
+        self._at += len(data)
+        return data
+
+
+class _Saved(NamedTuple):
+    """What torch.save says of a tensor."""
+
+    storage: tuple[Any, ...]  # "storage", kind, key, location, elements
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+class _Description(pickle.Unpickler):
+    """Reads what torch.save says of a tensor, and runs nothing."""
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: _Saved(storage, offset, size, stride)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch" and name.endswith("Storage"):
+            return name
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _plain_start(data: _Part, sizes: tuple[int, ...], dtype: torch.dtype) -> int | None:
+    """Where, in what torch.save wrote of a tensor, its elements begin; None where they do not lie there in order."""
+    try:
+        with zipfile.ZipFile(data) as archive:
+            members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            saved = _Description(io.BytesIO(archive.read(members["data.pkl"]))).load()
+            order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
+            values = members[f"data/{saved.storage[2]}"]
+        plain = values.compress_type == zipfile.ZIP_STORED and order == b"little" and saved.offset == 0
+        if not plain or tuple(saved.size) != sizes or values.file_size != math.prod(sizes) * dtype.itemsize:
+            return None
+        if tuple(saved.stride) != torch.empty(sizes, device="meta").stride():
+            return None
+        data.seek(values.header_offset)
+        header = data.read(LOCAL_HEADER)
+        extra = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        return values.header_offset + LOCAL_HEADER + extra
+    except (zipfile.BadZipFile, KeyError, AttributeError, pickle.UnpicklingError):
+        return None
