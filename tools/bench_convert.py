@@ -3,9 +3,9 @@
 `ours`: a Hugging Face folder into a Megatron checkpoint and back into a Hugging Face folder (`convert`, digests
 verified, result synced to disk). `theirs`: ``from_pretrained`` and ``save_pretrained`` of `transformers` on the same
 folder, in the dtype of its files, then synced as well. Each in a process of its own, which imports everything and
-converts a tiny model first; only then clock and memory are read. ``wall_ratio`` is of seconds, ``rss_ratio`` of the peak
-of the resident set (VmHWM, reset before) less what was resident before, both ours over theirs (less is better); medians
-over rounds in which the two take turns. The result is compared with the source bit by bit.
+converts a tiny model first; only then clock and memory are read. ``wall_ratio`` is of seconds, ``rss_ratio`` of the
+peak of the resident set (VmHWM, reset before) less what was resident before, both ours over theirs (less is better);
+medians over rounds in which the two take turns. The result is compared with the source bit by bit.
 
 ``smollm2``: SmolLM2-135M, bf16, for TP3 x PP2: its 9 heads and 3 key/value heads divide by 3 alone. ``synthetic_1_5b``:
 random bf16 weights in the shape of Qwen2.5-1.5B, for TP2 x PP2.

@@ -78,7 +78,7 @@ def read_into(file: int, path: Path, tensor: Tensor, start: int) -> None:
     Raises:
         OSError: the file ends before.
     """
-    rest = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    rest: memoryview = tensor.view(-1).view(torch.uint8).numpy().data
     while rest:
         count = os.preadv(file, [rest], start)
         if count == 0:
@@ -121,7 +121,7 @@ class SafetensorsWriter:
 
     def write(self, rows: Tensor) -> None:
         """The next rows of the next tensor, contiguous."""
-        data = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        data: memoryview = rows.view(-1).view(torch.uint8).numpy().data
         self._left -= len(data)
         self._write(data)
 

@@ -109,6 +109,8 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
         ConfigError: a tensor is missing or has another shape, or a tied model's file has another output layer.
     """
     expected = logical_tensors(architecture)
+    if isinstance(architecture, ModuleArchitecture):
+        add_prefix(source, architecture)
     missing = sorted(expected.keys() - source.files.keys())
     if missing:
         raise ConfigError(
@@ -132,6 +134,14 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     extra = [n for n in extra if n not in behind]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])
+
+
+def add_prefix(source: SafetensorsFolder, architecture: ModuleArchitecture) -> None:
+    """Files of a bare decoder, as of the first GPT-2, lack the name that the decoder has in the language model."""
+    prefix = f"{architecture.module_class.base_model_prefix}."
+    missing = [name for name in logical_tensors(architecture) if name not in source and name.startswith(prefix)]
+    names = {name.removeprefix(prefix): name for name in missing}
+    source.rename({stored: name for stored, name in names.items() if stored in source})
 
 
 def _is_behind(name: str, architecture: Architecture) -> bool:

@@ -1,4 +1,4 @@
-"""A converted checkpoint is what Megatron-Core itself saves of the model: its own `dist_checkpointing` is the oracle."""
+"""A converted checkpoint is what Megatron-Core itself saves of the model; its `dist_checkpointing` is the oracle."""
 
 from __future__ import annotations
 

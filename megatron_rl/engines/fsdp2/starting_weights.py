@@ -20,7 +20,7 @@ from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import WireFormat
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.weights.fill import fill
-from megatron_rl.weights.hf_in import check_folder, check_tied
+from megatron_rl.weights.hf_in import add_prefix, check_folder, check_tied
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, dtypes_of, in_memory
 from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD, read_value_head
@@ -88,17 +88,9 @@ def opened(source: Path | PreTrainedModel | MegatronCheckpoint, own: ModuleArchi
         yield source.source
     elif isinstance(source, Path):
         with SafetensorsFolder(source) as folder:
-            _add_prefix(folder, own)
+            add_prefix(folder, own)
             yield folder
     else:
         given = module_architecture(source)
         state = {name: tensor.detach() for name, tensor in source.state_dict().items()}
         yield in_memory(state, transformers_layout(given))
-
-
-def _add_prefix(folder: SafetensorsFolder, own: ModuleArchitecture) -> None:
-    """Files of a bare decoder, as of the first GPT-2, lack the name that the decoder has in the language model."""
-    prefix = f"{own.module_class.base_model_prefix}."
-    missing = [name for name in logical_tensors(own) if name not in folder and name.startswith(prefix)]
-    names = {name.removeprefix(prefix): name for name in missing}
-    folder.rename({stored: name for stored, name in names.items() if stored in folder})

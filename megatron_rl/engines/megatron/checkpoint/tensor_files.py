@@ -62,7 +62,7 @@ class TensorFiles:
         name = f"__{rank}_0.distcp"
         start = self._ends.get(name, 0)
         with (self._folder / name).open("ab", buffering=0) as file:
-            stream = _Hashing(file, self._hashes.setdefault(name, xxhash.xxh3_128()))
+            stream: Any = _Hashing(file, self._hashes.setdefault(name, xxhash.xxh3_128()))
             try:
                 torch.save(content, stream)
             except RuntimeError as error:  # torch's words for what the file system said
@@ -84,7 +84,8 @@ class _Hashing:
 
     def __init__(self, file: Any, digest: Any) -> None:
         self._file, self._digest = file, digest
-        self.count, self.error = 0, None
+        self.count = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         rest = memoryview(data).cast("B")
@@ -121,6 +122,7 @@ def write_metadata(
             if index not in part.chunks:
                 entries[index.fqn] = BytesStorageMetadata()
         for index, sizes in part.chunks.items():
+            assert index.offset is not None, "of a tensor"
             entries[index.fqn].chunks.append(ChunkStorageMetadata(index.offset, torch.Size(sizes)))
     metadata = Metadata(entries, None, storage, StorageMeta(folder.name, str(uuid.uuid4())), version="1.0.0")
     with (folder / ".metadata").open("wb") as file:
