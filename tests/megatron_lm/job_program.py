@@ -116,8 +116,17 @@ def actor_of(case: str, folder: Path) -> Actor:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
         return Actor(float16(args, config, chunks), Tokenizer(), optimizer, parallel_state, config=more)
-    job: Job = build(args, fill, packing_provider if "packed" in case else local_provider)
+    job: Job = build(args, fill, provider_of(case, args))
     return Actor(job.model, Tokenizer(), job.optimizer, parallel_state, scheduler=job.opt_param_scheduler, config=more)
+
+
+def provider_of(case: str, args: JobArguments) -> Callable[..., Callable[..., torch.nn.Module]]:
+    """What makes the chunks of a case."""
+    if args.hybrid_layer_pattern:
+        from hybrid_job import hybrid_provider  # where the installed megatron-core has the class
+
+        return hybrid_provider
+    return packing_provider if "packed" in case else local_provider
 
 
 def _untied(args: JobArguments) -> bool:

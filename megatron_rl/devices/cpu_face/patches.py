@@ -27,7 +27,7 @@ class Patch:
 
 
 def _check_version(module: ModuleType) -> None:
-    version = module.__version__
+    version = module.__version__.split("+")[0]  # what is built from a checkout carries its commit
     if version not in KNOWN_VERSIONS:
         known = ", ".join(f"{name} ({state})" for name, state in KNOWN_VERSIONS.items())
         warnings.warn(

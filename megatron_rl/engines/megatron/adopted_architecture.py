@@ -1,4 +1,4 @@
-"""The `Architecture` of a job's own model chunk, and what is known of each argument of `GPTModel` and of its modules.
+"""The `Architecture` of a job's own model chunk, and what is known of each argument of `GPTModel` and `HybridModel`.
 
 A chunk does not keep its arguments: they are read off its attributes, its rotary frequencies, its modules and its
 parameters. As in `models/megatron_fields.py`, what is not known is refused by name.
@@ -13,6 +13,8 @@ import torch
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
 
+from megatron_rl.engines.megatron.hybrid_model import decoder_config, refused_pattern, rotary_of
+from megatron_rl.engines.megatron.model.decoder_layers import decoder_layers
 from megatron_rl.engines.megatron.model.expert_router import ExpertRouter
 from megatron_rl.engines.megatron.model.latent_attention import LatentAttention
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
@@ -70,7 +72,7 @@ ColumnParallelLinear RowParallelLinear TEColumnParallelLinear TELayerNormColumnP
 TELinear TEColumnParallelGroupedLinear TERowParallelGroupedLinear DotProductAttention TEDotProductAttention
 FusedScaleMaskSoftmax SelfAttention IdentityOp IdentityFuncOp MLP TEFusedMLP MoELayer TopKRouter SequentialMLP
 TEGroupedMLP TransformerLayer MoETransformerLayer TransformerBlock RotaryEmbedding VocabParallelEmbedding
-LanguageModelEmbedding GPTModel GroupedMLP SharedExpertMLP
+LanguageModelEmbedding GPTModel HybridModel HybridStack MLPLayer GroupedMLP SharedExpertMLP
 MLASelfAttention YarnRotaryEmbedding
 """  # GroupedMLP is refused with its own message
 _MEGATRON = frozenset(_MEGATRON_NAMES.split())
@@ -78,23 +80,25 @@ _INSIDE = "transformer_engine."  # what Megatron's TE classes are made of
 
 
 def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
-    """The architecture of a job's bare `GPTModel`, from its configuration and from what its arguments left on it.
+    """The architecture of a job's bare chunk, from its configuration and from what its arguments left on it.
 
     Raises:
         ConfigError: no supported Hugging Face family computes it; the message names each field and argument.
     """
-    config = chunk.config
+    refuse(refused_pattern(chunk))
+    config = decoder_config(chunk)
     refuse(refused_fields(config) + refused_arguments(chunk))
+    base, percent = rotary_of(chunk)
     own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
     plain = architecture_from_megatron(
-        config,  # type: ignore[arg-type]
+        config,
         vocab=vocab,
         tied=bool(chunk.share_embeddings_and_output_weights),
-        rope_theta=float(chunk.rotary_base),  # type: ignore[arg-type]
+        rope_theta=base,
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
         in_family=not own_routers,  # which say what the configuration cannot
     )
-    plain = replace(plain, rotary_fraction=float(chunk.rotary_percent))  # type: ignore[arg-type]
+    plain = replace(plain, rotary_fraction=percent)
     plain = replace(plain, experts=own_routers[0].experts) if own_routers else plain
     scaling = own_scaling(chunk)
     if plain.mla is not None:
@@ -103,7 +107,7 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
         frequencies = frequencies_of(chunk)
         scaling = None if frequencies is None else scaling_of(plain, frequencies)
     if scaling is None:
-        given = f"frequencies that rotary_base={chunk.rotary_base} does not give"
+        given = f"frequencies that rotary_base={base} does not give"
         expected = "rope_scaling (Llama 3's) or seq_len_interpolation_factor, not both"
         refuse([Refusal("rotary_pos_emb", given, expected)])
     return in_a_family(replace(plain, rope_scaling=scaling or ()))
@@ -136,7 +140,7 @@ def _refused_latents(chunk: nn.Module) -> list[Refusal]:
 
 
 def refused_arguments(chunk: nn.Module) -> list[Refusal]:
-    """The arguments of a bare `GPTModel` that are not taken over as they are, and modules of unknown classes."""
+    """The arguments of a bare chunk that are not taken over as they are, and modules of unknown classes."""
     found = []
     kind = chunk.position_embedding_type
     embedding = chunk._modules.get("embedding")
@@ -158,7 +162,7 @@ def _unknown_modules(chunk: nn.Module) -> list[Refusal]:
         if cls not in found and not _known(cls):
             given = f"{cls.__module__}.{cls.__qualname__}"
             found[cls] = Refusal(
-                f"module {name or 'GPTModel'}", given, "the classes of Megatron-Core's GPT layer specs"
+                f"module {name or 'model'}", given, "the classes of Megatron-Core's GPT and hybrid layer specs"
             )
     if any(type(module).__name__ == "GroupedMLP" for module in chunk.modules()):
         expected = "SequentialMLP (moe_grouped_gemm=False) or TEGroupedMLP (TransformerEngine)"
@@ -181,7 +185,8 @@ def _known(cls: type) -> bool:
 
 def own_scaling(chunk: nn.Module) -> Scaling | None:
     """The scaling of a chunk whose core attentions turn (`model.rope.rotate_in_attention`); None = they do not."""
-    tables = [getattr(layer.self_attention.core_attention, "rotary", None) for layer in chunk.decoder.layers]  # type: ignore[union-attr]
+    cores = [layer.attention.self_attention.core_attention for layer in decoder_layers(chunk)]
+    tables = [getattr(core, "rotary", None) for core in cores]
     found = {table.rotary for table in tables if table is not None}
     return next(iter(found)).scaling if len(found) == 1 else None
 

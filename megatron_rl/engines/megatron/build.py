@@ -32,6 +32,7 @@ from megatron_rl.engines.megatron.adoption import (
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.gradient_groups import use_hybrid_groups
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
+from megatron_rl.engines.megatron.model.decoder_layers import is_hybrid
 from megatron_rl.engines.megatron.model.lora import add_adapters
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.model_proof import prove
@@ -135,7 +136,7 @@ def from_hf(
 def from_chunks(
     chunks: Sequence[torch.nn.Module], context: ParallelContext, vocab: int, value_model: bool = False
 ) -> MegatronEngine:
-    """Adopt a job's own `GPTModel` chunks, wrapped or not. The engine has no optimizer yet.
+    """Adopt a job's own `GPTModel` or `HybridModel` chunks, wrapped or not. The engine has no optimizer yet.
 
     Args:
         vocab: logical vocabulary, without padding: usually ``len(tokenizer)``.
@@ -180,6 +181,7 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
     """Add adapters, data parallelism, optimizer and schedule where the job has none of its own."""
     context, optimizer_config = engine.context, config.optimizer
     if config.lora is not None:
+        _refuse_hybrid(engine)
         engine.adapters = add_adapters(engine.chunks, config.lora, config.seed)
     wrapped = ddp_config_of(engine.chunks) is not None
     if optimizer is not None:
@@ -202,6 +204,14 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
     else:
         engine.optimizer = as_megatron(optimizer, engine.chunks, context, optimizer_config)
         engine.scheduler = scheduler
+
+
+def _refuse_hybrid(engine: MegatronEngine) -> None:
+    if is_hybrid(unwrap(engine.chunks[0])):
+        raise ConfigError(
+            "LoRA was asked for on a HybridModel, whose layers take no adapters here: build the job's model as a "
+            "GPTModel, or give the Actor its Hugging Face folder"
+        )
 
 
 def _micro_batching(engine: MegatronEngine, config: EngineConfig) -> MicroBatching:

@@ -26,6 +26,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, Origin, Output, TrainingEngine
 from megatron_rl.engines.megatron.checkpoint.sharded_state import load_sharded_state, sharded_state
 from megatron_rl.engines.megatron.main_parameters import follow_weights
+from megatron_rl.engines.megatron.model.decoder_layers import named_parameters
 from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
 from megatron_rl.engines.megatron.model.model_chunk import (
     chunk_tensors,
@@ -123,7 +124,7 @@ class MegatronEngine(TrainingEngine):
         return {
             chunk_prefix(index, len(self.chunks)) + name: parameter
             for index, chunk in enumerate(self.chunks)
-            for name, parameter in unwrap(chunk).named_parameters()
+            for name, parameter in named_parameters(unwrap(chunk))
         }
 
     def sync_parameters(self) -> None:

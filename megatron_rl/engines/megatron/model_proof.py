@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.model.core_attention import zigzag_order
+from megatron_rl.engines.megatron.model.decoder_layers import decoder_layers
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.micro_batches import plan_micro_batches
 from megatron_rl.models.family import describe
@@ -148,10 +150,14 @@ class _Capture:
 
     @contextlib.contextmanager
     def hooked(self) -> Iterator[None]:
+        layers = [layer for chunk in self.model.chunks for layer in decoder_layers(unwrap(chunk))]
         handles = [
-            layer.register_forward_hook(self._keep, with_kwargs=True)
-            for chunk in self.model.chunks
-            for layer in unwrap(chunk).decoder.layers
+            handle
+            for layer in layers
+            for handle in (
+                layer.attention.register_forward_pre_hook(partial(self._keep_input, layer.index), with_kwargs=True),
+                layer.feed_forward.register_forward_hook(partial(self._keep_output, layer.index)),
+            )
         ]
         try:
             yield
@@ -159,10 +165,12 @@ class _Capture:
             for handle in handles:
                 handle.remove()
 
-    def _keep(self, layer: Any, args: tuple, kwargs: Mapping[str, Any], result: Any) -> None:
-        index = layer.layer_number - 1
+    def _keep_input(self, index: int, module: Any, args: tuple, kwargs: Mapping[str, Any]) -> None:
         if index not in self.inputs:  # an interleaved pipeline runs several micro-batches
             self.inputs[index] = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach().clone()
+
+    def _keep_output(self, index: int, module: Any, args: tuple, result: Any) -> None:
+        if index not in self.outputs:
             self.outputs[index] = (result[0] if isinstance(result, tuple) else result).detach().clone()
 
     def whole(self, local: Tensor) -> Tensor:

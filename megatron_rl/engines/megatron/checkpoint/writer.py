@@ -20,15 +20,10 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.base import (
-    SaveCommonStrategy,
-    StrategyAction,
-    get_default_strategy,
-    register_default_strategy,
-)
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_rl.engines.megatron.checkpoint.common_state import SAVE_OPTIONS, common_written_by
 from megatron_rl.engines.megatron.checkpoint.write_results import WriteResults, use_own_results
 from megatron_rl.engines.state_storage import WriteError
 from megatron_rl.log import leave_out
@@ -38,7 +33,6 @@ from megatron_rl.parallel.groups import gather_objects, world_group
 TEXT_CHARS = 300  # of an error
 BLOCK, PROBE_BLOCKS = 1 << 16, 32  # bytes: less room than that counts as none
 BACKEND, VERSION = "torch_dist", 1
-COMMON = (StrategyAction.SAVE_COMMON, "torch", 1)  # the one strategy for what is stored beside tensors
 
 
 class CheckpointWriter:
@@ -63,13 +57,11 @@ class CheckpointWriter:
         self._agree()
         use_own_results()
         leave_out("megatron.core.dist_checkpointing.strategies.filesystem_async", "Local process")
-        known = get_default_strategy(COMMON[0], *COMMON[1:])
-        register_default_strategy(COMMON[0], *COMMON[1:], _Common(known, self))
-        try:
+        with common_written_by(self.on_rank_0):
             strategy = _Sharded(self)
-            request = dist_checkpointing.save(state, str(self.folder), strategy, async_sharded_save=True)
-        finally:
-            register_default_strategy(COMMON[0], *COMMON[1:], known)
+            request = dist_checkpointing.save(
+                state, str(self.folder), strategy, async_sharded_save=True, **SAVE_OPTIONS
+            )
         self._agree()
         assert isinstance(request, AsyncRequest)
         gather, _ = request.finalize_fns  # the second writes metadata.json, as `complete` does: all wait where it fails
@@ -161,23 +153,6 @@ def _digests(buckets: list[tuple[str, str, Any]]) -> Mapping[str, str]:
         return {}  # the file was not written: its writer has told why
 
 
-class _Common(SaveCommonStrategy):
-    """Megatron-Core's, with its errors kept."""
-
-    def __init__(self, known: SaveCommonStrategy, writer: CheckpointWriter) -> None:
-        super().__init__(known.backend, known.version)
-        self._known, self._writer = known, writer
-
-    def save_common(self, common_state_dict: Any, checkpoint_dir: Any) -> None:
-        self._writer.on_rank_0(lambda: self._known.save_common(common_state_dict, checkpoint_dir))
-
-    def save_sharded_objects(self, sharded_objects_state_dict: Any, checkpoint_dir: Any) -> None:
-        raise AssertionError("torch_dist stores them with the tensors")
-
-    def can_handle_sharded_objects(self) -> bool:
-        return True
-
-
 class _Sharded(TorchDistSaveShardedStrategy):
     """Megatron-Core's, with the errors of its metadata file kept."""
 
@@ -185,7 +160,7 @@ class _Sharded(TorchDistSaveShardedStrategy):
         super().__init__(BACKEND, VERSION)
         self._writer = writer
 
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any, *more: Any) -> AsyncRequest:
         finish = writer.finish
         writer.finish = lambda *arguments: self._writer.on_rank_0(lambda: finish(*arguments))
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
+        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, *more)

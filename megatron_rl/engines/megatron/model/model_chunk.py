@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from torch import Tensor, nn
 
+from megatron_rl.engines.megatron.model.decoder_layers import decoder_layers, gpt_name, named_parameters
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 
 TRANSFORMER_ENGINE_ATTENTION = "TEDotProductAttention"
@@ -24,7 +25,8 @@ def unwrap(chunk: nn.Module) -> LanguageModule:
         wrapped = inner._modules.get("module")
         if wrapped is None:
             raise ValueError(
-                f"expected a Megatron-Core language model (GPTModel), possibly wrapped, got {type(chunk).__name__}"
+                "expected a Megatron-Core language model (GPTModel or HybridModel), possibly wrapped, got "
+                f"{type(chunk).__name__}"
             )
         inner = wrapped
     return inner
@@ -32,7 +34,7 @@ def unwrap(chunk: nn.Module) -> LanguageModule:
 
 def layer_indices(chunk: nn.Module) -> tuple[int, ...]:
     """Global 0-based indices of the chunk's layers, in local order."""
-    return tuple(layer.layer_number - 1 for layer in unwrap(chunk).decoder.layers)
+    return tuple(layer.index for layer in decoder_layers(unwrap(chunk)))
 
 
 def output_weight(chunk: nn.Module) -> Tensor:
@@ -51,7 +53,7 @@ def output_weight(chunk: nn.Module) -> Tensor:
 
 def supports_packing(chunk: nn.Module) -> bool:
     """Whether all core attentions of the chunk take packed sequences (`packed_seq_params`)."""
-    attentions = [layer.self_attention.core_attention for layer in unwrap(chunk).decoder.layers]
+    attentions = [layer.attention.self_attention.core_attention for layer in decoder_layers(unwrap(chunk))]
     return all(
         getattr(attention, "supports_packing", type(attention).__name__ == TRANSFORMER_ENGINE_ATTENTION)
         for attention in attentions
@@ -64,11 +66,11 @@ def chunk_tensors(chunks: Sequence[nn.Module]) -> dict[str, Tensor]:
     tensors = {}
     for index, chunk in enumerate(chunks):
         prefix, model = chunk_prefix(index, len(chunks)), unwrap(chunk)
-        for name, parameter in model.named_parameters():
+        for name, parameter in named_parameters(model):
             tensors[prefix + name] = parameter.detach()
         for name, buffer in model.named_buffers():
             if name.endswith(LOGICAL_BUFFERS):
-                tensors[prefix + name] = buffer
+                tensors[prefix + gpt_name(model, name)] = buffer
     return tensors
 
 
