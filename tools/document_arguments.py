@@ -10,17 +10,19 @@ from pathlib import Path
 
 import megatron_rl  # noqa: F401  installs the CPU face
 from megatron_rl.engines.megatron.adopted_architecture import ARGUMENTS
+from megatron_rl.engines.megatron.hybrid_model import HYBRID_ARGUMENTS
 from megatron_rl.models.megatron_fields import FREE, NEUTRAL, NEUTRAL_WITH_EXPERTS, TAKEN, Neutral
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "megatron_arguments.md"
 
 INTRODUCTION = """# Supported arguments of Megatron models
 
-<!-- Written by tools/document_arguments.py from megatron_fields.py (models) and adopted_architecture.py (engines). -->
+<!-- Written by tools/document_arguments.py from megatron_fields.py (models), adopted_architecture.py (engines) and
+hybrid_model.py (engines). -->
 
-`Actor(model=chunks, ...)` and the other workers take over a job's own `GPTModel`, or refuse it by name before anything
-is trained. A field of `TransformerConfig` that stands nowhere on this page, from another version of Megatron-Core or a
-subclass, must have its default.
+`Actor(model=chunks, ...)` and the other workers take over a job's own `GPTModel` or `HybridModel`, or refuse it by name
+before anything is trained. A field of `TransformerConfig` that stands nowhere on this page, from another version of
+Megatron-Core or a subclass, must have its default.
 """
 
 
@@ -34,6 +36,7 @@ def document() -> str:
         [
             INTRODUCTION,
             table("Arguments of `GPTModel`", ("argument", "what becomes of it"), ARGUMENTS.items()),
+            table("Arguments of `HybridModel` alone", ("argument", "what becomes of it"), HYBRID_ARGUMENTS.items()),
             table("Fields taken over", ("field", "in the Hugging Face config"), TAKEN.items()),
             table("Fields that must have one value, else refused", ("field", "must be"), required(NEUTRAL)),
             table("The same, of a mixture of experts", ("field", "must be"), required(NEUTRAL_WITH_EXPERTS)),

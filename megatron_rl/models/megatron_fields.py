@@ -55,7 +55,7 @@ FREE: dict[str, str] = {
         "use_te_activation_func transformer_impl moe_grouped_gemm moe_permute_fusion moe_router_fusion "
         "enable_cuda_graph cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps "
         "external_cuda_graph cuda_graph_impl cuda_graph_scope clone_scatter_output_in_embedding "
-        "disable_parameter_transpose_cache"
+        "disable_parameter_transpose_cache cuda_graph_modules"
     ),
     "memory": (
         "recompute_granularity recompute_method recompute_num_layers distribute_saved_activations recompute_modules "
@@ -74,7 +74,7 @@ FREE: dict[str, str] = {
     "training only, off in every pass that scores; a warning asks for 0": "hidden_dropout attention_dropout",
     "Megatron's own inference engine, not used here": (
         "flash_decode inference_rng_tracker inference_sampling_seed use_inference_optimized_layers "
-        "inference_fuse_tp_communication mlp_chunks_for_prefill cache_mla_latents"
+        "inference_fuse_tp_communication mlp_chunks_for_prefill cache_mla_latents inference_cuda_graph_scope"
     ),
     "read only beside another field, which is refused": (
         "qk_clip_alpha qk_clip_threshold dsa_indexer_n_heads dsa_indexer_head_dim "

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from conftest import ROOT
 from forked import run_ranks
 from small_run import digits, write_run
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
 from megatron_rl.collectives.simulator import ClusterConfig, simulate
@@ -83,6 +84,13 @@ def job(folder: Path) -> dict[str, Any]:
     }
 
 
+def sharded_checkpoint(folder: Path) -> dict[str, Any]:
+    """What a job under FSDP leaves by ``torch.distributed.checkpoint``."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "my-model")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "fsdp-checkpoint", no_dist=True)
+    return {}
+
+
 def families(folder: Path) -> dict[str, Any]:
     return {"FAMILIES": Registry("model family"), "ModelFamily": ModelFamily}
 
@@ -92,6 +100,7 @@ FRAGMENTS: dict[tuple[str, int], Callable[[Path], dict[str, Any]]] = {
     ("README.md", 0): job,
     ("docs/adding_things.md", 2): families,
     ("docs/megatron_lm.md", 0): job,
+    ("docs/migration.md", 0): sharded_checkpoint,
     ("docs/rewards.md", 1): job,
 }
 # Blocks that walk through a file of the examples, which tests of their own run.
