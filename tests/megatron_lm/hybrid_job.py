@@ -54,7 +54,10 @@ def hybrid_provider(args: JobArguments, config: TransformerConfig) -> Callable[.
 
 def stack_spec(config: TransformerConfig, own_layers: bool) -> ModuleSpec:
     """The modules for the letters ``*``, ``-`` and ``E``."""
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=0)
+    stage = 0 if config.virtual_pipeline_model_parallel_size else None
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=stage, pp_rank=0
+    )
     layer: Any = local_layer(block.layer_specs[0], config) if own_layers else block.layer_specs[0]
     parts = layer.submodules
     attention = TransformerLayerSubmodules(
