@@ -7,17 +7,15 @@ and the writers are an extension's (nvidia-resiliency-ext) unless Megatron-Core'
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron.core import dist_checkpointing
 
-base: Any
-try:
-    from megatron.core.dist_checkpointing.strategies import base
-except ImportError:
-    base = None
+STRATEGIES = "megatron.core.dist_checkpointing.strategies.base"
+base: Any = importlib.import_module(STRATEGIES) if importlib.util.find_spec(STRATEGIES) else None
 
 HAS_CHOICE = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
 SAVE_OPTIONS: dict[str, Any] = {"async_strategy": "mcore"} if HAS_CHOICE else {}
