@@ -36,6 +36,8 @@ class Stage:
     check: Callable[[Batch], None] | None = None  # of this rank's part of the batch, before any rank enters ``run``
     agreement: Agreement | None = None  # of the ranks that run the flow
     part: object = None  # the role or algorithm whose step this is; `Trainer` finds its parts by it
+    generates: bool = False  # whether it runs on rollout ranks, where the job has some
+    lag: int = 0  # of the stage that samples: steps by which its weights may be older than those that are trained
 
     def execute(self, batch: Batch, agreement: Agreement | None) -> None:
         """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error
@@ -123,6 +125,27 @@ class Flow:
     def __rshift__(self, then: Stage | Flow) -> Flow:
         return Flow(self.stages + (then.stages if isinstance(then, Flow) else (then,)))
 
+    @property
+    def lag(self) -> int:
+        """Steps by which samples may be older than the weights that are trained on them."""
+        return max((stage.lag for stage in self.stages), default=0)
+
+    def split(self) -> tuple[Flow, Flow]:
+        """The stages that rollout ranks run, and those that training ranks run: rollout ranks take the first ones, as
+        far as they can (sampling, then rewards that are no model in this job).
+
+        Raises:
+            FlowError: the first stage is none that they can run, or a later one is.
+        """
+        count = next((i for i, stage in enumerate(self.stages) if not stage.generates), len(self.stages))
+        late = next((stage.name for stage in self.stages[count:] if stage.name.startswith("actor.sample")), None)
+        if count == 0 or late is not None:
+            raise FlowError(
+                f"with parallel.rollout_ranks a flow begins with the stages of rollout ranks, as in actor.sample() >> "
+                f"reward.score() >> grpo.update(), but it begins with {self.stages[0].name}"
+            )
+        return Flow(self.stages[:count]), Flow(self.stages[count:])
+
     def check(self, batch: Batch) -> None:
         """Raises FlowError when the batch lacks a field that the flow reads first."""
         if missing := [name for name in self.reads if name not in batch]:
@@ -161,6 +184,10 @@ class Flow:
         rows = [("stage", "reads", "writes", "where")]
         rows += [(s.name, ", ".join(s.reads) or "-", ", ".join(s.writes) or "-", s.place or "-") for s in self.stages]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if self.lag:
+            sampled, trained = self.split()
+            ahead, now = (" >> ".join(stage.name for stage in part.stages) for part in (sampled, trained))
+            lines.append(f"lag {self.lag}: rollout ranks run {ahead} of step k+{self.lag}")
+            lines.append(f"       while training ranks run {now} of step k")
+        return "\n".join(lines)

@@ -56,16 +56,25 @@ class Platform:
         Args:
             timeout: seconds after which a collective that a peer never joined fails.
         """
+        store, rank, world_size = self.rendezvous(timeout)
+        self.init_world(store, rank, world_size, timeout)
+
+    def rendezvous(self, timeout: float) -> tuple[dist.Store, int, int]:
+        """A store of all ranks that torchrun started, this process's rank and their number; a world of one without
+        torchrun. Collective."""
+        limit = timedelta(seconds=timeout)
+        if "RANK" not in os.environ:
+            # A store in memory: no port is opened, so any number of single-process runs can share a machine.
+            return dist.HashStore(), 0, 1
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        return store_of_this_start(store, rank, world_size, timeout), rank, world_size
+
+    def init_world(self, store: dist.Store, rank: int, world_size: int, timeout: float) -> None:
+        """Make the default process group of the ranks that use ``store``."""
         self.set_device()
         limit = timedelta(seconds=timeout)
-        if "RANK" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-            store.set_timeout(limit)
-            own = store_of_this_start(store, rank, world_size, timeout)
-            dist.init_process_group(self.backend, store=own, rank=rank, world_size=world_size, timeout=limit)
-        else:
-            # A store in memory: no port is opened, so any number of single-process runs can share a machine.
-            dist.init_process_group(self.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+        dist.init_process_group(self.backend, store=store, rank=rank, world_size=world_size, timeout=limit)
 
     def set_device(self) -> None:
         """Make `device` the default of CUDA calls in this process; nothing on CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron_rl.engines.fsdp2.sizes import require_data_parallel
 from megatron_rl.engines.megatron.build import build, max_positions
 from megatron_rl.engines.megatron.checkpoint.storage import MegatronStorage
 from megatron_rl.engines.megatron.model.builder import transformer_config
+from megatron_rl.engines.shardless import built_by_training_ranks
 from megatron_rl.engines.state_storage import StateStorage
 from megatron_rl.models import Architecture
 from megatron_rl.models.family import NoFamilyError
@@ -48,26 +50,15 @@ def build_engine(
         shared_value_head: it gets a value head beside its output layer.
         frozen: it only scores: no gradient buffers, no optimizer.
 
+    In a job with rollout ranks these get a `ShardlessEngine`.
+
     Raises:
         ConfigError: layout, model and settings do not fit together.
     """
     if isinstance(model, TrainingEngine):
         return _ready(model, name, value_model, optimizer)
-    if choose_backend(model, config.backend, name) == "fsdp2":
-        # At run time only: it imports all of transformers' modelling code, 2 CPU-seconds that most jobs do not need.
-        from megatron_rl.engines.fsdp2 import build as fsdp2
-
-        return fsdp2.build(
-            model,
-            context,
-            config,
-            name=name,
-            optimizer=optimizer,
-            value_model=value_model,
-            shared_value_head=shared_value_head,
-            frozen=frozen,
-        )
-    return build(
+    make = functools.partial(
+        _build,
         model,
         context,
         config,
@@ -79,6 +70,27 @@ def build_engine(
         shared_value_head=shared_value_head,
         frozen=frozen,
     )
+    if context.split is None:
+        return make()
+    return built_by_training_ranks(make, context, context.split, name)
+
+
+def _build(
+    model: Any,
+    context: ParallelContext,
+    config: EngineConfig,
+    *,
+    name: str,
+    vocab: int,
+    scheduler: Any,
+    **settings: Any,
+) -> TrainingEngine:
+    if choose_backend(model, config.backend, name) == "fsdp2":
+        # At run time only: it imports all of transformers' modelling code, 2 CPU-seconds that most jobs do not need.
+        from megatron_rl.engines.fsdp2 import build as fsdp2
+
+        return fsdp2.build(model, context, config, name=name, **settings)
+    return build(model, context, config, name=name, vocab=vocab, scheduler=scheduler, **settings)
 
 
 def choose_backend(model: Any, wanted: Backend | None, name: str) -> Backend:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +23,7 @@ from megatron_rl.devices import current_platform
 from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
 from megatron_rl.parallel.groups import end_groups, gather_objects, own_group, ranks_of
+from megatron_rl.parallel.worlds import SplitWorld
 
 T = TypeVar("T")
 Axis = Literal["tp", "pp", "cp", "dp", "dp_cp", "ep", "etp", "edp"]
@@ -53,6 +54,7 @@ class ParallelContext:
     model_group: dist.ProcessGroup  # the ranks of one replica: the same dp coordinate, all of tp, pp and cp
     host_group: dist.ProcessGroup  # all ranks, for Python objects and CPU tensors
     host_model_group: dist.ProcessGroup  # the ranks of `model_group`, for Python objects and CPU tensors
+    split: SplitWorld | None = None  # where the job has rollout ranks: this context is then of one half only
 
     @classmethod
     def create(cls, sizes: ParallelSizes, timeout: float = 1800.0, seed: int | None = None) -> ParallelContext:
@@ -65,12 +67,18 @@ class ParallelContext:
             seed: seeds all generators and Megatron-Core's tracker, as Megatron-LM does: different for each pipeline
                 stage, the same on all other ranks.
 
+        With ``sizes.rollout_ranks`` the job is split first, and the context is that of this rank's half: the training
+        ranks' has ``sizes``; the rollout ranks' is one replica over all of them, as they share the same prompts.
+
         Raises:
             ConfigError: the sizes do not fit the world, or Megatron-Core has groups of other sizes.
         """
         if sizes.vpp > 1 and sizes.pp == 1:
             raise ConfigError(f"parallel.vpp={sizes.vpp} with pp=1: interleaving needs pp of at least 2, or vpp=1")
-        if not dist.is_initialized():
+        split = SplitWorld.join(current_platform(), sizes, timeout) if sizes.rollout_ranks else None
+        if split is not None:
+            sizes = ParallelSizes(tp=split.num_rollout) if split.on_rollout else sizes.of_training
+        elif not dist.is_initialized():
             current_platform().init_process_group(timeout)
         sizes.dp(dist.get_world_size())
         if not megatron_state.model_parallel_is_initialized():
@@ -94,7 +102,7 @@ class ParallelContext:
             stage_seed = seed + 100 * context.coordinates.pp
             current_platform().seed_all(stage_seed)
             model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
-        return context
+        return replace(context, split=split)
 
     @classmethod
     def from_parallel_state(
@@ -187,6 +195,11 @@ class ParallelContext:
     @property
     def dp_size(self) -> int:
         return self.grid.dp
+
+    @property
+    def num_consumers(self) -> int:
+        """Training replicas among which the samples of this half are divided."""
+        return self.dp_size if self.split is None else self.split.training.dp
 
     @property
     def dp_cp_size(self) -> int:

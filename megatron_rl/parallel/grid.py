@@ -30,9 +30,30 @@ class ParallelSizes(ConfigRecord):
     """Tensor-parallel ranks inside each expert (MoE only)."""
     sequence_parallel: bool = False
     """Split norms and dropout along the sequence over the tensor-parallel ranks."""
+    rollout_ranks: int = Field(default=0, ge=0)
+    """Ranks that hold no training shards and only generate: the last ones of the job, beside the ranks of the axes
+    above. 0 = training ranks generate themselves."""
+
+    @property
+    def of_training(self) -> ParallelSizes:
+        """The axes of the training ranks alone."""
+        return self.model_copy(update={"rollout_ranks": 0})
+
+    def num_training(self, world_size: int) -> int:
+        """Training ranks among the ``world_size`` that torchrun started.
+
+        Raises:
+            ConfigError: none are left.
+        """
+        if self.rollout_ranks >= world_size:
+            raise ConfigError(
+                f"parallel.rollout_ranks={self.rollout_ranks} of {world_size} ranks leaves none for training: start "
+                "more, or lower it"
+            )
+        return world_size - self.rollout_ranks
 
     def dp(self, world_size: int) -> int:
-        """Data-parallel ranks among ``world_size``.
+        """Data-parallel ranks among ``world_size`` training ranks.
 
         Raises:
             ConfigError: the sizes do not divide the world.
@@ -41,15 +62,19 @@ class ParallelSizes(ConfigRecord):
         if world_size % model:
             raise ConfigError(
                 f"tp={self.tp} * pp={self.pp} * cp={self.cp} = {model} ranks for one replica of the model, but "
-                f"torchrun started {world_size}: start a multiple of {model}, or lower one of them"
+                f"{self._ranks(world_size)}: start a multiple of {model}, or lower one of them"
             )
         experts = self.etp * self.ep * self.pp
         if world_size % experts:
             raise ConfigError(
                 f"etp={self.etp} * ep={self.ep} * pp={self.pp} = {experts} ranks for one replica of the experts, but "
-                f"torchrun started {world_size}: start a multiple of {experts}, or lower one of them"
+                f"{self._ranks(world_size)}: start a multiple of {experts}, or lower one of them"
             )
         return world_size // model
+
+    def _ranks(self, world_size: int) -> str:
+        beside = f", beside {self.rollout_ranks} rollout ranks" if self.rollout_ranks else ""
+        return f"torchrun started {world_size}{beside}"
 
     def __str__(self) -> str:
         shown = [(n, getattr(self, n)) for n in ("tp", "pp", "vpp", "cp", "ep", "etp") if getattr(self, n) > 1]

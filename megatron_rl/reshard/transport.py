@@ -73,14 +73,22 @@ class P2PTransport(Transport):
     Args:
         group: must contain every rank of the plan; ranks are global. None: the default group.
         timeout: seconds that one exchange may take.
+        store, rank: of ``group``, where it spans more than this process's world.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        timeout: float = TIMEOUT,
+        store: dist.Store | None = None,
+        rank: int | None = None,
+    ) -> None:
         self._group, self._timeout = group, timeout
         if "nccl" in dist.get_backend(group):
             # NCCL's first batch of messages would otherwise have to involve every rank of the group.
             dist.barrier(group)
-        self._neighbours = Neighbours(dist.distributed_c10d._get_default_store())
+        store = store or dist.distributed_c10d._get_default_store()
+        self._neighbours = Neighbours(store, dist.get_rank() if rank is None else rank)
 
     def exchange(self, peer: int, send: Tensor | None, receive: Tensor | None) -> Pending:
         buffers = [None if buffer is None else _as_bytes(buffer) for buffer in (send, receive)]

@@ -29,13 +29,14 @@ class Neighbours:
     """Which ranks have memory that this one may try to read. Every rank of a plan makes one, before its first exchange.
 
     Args:
-        store: of the default process group.
+        store: of all ranks, usually that of the default process group.
+        rank: this one.
     """
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: dist.Store, rank: int) -> None:
         self._store, self._own = store, _memory_key()
         self._near: dict[int, bool] = {}
-        store.set(f"megatron_rl/memory/{dist.get_rank()}", self._own)
+        store.set(f"megatron_rl/memory/{rank}", self._own)
 
     def near(self, peer: int) -> bool:
         """Equal at both ends. Waits for the peer to make its `Neighbours`."""

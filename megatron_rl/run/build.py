@@ -61,7 +61,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     for line in unused_parts(config, algorithm_type, algorithm_config):
         logger.warning("%s", line)
     context = ParallelContext.create(config.parallel, seed=config.seed)
-    check_layout(config, context.grid.world_size)
+    check_layout(config, context.world_size if context.split is None else context.split.world_size)
     loader = PromptLoader(prompts, config.prompts_per_step, context, seed=config.seed, shuffle=config.shuffle)
 
     steps = config.trainer.total_steps(loader.steps_per_epoch)
@@ -71,8 +71,8 @@ def build_trainer(config: RunConfig) -> Trainer:
     reference = _reference(config, actor) if uses_reference(config, algorithm_type, algorithm_config) else None
     algorithm = algorithm_type(actor, reference, critic, algorithm_config)
     reward_model = RewardModel(reward)
-    begin = reward_model.begin if config.rollout_parts > 1 else None
-    sample = actor.sample(parts=config.rollout_parts, then=begin, environment=episodes)
+    parts, begin = config.rollout_parts, reward_model.begin if config.rollout_parts > 1 else None
+    sample = actor.sample(lag=config.rollout_lag, parts=parts, then=begin, environment=episodes)
     flow = filled(sample, reward_model.score(), algorithm, loader, context) >> algorithm.update()
     return Trainer(
         flow,

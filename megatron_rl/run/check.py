@@ -87,8 +87,9 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
     attempt.report()
     notes = unused_parts(config, *algorithm)
     if world_size is None:
+        beside = f"{config.parallel.rollout_ranks} rollout ranks and " if config.parallel.rollout_ranks else ""
         notes.append(
-            f"the number of ranks is not known here, and was not checked: it must be a multiple of "
+            f"the number of ranks is not known here, and was not checked: it must be {beside}a multiple of "
             f"{smallest_world(config.parallel)} ({config.parallel}). Check it with WORLD_SIZE=N in front of this "
             "command, or under torchrun"
         )

@@ -16,6 +16,7 @@ from megatron_rl.workers.actor_config import ActorConfig
 def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> None:
     """Raise ConfigError where the algorithm cannot be run from prompts and rewards, lacks a section that it needs, or
     does not use the value model of the section critic. Custom algorithms may use a critic as they like."""
+    check_lag(config)
     name = config.algorithm.get("name", "grpo")
     if issubclass(algorithm, OfflineAlgorithm):
         raise ConfigError(
@@ -48,6 +49,15 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
 def rewards_of(config: RunConfig) -> tuple[RewardConfig, ...]:
     """The rewards of the run: without any, an environment's own."""
     return config.rewards or ((RewardConfig(name="environment"),) if config.environment else ())
+
+
+def check_lag(config: RunConfig) -> None:
+    """Raise ConfigError for a lag without ranks that sample meanwhile."""
+    if config.rollout_lag and not config.parallel.rollout_ranks:
+        raise ConfigError(
+            f"rollout_lag={config.rollout_lag} needs ranks that sample while others train: set parallel.rollout_ranks, "
+            "or rollout_lag=0"
+        )
 
 
 def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> bool:
@@ -105,13 +115,22 @@ def unused_parts(
 
 
 def check_layout(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless model, rollout replicas and step can be divided among ``world_size`` ranks."""
-    grid = RankGrid(config.parallel, world_size)
-    RolloutPlacement(grid.ranks(dp=0), config.actor.rollout.tp)
+    """Raise ConfigError unless model, rollout replicas and step can be divided among the ``world_size`` ranks that
+    torchrun starts."""
+    sizes, tp = config.parallel, config.actor.rollout.tp
+    grid = RankGrid(sizes, sizes.num_training(world_size))
+    if sizes.rollout_ranks and sizes.rollout_ranks % tp:
+        raise ConfigError(
+            f"actor.rollout.tp={tp} does not divide parallel.rollout_ranks={sizes.rollout_ranks}: use a "
+            f"multiple of {tp}"
+        )
+    if not sizes.rollout_ranks:
+        RolloutPlacement(grid.ranks(dp=0), tp)
     if config.prompts_per_step % grid.dp:
+        beside = f" and {sizes.rollout_ranks} rollout ranks" if sizes.rollout_ranks else ""
         raise ConfigError(
             f"prompts_per_step={config.prompts_per_step} cannot be divided evenly among {grid.dp} data-parallel ranks "
-            f"({world_size} ranks, {config.parallel}): use a multiple of {grid.dp}"
+            f"({grid.world_size} ranks, {sizes}{beside}): use a multiple of {grid.dp}"
         )
 
 

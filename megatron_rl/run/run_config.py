@@ -77,6 +77,9 @@ class RunConfig(ConfigRecord):
     rollout_parts: int = Field(default=1, ge=1)
     """Number of parts in which the prompts of a step are generated; reward services work on one part while the next is
     generated."""
+    rollout_lag: int = Field(default=0, ge=0)
+    """Steps by which the weights that sample may be older than those that are trained: with `parallel.rollout_ranks`,
+    these generate the samples of step k + rollout_lag while training ranks take step k. 0 = they take turns."""
     shuffle: bool = True
     """Shuffle the prompts in each epoch."""
     rewards: tuple[RewardConfig, ...] = ()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,10 +26,13 @@ from megatron_rl.run.report import RewardCurve
 from megatron_rl.tracking import TrackerGroup, build_tracker
 from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.checkpoint import DistributedCheckpoints, Stateful
+from megatron_rl.trainer.inflight.handed_over import HandedOver
+from megatron_rl.trainer.inflight.rollout_loop import RolloutLoop
 from megatron_rl.trainer.loop import BatchSource, TrainingLoop
 from megatron_rl.trainer.output_lock import OutputLock
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers import Actor, Critic
+from megatron_rl.workers.handover import RolloutSide, TrainingSide
 from megatron_rl.workers.job_context import check_share
 from megatron_rl.workers.trained_worker import TrainedWorker
 
@@ -37,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 class Trainer(TrainingLoop):
     """Runs ``flow``; its algorithm and models are found in it. Collective over all ranks: the output folder is made.
+
+    In a job with rollout ranks (``parallel.rollout_ranks``) every rank makes the same `Trainer`; rollout ranks run the
+    flow's first stages and the evaluation, training ranks the rest, callbacks included.
 
     Args:
         source: what each step's batch comes from, for example a `PromptLoader`.
@@ -70,6 +77,18 @@ class Trainer(TrainingLoop):
         model = cast(Actor | Critic, algorithm.actor)  # the trained model: a critic when a reward model is trained
         output_dir, context = Path(config.output_dir), model.context
         _check_data(source, model)
+        self._rollouts: RolloutLoop | None = None  # on rollout ranks
+        self._handed: HandedOver | None = None  # on training ranks beside them
+        if context.split is not None:
+            sampled, trained = flow.split()
+            if context.split.on_rollout:
+                super().__init__(sampled, source, context, config)
+                self._rollouts = self._rollout_loop(cast(Actor, model), evaluate)
+                return
+            logger.info("the flow:\n%s", flow)
+            self._handed = self._handed_over(source, cast(Actor, model), flow.lag)
+            flow, source = self._handed.receive(sampled) >> trained, self._handed
+            evaluate = self._handed.evaluate if evaluate is not None else None
         lock = OutputLock(output_dir, context)
         super().__init__(
             flow,
@@ -93,6 +112,36 @@ class Trainer(TrainingLoop):
         self.trackers.append(tracker)
         self.callbacks.append(RewardCurve(output_dir, tracker))
         logger.info("%s, %s; outputs in %s", current_platform().name, context, output_dir)
+
+    def _handed_over(self, source: BatchSource, actor: Actor, lag: int) -> HandedOver:
+        assert actor.context.split is not None
+        return HandedOver(
+            source,
+            actor,
+            TrainingSide(actor.context.split),
+            lag=lag,
+            step=lambda: self.step,
+            on_signal=lambda number: self._interruption.hear(number),
+        )
+
+    def _rollout_loop(self, actor: Actor, evaluate: Callable[[], dict[str, float]] | None) -> RolloutLoop:
+        assert actor.context.split is not None
+        return RolloutLoop(
+            self.flow,
+            self.source,
+            actor,
+            RolloutSide(actor.context.split),
+            evaluate=evaluate,
+            total_steps=self.total_steps,
+            interruption=self._interruption,
+        )
+
+    def train(self) -> dict[str, float]:
+        """As `TrainingLoop.train`, on all ranks of the job; rollout ranks return the same metrics."""
+        if self._rollouts is not None:
+            return self._rollouts.run()
+        with self._handed.ending(lambda: self.history) if self._handed is not None else contextlib.nullcontext():
+            return super().train()
 
 
 def algorithm_of(flow: Flow) -> BaseAlgorithm:

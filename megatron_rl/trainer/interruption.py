@@ -72,6 +72,10 @@ class Interruption:
         late = self.signal and time.monotonic() - self._came >= STEP_SHARE * self.grace_seconds
         return self.signal if late else 0
 
+    def hear(self, number: int) -> None:
+        """Take note of a signal that other ranks of the run got."""
+        self._note(number, None)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a checkpoint's writer, forked from here: Ctrl-C is not meant for it
             if number != signal.SIGINT:

@@ -36,7 +36,8 @@ def filled(
     if not algorithm.drops_samples:
         return sample >> reward
     refill = Refill(sample, reward, algorithm, source, context)
-    return Flow((Stage("actor.fill", refill, reads=("prompts",), writes=("samples", "rewards"), place=sample.place),))
+    fields: tuple[tuple[str, ...], tuple[str, ...]] = ("prompts",), ("samples", "rewards")
+    return Flow((Stage("actor.fill", refill, *fields, place=sample.place, generates=True, lag=sample.lag),))
 
 
 class Refill:
@@ -67,7 +68,8 @@ class Refill:
                 break
             prompts = self.source.next_batch().prompts
         chosen = self._choose(kept, dropped, wanted)
-        batch.samples = renumbered(own_share(chosen, self.context.coordinates.dp, self.context.dp_size))
+        own = own_share(chosen, self.context.coordinates.dp, self.context.dp_size)
+        batch.samples, batch.prompts = renumbered(own), [group[0].prompt for group in own]
         batch.sequences["rewards"] = torch.tensor([s.reward for s in batch.samples], dtype=torch.float32)
         batch.metrics |= join_rounds(measured) | {
             "sampling/rounds": float(rounds),
@@ -92,10 +94,10 @@ class Refill:
         return good, [group for found in ordered for group in found[1]]
 
     def _choose(self, kept: list[Group], dropped: list[Group], wanted: int) -> list[Group]:
-        """The first ``wanted``; with fewer than one for each rank, dropped ones too, so that no rank is without
-        work."""
+        """The first ``wanted``; with fewer than one for each training replica, dropped ones too, so that none is
+        without work."""
         chosen = kept[:wanted]
-        return chosen + dropped[: max(0, self.context.dp_size - len(chosen))]
+        return chosen + dropped[: max(0, self.context.num_consumers - len(chosen))]
 
 
 def split_groups(samples: Sequence[Sample], keep: Sequence[bool]) -> tuple[list[Group], list[Group]]:

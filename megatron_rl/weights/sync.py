@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.parallel.agreement import Agreement
+from megatron_rl.parallel.worlds import SplitWorld
 from megatron_rl.reshard import (
     Layout,
     LocalTransport,
@@ -318,8 +319,11 @@ class _TryAgainError(Exception):
     """Servers were lost while they were written; all ranks know."""
 
 
-def default_transport() -> Transport:
-    """Batched point-to-point messages where the process has joined a world of several ranks; none otherwise."""
+def default_transport(split: SplitWorld | None = None) -> Transport:
+    """Batched point-to-point messages where the process has joined a world of several ranks, over the bridge where the
+    job is split; none otherwise."""
+    if split is not None:
+        return P2PTransport(split.weights_group, PUSH_SECONDS, split.store, split.rank)
     if dist.is_initialized() and dist.get_world_size() > 1:
         return P2PTransport(timeout=PUSH_SECONDS)
     return LocalTransport()

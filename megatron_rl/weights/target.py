@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -70,11 +70,16 @@ def within(layout: Layout, ranks: Collection[int]) -> Layout:
     return replace(layout, replica_of={rank: replica for rank, replica in layout.replica_of.items() if rank in ranks})
 
 
-class PartialTarget:
-    """An engine's handle for a push that concerns some of its ranks only: whole replicas."""
+def renumbered(layout: Layout, offset: int) -> Layout:
+    """``layout`` with ``offset`` added to each rank."""
+    return replace(layout, replica_of={rank + offset: replica for rank, replica in layout.replica_of.items()})
 
-    def __init__(self, target: WeightTarget, ranks: Collection[int]) -> None:
-        self.layout = within(target.layout, ranks)
+
+class TargetAs:
+    """An engine's handle for a push in which its layout is another: some of its replicas, or ranks renumbered."""
+
+    def __init__(self, target: WeightTarget, layout: Layout) -> None:
+        self.layout = layout
         self.streams, self.bucket_copies, self.recomputes = target.streams, target.bucket_copies, target.recomputes
         self.targets, self.new_buffer = target.targets, target.new_buffer
         self.begin_update, self.commit_update, self.abort_update = (
@@ -83,3 +88,48 @@ class PartialTarget:
             target.abort_update,
         )
         self.write_shards, self.finish_update = target.write_shards, target.finish_update
+
+
+@dataclass(frozen=True, slots=True)
+class TargetFacts:
+    """What training ranks know of an engine of the rollout ranks."""
+
+    streams: bool
+    bucket_copies: int
+    recomputes: bool
+
+    @classmethod
+    def of(cls, target: WeightTarget) -> TargetFacts:
+        return cls(target.streams, target.bucket_copies, target.recomputes)
+
+
+class TargetElsewhere:
+    """An engine of which this rank holds nothing: the training ranks' handle of the rollout ranks' engine."""
+
+    def __init__(self, layout: Layout, facts: TargetFacts) -> None:
+        self.layout = layout
+        self.streams, self.bucket_copies, self.recomputes = facts.streams, facts.bucket_copies, facts.recomputes
+
+    def targets(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def _absent(self) -> NoReturn:
+        raise AssertionError("this rank holds no part of the engine, so weight sync does not call it")
+
+    def new_buffer(self, num_bytes: int, device: torch.device) -> Tensor:
+        self._absent()
+
+    def begin_update(self) -> None:
+        self._absent()
+
+    def write_shards(self, shards: Mapping[str, Tensor], fault: str = "") -> None:
+        self._absent()
+
+    def finish_update(self) -> str:
+        self._absent()
+
+    def commit_update(self, version: int) -> None:
+        self._absent()
+
+    def abort_update(self, intact: bool) -> None:
+        self._absent()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ class Actor(TrainedWorker):
         self,
         n: int | None = None,
         *,
+        lag: int = 0,
         parts: int = 1,
         then: Callable[[list[Sample]], object] | None = None,
         environment: Episodes | EnvironmentSource | None = None,
@@ -115,6 +117,8 @@ class Actor(TrainedWorker):
 
         Args:
             n: samples a prompt; None = ``config.sampling.n``.
+            lag: steps by which the weights that sample may be older than those that are trained: rollout ranks
+                (``parallel.rollout_ranks``) generate the samples of step k + lag while training ranks take step k.
             parts: number of parts in which the prompts are generated, one after the other.
             then: called with the samples of each part, on every rank, before the next part is generated; with
                 `RewardModel.begin` reward services work on one part while the engine generates the next.
@@ -126,6 +130,7 @@ class Actor(TrainedWorker):
         values = self.config.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
         params = SamplingParams.parse(values, "actor.sample")
         episodes = self.episodes(environment)
+        _check_lag(lag, self.context)
 
         def run(batch: Batch) -> None:
             if batch.share is not None:
@@ -133,7 +138,7 @@ class Actor(TrainedWorker):
             self.publish(batch.metrics)
             batch.samples = []
             size = max(1, -(-len(batch.prompts) // parts))
-            seeds = self.rollouts.training_seeds(batch.prompts)
+            seeds = self.rollouts.seeds.training(batch.prompts)
             for start in range(0, max(1, len(batch.prompts)), size):
                 part = slice(start, start + size)
                 made = self._generate(batch.prompts[part], params, seeds[part], episodes)
@@ -148,10 +153,12 @@ class Actor(TrainedWorker):
             if episodes is not None:
                 take_rewards(batch, episodes)
 
-        place = f"{self.config.rollout.engine} engine TP{self.config.rollout.tp}"
-        agreement = self.context.agreement
+        place, split = f"{self.config.rollout.engine} engine TP{self.config.rollout.tp}", self.context.split
+        if split is not None:
+            place += f" on {split.num_rollout} rollout ranks"
         writes = ("samples",) if episodes is None else ("samples", "rewards")
-        return Stage("actor.sample", run, ("prompts",), writes, place, may_abandon=True, agreement=agreement)
+        stage = Stage("actor.sample", run, ("prompts",), writes, place, may_abandon=True, generates=True, lag=lag)
+        return replace(stage, agreement=self.context.agreement)
 
     def episodes(self, environment: Episodes | EnvironmentSource | None) -> Episodes | None:
         """What `sample` plays with ``environment``."""
@@ -213,9 +220,13 @@ class Actor(TrainedWorker):
         self.rollouts.trained_version += 1
 
     def publish(self, metrics: dict[str, float] | None = None) -> None:
-        """Push the weights to the rollout engine if it does not have the newest ones yet. Collective."""
-        if not self.rollouts.needs_push():
-            return
+        """Push the weights to the rollout engine if it does not have the newest ones yet. Collective. Where the job has
+        rollout ranks, `Trainer` pushes, and nothing happens here."""
+        if self.context.split is None and self.rollouts.needs_push():
+            self.push(metrics)
+
+    def push(self, metrics: dict[str, float] | None = None) -> None:
+        """Push the weights to the rollout engine. Collective; on rollout ranks it takes its part of another's push."""
         self._follow_weights()
         started = time.perf_counter()
         self.engine.sync_parameters()
@@ -228,7 +239,7 @@ class Actor(TrainedWorker):
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""
         values = self.config.sampling.model_dump() | {"n": 1, "temperature": 0.0} | sampling
         self.publish()
-        seeds = self.rollouts.evaluation_seeds(prompts)
+        seeds = self.rollouts.seeds.evaluation(prompts)
         return self._generate(prompts, SamplingParams.parse(values, "actor.generate"), seeds, environment)
 
     def verify_weights(self) -> WeightCheck:
@@ -239,6 +250,14 @@ class Actor(TrainedWorker):
     def close(self) -> None:
         """Release the rollout engine."""
         self.rollouts.close()
+
+
+def _check_lag(lag: int, context: ParallelContext) -> None:
+    if lag < 0 or (lag and context.split is None):
+        raise ConfigError(
+            f"actor.sample(lag={lag}): a lag is 0 or more, and above 0 needs rollout ranks, which sample while others "
+            "train: set parallel.rollout_ranks"
+        )
 
 
 def _sample_metrics(samples: list[Sample]) -> dict[str, float]:

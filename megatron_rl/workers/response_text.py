@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from megatron_rl.batch import Prompt, Sample
 from megatron_rl.config import ConfigError
+from megatron_rl.rollout.base import Completion
 
 
 class ResponseDecoder:
@@ -46,6 +48,22 @@ class ResponseDecoder:
         places = [place for place, number in enumerate(token_ids) if number in self.left_out]
         offsets = [(len(self._text(token_ids[:place])), self.left_out[token_ids[place]]) for place in places]
         return self._text(token_ids), offsets
+
+    def sample(self, prompt: Prompt, completion: Completion, group: int) -> Sample:
+        """An engine's answer to ``prompt``, which is number ``group`` of its batch."""
+        text, special_tokens = self(completion.token_ids)
+        return Sample(
+            prompt=prompt,
+            response_ids=completion.token_ids,
+            rollout_logprobs=completion.logprobs,
+            response_text=text,
+            special_tokens=special_tokens,
+            finish_reason=completion.finish_reason,
+            policy_version=completion.policy_version,
+            policy_version_spans=completion.policy_version_spans,
+            group=group,
+            metadata=dict(completion.metadata),
+        )
 
     def _text(self, token_ids: Sequence[int]) -> str:
         if self.kept.isdisjoint(token_ids):

@@ -94,7 +94,10 @@ class RewardModel:
             batch.sequences["rewards"] = torch.tensor(numbers, dtype=torch.float32)
 
         collective = self.reward.place != Reward.place
-        return Stage("reward.score", run, ("samples",), ("rewards",), place=self.reward.place, collective=collective)
+        place = self.reward.place
+        return Stage(
+            "reward.score", run, ("samples",), ("rewards",), place, collective=collective, generates=not collective
+        )
 
     def begin(self, samples: list[Sample]) -> None:
         """Let services work on these samples while others are still generated: the ``then`` of `Actor.sample`.

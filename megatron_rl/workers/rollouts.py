@@ -1,15 +1,16 @@
 """`Rollouts`: the actor's link to its rollout engine: which rank generates what, and which weights version it serves.
 
 All ranks of a model replica know the prompts of their data-parallel rank. Together they form one or more rollout
-replicas, divide the prompts among these and exchange the finished samples. The seed of a prompt depends on the run, the
-call, the prompt and how often the global batch had it before, so the layout of training and rollout changes no sample.
+replicas, divide the prompts among these and exchange the finished samples.
+Where the job has rollout ranks (`parallel.worlds`), these alone have engines and share all prompts, as one such
+replica; pushes then cross the bridge.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +27,20 @@ from megatron_rl.parallel.groups import own_group
 from megatron_rl.reshard import Layout, P2PTransport, Transport
 from megatron_rl.rollout.base import (
     ENGINES,
-    Completion,
     RolloutEngine,
     SamplingParams,
     ServersLostError,
     WeightCheck,
-    sample_seed,
 )
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.sync import PUSH_SECONDS, SyncReport, WeightSync, default_transport
-from megatron_rl.weights.target import PartialTarget, WeightTarget, within
+from megatron_rl.weights.target import TargetAs, TargetElsewhere, TargetFacts, WeightTarget, renumbered, within
 from megatron_rl.workers.actor_config import RolloutConfig
 from megatron_rl.workers.episodes import Episodes
+from megatron_rl.workers.prompt_seeds import PromptSeeds
 from megatron_rl.workers.response_text import ResponseDecoder
+from megatron_rl.workers.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,8 @@ class Rollouts:
         self.eos = eos
         self.decode = ResponseDecoder(tokenizer, {*eos, tokenizer.pad_token_id}, config.special_tokens)
         self.config = config
-        self.seed = seed
+        self.seeds = PromptSeeds(seed, model.context)
         self.trained_version = 0  # of the weights that training holds
-        self.calls = 0  # of training_seeds: part of every seed
         self._served_version: int | None = None  # of the weights that the engine holds
         self._fingerprint = Fingerprint()
         self._pushed: dict[str, int] = {}  # checksums of this rank's weights when they were pushed
@@ -85,8 +85,11 @@ class Rollouts:
         self._transport: Transport | None = None
         self._replica_sync: WeightSync | None = None  # among the ranks of this model replica
         self._asleep = False
-        context = model.context
+        self.target_facts: TargetFacts | None = None  # of the rollout ranks' engine, on training ranks
+        context, split = model.context, model.context.split
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
+        if split is not None:
+            ranks = [tuple(range(split.num_rollout))]
         self.placements = [RolloutPlacement(replica, config.tp) for replica in ranks]
 
     @staticmethod
@@ -133,15 +136,26 @@ class Rollouts:
             self._engine = self._build_engine()
         return self._engine
 
+    def _replicas(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(replica for placement in self.placements for replica in placement.replicas)
+
+    def _engine_layout(self) -> Layout:
+        architecture = self.model.architecture
+        return self._engine_type(self.model, self.config).lay_out(architecture, self.config.tp, self._replicas())
+
     def _build_engine(self) -> RolloutEngine:
         model, tp = self.model, self.config.tp
-        replicas = tuple(replica for placement in self.placements for replica in placement.replicas)
+        if model.context.split is not None and not model.context.split.on_rollout:
+            raise RuntimeError(
+                "this is one of the training ranks of a job with rollout ranks, which alone generate: let `Trainer` "
+                "run the flow"
+            )
         platform = current_platform()
-        group = own_group(replicas, platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
+        group = own_group(self._replicas(), platform.backend, RENDEZVOUS_SECONDS) if tp > 1 else None
         engine = self._engine_type(model, self.config)
         return engine(  # type: ignore[call-arg]
             architecture=model.architecture,
-            layout=engine.lay_out(model.architecture, tp, replicas),
+            layout=self._engine_layout(),
             rank=model.context.rank,
             dtype=self.dtype,
             tp_group=group,
@@ -160,17 +174,28 @@ class Rollouts:
 
     def push(self) -> SyncReport:
         """Push the training weights to the engine as `trained_version`; collective over all ranks."""
-        engine = self.engine
         if self._asleep:
-            engine.wake()
+            self.engine.wake()
             self._asleep = False
         if self._sync is None:
-            self._transport = default_transport()  # creating it can be collective over all ranks: all take part here
-            self._sync = self._make_sync(self.model.layout, engine, self._transport)
+            # Creating a transport can be collective over all ranks: all take part here.
+            target, self._transport = self._target(), default_transport(self.model.context.split)
+            self._sync = self._make_sync(self.model.layout, target, self._transport)
         report = self._sync.push(self.model.published(), self.trained_version)
         self._served_version = self.trained_version
         self._pushed = self._fingerprint(self.model.tensors())
         return report
+
+    def _target(self) -> WeightTarget:
+        """The engine, with ranks numbered as in the push."""
+        split = self.model.context.split
+        if split is None:
+            return self.engine
+        layout = renumbered(self._engine_layout(), split.num_training)
+        if split.on_rollout:
+            return TargetAs(self.engine, layout)
+        assert self.target_facts is not None, "rollout ranks have not said what their engine is like"
+        return TargetElsewhere(layout, self.target_facts)
 
     def _replica_transport(self) -> Transport | None:
         """Between the ranks of this model replica."""
@@ -181,44 +206,18 @@ class Rollouts:
         return P2PTransport(group, PUSH_SECONDS)
 
     def _make_sync(self, source: Layout, target: WeightTarget, transport: Transport | None) -> WeightSync:
+        context = self.model.context
         return WeightSync(
             source,
             target,
-            rank=self.model.context.rank,
+            rank=context.rank if context.split is None else context.split.rank,
             # An engine in another process has no tensors here that show the dtype.
-            wire_dtype=self.dtype if target.streams else None,
+            wire_dtype=self.dtype if target.streams or context.split is not None else None,
             max_staging_bytes=self.config.max_staging_bytes,
             attest=self.config.attest,
             device=self.model.device,
             transport=transport,
         )
-
-    def training_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
-        """The seed of each prompt of this step; collective over all ranks. Seeds differ within the global batch, also
-        where it holds a row several times.
-
-        Args:
-            prompts: this data-parallel rank's part of the global batch; the parts end to end, in the order of the
-                ranks, are the batch.
-        """
-        call, own = self.calls, [prompt.index for prompt in prompts]
-        self.calls += 1
-        context = self.model.context
-        parts = dict(context.gather_objects((context.coordinates.dp, own))) if context.dp_size > 1 else {}
-        before = [index for dp in range(context.coordinates.dp) for index in parts[dp]]
-        seen: Counter[int] = Counter(before)
-        return [self._seed(call, index, seen) for index in own]
-
-    def evaluation_seeds(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Seeds that are the same in every evaluation; they do not change the training seeds."""
-        seen: Counter[int] = Counter()
-        return [self._seed(-1, prompt.index, seen) for prompt in prompts]
-
-    def _seed(self, call: int, index: int, seen: Counter[int]) -> int:
-        """The next seed of prompt ``index``; ``seen`` counts its earlier occurrences."""
-        seed, earlier = sample_seed(self.seed, call, index), seen[index]
-        seen[index] += 1
-        return sample_seed(seed, earlier, index) if earlier else seed
 
     def generate(
         self,
@@ -255,7 +254,7 @@ class Rollouts:
             parts = [episodes.samples(prompts[group], found, group) for group, found in enumerate(merged)]
             return [sample for part in parts for sample in part]
         return [
-            self._sample(prompt, completion, group)
+            self.decode.sample(prompt, completion, group)
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
             for completion in completions
         ]
@@ -269,21 +268,35 @@ class Rollouts:
         episodes: Episodes | None,
     ) -> _Reply:
         """The samples of this rank's share of the ``wanted`` prompts."""
-        rank, placement = self.model.context.rank, self.placement
-        mine = [index for index in placement.share(len(prompts), placement.replica(rank)) if index in set(wanted)]
-        engine = self.engine
-        if not mine:
-            return _Reply({})
-        try:
-            with abandonable(placement.tp == 1):
-                made = self._answers(engine, [prompts[i] for i in mine], params, [seeds[i] for i in mine], episodes)
-        except Abandoned as abandoned:
-            return _Reply({}, gave_up=abandoned.signal)
-        except EpisodeError as error:
-            return _Reply({}, failed=str(error))
-        except ServersLostError as error:
-            return _Reply({mine[i]: group for i, group in error.answers.items()}, lost=str(error))
-        return _Reply(dict(zip(mine, made, strict=True)) if placement.tp_rank(rank) == 0 else {})
+        placement, engine, answers = self.placement, self.engine, dict[int, list[Any]]()
+        for mine in self._parts(len(prompts), wanted, params.n):
+            if not mine:
+                continue
+            try:
+                with abandonable(placement.tp == 1):
+                    made = self._answers(engine, [prompts[i] for i in mine], params, [seeds[i] for i in mine], episodes)
+            except Abandoned as abandoned:
+                return _Reply({}, gave_up=abandoned.signal)
+            except EpisodeError as error:
+                return _Reply({}, failed=str(error))
+            except ServersLostError as error:
+                return _Reply(answers | {mine[i]: group for i, group in error.answers.items()}, lost=str(error))
+            answers |= dict(zip(mine, made, strict=True))
+        return _Reply(answers if placement.tp_rank(self.model.context.rank) == 0 else {})
+
+    def _parts(self, count: int, wanted: Sequence[int], n: int) -> Iterable[list[int]]:
+        """What this rank's replica generates of the ``count`` prompts, one part after the other."""
+        placement, rank = self.placement, self.model.context.rank
+        if self.model.context.split is None:
+            return [[i for i in placement.share(count, placement.replica(rank)) if i in set(wanted)]]
+        return self._tickets.parts(wanted, max(1, self.config.max_running // n))
+
+    @functools.cached_property
+    def _tickets(self) -> Tickets:
+        placement, context = self.placement, self.model.context
+        assert context.split is not None
+        replica, leads = placement.replica(context.rank), placement.tp_rank(context.rank) == 0
+        return Tickets(context.split.store, replica, len(placement.replicas), leads)
 
     def _answers(
         self,
@@ -306,10 +319,15 @@ class Rollouts:
         Raises:
             RuntimeError: these ranks do not hold all weights.
         """
+        if self.model.context.split is not None:
+            raise RuntimeError(
+                f"{why}, and the training ranks, which alone hold weights, work on the next step: start more servers "
+                f"for each replica with actor.rollout.options.servers, or resume from the last checkpoint"
+            )
         ranks = self.placement.ranks
         logger.warning("weights version %s are pushed again: %s", self._served_version, why)
         if self._replica_sync is None:
-            source, target = within(self.model.layout, ranks), PartialTarget(self.engine, ranks)
+            source, target = within(self.model.layout, ranks), TargetAs(self.engine, within(self.engine.layout, ranks))
             self._replica_sync = self._make_sync(source, target, self._replica_transport())
         try:
             self._replica_sync.push(self.model.published(), self.trained_version)
@@ -325,7 +343,9 @@ class Rollouts:
         if self._served_version is None:
             return WeightCheck()
         rank = self.model.context.rank
-        own = self._verify_here() if self.engine.targets() else self.engine.verify_weights()
+        own = WeightCheck()  # of training ranks whose engines are elsewhere
+        if self.model.context.split is None or self.model.context.split.on_rollout:
+            own = self._verify_here() if self.engine.targets() else self.engine.verify_weights()
         faults = list(own.faults)
         if self._served_version == self.trained_version and (changed := self._changed()):
             faults.append(
@@ -350,28 +370,13 @@ class Rollouts:
             self.engine.sleep()
             self._served_version, self._asleep = None, True
 
-    def _sample(self, prompt: Prompt, completion: Completion, group: int) -> Sample:
-        text, special_tokens = self.decode(completion.token_ids)
-        return Sample(
-            prompt=prompt,
-            response_ids=completion.token_ids,
-            rollout_logprobs=completion.logprobs,
-            response_text=text,
-            special_tokens=special_tokens,
-            finish_reason=completion.finish_reason,
-            policy_version=completion.policy_version,
-            policy_version_spans=completion.policy_version_spans,
-            group=group,
-            metadata=dict(completion.metadata),
-        )
-
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs for the same seeds and versions."""
-        return {"trained_version": self.trained_version, "calls": self.calls}
+        return {"trained_version": self.trained_version, "calls": self.seeds.calls}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Restore what `state_dict` returned; the engine's weights are outdated from then on."""
-        self.trained_version, self.calls = state["trained_version"], state["calls"]
+        self.trained_version, self.seeds.calls = state["trained_version"], state["calls"]
         self._served_version = None
 
     def close(self) -> None:

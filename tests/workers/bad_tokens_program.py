@@ -43,7 +43,7 @@ def main(model: str) -> None:
         found[f"{name} fine"] = refused(actor, [[1, 5, 15]])
         share = INDICES if both else INDICES[4 * rank : 4 * rank + 4]
         prompts = [Prompt([1, 5 + index], index=index) for index in share]
-        parts = actor.context.gather_objects([actor.rollouts.training_seeds(prompts) for _ in range(2)])
+        parts = actor.context.gather_objects([actor.rollouts.seeds.training(prompts) for _ in range(2)])
         own = parts[:1] if both else parts
         found[f"{name} seeds"] = [[seed for part in own for seed in part[step]] for step in (0, 1)]
         batch = Batch(prompts=prompts)

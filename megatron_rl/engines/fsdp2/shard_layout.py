@@ -6,7 +6,8 @@ it with the DTensors that there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
@@ -25,11 +26,20 @@ def row_block(rows: int, rank: int, world_size: int) -> tuple[int, int]:
 def fsdp2_layout(tensors: Sequence[ModuleTensor], world_size: int) -> Layout:
     """Each rank is a replica group of its own, except for buffers, which all hold."""
 
-    def emit(rank: object) -> list[LocalShard]:
-        assert isinstance(rank, int)
-        return [local_shard(tensor, rank, world_size) for tensor in tensors]
-
+    emit = _Rows(tuple(tensors), world_size)
     return Layout(f"fsdp2 DP{world_size}", {rank: rank for rank in range(world_size)}, emit, held=held_of(tensors))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rank -> shards."""
+
+    tensors: tuple[ModuleTensor, ...]
+    world_size: int
+
+    def __call__(self, rank: Hashable) -> list[LocalShard]:
+        assert isinstance(rank, int)
+        return [local_shard(tensor, rank, self.world_size) for tensor in self.tensors]
 
 
 def local_shard(tensor: ModuleTensor, rank: int, world_size: int) -> LocalShard:

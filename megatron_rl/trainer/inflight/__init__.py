@@ -1,1 +1,1 @@
-"""Rollouts in flight: groups between sampling and training, and the journal that keeps them."""
+"""Rollouts in flight: rollout ranks that sample while others train, and the journal that keeps finished groups."""

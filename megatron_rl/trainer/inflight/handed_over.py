@@ -1,0 +1,143 @@
+"""`HandedOver`: the training ranks' half of a run with rollout ranks: batches come finished, evaluations are asked for.
+
+It stands in three places of the `TrainingLoop`: as the source, as the first stage (``actor.receive`` pushes the newest
+weights and takes the next batch), and as the evaluation. Batch k was sampled with the weights after max(0, k - lag)
+steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from megatron_rl.batch import Batch
+from megatron_rl.config import ConfigError
+from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.trainer.loop import BatchSource
+from megatron_rl.workers import Actor
+from megatron_rl.workers.handover import Handed, Order, Start, Stop, TrainingSide
+
+NOTICE_SECONDS = 10.0  # that a run which failed waits for rollout ranks to learn why
+
+
+class HandedOver:
+    """Batches from the rollout ranks.
+
+    Args:
+        source: of the prompts, as rollout ranks have it: the run's length and its state in checkpoints.
+        step: steps completed.
+        on_signal: called with a signal that told the rollout ranks to stop.
+    """
+
+    def __init__(
+        self,
+        source: BatchSource,
+        actor: Actor,
+        side: TrainingSide,
+        *,
+        lag: int,
+        step: Callable[[], int],
+        on_signal: Callable[[int], object],
+    ) -> None:
+        self.source, self.actor, self.lag = source, actor, lag
+        self._side, self._step, self._on_signal = side, step, on_signal
+        self._ordered: int | None = None  # steps completed when the newest order was given
+        self._state: Mapping[str, Any] | None = None  # of the source, after the newest batch
+        self._received = time.perf_counter()  # when the newest batch came
+
+    # What the loop takes its batches from
+
+    def next_batch(self) -> Batch:
+        """An empty one: `receive` fills it."""
+        return Batch()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.source.steps_per_epoch
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.source.state_dict() if self._state is None else self._state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.lag:
+            raise ConfigError(
+                f"a run with rollout_lag={self.lag} cannot be resumed: the batches that were in flight when it ended "
+                "are lost. Resume with rollout_lag=0, or start another run from its weights (model=CHECKPOINT)"
+            )
+        self.source.load_state_dict(state)
+        self._state = None
+
+    # The stage
+
+    def receive(self, sampled: Flow) -> Stage:
+        """The stage in place of ``sampled``, which rollout ranks run."""
+        agreement = self.actor.context.agreement
+        return Stage("actor.receive", self._receive, (), sampled.writes, "from rollout ranks", agreement=agreement)
+
+    def _receive(self, batch: Batch) -> None:
+        self._side.waited_s = 0.0
+        metrics: dict[str, float] = {}
+        self._order(metrics)
+        handed = self._side.batch()
+        assert handed.step == self._step(), f"batch {handed.step} came for step {self._step()}"
+        if handed.signal:
+            self._on_signal(handed.signal)
+        self._state, self.actor.rollouts.seeds.calls = handed.source, handed.calls
+        batch.prompts, batch.samples = handed.batch.prompts, handed.batch.samples
+        batch.sequences |= handed.batch.sequences
+        batch.temperature = handed.batch.temperature
+        batch.metrics |= handed.batch.metrics | metrics | self._own_metrics(handed)
+
+    def _own_metrics(self, handed: Handed) -> dict[str, float]:
+        now = time.perf_counter()
+        step_s, self._received = now - self._received, now
+        version = self.actor.policy_version
+        ages = [version - _oldest(sample) for sample in handed.batch.samples]
+        found = {
+            "time/wait_for_samples_s": self._side.waited_s,
+            "time/training_wait_share": self._side.waited_s / step_s,
+        }
+        if ages:
+            found |= {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))}
+        return found
+
+    def _order(self, metrics: dict[str, float], evaluate: bool = False) -> None:
+        """Let the rollout ranks have the newest weights, and sample what these are for."""
+        step = self._step()
+        if step == self._ordered and not evaluate:
+            return
+        rollouts = self.actor.rollouts
+        start = None if self._ordered is not None else Start(step, self.state_dict(), rollouts.seeds.calls)
+        push = rollouts.needs_push()
+        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start))
+        rollouts.target_facts, self._ordered = self._side.target, step
+        if push:
+            self.actor.push(metrics)
+
+    # The evaluation, and the end
+
+    def evaluate(self) -> dict[str, float]:
+        """The run's evaluation, on rollout ranks, of the newest weights."""
+        self._order({}, evaluate=True)
+        return self._side.evaluation()
+
+    @contextlib.contextmanager
+    def ending(self, metrics: Callable[[], Mapping[str, float]]) -> Iterator[None]:
+        """The rollout ranks end when the body does, and as it does."""
+        try:
+            yield
+        except BaseException as error:
+            code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 0
+            signal = 2 if isinstance(error, KeyboardInterrupt) else max(0, code - 128)
+            said = "" if signal else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(Exception):  # the error above is the one to tell
+                self._side.stop(Stop(signal, said), NOTICE_SECONDS)
+            raise
+        self._side.stop(Stop(metrics=dict(metrics())))
+
+
+def _oldest(sample: Any) -> int:
+    """The version that generated the first token."""
+    return sample.policy_version_spans[0][0] if sample.policy_version_spans else sample.policy_version

@@ -1,0 +1,134 @@
+"""`RolloutLoop`: what a rollout rank does in a run: it obeys the training ranks' orders.
+
+    for each order:  [take the weights of version v]  [evaluate]  sample what v is for, and hand it over
+
+Law *batch*: with lag L, batch j is sampled with the weights after max(0, j - L) steps; so the first order, after 0
+steps, is for the batches 0 to L, and each later one for one batch. With the same seeds and L = 0 these are the batches
+of a run without rollout ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from megatron_rl.batch import Batch
+from megatron_rl.dataflow import Flow
+from megatron_rl.parallel.abandon import Abandoned
+from megatron_rl.parallel.agreement import PeerError, TransportError
+from megatron_rl.trainer.interruption import Interruption, ended_by
+from megatron_rl.trainer.loop import BatchSource
+from megatron_rl.trainer.metrics import reduce_metrics
+from megatron_rl.weights.target import TargetFacts
+from megatron_rl.workers import Actor
+from megatron_rl.workers.handover import Order, RolloutSide, Stop
+
+logger = logging.getLogger(__name__)
+
+NOTICE_SECONDS = 30.0  # that a run which failed waits for training ranks to learn why
+
+
+class RolloutLoop:
+    """Runs ``flow``, the stages of rollout ranks, on the batches of ``source``.
+
+    Args:
+        evaluate: as of `TrainingLoop`.
+        total_steps: of the run.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        source: BatchSource,
+        actor: Actor,
+        side: RolloutSide,
+        *,
+        evaluate: Callable[[], dict[str, float]] | None,
+        total_steps: int,
+        interruption: Interruption,
+    ) -> None:
+        self.flow, self.source, self.actor = flow, source, actor
+        self._side, self._evaluate, self._interruption = side, evaluate, interruption
+        self.lag, self.total_steps = flow.lag, total_steps
+        self.next_batch = 0
+
+    def run(self) -> dict[str, float]:
+        """Until the training ranks end; returns the run's newest metrics.
+
+        Raises:
+            PeerError: the training ranks failed.
+            KeyboardInterrupt, SystemExit: a signal ended the run.
+        """
+        with self._interruption.listening():
+            try:
+                self.actor.rollouts.engine  # noqa: B018  servers start while training ranks load
+                while isinstance(order := self._side.order(), Order):
+                    self._obey(order)
+            except TransportError as error:
+                if self._interruption.signal:
+                    raise ended_by(self._interruption.signal, f"stopped by a signal: {error}") from None
+                self._say(error)
+                raise
+            except Exception as error:
+                self._say(error)
+                raise
+            finally:
+                self.actor.close()
+        return _end(order)
+
+    def _say(self, error: Exception) -> None:
+        try:
+            self._side.failed(error, NOTICE_SECONDS)
+        except Exception:  # the error itself says more
+            logger.exception("the training ranks could not be told")
+
+    def _obey(self, order: Order) -> None:
+        if order.start is not None:
+            self.next_batch, self.actor.rollouts.seeds.calls = order.start.step, order.start.calls
+            self.source.load_state_dict(order.start.source)
+        self._side.ready(TargetFacts.of(self.actor.rollouts.engine))
+        started = time.perf_counter()
+        if order.push:
+            self.actor.rollouts.trained_version = order.version
+            self.actor.push()
+        self._side.waited_s += time.perf_counter() - started
+        try:
+            if order.evaluate:
+                self._side.evaluated(self._evaluate() if self._evaluate is not None else {})
+            while self.next_batch <= min(order.step + self.lag, self.total_steps - 1):
+                self._sample()
+        except Abandoned as abandoned:
+            self._side.gave_up(abandoned.signal)
+
+    def _sample(self) -> None:
+        waited, self._side.waited_s = self._side.waited_s, 0.0
+        started = time.perf_counter()
+        batch = self.source.next_batch()
+        self.flow(batch)
+        took = time.perf_counter() - started
+        batch.metrics |= _speed(batch, took, waited, len(self.actor.rollouts.placement.replicas))
+        context = self.actor.context
+        reports = context.gather_objects((batch.metrics, self._interruption.signal))
+        metrics = reduce_metrics([found for found, _ in reports])
+        signal = max(number for _, number in reports)
+        calls = self.actor.rollouts.seeds.calls
+        self._side.hand_over(self.next_batch, batch, metrics, self.source.state_dict(), calls, signal)
+        self.next_batch += 1
+
+
+def _speed(batch: Batch, took: float, waited: float, num_engines: int) -> dict[str, float]:
+    tokens = sum(len(sample.response_ids) for sample in batch.samples)
+    return {
+        "time/wait_for_weights_s": waited,
+        "time/engine_wait_share": waited / (waited + took),
+        "time/tokens_per_s_per_engine": tokens / took / num_engines,
+    }
+
+
+def _end(stop: Stop) -> dict[str, float]:
+    if stop.signal:
+        raise ended_by(stop.signal, f"stopped by signal {stop.signal}")
+    if stop.error:
+        raise PeerError(f"on the training ranks, {stop.error}")
+    return dict(stop.metrics)
