@@ -106,8 +106,9 @@ $(EXTRAS:%=.venv-%/.ready): .venv-%/.ready: requirements/%.txt $(READY)
 test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled ahead of time, without a GPU
 	MEGATRON_RL_TRITON_PYTHON=.venv-triton/bin/python $(BIN)/python -m pytest tests/ops/test_triton_kernels.py
 
-test-peers: .venv-peers/.ready  ## our formulas against TRL's and verl's own functions
-	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py
+test-peers: .venv-peers/.ready  ## our formulas and adapters against TRL's, verl's and PEFT's own
+	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py \
+	  tests/weights/test_against_peft.py
 
 # megatron-core 0.19 asks for Python 3.12, but what is tested of it also runs on 3.11, from its unpacked wheel.
 .venv-hybrid/.ready: requirements/hybrid.txt requirements/triton.txt $(READY)

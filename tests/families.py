@@ -6,6 +6,9 @@ Sizes divide over 2 and 4 ranks; of the key and value heads some are fewer than 
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -174,3 +177,12 @@ def seeded_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
             if "correction_bias" in name:
                 buffer.copy_(torch.randn_like(buffer) * 0.3)
     return model
+
+
+def two_layers(name: str, vocab: int) -> PreTrainedModel:
+    """The same of the first two layers of one of `FAMILIES`, with as many tokens as a tokenizer has."""
+    config: Any = copy.deepcopy(FAMILIES[name])
+    config.vocab_size, config.num_hidden_layers = vocab, 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    return seeded_model(config)

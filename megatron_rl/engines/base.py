@@ -72,9 +72,10 @@ class LowRank(Protocol):
     def merged(self, weight: Tensor) -> Tensor:
         """This rank's part of W with the update in it: a new tensor of the same dtype."""
 
-    @property
-    def facts(self) -> dict[str, float]:
-        """The fields of PEFT's ``LoraConfig`` that describe it."""
+    dropout: float  # share of the inputs that are zeroed in training
+
+    def matrices(self, tensor: str | None = None) -> tuple[Tensor, Tensor, float]:
+        """A, B and factor on this rank, of all of W or of the rows that are those of a logical tensor."""
 
 
 class TrainingEngine(abc.ABC):

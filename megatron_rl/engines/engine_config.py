@@ -15,7 +15,17 @@ from megatron_rl.config.ranges import NonNegative, Positive, Seed
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["megatron", "fsdp2"]
-Target = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+Target = Literal[
+    "linear_qkv",
+    "linear_proj",
+    "linear_fc1",
+    "linear_fc2",
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+]
 
 
 class OptimizerConfig(ConfigRecord):
@@ -77,8 +87,10 @@ class LoraConfig(ConfigRecord):
     target_modules: tuple[Target, ...] = Field(
         default=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1
     )
-    """Megatron's linear layers that get an adapter, in every layer. Experts can have none: choose linear_qkv and
-    linear_proj for a mixture of experts."""
+    """Megatron's linear layers that get an adapter, in every layer: linear_qkv, linear_proj, and linear_fc1, linear_fc2
+    of the feed-forward layer, of each expert and of the shared expert. Where attention is latent linear_qkv means all
+    of its projections but the last; linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj and
+    linear_kv_up_proj choose single ones."""
 
 
 class EngineConfig(ConfigRecord):

@@ -23,6 +23,7 @@ from megatron_rl.models.legacy_checkpoint import FILE, LegacyCheckpoint, unknown
 from megatron_rl.models.lora_update import SUFFIX, merged
 from megatron_rl.models.stored_chunks import StoredChunks
 from megatron_rl.models.stored_tensors import Stored, candidates
+from megatron_rl.models.transposed_experts import is_transposed
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout, Shard
 from megatron_rl.reshard.rectangle import Rectangle
@@ -163,7 +164,7 @@ class CheckpointReader:
             ConfigError: the checkpoint lacks it, or has it in another shape.
         """
         key, index = self._find(shard)
-        return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape))
+        return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape), shard)
 
     @functools.lru_cache(2)  # noqa: B019  a reader lives as long as one conversion
     def _merged(self, shard: Shard) -> Tensor:
@@ -195,13 +196,15 @@ class CheckpointReader:
     def _has_adapter(self, key: str) -> bool:
         return key.removesuffix(".weight") + f"{SUFFIX}.a" in self.tensors
 
-    def _with_adapter(self, key: str, place: tuple[int, ...], weight: Tensor) -> Tensor:
+    def _with_adapter(self, key: str, place: tuple[int, ...], weight: Tensor, shard: Shard) -> Tensor:
         if not self._has_adapter(key):
             return weight
         prefix = key.removesuffix(".weight") + SUFFIX
         names = [f"{prefix}.{part}" for part in ("a", "b", "scale")]
         shapes = [tuple(self._stored(name).size)[len(place) :] for name in names]
         a, b, scale = (self._read(Stored(name, place), shape) for name, shape in zip(names, shapes, strict=True))
+        if is_transposed(shard.spans[0].tensor):
+            a, b = b.T, a.T
         return merged(weight, a, b, float(scale))
 
     def _stored(self, key: str) -> TensorStorageMetadata:

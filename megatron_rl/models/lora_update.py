@@ -21,13 +21,16 @@ def first_values(layer: str, rank: int, inputs: int, seed: int) -> Tensor:
     return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
 
 
-def peft_facts(rank: int, factor: float, dropout: float) -> dict[str, float]:
-    """The fields of PEFT's ``LoraConfig`` that describe an adapter; ``factor`` is alpha / rank."""
-    return {"r": rank, "lora_alpha": factor * rank, "lora_dropout": dropout}
-
-
 @torch.no_grad()
-def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """``weight + scale * b @ a`` in fp32 (or wider), rounded once to the dtype of ``weight``, which is not changed."""
+def merged(weight: Tensor, a: Tensor, b: Tensor, scale: float | Tensor) -> Tensor:
+    """``weight + b @ diag(scale) @ a`` in fp32 (or wider), rounded once to the dtype of ``weight``, which is not
+    changed.
+
+    Args:
+        scale: alpha / rank, or ``[rank]`` where it differs.
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scale).to(weight.dtype)
+    b = b.to(wide)
+    if isinstance(scale, Tensor):
+        b, scale = b * scale, 1.0
+    return torch.addmm(weight.to(wide), b, a.to(wide), alpha=scale).to(weight.dtype)

@@ -90,6 +90,11 @@ class ExpertBiases(Parameter):
         yield Shard(local + "w2_weight_bias", (len(experts), self.hidden), spans, like=down.tensor)
 
 
+def is_transposed(tensor: str) -> bool:
+    """Whether a logical tensor holds matrices that multiply from the right."""
+    return tensor.endswith(tuple(EXPERTS + name for name in LAYERS))
+
+
 def megatron_name(at: Place, local: int, layer: str) -> str:
     """What precedes the names of a layer of a rank's ``local``-th expert in Megatron."""
     return f"{at.local}mlp.experts.local_experts.{local}.{layer}."

@@ -12,6 +12,7 @@ import torch
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.base import TrainingEngine
+from megatron_rl.models.peft_names import is_mixture, module_places
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.weights.peft_out import AdapterPart, assembled, parts_of, write_peft
@@ -56,14 +57,17 @@ def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bo
     context, layout = engine.context, engine.layout
     engine.sync_parameters()
     own: list[AdapterPart] = []
+    places = module_places(engine.architecture)
     if context.rank == layout.replicas[layout.replica_of[context.rank]][0]:
         shards = {shard.name: shard for shard in layout.shards(context.rank)}
         for name, adapter in engine.adapters.items():
-            own += parts_of(shards[name], adapter.a, adapter.b, adapter.row_parallel)
+            own += parts_of(shards[name], adapter, places)
     parts = [part for parts in context.gather_objects(own) for part in parts]
     with context.attempt("saving adapters"):
         if context.rank == 0:
-            write_peft(folder, assembled(parts), next(iter(engine.adapters.values())).facts, base, overwrite)
+            dropout = next(iter(engine.adapters.values())).dropout
+            found, mixture = assembled(parts, places), is_mixture(places)
+            write_peft(folder, found, dropout, base, mixture=mixture, overwrite=overwrite)
     return folder
 
 

@@ -1,7 +1,8 @@
 """Test program of several ranks: a GRPO step of a policy with adapters on many layouts, saved for a test to compare.
 
-Each case sets every adapter's B to values that do not depend on the layout, so that A has a gradient; then scores,
-optimises, publishes, samples and exports. Usage: lora_cases.py MODEL FOLDER CASE [CASE ...]
+Cases are named after their model: one of `MODELS`, or a llama. Each case sets every adapter's B to values that do not
+depend on the layout, so that A has a gradient; then scores, optimises, publishes, samples and exports.
+Usage: lora_cases.py MODEL FOLDER CASE [CASE ...]
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families import two_layers
 from layout_cases import own_share, samples
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -32,6 +34,14 @@ EXPERTS = Architecture(
     family="qwen3_moe", num_layers=2, hidden=32, ffn=48, num_heads=4, num_kv_heads=2, head_dim=8, vocab=512, tied=False,
     qk_norm=True, experts=Experts(4, 2, 16),
 )  # fmt: skip
+LATENT_ATTENTION = LORA | {"target_modules": ("linear_q_proj", "linear_kv_up_proj", "linear_proj")}
+MODELS = {
+    "latent": "deepseek_v3",
+    "moonlight": "deepseek_v3, moonlight",
+    "shared": "qwen2_moe",
+    "mixtral": "mixtral",
+    "oss": "gpt_oss",
+}
 CASES: dict[str, tuple[dict, dict]] = {
     "one": ({}, {}),
     "one_recompute": ({}, {"recompute": True}),
@@ -49,6 +59,19 @@ CASES: dict[str, tuple[dict, dict]] = {
     "experts_one": ({}, {"lora": ATTENTION}),
     "experts_ep2": ({"ep": 2}, {"lora": ATTENTION}),
     "experts_tp2sp_ep2": ({"tp": 2, "ep": 2, "sequence_parallel": True}, {"lora": ATTENTION}),
+    "latent_one": ({}, {}),
+    "latent_tp2sp": ({"tp": 2, "sequence_parallel": True}, {}),
+    "latent_pp2": ({"pp": 2}, {}),
+    "latent_ep2": ({"ep": 2}, {}),
+    "latent_tp2sp_pp2_ep2": ({"tp": 2, "pp": 2, "ep": 2, "sequence_parallel": True}, {}),
+    "moonlight_one": ({}, {"lora": LATENT_ATTENTION}),
+    "moonlight_tp2sp": ({"tp": 2, "sequence_parallel": True}, {"lora": LATENT_ATTENTION}),
+    "shared_one": ({}, {}),
+    "shared_ep2": ({"ep": 2}, {}),
+    "mixtral_one": ({}, {}),
+    "mixtral_tp2sp_ep2": ({"tp": 2, "ep": 2, "sequence_parallel": True}, {}),
+    "oss_one": ({}, {}),
+    "oss_tp2sp_ep2": ({"tp": 2, "ep": 2, "sequence_parallel": True}, {}),
 }
 
 
@@ -60,15 +83,21 @@ def whole_parameters(actor: Actor, take: Any) -> dict[str, torch.Tensor]:
         for letter, parameter in (("a", adapter.a), ("b", adapter.b)):
             own[f"{adapter.layer_name}.{letter}"] = (take(parameter).clone(), split_dim(adapter, letter))
     gathered: dict[str, dict[int, tuple]] = {}
-    for tp, dp, cp, part in actor.context.gather_objects((at.tp, at.dp, at.cp, own)):
-        if dp == cp == 0:
-            for name, value in part.items():
-                gathered.setdefault(name, {})[tp] = value
+    for tp, part in actor.context.gather_objects((at.tp, own)):
+        for name, value in part.items():
+            gathered.setdefault(name, {})[tp] = value
     return {name: assembled([parts[tp] for tp in sorted(parts)], name) for name, parts in gathered.items()}
 
 
 def split_dim(adapter: LoraAdapter, letter: str) -> int | None:
+    if is_whole(adapter):
+        return None
     return {"a": 1 if adapter.row_parallel else None, "b": None if adapter.row_parallel else 0}[letter]
+
+
+def is_whole(adapter: LoraAdapter) -> bool:
+    """Not cut over tensor-parallel ranks."""
+    return adapter.replicated or adapter.is_expert
 
 
 def assembled(parts: list[tuple], name: str) -> torch.Tensor:
@@ -76,7 +105,7 @@ def assembled(parts: list[tuple], name: str) -> torch.Tensor:
     if dim is None:
         assert all(torch.equal(tensors[0], other) for other in tensors), f"{name}: ranks differ"
         return tensors[0]
-    if name.endswith("linear_fc1.b"):
+    if name.endswith("linear_fc1.b"):  # of gates and ups
         return torch.cat([torch.cat([t.chunk(2)[half] for t in tensors]) for half in (0, 1)])
     return torch.cat(tensors, dim)
 
@@ -87,9 +116,11 @@ def set_b(actor: Actor) -> None:
     tp, size = actor.context.coordinates.tp, actor.context.sizes.tp
     for adapter in actor.engine.adapters.values():
         generator = torch.Generator().manual_seed(sum(map(ord, adapter.layer_name)))
-        rows = adapter.b.shape[0] * (1 if adapter.row_parallel else size)
+        rows = adapter.b.shape[0] * (1 if adapter.row_parallel or is_whole(adapter) else size)
         whole = torch.randn(rows, adapter.b.shape[1], generator=generator) * 0.02
-        if adapter.gated:
+        if is_whole(adapter):
+            pass
+        elif adapter.gated:
             whole = torch.cat([half.chunk(size)[tp] for half in whole.chunk(2)])
         elif not adapter.row_parallel:
             whole = whole.chunk(size)[tp]
@@ -106,6 +137,14 @@ def random_experts() -> PreTrainedModel:
     return model
 
 
+def source_of(name: str, folder: str) -> Any:
+    """The model of a case."""
+    kind = name.partition("_")[0]
+    if kind == "experts":
+        return random_experts()
+    return two_layers(MODELS[kind], 512) if kind in MODELS else folder
+
+
 def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
     at = actor.context
     batch = own_share(samples(), at.coordinates.dp, at.grid.dp)
@@ -119,7 +158,9 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     sizes, overrides = CASES[name]
     sgd = OptimizerConfig(optimizer="sgd", learning_rate=1e-2, clip_gradient=0.0)
     config = Actor.Config(optimizer=sgd, lora=LORA).model_dump() | overrides
-    source, tokenizer = random_experts() if name.startswith("experts") else model, AutoTokenizer.from_pretrained(model)
+    source, tokenizer = source_of(name, model), AutoTokenizer.from_pretrained(model)
+    if source is not model and torch.distributed.get_world_size() == 1:
+        source.save_pretrained(folder / f"{name} base")
     actor = Actor(source, tokenizer, parallel=ParallelSizes(**sizes), config=Actor.Config(**config))
     first = whole_parameters(actor, torch.Tensor.detach)
     fresh, own = Reference(actor), Reference(source, actor.tokenizer, context=actor.context)

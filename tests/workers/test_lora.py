@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,12 +222,35 @@ def test_a_value_head_is_trained_whole(context) -> None:
     assert {name for name in trained if "_adapter." not in name} == {"value_head.weight"}
 
 
-def test_experts_take_no_adapters_but_their_attention_does(context) -> None:
-    with pytest.raises(ConfigError, match="whose experts take no adapters: choose linear_qkv and linear_proj"):
-        lora_actor(context, QWEN3_MOE)
-    actor = lora_actor(context, QWEN3_MOE, lora=LORA | {"target_modules": ("linear_qkv", "linear_proj")})
-    assert len(actor.engine.adapters) == 2 * QWEN3_MOE.num_layers
-    assert not torch.equal(logprobs(actor), logprobs(Actor(random_hf(QWEN3_MOE), Tokenizer(), context=context)))
+def test_experts_and_their_attention_have_adapters_or_attention_alone(context) -> None:
+    plain = logprobs(Actor(random_hf(QWEN3_MOE), Tokenizer(), context=context))
+    experts, layers = QWEN3_MOE.experts, QWEN3_MOE.num_layers
+    assert experts is not None
+    dense = len(experts.dense_layers)
+    each = dense + (layers - dense) * experts.num_experts
+    for targets, number in ((("linear_qkv", "linear_proj"), 2 * layers), (("linear_fc2",), each)):
+        actor = lora_actor(context, QWEN3_MOE, lora=LORA | {"target_modules": targets})
+        assert len(actor.engine.adapters) == number
+        assert not torch.equal(logprobs(actor), plain)
+
+
+def test_experts_that_cannot_have_adapters_are_refused(context) -> None:
+    config = transformer_config(QWEN3_MOE, context.sizes)
+    for field, value, remedy in (
+        ("moe_grouped_gemm", True, "moe_grouped_gemm=False"),
+        ("expert_tensor_parallel_size", 2, "set etp=1"),
+    ):
+        chunks = build_model(QWEN3_MOE, config)
+        chunks[0].config = copy.copy(config)
+        setattr(chunks[0].config, field, value)
+        with pytest.raises(ConfigError, match=remedy):
+            add_adapters(chunks, LoraConfig(), seed=0)
+        assert add_adapters(chunks, LoraConfig(target_modules=("linear_proj",)), seed=0)
+
+
+def test_projections_that_a_model_has_not_are_refused(context) -> None:
+    with pytest.raises(ConfigError, match="linear_kv_up_proj, but layer 0 has no such linear layer"):
+        lora_actor(context, lora=LORA | {"target_modules": ("linear_kv_up_proj",)})
 
 
 def test_a_jobs_own_bare_chunks_get_adapters_and_wrapped_ones_are_refused(context) -> None:

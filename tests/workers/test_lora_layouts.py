@@ -17,10 +17,22 @@ import pytest
 import torch
 from forked import run_ranks
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 PROGRAM = Path(__file__).with_name("lora_cases.py")
 WORLDS = {
-    1: ("one", "one_recompute", "one_two_targets", "experts_one"),
+    1: (
+        "one",
+        "one_recompute",
+        "one_two_targets",
+        "experts_one",
+        "latent_one",
+        "moonlight_one",
+        "shared_one",
+        "mixtral_one",
+        "oss_one",
+    ),
     2: (
         "tp2",
         "tp2_padded",
@@ -32,12 +44,31 @@ WORLDS = {
         "dp2",
         "experts_ep2",
         "experts_tp2sp_ep2",
+        "latent_tp2sp",
+        "latent_pp2",
+        "latent_ep2",
+        "moonlight_tp2sp",
+        "shared_ep2",
+        "mixtral_tp2sp_ep2",
+        "oss_tp2sp_ep2",
     ),
-    4: ("tp2pp2", "tp2sp_dp2"),
+    4: ("tp2pp2", "tp2sp_dp2", "latent_tp2sp_pp2_ep2"),
+}
+# Adapters of the model: of a llama with five layers, and of two layers of each mixture. Of the latent one those are
+# five of attention each, two of the dense layer, two of each of eight experts and two of the shared one.
+NUM_ADAPTERS = {
+    "one": 5 * 4,
+    "experts": 2 * 2,
+    "latent": 2 * 5 + 2 + 8 * 2 + 2,
+    "moonlight": 2 * 3,
+    "shared": 2 * (2 + 4 * 2 + 2),
+    "mixtral": 2 * (2 + 4 * 2),
+    "oss": 2 * (2 + 4 * 2),
 }
 CASES = [case for cases in WORLDS.values() for case in cases]
 SAME_ADAPTERS = [case for case in CASES if case != "one_two_targets"]
-DENSE = [case for case in CASES if not case.startswith("experts")]
+MIXTURES = [case for case in CASES if case.partition("_")[0] in NUM_ADAPTERS and not case.startswith("one")]
+DENSE = [case for case in CASES if case not in MIXTURES]
 
 pytestmark = pytest.mark.distributed
 
@@ -53,7 +84,42 @@ def results(model: str) -> dict[str, dict[str, Any]]:
                 found[case]["exported"] = load_file(Path(folder) / case / "model.safetensors")
                 found[case]["adapters"] = load_file(Path(folder) / f"{case} peft" / "adapter_model.safetensors")
                 found[case]["config"] = json.loads((Path(folder) / f"{case} peft" / "adapter_config.json").read_text())
+                if case in MIXTURES:
+                    found[case]["gaps"] = gaps(Path(folder), case)
     return found
+
+
+def gaps(folder: Path, case: str) -> dict[str, tuple[bool, float]]:
+    """For each parameter of `transformers`: whether the folder of adapters has one for it, and how far the exported
+    parameter is from the base with the update that PEFT makes of that folder, in fp64."""
+    base, exported = (
+        dict(AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).double().named_parameters())
+        for name in (f"{alone(case)} base", case)
+    )
+    adapters = load_file(folder / f"{case} peft" / "adapter_model.safetensors")
+    found = {}
+    for name, weight in base.items():
+        update = peft_update(adapters, name, weight)
+        expected = weight if update is None else weight + 1.5 * update
+        found[name] = (update is not None, float((exported[name] - expected).abs().max()))
+    assert sum(adapted for adapted, _ in found.values()) == len(adapters) // 2
+    return found
+
+
+def peft_update(adapters: dict[str, Tensor], name: str, weight: Tensor) -> Tensor | None:
+    """B A as PEFT computes it: `lora/layer.py` ``Linear`` and ``ParamWrapper.get_delta_weight``, which wraps the second
+    parameter of a module of experts around the first."""
+    module, _, parameter = name.rpartition(".")
+    inner = ".base_layer" if parameter == "gate_up_proj" else ""
+    key = f"base_model.model.{module}{inner}.lora_"
+    if parameter.endswith("bias") or f"{key}A.weight" not in adapters:
+        return None
+    a, b = (adapters[f"{key}{letter}.weight"].double() for letter in "AB")
+    if weight.dim() == 2:
+        return b @ a
+    a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(weight))
+    transposed = weight.shape[1] == a.shape[-1] and weight.shape[2] == b.shape[0]
+    return torch.einsum("o r e, e r i -> e i o" if transposed else "o r e, e r i -> e o i", b, a)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +129,7 @@ def found(seeded_model) -> dict[str, dict[str, Any]]:
 
 def alone(case: str) -> str:
     """The case of one process to compare with."""
-    return "experts_one" if case.startswith("experts") else "one"
+    return f"{case.partition('_')[0]}_one" if case in MIXTURES else "one"
 
 
 def close(one: Any, other: Any, tolerance: float) -> bool:
@@ -74,7 +140,7 @@ def close(one: Any, other: Any, tolerance: float) -> bool:
 def test_first_values_are_bitwise_the_same_and_b_is_zero(found, case):
     one, other = found[alone(case)]["first"], found[case]["first"]
     assert one.keys() == other.keys()
-    assert len(one) == (2 * 2 * 2 if case.startswith("experts") else 5 * 4 * 2)
+    assert len(one) == 2 * NUM_ADAPTERS[alone(case).partition("_")[0]]
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert all(bool(one[name].any()) == name.endswith(".a") for name in one)
 
@@ -94,7 +160,9 @@ def test_layout_changes_no_gradient_of_an_adapter(found, case):
     one, other = found[alone(case)]["gradients"], found[case]["gradients"]
     for name in one:
         assert (other[name] - one[name]).norm() <= 1e-5 * one[name].norm(), name
-        assert one[name].norm() > 0, name
+    idle = {name.rpartition(".linear_")[0] for name in one if not one[name].any()}
+    assert len(idle) <= 1, "of the experts of all layers at most one gets no token"
+    assert all(".experts." in name for name in idle)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,6 +213,12 @@ def test_adapters_alone_are_the_difference_of_the_exported_weights(found, case, 
     for name in base:
         update = 1.5 * adapters[name]["B"] @ adapters[name]["A"] if name in adapters else torch.zeros(())
         assert close(exported[name], base[name] + update, 1e-6), name
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_adapters_of_mixtures_are_what_the_export_has_merged(found, case):
+    for name, (adapted, gap) in found[case]["gaps"].items():
+        assert gap <= (1e-6 if adapted else 0.0), name
 
 
 def test_only_chosen_modules_have_adapters(found):

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import LoraConfig
-from megatron_rl.models.lora_update import first_values, merged, peft_facts
+from megatron_rl.models.lora_update import first_values, merged
 
 CHILD = "lora"  # the adapter's name in its layer
 
@@ -30,6 +30,11 @@ LAYERS = {
     "linear_proj": "o_proj out_proj dense",
     "linear_fc1": "gate_proj up_proj gate_up_proj fc1 c_fc dense_h_to_4h",
     "linear_fc2": "down_proj fc2 c_proj dense_4h_to_h",
+    "linear_q_proj": "q_proj",
+    "linear_q_down_proj": "q_a_proj",
+    "linear_q_up_proj": "q_b_proj",
+    "linear_kv_down_proj": "kv_a_proj_with_mqa",
+    "linear_kv_up_proj": "kv_b_proj",
 }
 
 
@@ -76,10 +81,9 @@ class LoraAdapter(nn.Module):
         """This rank's rows of the layer's weight with the update in them."""
         return merged(weight, self.a, self.b, self.factor)
 
-    @property
-    def facts(self) -> dict[str, float]:
-        """The fields of PEFT's ``LoraConfig`` that describe it."""
-        return peft_facts(self.rank, self.factor, self.dropout)
+    def matrices(self, tensor: str | None = None) -> tuple[Tensor, Tensor, float]:
+        """See `engines.base.LowRank`."""
+        return self.a, self.b, self.factor
 
 
 def add_adapters(
@@ -91,8 +95,9 @@ def add_adapters(
         The adapters by the name of the weight in the module.
 
     Raises:
-        ConfigError: there is no such layer.
+        ConfigError: there is no such layer, or experts are among what was asked for.
     """
+    _refuse_experts(module, layers, config)
     module.requires_grad_(False)
     chosen = {name for target in config.target_modules for name in LAYERS[target].split()}
     inside = {id(part) for layer in layers for part in layer.modules()}
@@ -110,6 +115,19 @@ def add_adapters(
             f"linear layers are called {', '.join(linear) or 'nothing: it has none'}"
         )
     return adapters
+
+
+def _refuse_experts(module: nn.Module, layers: Sequence[nn.Module], config: LoraConfig) -> None:
+    given = [target for target in config.target_modules if target in ("linear_fc1", "linear_fc2")]
+    inside = {id(part) for layer in layers for part in layer.modules()}
+    parts = [(name, p) for name, p in module.named_modules() if id(p) in inside and not isinstance(p, nn.Conv1d)]
+    stacked = [f"{name}.{own}" for name, p in parts for own, w in p.named_parameters(recurse=False) if w.dim() == 3]
+    if given and stacked:
+        raise ConfigError(
+            f"lora.target_modules has {' and '.join(given)}, but {type(module).__name__} stacks experts in parameters "
+            f"such as {stacked[0]}, which take no adapters under FSDP2: choose linear_qkv and linear_proj, or "
+            "backend: megatron where the model has a family"
+        )
 
 
 def _adapted(layer: nn.Linear, adapter: LoraAdapter, x: Tensor) -> Tensor:

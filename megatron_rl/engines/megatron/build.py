@@ -82,6 +82,7 @@ def build(
             recompute=config.recompute,
             value_model=value_model,
             shared_value_head=shared_value_head and not value_model,
+            single_experts=config.lora is not None,
         )
     else:
         chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
@@ -106,17 +107,23 @@ def from_hf(
     recompute: bool = False,
     value_model: bool = False,
     shared_value_head: bool = False,
+    single_experts: bool = False,
 ) -> MegatronEngine:
     """Build the model in this job's layout and fill it from a Hugging Face folder, an in-memory model or a Megatron
     checkpoint of any layout. The engine has no optimizer yet.
 
     From files each rank reads only its own part. A value head is that of a sequence classifier with one label, or the
     one that a policy was saved with, and zero where the source has none (`Origin.lacks_value_head`).
+
+    Args:
+        single_experts: each expert has linear layers of its own, as adapters need, also where TransformerEngine could
+            compute those of a rank in one call.
     """
     found = resolved(source)
     hf_config = hf_config_of(found)
     architecture, sizes = replace(architecture_from_hf(hf_config), value_model=value_model), context.sizes
-    config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute)
+    options = {"moe_grouped_gemm": False} if single_experts else {}
+    config = transformer_config(architecture, sizes, dtype=dtype, recompute=recompute, **options)
     chunks = build_model(
         architecture,
         config,

@@ -39,6 +39,7 @@ class TransposedLinear(MegatronModule):
             init_method(self.weight)
         for parameter in (self.weight, self.bias):  # as ColumnParallelLinear's of an expert
             parameter.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[tokens, inputs] -> [tokens, outputs]``."""
@@ -60,8 +61,8 @@ class ClampedMLP(MLP):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Whole tensors: gates and ups do not lie in two halves."""
         parts = (
-            module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)
-            for name, module in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2))
+            module.sharded_state_dict(f"{prefix}{name}.", sharded_offsets, metadata)  # type: ignore[operator,union-attr]
+            for name, module in self._modules.items()
         )
         return {key: value for part in parts for key, value in part.items()}
 

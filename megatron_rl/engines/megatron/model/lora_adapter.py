@@ -3,15 +3,15 @@
     y = x W^T + scale * (x A^T) B^T          A: [rank, in], B: [out, rank]      (Hu et al. 2021, arXiv:2106.09685)
 
 Under a column-parallel layer A is replicated and B holds the rank's rows; under a row-parallel one A holds the rank's
-columns and B is replicated. What travels between tensor-parallel ranks has ``rank`` columns instead of ``in`` or
-``out``, and ``W + scale * B A`` of a rank's part of W needs nothing of another rank's.
+columns and B is replicated; under a layer that every rank has whole both are. What travels between tensor-parallel
+ranks has ``rank`` columns instead of ``in`` or ``out``, and ``W + scale * B A`` of a rank's part of W needs nothing of
+another rank's.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,17 +31,8 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.hidden_states import whole_hidden
-from megatron_rl.models.lora_update import first_values, merged, peft_facts
-
-
-@dataclass(frozen=True, slots=True)
-class AdaptedLayer:
-    """The layer that an adapter belongs to."""
-
-    name: str  # of the layer in the whole model, the same on every layout: seeds the initial values
-    weight: Tensor  # the rank's part: [out / tp, in] or [out, in / tp]
-    row_parallel: bool  # its inputs are split over the ranks, not its outputs
-    gated: bool  # its outputs are [gate; up], each split over the ranks
+from megatron_rl.engines.megatron.model.lora_places import AdaptedLayer
+from megatron_rl.models.lora_update import first_values, merged
 
 
 class LoraAdapter(MegatronModule):
@@ -54,7 +45,6 @@ class LoraAdapter(MegatronModule):
         self,
         config: TransformerConfig,
         layer: AdaptedLayer,
-        tp_group: dist.ProcessGroup,
         *,
         rank: int,
         scale: float,
@@ -63,30 +53,46 @@ class LoraAdapter(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.layer_name, self.row_parallel, self.gated = layer.name, layer.row_parallel, layer.gated
-        self.tp_group, self.factor, self.dropout = tp_group, scale, dropout
-        self.sequence_parallel = config.sequence_parallel and tp_group.size() > 1
+        self.replicated, self.transposed, self.is_expert = layer.replicated, layer.transposed, layer.is_expert
+        group: dist.ProcessGroup = layer.tp_group
+        self.tp_group, self.factor, self.dropout = group, scale, dropout
+        self.sequence_parallel = config.sequence_parallel and group.size() > 1 and not layer.is_expert
         self.enabled = True
-        outputs, inputs = layer.weight.shape
-        self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(layer.weight))
-        self.b = torch.nn.Parameter(torch.zeros(outputs, rank).to(layer.weight))
+        weight = layer.weight
+        outputs, inputs = weight.T.shape if layer.transposed else weight.shape
+        self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(weight))
+        self.b = torch.nn.Parameter(torch.zeros(outputs, rank).to(weight))
         # Stored in checkpoints, so that adapters can be merged without the run's configuration.
-        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=layer.weight.device))
-        split, shared = (self.a, self.b) if self.row_parallel else (self.b, self.a)
-        split.tensor_model_parallel = True  # type: ignore[attr-defined]  # gradient norms count it on every rank,
-        split.partition_dim = 1 if self.row_parallel else 0  # type: ignore[attr-defined]
-        split.partition_stride = 2 if self.gated else 1  # type: ignore[attr-defined]
-        # the other one on one rank; its gradient is a sum over ranks that see different tokens.
-        shared.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=weight.device))
+        for parameter in (self.a, self.b):  # experts' gradients may be summed over other ranks than those of the rest
+            parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+            # Whole on each rank; the gradient is a sum over ranks that see different tokens.
+            parameter.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+        if layer.is_expert:  # no other rank has it: gradient norms count it here
+            self.a.tensor_model_parallel = self.b.tensor_model_parallel = True  # type: ignore[attr-defined]
+        elif not self.replicated:
+            self._mark_split(self.a if self.row_parallel else self.b)
+
+    def _mark_split(self, parameter: torch.nn.Parameter) -> None:
+        """Gradient norms count it on every rank, and the other matrix on one."""
+        parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+        parameter.partition_dim = 1 if self.row_parallel else 0  # type: ignore[attr-defined]
+        parameter.partition_stride = 2 if self.gated else 1  # type: ignore[attr-defined]
+        parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
     def _first_values(self, rank: int, inputs: int, seed: int) -> Tensor:
-        size, index = (self.tp_group.size(), self.tp_group.rank()) if self.row_parallel else (1, 0)
+        is_cut = self.row_parallel and not self.replicated
+        size, index = (self.tp_group.size(), self.tp_group.rank()) if is_cut else (1, 0)
         whole = first_values(self.layer_name, rank, inputs * size, seed)
         return whole[:, index * inputs : (index + 1) * inputs].clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The update of the layer's output from the layer's input ``[s, b, in]``, both as this rank holds them."""
+        """The update of the layer's output from the layer's input ``[s, b, in]`` (of experts ``[tokens, in]``), both as
+        this rank holds them."""
         low = F.linear(self._dropped(x), self.a)
-        if not self.row_parallel:
+        if self.replicated:
+            pass
+        elif not self.row_parallel:
             low = whole_hidden(low, self.tp_group, self.sequence_parallel)
         elif self.sequence_parallel:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
@@ -98,18 +104,19 @@ class LoraAdapter(MegatronModule):
         if not self.training or self.dropout == 0.0:
             return x
         # Ranks that hold the same inputs must drop the same ones; where inputs are split, each drops its own.
-        same = not (self.row_parallel or self.sequence_parallel)
+        same = not (self.row_parallel or self.sequence_parallel or self.is_expert)
         with contextlib.nullcontext() if same else get_cuda_rng_tracker().fork():
             return F.dropout(x, self.dropout)
 
     def merged(self, weight: Tensor) -> Tensor:
         """The layer's ``weight`` with the update in it: a new tensor of the same dtype."""
+        if self.transposed:
+            return merged(weight, self.b.T, self.a.T, self.factor)
         return merged(weight, self.a, self.b, self.factor)
 
-    @property
-    def facts(self) -> dict[str, float]:
-        """The fields of PEFT's ``LoraConfig`` that describe it."""
-        return peft_facts(self.a.shape[0], self.factor, self.dropout)
+    def matrices(self, tensor: str | None = None) -> tuple[Tensor, Tensor, float]:
+        """See `engines.base.LowRank`."""
+        return self.a, self.b, self.factor
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -118,7 +125,7 @@ class LoraAdapter(MegatronModule):
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
-            {"a": 1} if self.row_parallel else {"b": 0},
+            {} if self.replicated else {"a": 1} if self.row_parallel else {"b": 0},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {})["dp_cp_group"],
