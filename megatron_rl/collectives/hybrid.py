@@ -129,6 +129,7 @@ class HybridAllReduce:
                 kind,
                 probes,
                 self._library.agree,
+                self._library.largest,
                 minimum_gain=self.config.minimum_gain,
                 deterministic=self.config.deterministic,
                 talks=self.rank == 0,
@@ -163,7 +164,7 @@ class HybridAllReduce:
     def _weigh(self) -> None:
         if not self._weighed:
             self._weighed = True
-            weigh_links(self._path, self._library.agree)
+            weigh_links(self._path, self._library.largest)
 
     def _probe(self, kind: str, path: str, num_bytes: int) -> Callable[[], None]:
         """What moves so many bytes of zeros by one path."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.collectives.link import Link, split
+from megatron_rl.collectives.link import Ballot, Link, split
 
 BALLOTS = 2**30  # tags from here on are of votes
 PATIENCE = 3  # with several links: the longest that an exchange may take, in time limits
@@ -48,7 +49,8 @@ class Lane:
         self.links, self.node, self.timeout = links, node, timeout
         self.failed = 0  # bit k: link k failed since the last `take_failures`
         self.reasons: dict[int, str] = {}
-        self._tags, self._ballots = itertools.count(), itertools.count(BALLOTS)
+        self._tags, self._vote_tags = itertools.count(), itertools.count(BALLOTS)
+        self._ballots: dict[int, Ballot] = {}
         # One for each link: what is stuck on one never keeps another waiting.
         self._threads = [ThreadPoolExecutor(1, "link") for _ in links] if len(links) > 1 else None
 
@@ -80,35 +82,49 @@ class Lane:
             for index, works in exchange.works.items():
                 self._take(index, _error_of(works))
             return
-        busy = {index: works for index, works in exchange.works.items() if works}
-        pending = {self._threads[index].submit(_error_of, works): index for index, works in busy.items()}
+        answers: SimpleQueue[tuple[int, RuntimeError | None]] = SimpleQueue()
+        pending = {index for index, works in exchange.works.items() if works}
+        for index in pending:
+            self._threads[index].submit(_report, exchange.works[index], index, answers)
         started, first_done = time.monotonic(), None
         while pending:
             limit = started + PATIENCE * self.timeout if first_done is None else first_done + self.timeout
-            done, _ = wait_for(pending, max(0.0, limit - time.monotonic()), FIRST_COMPLETED)
-            if not done:
+            try:
+                index, error = answers.get(timeout=max(0.0, limit - time.monotonic()))
+            except Empty:
                 self._give_up(pending, time.monotonic() - started)
                 return
-            for future in done:
-                error = future.result()
-                self._take(pending.pop(future), error)
-                if error is None:
-                    first_done = first_done or time.monotonic()
+            pending.remove(index)
+            self._take(index, error)
+            if error is None:
+                first_done = first_done or time.monotonic()
+
+    def expect_vote(self, usable: Iterable[int]) -> None:
+        """Announce a vote on each link, so that its messages wait for no announcement."""
+        self._ballots, tag = {}, next(self._vote_tags)
+        for index in usable:
+            if not self.failed >> index & 1:
+                try:
+                    self._ballots[index] = self.links[index].expect_vote(tag)
+                except RuntimeError as error:
+                    self._take(index, error)
 
     def vote(self, mask: int, usable: Iterable[int]) -> int | None:
         """The bitwise or of all nodes' masks, by whichever link answers first; None where none does.
 
         Nodes reach this at different times when one of them waited for a link that failed.
         """
-        limit, tag = VOTE * self.timeout + 1, next(self._ballots)
+        limit, links = VOTE * self.timeout + 1, [index for index in usable if index in self._ballots]
         if self._threads is None:
-            index = next(iter(usable), None)
             try:
-                return None if index is None else self.links[index].vote(mask, tag, limit)
+                return self.links[links[0]].vote(mask, self._ballots[links[0]], limit) if links else None
             except RuntimeError as error:
                 self._note(0, error)
                 return None
-        pending = {self._threads[index].submit(self.links[index].vote, mask, tag, limit): index for index in usable}
+        pending = {
+            self._threads[index].submit(self.links[index].vote, mask, self._ballots[index], limit): index
+            for index in links
+        }
         while pending:
             done, _ = wait_for(pending, limit, FIRST_COMPLETED)
             if not done:
@@ -146,8 +162,8 @@ class Lane:
         except RuntimeError as error:
             self._take(index, error)
 
-    def _give_up(self, pending: dict[Future[RuntimeError | None], int], seconds: float) -> None:
-        for index in pending.values():
+    def _give_up(self, pending: Iterable[int], seconds: float) -> None:
+        for index in pending:
             self._take(index, RuntimeError(f"not done after {seconds:.1f} s"))
 
     def _take(self, index: int, error: RuntimeError | None) -> None:
@@ -161,6 +177,10 @@ class Lane:
 
     def _note(self, index: int, error: BaseException) -> None:
         self.reasons[index] = " ".join(str(error).split())[:160]
+
+
+def _report(works: Sequence[dist.Work], index: int, answers: SimpleQueue[tuple[int, RuntimeError | None]]) -> None:
+    answers.put((index, _error_of(works)))
 
 
 def _error_of(works: Sequence[dist.Work]) -> RuntimeError | None:

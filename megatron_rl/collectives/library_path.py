@@ -47,6 +47,13 @@ class LibraryPath:
         self._group.broadcast([on_device], dist.BroadcastOptions()).wait()
         figures.copy_(on_device)
 
+    def largest(self, figures: Tensor) -> None:
+        """The largest of all ranks' ``figures``, a CPU tensor, on all ranks, in place; none returns before all came."""
+        on_device, options = figures.to(self._device), dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX
+        self._group.allreduce([on_device], options).wait()
+        figures.copy_(on_device)
+
     def _options(self, options: Any, average: bool) -> Any:
         if self._device.type == "cpu":
             options.timeout = self._limit

@@ -8,7 +8,9 @@ Each link has a process group of its own, so a link that stalls or dies takes no
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -17,6 +19,14 @@ from torch import Tensor
 
 THREADS = 2  # of gloo, for each link
 CLOSING = 2**31 - 1  # a tag that no exchange uses
+
+
+@dataclass
+class Ballot:
+    """A vote that a link has announced."""
+
+    tag: int
+    rounds: list[tuple[int, Tensor, dist.Work]] = field(default_factory=list)  # nodes ahead, what comes from behind
 
 
 class Link:
@@ -45,17 +55,24 @@ class Link:
         """Begin to send ``piece``, contiguous, to ``node``; it is read until the work is done."""
         return self._group.send([piece], node, tag)
 
-    def vote(self, mask: int, tag: int, timeout: float) -> int:
-        """The bitwise or of the nodes' masks, in log2 of their number rounds: each tells one twice as far ahead."""
-        known, reach, limit = torch.tensor([mask]), 1, timedelta(seconds=timeout)
+    def expect_vote(self, tag: int) -> Ballot:
+        """Announce the messages of a vote under ``tag``."""
+        ballot, reach = Ballot(tag), 1
         while reach < self.num_nodes:
-            heard = torch.empty_like(known)
-            arriving = self.receive(heard, (self.node - reach) % self.num_nodes, tag)
-            leaving = self.send(known, (self.node + reach) % self.num_nodes, tag)
+            heard = torch.empty(1, dtype=torch.int64)
+            work = self.receive(heard, (self.node - reach) % self.num_nodes, tag)
+            ballot.rounds.append((reach, heard, work))
+            reach *= 2
+        return ballot
+
+    def vote(self, mask: int, ballot: Ballot, timeout: float) -> int:
+        """The bitwise or of the nodes' masks, in log2 of their number rounds: each tells one twice as far ahead."""
+        known, limit = torch.tensor([mask]), timedelta(seconds=timeout)
+        for reach, heard, arriving in ballot.rounds:
+            leaving = self.send(known, (self.node + reach) % self.num_nodes, ballot.tag)
             arriving.wait(limit)
             leaving.wait(limit)
             known = known | heard
-            reach *= 2
         return int(known)
 
     def close(self) -> None:
@@ -75,11 +92,16 @@ def _gloo(store: dist.Store, rank: int, size: int, interface: str, limit: timede
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def split(total: int, weights: Sequence[float]) -> list[int]:
+def split(total: int, weights: Sequence[float]) -> Sequence[int]:
     """``total`` elements in proportion to ``weights``: how many each gets. The same on every rank."""
+    return _split(total, tuple(weights))
+
+
+@functools.lru_cache(maxsize=1024)
+def _split(total: int, weights: tuple[float, ...]) -> tuple[int, ...]:
     whole, running = sum(weights), 0.0
     sizes: list[int] = []
     for weight in weights:
         running += weight
         sizes.append(round(total * running / whole) - sum(sizes))
-    return sizes
+    return tuple(sizes)

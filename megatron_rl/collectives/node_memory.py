@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_rl.collectives import futex
+
 LINE = 64  # bytes of a cache line: a rank's words never share one with another's
 SHARED = Path("/dev/shm")
-SPINS = 200  # yields of the processor before a barrier sleeps between polls
-NAP = 1e-3  # seconds between polls, at the most
-CHECK = 1000  # polls between two checks that the late ranks still run
+CHECK = 0.2  # seconds between two checks that the late ranks still run
 
 
 class CollectiveError(RuntimeError):
@@ -88,23 +88,27 @@ class NodeMemory:
         self._epoch += 1
         time.sleep(0)
         self._words[self.rank * LINE // 8] = self._epoch
-        started, looks = time.monotonic(), 0
-        while late := [i for i in range(self.size) if self._words[i * LINE // 8] < self._epoch]:
-            looks += 1
-            if looks % CHECK == 0:
-                self._require_alive(late)
-                if time.monotonic() > started + self.timeout:
-                    raise CollectiveError(
-                        f"rank {late[0]} of this node did not take part in a collective within {self.timeout:g} s"
-                    )
-            # An eighth of the wait so far: who waits for a network leaves the processor to others.
-            time.sleep(0 if looks < SPINS else min(NAP, (time.monotonic() - started) / 8))
+        futex.wake(self._address(self.rank))
+        started = time.monotonic()
+        for index in range(self.size):
+            while (seen := self._words[index * LINE // 8]) < self._epoch:
+                futex.wait(self._address(index), seen, CHECK)
+                if (waited := time.monotonic() - started) > CHECK:
+                    self._require_alive(waited)
 
-    def _require_alive(self, late: list[int]) -> None:
+    def _address(self, index: int) -> int:
+        return self.everything.data_ptr() + index * LINE
+
+    def _require_alive(self, waited: float) -> None:
+        late = [index for index in range(self.size) if self._words[index * LINE // 8] < self._epoch]
         for index in late:
             pid = self._words[index * LINE // 8 + 2]
             if pid and not Path(f"/proc/{pid}").exists() and Path("/proc/self").exists():
                 raise CollectiveError(f"rank {index} of this node (process {pid}) has ended during a collective")
+        if late and waited > self.timeout:
+            raise CollectiveError(
+                f"rank {late[0]} of this node did not take part in a collective within {self.timeout:g} s"
+            )
 
 
 def _shared_map(store: dist.Store, rank: int, size: int, total: int, timeout: float) -> mmap.mmap:

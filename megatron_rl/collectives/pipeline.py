@@ -1,8 +1,9 @@
-"""`Pipeline`: carries the pieces of a message through node memory and between nodes, four of them under way at once.
+"""`Pipeline`: carries the pieces of a message through node memory and between nodes, five of them under way at once.
 
-At turn t a rank reads the result of piece t - 3 and writes piece t + 1; a lane sums piece t and sends its parts, sums
-what arrived of piece t - 1 and sends the sum on. Nodes agree after `WINDOW` pieces: a link that failed is left out and
-all of them are sent again over the others, for lanes keep what they sent until then.
+At turn t a rank reads the result of piece t - 4 and writes piece t + 1; a lane sums piece t and sends its parts, sums
+what arrived of piece t - 2 and sends the sum on, so that the links always have a piece to carry while ranks meet. Nodes
+agree after `WINDOW` pieces: a link that failed is left out and all of them are sent again over the others, for lanes
+keep what they sent until then.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from megatron_rl.collectives.staging import Staging
 
 logger = logging.getLogger(__name__)
 
-SLOTS, RESULTS = 2, 4  # pieces in node memory: written and summed; expected, sent, arrived and read
-STEPS = 3  # turns from a piece's sums to the reading of its result
+LEAD = 2  # turns from the sending of a piece's parts to their sum
+STEPS = LEAD + 2  # turns from a piece's parts to the reading of its result
+SLOTS, RESULTS = 2, STEPS + 1  # pieces in node memory: written and summed; from expected to read
+AHEAD = LEAD + 1  # turns by which receives are announced before their data is sent
 WINDOW = 64  # pieces between two agreements of the nodes
 
 Span = tuple[int, int]  # [start, stop) of elements
@@ -118,14 +121,19 @@ class Pipeline:
 
     def _carry(self, kind: Kind, pieces: Sequence[Piece], again: bool) -> None:
         """All pieces from slots to results; ``again``: what lanes send is known from the last time."""
-        if self._lane is not None and kind.sums:
-            self._expect_parts(kind, pieces[0], 0)
         if not again:
             pieces[0].write(self._memory.slot(self.index, 0, kind.dtype))
+        if self._lane is not None:
+            for turn, piece in enumerate(pieces[:AHEAD]):
+                self._expect_parts(kind, piece, turn)
+            if self.index == 0:
+                self._lane.expect_vote(self.shares)
         for turn in range(len(pieces) + STEPS):
             last = turn - STEPS
             if last >= 0 and self._lane is not None:
                 self._land(kind, pieces[last], last)
+            if last + 1 == len(pieces):
+                self._memory.say(self._lane.take_failures() if self._lane else 0)
             self.staging.finish()
             self._memory.barrier()  # slots of this turn are written, the result of the last piece is whole
             if last >= 0:
@@ -136,8 +144,8 @@ class Pipeline:
                 if not again:
                     self._take_parts(kind, pieces[turn], turn)
                 self._send_parts(kind, pieces, turn)
-            if self._lane is not None and 0 <= turn - 1 < len(pieces):
-                self._spread(kind, pieces[turn - 1], turn - 1)
+            if self._lane is not None and 0 <= turn - LEAD < len(pieces):
+                self._spread(kind, pieces[turn - LEAD], turn - LEAD)
 
     # What a lane does with a piece
 
@@ -165,9 +173,13 @@ class Pipeline:
 
     def _expect_parts(self, kind: Kind, piece: Piece, turn: int) -> None:
         assert self._lane is not None
+        if not kind.sums:
+            return
         start, stop = self._lane_spans(piece.blocks)[self.node]
         sizes = [stop - start] * self.nodes.num_nodes
-        piece.arrived = list(self._keep("arrived", turn % STEPS, sum(sizes), self._wire(kind)).split(sizes))
+        piece.arrived = list(
+            self._keep("arrived", turn % (LEAD + AHEAD + 1), sum(sizes), self._wire(kind)).split(sizes)
+        )
         piece.arriving = self._lane.expect(piece.arrived, self.shares)
 
     def _send_parts(self, kind: Kind, pieces: Sequence[Piece], turn: int) -> None:
@@ -178,8 +190,8 @@ class Pipeline:
                 start, stop = piece.spans[0]
                 result[start:stop].copy_(piece.own)
             return
-        if kind.sums and turn + 1 < len(pieces):
-            self._expect_parts(kind, pieces[turn + 1], turn + 1)
+        if turn + AHEAD < len(pieces):
+            self._expect_parts(kind, pieces[turn + AHEAD], turn + AHEAD)
         if kind.spreads:
             wire, sizes = self._wire(kind), [stop - start for start, stop in piece.spans]
             piece.wholes = [result[start:stop] for start, stop in piece.spans]
@@ -242,9 +254,7 @@ class Pipeline:
     # Agreement
 
     def _failed_links(self) -> int:
-        """Links that failed on some rank of the group, as a mask. Ends in a barrier of the node."""
-        self._memory.say(self._lane.take_failures() if self._lane else 0)
-        self._memory.barrier()
+        """Links that failed on some rank of the group, as a mask. Every rank has said by now which it saw fail."""
         if self.nodes.num_nodes == 1:
             return 0
         if self.index == 0 and self._lane is not None:

@@ -23,7 +23,7 @@ class CollectivesConfig(ConfigRecord):
     error_feedback: bool = False
     """With wire_dtype=bfloat16: what rounding left out is added to the next reduction of the same buffer."""
     chunk_mb: float = Field(default=2.0, gt=0, le=1024)
-    """MB of the largest pieces in which messages go through a node's memory, which is 2 of them a rank and 4 more."""
+    """MB of the largest pieces in which messages go through a node's memory, which is 2 of them a rank and 5 more."""
     minimum_gain: float = Field(default=0.1, ge=0, lt=1)
     """Share of the library's time that another path must be predicted to save before it is taken."""
     reuse_calibration: bool = True

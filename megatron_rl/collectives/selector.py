@@ -1,7 +1,7 @@
 """`Selector`: measures the paths of one group, chooses one for each message, and measures again when it was wrong.
 
 Calibration takes a few seconds, at the first message of each kind, unless an earlier run on the same topology left its
-figures. Every rank measures; rank 0's figures count, so all ranks choose alike. Each choice is logged once for each
+figures. Every rank measures; the slowest one counts, so all ranks choose alike. Each choice is logged once for each
 power of two of bytes.
 """
 
@@ -37,6 +37,7 @@ class Selector:
         name: of the kind, for the log.
         paths: prepares a probe of each path, by its name in `cost_model`.
         agree: rank 0's fp64 tensor on all ranks, in place; collective.
+        largest: the largest of all ranks' fp64 tensors on all ranks, in place; collective, and a barrier.
         talks: whether this rank writes to the log, and to ``calibrations``.
         calibrations: figures of earlier runs, kept for later ones; None measures in every run.
     """
@@ -46,6 +47,7 @@ class Selector:
         name: str,
         paths: Mapping[str, Prepare],
         agree: Callable[[torch.Tensor], None],
+        largest: Callable[[torch.Tensor], None],
         *,
         minimum_gain: float,
         deterministic: bool,
@@ -55,7 +57,8 @@ class Selector:
         self.name, self.minimum_gain, self.deterministic = name, minimum_gain, deterministic
         self.costs: dict[str, Cost] = {}
         self.num_calibrations = 0
-        self._paths, self._agree, self._talks, self._calibrations = paths, agree, talks, calibrations
+        self._paths, self._agree, self._largest = paths, agree, largest
+        self._talks, self._calibrations = talks, calibrations
         self._told: set[tuple[str, int]] = set()
         self._ratios: deque[float] = deque(maxlen=CHECK_EVERY)
         self._count = 0
@@ -94,7 +97,7 @@ class Selector:
     def calibrate(self) -> None:
         """Measure every path at both sizes; collective."""
         figures = torch.tensor([self._probe(size) for size in SIZES], dtype=torch.float64).T.contiguous()
-        self._agree(figures)
+        self._largest(figures)
         rows = zip(self._paths, figures.tolist(), strict=True)
         self.costs = {path: Cost.fitted(list(zip(SIZES, row, strict=True))) for path, row in rows}
         self._ratios.clear()
@@ -134,13 +137,18 @@ class Selector:
         return wrong
 
     def _probe(self, size: int) -> list[float]:
-        """Seconds of each path for a message of ``size`` bytes: in turn, so that all see the same load."""
+        """Seconds of each path for a message of ``size`` bytes: in turn, so that all see the same load.
+
+        All ranks begin together: rank 0 may be done while data that it sent is still under way, and the next path
+        would wait for it.
+        """
         runs = [prepare(size) for prepare in self._paths.values()]
         for run in runs:
             run()  # makes connections and memory
         times: list[list[float]] = [[] for _ in runs]
         for _ in range(ROUNDS):
             for run, found in zip(runs, times, strict=True):
+                self._largest(torch.zeros(1, dtype=torch.float64))
                 started = time.perf_counter()
                 run()
                 found.append(time.perf_counter() - started)

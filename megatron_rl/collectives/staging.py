@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_rl.collectives.node_memory import NodeMemory
 from megatron_rl.ops.accumulate import accumulate
+from megatron_rl.ops.selection import choose
 
 
 class Staging:
@@ -24,6 +25,7 @@ class Staging:
     def __init__(self, device: torch.device, memory: NodeMemory) -> None:
         self._device, self._on_cuda = device, device.type == "cuda"
         self._pinned = memory.everything
+        self._accumulate = choose("accumulate", "cpu")
         if self._on_cuda:
             _check(torch.cuda.cudart().cudaHostRegister(self._pinned.data_ptr(), self._pinned.numel(), 0))
 
@@ -34,7 +36,8 @@ class Staging:
     def sum(self, parts: Sequence[Tensor], out: Tensor) -> None:
         """``out`` = the parts' sum in fp32, in their order, rounded once to its dtype; all in host memory."""
         if not self._on_cuda:
-            accumulate(parts, out)
+            if out.numel():
+                self._accumulate(parts, out)  # not through the interface, whose checks cost more than a small sum
             return
         total = torch.empty(out.shape, dtype=out.dtype, device=self._device)
         out.copy_(accumulate([part.to(self._device, non_blocking=True) for part in parts], total))

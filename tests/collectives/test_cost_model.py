@@ -43,6 +43,7 @@ def selector(**seconds: float) -> Selector:
         "all_reduce",
         {LIBRARY: never, HIERARCHICAL: never},
         lambda figures: None,
+        lambda figures: None,
         minimum_gain=0.1,
         deterministic=False,
         talks=False,
@@ -79,7 +80,9 @@ def test_what_is_the_librarys_is_left_alone_but_for_every_sixteenth_message():
 
 
 def test_deterministic_never_takes_the_library():
-    made = Selector("x", {}, lambda figures: None, minimum_gain=0.1, deterministic=True, talks=False)
+    made = Selector(
+        "x", {}, lambda figures: None, lambda figures: None, minimum_gain=0.1, deterministic=True, talks=False
+    )
     assert made.choose(1, SIZES[0]).path == HIERARCHICAL
     assert not made.leaves_alone(2, SIZES[0])
 
