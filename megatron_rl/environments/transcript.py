@@ -33,7 +33,7 @@ class Transcript:
     token_ids: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)  # 1 = generated
     logprobs: list[float] = field(default_factory=list)  # 0.0 where it was not
-    spans: list[tuple[int, int]] = field(default_factory=list)  # (version, generated tokens) runs
+    spans: list[tuple[int, int]] = field(default_factory=list)  # (version, tokens); observations as the turn before
     texts: list[tuple[str, list[tuple[int, str]]]] = field(default_factory=list)  # of each turn, as `Sample` has it
     policy_version: int = 0  # of the weights that generated the last token
     turns: int = 0
@@ -54,10 +54,7 @@ class Transcript:
         self.texts.append((text, special_tokens))
         self.policy_version = turn.policy_version
         for version, count in turn.policy_version_spans or [(turn.policy_version, len(turn.token_ids))]:
-            if self.spans and self.spans[-1][0] == version:
-                self.spans[-1] = (version, self.spans[-1][1] + count)
-            else:
-                self.spans.append((version, count))
+            self._span(version, count)
         self._note(turn.metadata)
 
     def observed(self, token_ids: Sequence[int], messages: Sequence[Message]) -> None:
@@ -65,7 +62,14 @@ class Transcript:
         self.token_ids += token_ids
         self.mask += [0] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
+        self._span(self.policy_version, len(token_ids))
         self.messages += messages
+
+    def _span(self, version: int, count: int) -> None:
+        if self.spans and self.spans[-1][0] == version:
+            self.spans[-1] = (version, self.spans[-1][1] + count)
+        else:
+            self.spans.append((version, count))
 
     def _note(self, metadata: dict[str, Any]) -> None:
         """Each turn's routed experts begin with those of the tokens before it; what was seen first stays, since it is

@@ -62,7 +62,7 @@ def test_an_episode_is_the_prompt_the_generated_tokens_and_the_observations(loca
         )
         assert tokenizer().decode([transcript.token_ids[place] for place in observed]) == expected
         assert all(transcript.logprobs[place] == 0.0 for place in observed)
-        assert sum(count for _, count in transcript.spans) == sum(transcript.mask)
+        assert transcript.spans == [(local.policy_version, len(transcript.token_ids))]
         assert transcript.reward == 0.5 * (transcript.turns - (transcript.finish_reason == "length"))
 
 
