@@ -48,15 +48,19 @@ REQUIREMENTS = [
 MLFLOW = ["mlflow>=3.0"]
 TENSORBOARD = ["tensorboard>=2.15"]
 WANDB = ["wandb>=0.17"]
+AGENTS = ["starlette>=0.40", "uvicorn>=0.30"]
 EXTRAS = {
     "mlflow": MLFLOW,
     "tensorboard": TENSORBOARD,
     "wandb": WANDB,
     "tracking": MLFLOW + TENSORBOARD + WANDB,
     "sglang": ["sglang>=0.5.21,<0.6"],
+    "agents": AGENTS,
     "dev": [
         *MLFLOW,
         *TENSORBOARD,
+        *AGENTS,
+        "openai>=2",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

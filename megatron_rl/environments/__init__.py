@@ -1,5 +1,6 @@
 """Environments: what a model talks to for many turns, and the tokens of such an episode."""
 
+from megatron_rl.environments.agent import AgentEnvironment
 from megatron_rl.environments.chat import Chat
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment, EpisodeError, Step
 from megatron_rl.environments.environment_config import EnvironmentConfig, EnvironmentFactory, build_environment
@@ -11,6 +12,7 @@ from megatron_rl.environments.transcript import Transcript
 
 __all__ = [
     "ENVIRONMENTS",
+    "AgentEnvironment",
     "Chat",
     "Environment",
     "EnvironmentConfig",

@@ -44,6 +44,7 @@ class Environment:
     name: str = "environment"
     tools: Sequence[Tool] = ()  # that the chat template tells the model of; its calls of them are parsed
     roles: tuple[str, ...] = ("user",)  # of an observation's messages: what the chat template is checked with
+    drives = False  # it asks the model by itself, in `drive`; then neither `reset` nor `step` is called
     seed: int = 0  # set before `reset`; the same for the same sample of the same prompt in the same step
 
     def reset(self, prompt: Prompt) -> Any:
@@ -55,6 +56,10 @@ class Environment:
         where there are calls ``tool_calls`` as OpenAI's API has them, ``arguments`` parsed; ``tool_call_errors`` says
         what was wrong with calls that could not be parsed."""
         raise NotImplementedError(f"{type(self).__name__} does not override step")
+
+    async def drive(self, session: Any, prompt: Prompt) -> None:
+        """Hold the whole conversation with the model: ``session`` is a `Session`."""
+        raise NotImplementedError(f"{type(self).__name__} says that it drives, but does not override drive")
 
     def close(self) -> Any:
         """Called once, however the episode ended."""

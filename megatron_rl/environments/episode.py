@@ -68,9 +68,8 @@ class Player:
         return session.transcript
 
     async def _talk(self, environment: Environment, session: Session, prompt: Prompt) -> None:
-        drive = getattr(environment, "drive", None)
-        if drive is not None:  # an environment that asks by itself
-            await drive(session, prompt)
+        if environment.drives:
+            await environment.drive(session, prompt)
             return
         beginning = await self._work("reset", environment.reset, prompt, read=as_observation)
         session.begin(beginning, [tool.schema for tool in environment.tools])

@@ -41,7 +41,8 @@ class _Rounds:
 
     def __init__(self, count: int) -> None:
         self.ready: queue.SimpleQueue[list[_Asked]] = queue.SimpleQueue()
-        self._running, self._waiting = count, list[_Asked]()
+        self._running = set(range(count))
+        self._waiting: dict[int, _Asked] = {}  # by conversation
 
     async def hold(self, conversations: Sequence[Conversation[T]]) -> list[T]:
         try:
@@ -57,20 +58,23 @@ class _Rounds:
         loop = asyncio.get_running_loop()
 
         async def ask(token_ids: Sequence[int], max_tokens: int, seed: int) -> Completion:
+            if index not in self._running or index in self._waiting:
+                raise RuntimeError(f"conversation {index} has ended, or asks twice at a time")
             asked = _Asked(index, list(token_ids), max_tokens, seed, loop.create_future())
-            self._waiting.append(asked)
+            self._waiting[index] = asked
             self._look()
             return await asked.answer
 
         try:
             return await conversation(ask)
         finally:
-            self._running -= 1
+            self._running.discard(index)
+            self._waiting.pop(index, None)  # given up while it waited
             self._look()
 
     def _look(self) -> None:
-        if self._waiting and len(self._waiting) == self._running:
-            self.ready.put(sorted(self._waiting, key=lambda asked: asked.conversation))
+        if self._waiting and len(self._waiting) == len(self._running):
+            self.ready.put([self._waiting[index] for index in sorted(self._waiting)])
             self._waiting.clear()
 
 
