@@ -136,8 +136,8 @@ gpu-wheels:  ## download what `make test-gpu` needs beside torch, triton and tra
 test-gpu:  ## on a machine with a GPU and WHEELS=folder: kernels, bandwidths, hand-over, memory, a demo; one JSON line
 	$(PYTHON) tools/test_gpu.py --wheels $(WHEELS) $(GPU_ARGS)
 
-bench-rollout bench-reshard: $(SGLANG)/.ready
-bench-rollout bench-reshard: override BENCH_ARGS += --sglang $(SGLANG)/bin/python
+bench-rollout bench-reshard bench-async: $(SGLANG)/.ready
+bench-rollout bench-reshard bench-async: override BENCH_ARGS += --sglang $(SGLANG)/bin/python
 
 bench-train bench-dpo: $(TRL)/.ready
 bench-train bench-dpo: override BENCH_ARGS += --trl $(TRL)/bin/python

@@ -47,12 +47,12 @@ def mistakes() -> tuple[type[Exception], ...]:
     from megatron_rl.dataflow.flow import FlowError
     from megatron_rl.devices.launch import LaunchError
     from megatron_rl.ops.selection import UnavailableError
-    from megatron_rl.parallel.agreement import PeerError
+    from megatron_rl.parallel.agreement import PeerError, TransportError
     from megatron_rl.rewards import RewardError
     from megatron_rl.trainer.restart_point import CheckpointError
 
     common = (ConfigError, DataError, FlowError, RewardError, UnavailableError, PeerError, LaunchError)
-    return *common, CheckpointError, NotFiniteError, FloatingPointError
+    return *common, CheckpointError, NotFiniteError, FloatingPointError, TransportError
 
 
 def environment_world_size() -> int | None:

@@ -43,7 +43,7 @@ class Messages:
                 try:
                     work = self._group.send([tensor], rank, 0)
                 except RuntimeError as error:
-                    raise TransportError(f"rank {rank} is gone: {error}") from error
+                    raise TransportError(_gone(rank)) from error
                 self._under_way.append((rank, work, tensor))
 
     def receive(self, rank: int) -> Any:
@@ -62,7 +62,7 @@ class Messages:
         try:
             self._group.recv([into], rank, 0).wait(self._timeout)
         except RuntimeError as error:
-            raise TransportError(f"rank {rank} is gone, or sent nothing in time: {error}") from error
+            raise TransportError(_gone(rank)) from error
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until all messages of this rank were received, each ``timeout`` seconds at most (None = the usual).
@@ -75,4 +75,8 @@ class Messages:
             try:
                 work.wait(self._timeout if timeout is None else timedelta(seconds=timeout))
             except RuntimeError as error:
-                raise TransportError(f"rank {rank} is gone, or received nothing in time: {error}") from error
+                raise TransportError(_gone(rank)) from error
+
+
+def _gone(rank: int) -> str:
+    return f"rank {rank} has ended, or did not answer in time: see what it and its machine say"

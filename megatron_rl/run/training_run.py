@@ -121,6 +121,7 @@ class Trainer(TrainingLoop):
             TrainingSide(actor.context.split),
             lag=lag,
             step=lambda: self.step,
+            total_steps=lambda: self.total_steps,
             on_signal=lambda number: self._interruption.hear(number),
         )
 
@@ -135,6 +136,10 @@ class Trainer(TrainingLoop):
             total_steps=self.total_steps,
             interruption=self._interruption,
         )
+
+    def _save(self) -> None:
+        with self._handed.keeping() if self._handed is not None else contextlib.nullcontext():
+            super()._save()
 
     def train(self) -> dict[str, float]:
         """As `TrainingLoop.train`, on all ranks of the job; rollout ranks return the same metrics."""

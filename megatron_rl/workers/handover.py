@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -103,6 +103,7 @@ class TrainingSide:
 
     Attributes:
         target: what the rollout engine is like; known after the first order.
+        gave_up: whether the rollout ranks have given up what was ordered, because of a signal.
         waited_s: seconds spent waiting for rollout ranks since it was set to 0.
     """
 
@@ -110,6 +111,7 @@ class TrainingSide:
         self._split, self._sender = split, split.sender(split.rank)
         self._early: deque[Handed] = deque()  # batches that came before they were asked for
         self.target: TargetFacts | None = None
+        self.gave_up = False
         self.waited_s = 0.0
 
     def order(self, order: Order) -> None:
@@ -122,7 +124,21 @@ class TrainingSide:
         """The next batch."""
         return self._early.popleft() if self._early else self._next(Handed)
 
+    def waiting(self, count: int) -> list[Handed]:
+        """The next ``count`` batches, which stay; fewer where the rollout ranks give up."""
+        while len(self._early) < count and not self.gave_up:
+            try:
+                self._early.append(self._next(Handed))
+            except Abandoned:
+                break
+        return list(self._early)
+
+    def put(self, batches: Iterable[Handed]) -> None:
+        """Batches of an earlier run, to be the next."""
+        self._early.extend(batches)
+
     def evaluation(self) -> dict[str, float]:
+        """The answer to `Order.evaluate`."""
         return self._next(Evaluated).metrics
 
     def stop(self, stop: Stop, timeout: float | None = None) -> None:
@@ -146,6 +162,7 @@ class TrainingSide:
             if isinstance(message, Failed):
                 raise (PeerConfigError if message.mistaken else PeerError)(f"on the rollout ranks, {message.message}")
             if isinstance(message, GaveUp):
+                self.gave_up = True
                 raise Abandoned(message.signal)
             if isinstance(message, kind):
                 return message

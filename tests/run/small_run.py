@@ -116,6 +116,14 @@ def flip_a_bit(checkpoint: Path) -> str:
     return path.name
 
 
+class StopAfterTwo(Callback):
+    """Ends the run after its second step."""
+
+    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
+        if trainer.step == 2:
+            trainer.stop("it was asked for")
+
+
 class Hold(Callback):
     """Every rank stays in the beginning of step 2 until $HOLD_UNTIL exists, at most three minutes."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,70 @@ def test_with_a_lag_staleness_is_exactly_that_and_the_run_reproducible(case: str
     }
     assert one[3]["loss/total"] != colocated[3]["loss/total"]
     assert one[0] == colocated[0], "the evaluation at the start is of the same weights"
+
+
+LAG = ("parallel.rollout_ranks=1", "rollout_lag=1")
+TELL = """
+import os, signal
+from megatron_rl.trainer import Callback
+
+class Tell(Callback):
+    # Sends a signal to training rank 0. $TELL: steps done before, name of the signal.
+    def on_step_begin(self, trainer, batch):
+        step, name = os.environ.get("TELL", "-1 none").split()
+        if trainer.step == int(step):
+            os.kill(os.getpid(), getattr(signal, name))
+"""
+DIES = """
+import os, signal
+
+def reward(sample):
+    if os.environ["RANK"] == "1" and sample.policy_version == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sum(c in "02468" for c in sample.response_text) / 5
+"""
+
+
+def test_a_run_with_a_lag_that_is_stopped_and_killed_goes_on_to_the_bit(tmp_path: Path):
+    """The batch in flight is in the checkpoint. Both halves end as one was told."""
+    (tmp_path / "tell.py").write_text(TELL)
+    (tmp_path / "whole").mkdir()
+    run_ranks(PROGRAM, 2, write_run(tmp_path / "whole"), *LAG, PYTHONPATH=environment()["PYTHONPATH"])
+    config = write_run(tmp_path, callbacks=[f"{tmp_path}/tell.py:Tell"])
+    paths = environment()["PYTHONPATH"]
+    stopped = run_forked(PROGRAM, config, *LAG, nproc=2, PYTHONPATH=paths, TELL="3 SIGTERM")
+    assert stopped.code == 143
+    assert "stopped by signal 15 after step 4" in stopped.err
+    killed = run_forked(PROGRAM, config, *LAG, nproc=2, PYTHONPATH=paths, TELL="5 SIGKILL")
+    assert killed.code == -9
+    run_ranks(PROGRAM, 2, config, *LAG, PYTHONPATH=paths)
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "whole" / "out")
+
+
+def test_a_checkpoint_with_batches_in_flight_is_resumed_on_other_ranks_and_without_a_lag(tmp_path: Path):
+    """Two data-parallel ranks get their shares of what one had; without rollout ranks it is sampled anew."""
+    paths, two, none = environment()["PYTHONPATH"], tmp_path / "two", tmp_path / "none"
+    config = write_run(tmp_path)
+    run_ranks(PROGRAM, 2, config, *LAG, "callbacks=[small_run:StopAfterTwo]", PYTHONPATH=paths)
+    shutil.copytree(tmp_path / "out", two)
+    shutil.copytree(tmp_path / "out", none)
+    run_ranks(PROGRAM, 2, config, *LAG, "trainer.num_steps=3", PYTHONPATH=paths)
+    run_ranks(PROGRAM, 3, config, *LAG, "trainer.num_steps=3", f"trainer.output_dir={two}", PYTHONPATH=paths)
+    one = metrics_of(tmp_path / "out")[3]
+    for name in ("loss/total", "optimizer/gradient_norm", "rewards/mean", "mismatch/stale_fraction"):
+        assert metrics_of(two)[3][name] == pytest.approx(one[name], rel=1e-5), name
+    run_ranks(PROGRAM, 1, config, "trainer.num_steps=3", f"trainer.output_dir={none}", PYTHONPATH=paths)
+    assert metrics_of(none)[3]["mismatch/stale_fraction"] == 0.0
+    assert one["mismatch/stale_fraction"] == 1.0
+
+
+def test_a_rollout_rank_that_dies_is_noticed(tmp_path: Path):
+    (tmp_path / "dies.py").write_text(DIES)
+    config = write_run(tmp_path, rewards=[{"name": f"python:{tmp_path}/dies.py:reward"}])
+    ended = run_forked(PROGRAM, config, *LAG, nproc=2, PYTHONPATH=environment()["PYTHONPATH"], timeout=200)
+    assert ended.code == -9
+    assert "[rank 0] TransportError: rank 1 has ended" in ended.err, ended.err[-3000:]
+    assert not ended.late
 
 
 def mistakes(folder: Path, world_size: int, *overrides: str) -> str:

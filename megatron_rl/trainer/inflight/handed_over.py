@@ -8,16 +8,19 @@ steps.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_rl.batch import Batch
-from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.trainer.inflight.waiting_batches import kept, restored
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.workers import Actor
 from megatron_rl.workers.handover import Handed, Order, Start, Stop, TrainingSide
+
+logger = logging.getLogger(__name__)
 
 NOTICE_SECONDS = 10.0  # that a run which failed waits for rollout ranks to learn why
 
@@ -28,6 +31,7 @@ class HandedOver:
     Args:
         source: of the prompts, as rollout ranks have it: the run's length and its state in checkpoints.
         step: steps completed.
+        total_steps: of the run.
         on_signal: called with a signal that told the rollout ranks to stop.
     """
 
@@ -39,12 +43,15 @@ class HandedOver:
         *,
         lag: int,
         step: Callable[[], int],
+        total_steps: Callable[[], int],
         on_signal: Callable[[int], object],
     ) -> None:
         self.source, self.actor, self.lag = source, actor, lag
-        self._side, self._step, self._on_signal = side, step, on_signal
+        self._side, self._step, self._total_steps, self._on_signal = side, step, total_steps, on_signal
         self._ordered: int | None = None  # steps completed when the newest order was given
         self._state: Mapping[str, Any] | None = None  # of the source, after the newest batch
+        self._kept: dict[str, Any] = {}  # batches that wait for their step, in the checkpoint being written
+        self._restored: dict[str, Any] = {}  # those in the checkpoint that was restored
         self._received = time.perf_counter()  # when the newest batch came
 
     # What the loop takes its batches from
@@ -58,16 +65,28 @@ class HandedOver:
         return self.source.steps_per_epoch
 
     def state_dict(self) -> Mapping[str, Any]:
-        return self.source.state_dict() if self._state is None else self._state
+        state = self.source.state_dict() if self._state is None else self._state
+        return {**state, "waiting": self._kept} if self._kept else state
+
+    @contextlib.contextmanager
+    def keeping(self) -> Iterator[None]:
+        """While open, `state_dict` holds the batches that were sampled already, too; collective over training ranks,
+        which wait for those that are being sampled."""
+        if self._ordered is not None:
+            last = min(self._ordered + self.lag, self._total_steps() - 1)
+            self._kept = kept(self._side.waiting(last - self._step() + 1), self.actor.context)
+        try:
+            yield
+        finally:
+            self._kept = {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.lag:
-            raise ConfigError(
-                f"a run with rollout_lag={self.lag} cannot be resumed: the batches that were in flight when it ended "
-                "are lost. Resume with rollout_lag=0, or start another run from its weights (model=CHECKPOINT)"
-            )
         self.source.load_state_dict(state)
-        self._state = None
+        self._state, self._restored = None, dict(state.get("waiting", {}))
+        if self._restored:
+            self._side.put(restored(self._restored, self.actor.context))
+        elif self.lag:
+            logger.warning("no batches in flight are in the checkpoint: the next ones are sampled with its weights")
 
     # The stage
 
@@ -109,12 +128,19 @@ class HandedOver:
         if step == self._ordered and not evaluate:
             return
         rollouts = self.actor.rollouts
-        start = None if self._ordered is not None else Start(step, self.state_dict(), rollouts.seeds.calls)
+        start = self._start(step) if self._ordered is None else None
         push = rollouts.needs_push()
         self._side.order(Order(step, rollouts.trained_version, push, evaluate, start))
         rollouts.target_facts, self._ordered = self._side.target, step
         if push:
             self.actor.push(metrics)
+
+    def _start(self, step: int) -> Start:
+        """Where the rollout ranks begin: behind what waits already."""
+        calls = self.actor.rollouts.seeds.calls
+        if not self._restored:
+            return Start(step, self.state_dict(), calls)
+        return Start(step + len(self._side.waiting(0)), self._restored["source"], self._restored["calls"])
 
     # The evaluation, and the end
 

@@ -1,0 +1,143 @@
+"""What overlapping sampling with training is worth: one JSON object on the last line.
+
+Each case runs the same task under each law: lag 0 (the halves take turns) and lag 1 (law batch). Keys of a case:
+``step_s`` seconds a step, ``bound_s`` what an ideal schedule of the same halves takes, ``ratio_to_bound``, and
+``wait_share`` of training and of the engine; ``lag1_to_lag0`` compares the laws.
+
+``long_tail``: an engine with published heavy-tailed latencies and a training step of a published time (`long_tail.py`),
+so that the bound is computed from what was published. ``sglang`` (with --sglang PYTHON): a real CPU server on one core
+and training on the other; its bound is computed from the means of lag 0.
+
+    python tools/bench_async.py [--steps 16] [--sglang .venv-sglang/bin/python]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from long_tail import CALLS, ENDS, TRAIN_S, ideal
+
+ROOT = Path(__file__).resolve().parents[1]
+ARITHMETIC = ROOT / "examples" / "arithmetic_grpo"
+LAWS = {"lag0": 0, "lag1": 1}
+
+
+def write_task(folder: Path, steps: int, sglang: str | None) -> Path:
+    """Model, tokenizer, prompts and the configuration that both laws run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from megatron_rl.config import load_user_object
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(ARITHMETIC / "model_sglang")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "model")
+    load_user_object(f"{ARITHMETIC}/arithmetic.py:build_tokenizer")().save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(10, 60) for b in range(10, 30)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rollout: dict[str, Any] = {"engine": "long_tail"}
+    if sglang:
+        server = {"python": sglang, "log_dir": str(folder / "servers"), "max_total_tokens": 8192}
+        rollout = {"engine": "sglang", "dtype": "bfloat16", "max_running": 64, "options": {"server": server}}
+    values = {
+        "model": str(folder / "model"),
+        "algorithm": {"name": "paced_grpo" if not sglang else "grpo"},
+        "parallel": {"rollout_ranks": 1},
+        "actor": {"sampling": {"n": 8 if sglang else 2, "max_tokens": 48 if sglang else 4}, "rollout": rollout},
+        "data": {"path": str(folder / "train.jsonl")},
+        "prompts_per_step": 16 if sglang else 8,
+        "rewards": [{"name": f"python:{ARITHMETIC}/arithmetic.py:score"}],
+        "callbacks": ["long_tail:Pace" if not sglang else "long_tail:Clock"],
+        "trainer": {"num_steps": steps, "save_at_end": False, "export": False, "evaluate_at_start": False},
+        "tracking": {"trackers": ["jsonl"]},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def work(config_path: str, output: str, *overrides: str) -> None:
+    """One rank of one run: training on one core, the rollout rank and its server on the other."""
+    from megatron_rl.config import load_config
+    from megatron_rl.run.build import build_trainer
+    from megatron_rl.run.run_config import RunConfig
+
+    rank, cores = int(os.environ["RANK"]), sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    build_trainer(load_config(RunConfig, Path(config_path), list(overrides))).train()
+    Path(f"{output}.{rank}").write_text(json.dumps({"calls": CALLS, "ends": ENDS}))
+    torch.distributed.destroy_process_group()
+
+
+def run(
+    config: Path, folder: Path, law: str, timeout: float
+) -> tuple[list[float], list[float], list[dict[str, float]]]:
+    """Times of generation, ends of steps, and the metrics of each step."""
+    from megatron_rl.tracking import read_metrics
+
+    out, times = folder / law, folder / f"{law}.times"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
+    command += ["--worker", str(config), str(times), f"trainer.output_dir={out}", f"rollout_lag={LAWS[law]}"]
+    paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    subprocess.run(command, env=environment, check=True, timeout=timeout, stdout=sys.stderr)
+    training, rollout = (json.loads(Path(f"{times}.{rank}").read_text()) for rank in (0, 1))
+    metrics = [values for step, values in sorted(read_metrics(out / "metrics.jsonl").items()) if step]
+    return rollout["calls"], training["ends"], metrics
+
+
+def mean(metrics: list[dict[str, float]], *names: str) -> float:
+    """Of the sum of some metrics, without the first steps, in which caches are cold."""
+    return statistics.mean(sum(values[name] for name in names) for values in metrics[2:])
+
+
+def measure(steps: int, sglang: str | None) -> dict[str, Any]:
+    """One case."""
+    found: dict[str, Any] = {"step_s": {}, "bound_s": {}, "ratio_to_bound": {}, "wait_share": {}}
+    halves: tuple[list[float], float] | None = None
+    with tempfile.TemporaryDirectory(prefix="bench_async-") as name:
+        config = write_task(Path(name), steps, sglang)
+        for law, lag in LAWS.items():
+            calls, ends, metrics = run(config, Path(name), law, timeout=1200)
+            if halves is None:
+                generation = mean(metrics, "time/actor.sample_s", "time/reward.score_s")
+                trained = mean(metrics, "time/step_s") - mean(metrics, "time/actor.receive_s")
+                halves = ([generation] * steps, trained) if sglang else (calls, TRAIN_S)
+            best = ideal(*halves, lag)
+            step_s, bound_s = ((times[-1] - times[0]) / (steps - 1) for times in (ends, best))
+            found["step_s"][law], found["bound_s"][law] = round(step_s, 4), round(bound_s, 4)
+            found["ratio_to_bound"][law] = round(step_s / bound_s, 4)
+            shares = {half: mean(metrics, f"time/{half}_wait_share") for half in ("training", "engine")}
+            found["wait_share"][law] = {half: round(share, 3) for half, share in shares.items()}
+    assert halves is not None
+    found["halves_s"] = {"generation": round(statistics.mean(halves[0]), 4), "training": round(halves[1], 4)}
+    found["lag1_to_lag0"] = round(found["step_s"]["lag1"] / found["step_s"]["lag0"], 4)
+    return found
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        work(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--sglang", help="Python of an environment with SGLang")
+    given = parser.parse_args()
+    result = {"benchmark": "async", "steps": given.steps, "long_tail": measure(given.steps, None)}
+    if given.sglang:
+        result["sglang"] = measure(given.steps, given.sglang)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
