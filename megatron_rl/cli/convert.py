@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_rl.cli.errors import clear_errors, environment_rank
 from megatron_rl.log import configure_logging
+
+if TYPE_CHECKING:
+    from megatron_rl.parallel import ParallelSizes
 
 EPILOG = """
 **Examples**
@@ -27,6 +30,9 @@ A Hugging Face folder as a checkpoint that `pretrain_gpt.py --load ckpt` takes, 
 `megatron-rl convert my-model ckpt --to megatron --tp 2 --pp 2`
 
 And back: `megatron-rl convert ckpt my-model-again --to hf`
+
+Nothing written, but proved for a layout of training and one of SGLang, from the headers of the files:
+`megatron-rl convert my-model --prove --tp 8 --pp 16 --ep 64 --rollout-tp 32`
 
 By several processes, each of which writes some of the files: `torchrun --nproc-per-node 8 -m megatron_rl convert
 my-model ckpt --to megatron --tp 8 --pp 2`
@@ -50,10 +56,14 @@ class Dtype(enum.StrEnum):
 
 def convert(
     source: Annotated[str, typer.Argument(help="Hugging Face folder or model id, or Megatron checkpoint.")],
-    target: Annotated[Path, typer.Argument(help="Folder to write; it appears complete or not at all.")],
-    to: Annotated[Target, typer.Option(help="Format of the result.")],
+    target: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to write, complete or not at all; --prove alone needs none."),
+    ] = None,
+    to: Annotated[Target | None, typer.Option(help="Format of the result.")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks that a checkpoint's files are cut for.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline stages, likewise.")] = 1,
+    vpp: Annotated[int, typer.Option(min=1, help="Model chunks per pipeline stage, likewise.")] = 1,
     ep: Annotated[int, typer.Option(min=1, help="Expert-parallel ranks, likewise.")] = 1,
     etp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks inside each expert, likewise.")] = 1,
     config: Annotated[
@@ -64,6 +74,16 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare a checkpoint's files with their digests first.")
     ] = True,
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove",
+            help="First prove from config.json and the headers of the files that every row comes back from Megatron's "
+            "layout and arrives in SGLang's, or name those that do not and write nothing.",
+        ),
+    ] = False,
+    rollout_tp: Annotated[int, typer.Option(min=1, help="With --prove: SGLang's tensor-parallel ranks.")] = 1,
+    rollout_ep: Annotated[int, typer.Option(min=1, help="With --prove: SGLang's expert-parallel ranks.")] = 1,
 ) -> None:
     """Convert weights, streaming: one process, which never holds more than some rows of a tensor.
 
@@ -81,7 +101,14 @@ def convert(
         configure_logging(rank, rewrite=masked)
         if config is not None and not config.exists():
             raise ConfigError(f"--config {config}: no such file or folder; expected a Hugging Face config.json")
-        sizes = ParallelSizes(tp=tp, pp=pp, ep=ep, etp=etp)
+        sizes = ParallelSizes(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
+        if prove:
+            _prove(source, sizes, rollout_tp, rollout_ep, rank)
+        if target is None and to is None and prove:
+            return
+        if target is None or to is None:
+            missing = "a folder to write" if target is None else "--to hf or --to megatron"
+            raise ConfigError(f"{missing} is not given: convert SRC DST --to hf|megatron, or convert SRC --prove")
         number_type = getattr(torch, dtype.value) if dtype else None
         written = convert_weights(
             source, target, to.value, sizes, config=config, dtype=number_type, overwrite=overwrite, verify=verify
@@ -94,3 +121,15 @@ def convert(
                 typer.echo(f"for Megatron-LM: {load_options(written)}")
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _prove(source: str, sizes: ParallelSizes, rollout_tp: int, rollout_ep: int, rank: int) -> None:
+    """Print the proof, or what is in its way and end."""
+    from megatron_rl.config import ConfigError
+    from megatron_rl.weights.proof import prove_folder
+
+    found = prove_folder(source, sizes, rollout_tp, rollout_ep)
+    if rank == 0:
+        typer.echo(str(found))
+    if found.faults:
+        raise ConfigError(f"{source}: {len(found.faults)} faults, first {found.faults[0]}; nothing was written")

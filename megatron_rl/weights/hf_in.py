@@ -111,6 +111,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     expected = logical_tensors(architecture)
     if isinstance(architecture, ModuleArchitecture):
         add_prefix(source, architecture)
+    source.shapes()  # refuses a tensor that two files hold
     missing = sorted(expected.keys() - source.files.keys())
     if missing:
         raise ConfigError(

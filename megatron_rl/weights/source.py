@@ -182,6 +182,24 @@ class SafetensorsFolder:
             file.close()
         self._open.clear()
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything in the folder's files, whether or not the index names it.
+
+        Raises:
+            ConfigError: a tensor is in two files.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        where: dict[str, Path] = {}
+        for path in dict.fromkeys(self.files.values()):
+            for name, entry in self._handle(path).entries.items():
+                if name in where:
+                    raise ConfigError(
+                        f"{path} and {where[name].name} both hold {name} ({list(entry.shape)} and "
+                        f"{list(found[name])}): remove one of them, so that it is known which counts"
+                    )
+                found[name], where[name] = entry.shape, path
+        return found
+
     def names(self) -> Iterable[str]:
         return self.files.keys()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_run import write_run
 from stored_arguments import forget_arguments
 
@@ -138,3 +138,17 @@ def test_convert_keeps_a_target_that_exists_unless_told_otherwise(command, model
 def test_convert_refuses_a_format_that_it_does_not_know(command, model, tmp_path):
     assert command("convert", model, tmp_path / "x", "--to", "gguf").code == 2
     assert not (tmp_path / "x").exists()
+
+
+def test_a_proof_needs_no_target_and_finds_what_no_one_would_read(command, model, tmp_path):
+    proved = command("convert", model, "--prove", "--tp", "2", "--pp", "2", "--rollout-tp", "2")
+    assert proved.code == 0, proved.err
+    assert proved.out.splitlines()[-1].startswith("proved: a bijection")
+    shutil.copytree(model, tmp_path / "other")
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"model.layers.0.mlp.mask": torch.ones(3)}, tmp_path / "other" / "model.safetensors")
+    refused = command("convert", tmp_path / "other", tmp_path / "x", "--to", "megatron", "--prove")
+    assert refused.code == 2
+    assert "unclaimed: model.layers.0.mlp.mask rows 0 to 2" in refused.error
+    assert not (tmp_path / "x").exists()
+    assert "--to hf or --to megatron is not given" in command("convert", model, tmp_path / "x").error
