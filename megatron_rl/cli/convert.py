@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,10 +92,7 @@ def convert(
     """
     rank = environment_rank()
     with clear_errors(rank):
-        import torch
-
         from megatron_rl.config import ConfigError, masked
-        from megatron_rl.engines.conversion import convert as convert_weights
         from megatron_rl.parallel import ParallelSizes
 
         configure_logging(rank, rewrite=masked)
@@ -109,18 +106,27 @@ def convert(
         if target is None or to is None:
             missing = "a folder to write" if target is None else "--to hf or --to megatron"
             raise ConfigError(f"{missing} is not given: convert SRC DST --to hf|megatron, or convert SRC --prove")
-        number_type = getattr(torch, dtype.value) if dtype else None
-        written = convert_weights(
-            source, target, to.value, sizes, config=config, dtype=number_type, overwrite=overwrite, verify=verify
-        )
-        if rank == 0:
-            typer.echo(f"wrote {written}")
-            if to is Target.MEGATRON:
-                from megatron_rl.weights.megatron_checkpoint import load_options
+        _write(source, target, to, sizes, rank, config=config, dtype=dtype, overwrite=overwrite, verify=verify)
 
-                typer.echo(f"for Megatron-LM: {load_options(written)}")
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+def _write(
+    source: str, target: Path, to: Target, sizes: ParallelSizes, rank: int, *, dtype: Dtype | None, **given: Any
+) -> None:
+    """Convert, and say what was written."""
+    import torch
+
+    from megatron_rl.engines.conversion import convert as convert_weights
+
+    number_type = getattr(torch, dtype.value) if dtype else None
+    written = convert_weights(source, target, to.value, sizes, dtype=number_type, **given)
+    if rank == 0:
+        typer.echo(f"wrote {written}")
+        if to is Target.MEGATRON:
+            from megatron_rl.weights.megatron_checkpoint import load_options
+
+            typer.echo(f"for Megatron-LM: {load_options(written)}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _prove(source: str, sizes: ParallelSizes, rollout_tp: int, rollout_ep: int, rank: int) -> None:
