@@ -7,8 +7,8 @@ converts a tiny model first; only then clock and memory are read. ``wall_ratio``
 peak of the resident set (VmHWM, reset before) less what was resident before, both ours over theirs (less is better);
 medians over rounds in which the two take turns. The result is compared with the source bit by bit.
 
-``smollm2``: SmolLM2-135M, fp32 as unpacked, for TP3 x PP2: its 9 heads and 3 key/value heads divide by 3 alone. ``synthetic_1_5b``:
-random bf16 weights in the shape of Qwen2.5-1.5B, for TP2 x PP2.
+``smollm2``: SmolLM2-135M, fp32 as it is unpacked, for TP3 x PP2, since its 9 heads and 3 key/value heads divide by 3
+alone. ``synthetic_1_5b``: random bf16 weights in the shape of Qwen2.5-1.5B, for TP2 x PP2.
 
     make bench-convert
     python tools/bench_convert.py --smollm2 FOLDER [--folder WHERE] [--rounds 3]
