@@ -23,6 +23,7 @@ from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import Layout, Shard, matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle
 
+EMBEDDING = "embedding.word_embeddings.weight"  # of Megatron
 CHUNK_LAYER = re.compile(r"(?:chunk(\d+)\.)?decoder\.layers\.(\d+)\.")
 LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)(\d+)(?=\.)")
 
@@ -114,7 +115,7 @@ def examine_megatron(a: Architecture, layout: Layout, sizes: ParallelSizes, voca
         assert isinstance(replica, MegatronReplica)
         name = _global_name(a, sizes, replica, shard.name)
         if name not in shapes:  # the output layer of a tied model on the last stage
-            name = describe(a).embedding.parameter().megatron_name
+            name = EMBEDDING
         of_expert = ".local_experts." in name
         index = replica.etp if of_expert else replica.tp
         halves = 2 if ".linear_fc1." in name and not (of_expert and a.experts and a.experts.biased) else 1
