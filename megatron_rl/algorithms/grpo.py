@@ -28,6 +28,8 @@ class GRPO(PolicyGradient):
     prompt; each of its tokens has that advantage.
     """
 
+    compares_samples = True
+
     class Config(PolicyGradient.Config):
         """Settings of GRPO."""
 

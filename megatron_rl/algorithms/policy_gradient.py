@@ -47,6 +47,8 @@ logger = logging.getLogger(__name__)
 class PolicyGradient(BaseAlgorithm):
     """Clipped policy optimisation over token fields ``advantages`` and, with a KL term, ``ref_logprobs``."""
 
+    compares_samples: ClassVar[bool] = False  # advantages come from the other samples of a prompt: one alone has none
+
     class Config(BaseAlgorithm.Config):
         """Settings shared by the policy-gradient family."""
 

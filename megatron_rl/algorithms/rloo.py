@@ -118,6 +118,8 @@ class ReinforcePP(GRPO):
     Rewards to go step from response token to response token, past observations.
     """
 
+    compares_samples = False
+
     class Config(GRPO.Config):
         """Settings of REINFORCE++."""
 

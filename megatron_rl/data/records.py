@@ -5,6 +5,7 @@ Everything above works on `Records`, which also knows how to name a row in an er
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import json
@@ -115,7 +116,8 @@ def _read_file(path: Path) -> list[tuple[str, Row]]:
                 raise DataError(f"{path} holds a {type(rows).__name__}, expected a list of objects")
             return _numbered(path, rows)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            return [(f"{path}:{n}", _parse(path, n, line)) for n, line in enumerate(file, start=1) if line.strip()]
+            lines = [(n, line) for n, line in enumerate(file, start=1) if line.removeprefix(codecs.BOM_UTF8).strip()]
+            return [(f"{path}:{n}", _parse(path, n, line)) for n, line in lines]
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except DataError:

@@ -52,9 +52,19 @@ def module_class_of(config: PretrainedConfig, value_model: bool = False) -> type
 
 def build_module(config: PretrainedConfig, cls: type[PreTrainedModel], dtype: torch.dtype) -> PreTrainedModel:
     """The module, its weights without particular values, its buffers as they should be. On the CPU memory of weights
-    is taken only when they are written."""
+    is taken only when they are written.
+
+    Raises:
+        ConfigError: `transformers` cannot make one of this config.
+    """
     with no_init_weights():
-        module = cls._from_config(config, dtype=dtype)
+        try:
+            module = cls._from_config(config, dtype=dtype)
+        except Exception as error:  # whatever the class raises for values that it does not know
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(
+                f"{cls.__name__} of transformers cannot be built from this config.json ({said:.300}): correct it"
+            ) from error
     module.tie_weights()
     return module
 

@@ -253,7 +253,8 @@ def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
     if isinstance(a, ModuleArchitecture):
         if tp > 1 or ep > 1:
             raise ConfigError(
-                f"rollout.tp={tp}, but {a.family} has no family here, and modules of transformers are not split: set 1"
+                f"rollout.tp={tp}, but the engine `transformers`, which serves models without a family too, holds whole "
+                f"modules ({a.family}): set rollout.tp to 1"
             )
         return
     _check_heads(a, tp, "rollout.tp")

@@ -140,7 +140,9 @@ def _check_sizes(folder: Path, config: RunConfig) -> bool:
     check_sizes(architecture, config.parallel, config.actor.backend)
     check_rollout(architecture, config.actor.rollout.tp, 1)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
-        ENGINES[config.actor.rollout.engine].for_model(architecture).check_model(architecture)
+        engine, tp = ENGINES[config.actor.rollout.engine].for_model(architecture), config.actor.rollout.tp
+        engine.check_model(architecture)
+        engine.lay_out(architecture, tp, [tuple(range(tp))])
     return True
 
 

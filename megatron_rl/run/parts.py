@@ -38,11 +38,21 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
             raise ConfigError(f"algorithm {name!r} needs a value model: add the section critic ({{}} will do)")
     elif config.critic is not None:
         raise ConfigError(f"the section critic is given, but algorithm {name!r} has no value model: leave critic out")
+    require_group(algorithm, config.actor.sampling.n)
     coefficient = getattr(algorithm_config, "kl_coefficient", None)
     if coefficient and config.reference is None:
         raise ConfigError(
             f"algorithm.kl_coefficient={coefficient} needs a reference: add the section reference ({{}} "
             "will do), or set it to 0"
+        )
+
+
+def require_group(algorithm: type[BaseAlgorithm], n: int) -> None:
+    """Raise ConfigError where ``n`` samples of a prompt give no advantages."""
+    if n == 1 and issubclass(algorithm, PolicyGradient) and algorithm.compares_samples:
+        raise ConfigError(
+            f"n=1, but {algorithm.__name__} compares the samples of a prompt with one another: every advantage would "
+            "be 0, give n (actor.sampling.n) of at least 2"
         )
 
 
@@ -104,6 +114,12 @@ def unused_parts(
         trainer.evaluate_every and config.evaluation is None,
         "trainer.evaluate_every",
         "there is nothing to evaluate on without the section evaluation",
+    )
+    collectives = config.actor.collectives
+    note(
+        collectives.all_reduce == "library" and (collectives.links or collectives.wire_dtype != "same"),
+        "actor.collectives.links" if collectives.links else "actor.collectives.wire_dtype",
+        "it is for actor.collectives.all_reduce=hybrid",
     )
     default_epochs = TrainerConfig.model_fields["num_epochs"].default
     note(

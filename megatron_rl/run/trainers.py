@@ -41,6 +41,7 @@ from megatron_rl.run.arguments import (
     split_options,
 )
 from megatron_rl.run.evaluation import Evaluation, OfflineEvaluation
+from megatron_rl.run.parts import require_group
 from megatron_rl.run.training_run import Trainer
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.callbacks import Callback
@@ -295,6 +296,7 @@ class GRPOTrainer(OneCallTrainer):
     ) -> None:
         self.sampling: dict[str, Any] = {"n": n, "max_tokens": max_tokens, "temperature": temperature}
         SamplingParams.parse(self.sampling, where=type(self).__name__)
+        require_group(self.algorithm_type, n)
         self.max_tokens = max_tokens
         super().__init__(model, tokenizer, dataset, **options)
         self.reward = reward if isinstance(reward, RewardModel) else RewardModel(reward)

@@ -69,7 +69,9 @@ class Rollouts:
         engine: RolloutEngine | None,
     ) -> None:
         if engine is None:
-            self._engine_type(model, config).check_model(model.architecture)
+            engine_type = self._engine_type(model, config)
+            engine_type.check_model(model.architecture)
+            engine_type.check_options(config.options)
         self.model = model
         self.tokenizer = tokenizer
         self.eos = eos

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,9 +34,11 @@ def use_hybrid_groups(
     """Reduce the gradients of DDP-wrapped ``chunks`` over hybrid groups; collective over the world.
 
     Raises:
-        ConfigError: the chunks reduce over other ranks than all that are data parallel (several instances of the
-            distributed optimizer).
+        ConfigError: a link is none of this machine's interfaces, or the chunks reduce over other ranks than all that
+            are data parallel (several instances of the distributed optimizer).
     """
+    with context.attempt("looking for the links"):
+        _require_links(config.links)
     backend = register_backend(config)
     partitions = [context.grid.partition("tp", "pp")]
     if any(True for _ in _bucket_groups(chunks, BUCKET_GROUPS[1])):
@@ -57,6 +60,15 @@ def use_hybrid_groups(
                 )
             setattr(bucket_group, holder, made[ranks_of(held)])
     logger.info("gradients are reduced over hybrid groups of %s ranks", sorted({len(ranks) for ranks in made}))
+
+
+def _require_links(links: Sequence[str]) -> None:
+    known = [name for _, name in socket.if_nameindex()]
+    if missing := [name for name in links if name not in known]:
+        raise ConfigError(
+            f"collectives.links has {', '.join(missing)}, but {socket.gethostname()} has the interfaces "
+            f"{', '.join(known)}: name some of these"
+        )
 
 
 def _bucket_groups(chunks: Sequence[torch.nn.Module], name: str) -> Iterator[Any]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 
+from megatron_rl.config import ConfigRecord
 from megatron_rl.models import Architecture, describe
 from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import Layout
@@ -63,6 +65,16 @@ class LocalEngine(RolloutEngine):
     """
 
     recomputes = True  # it keeps nothing that is computed from weights
+
+    class Options(ConfigRecord):
+        """What ``rollout.options`` may say of it, and of the engine `transformers`."""
+
+        kv_cache_bytes: int = Field(default=2**30, ge=1)
+        """Bytes of the key-value cache of one rank; the engine `transformers` has its module's own."""
+        prefill_tokens: int = Field(default=8192, ge=1)
+        """Most prompt tokens of one forward pass."""
+        max_context: int | None = Field(default=None, ge=1)
+        """Most tokens of prompt and response together; None = the model's."""
 
     def __init__(
         self,
@@ -121,6 +133,10 @@ class LocalEngine(RolloutEngine):
         if cls is LocalEngine and isinstance(architecture, ModuleArchitecture):
             return ENGINES["transformers"]
         return cls
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        cls.Options.parse(options, where="actor.rollout.options")
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:

@@ -7,6 +7,7 @@ small guard process (`guard`) holds the server and ends it when the owner closes
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import random
@@ -287,12 +288,14 @@ def server_python(config: ServerConfig) -> str:
     """The Python that runs servers.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or this Python, where none is named, has no SGLang.
     """
     found = config.python or sys.executable
-    if not Path(found).is_file():
+    lacks = config.python is None and importlib.util.find_spec("sglang") is None
+    if lacks or not Path(found).is_file():
+        problem = f"the Python of this run ({found}) has no SGLang" if lacks else f"no Python at {found}"
         raise ConfigError(
-            f"no Python at {found} to start SGLang with: set actor.rollout.options.server.python to that of the "
+            f"{problem} to start servers with: set actor.rollout.options.server.python to that of the "
             f"environment SGLang is installed in (`make setup-sglang` makes .venv-sglang/bin/python), or attach to "
             f"running servers with actor.rollout.options.urls"
         )
