@@ -253,7 +253,7 @@ def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
     if isinstance(a, ModuleArchitecture):
         if tp > 1 or ep > 1:
             raise ConfigError(
-                f"rollout.tp={tp}, but the engine `transformers`, which serves models without a family too, holds whole "
+                f"rollout.tp={tp}, but the engine `transformers`, which serves any model, holds whole "
                 f"modules ({a.family}): set rollout.tp to 1"
             )
         return

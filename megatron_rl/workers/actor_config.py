@@ -31,7 +31,7 @@ class RolloutConfig(ConfigRecord):
     """Give the engine's weights and cache back after each sampling and take them again for the next: memory against
     the time to take it. For engines that share their devices with training."""
     options: dict[str, object] = Field(default_factory=dict)
-    """Further keyword arguments of the engine."""
+    """Options of the engine: kv_cache_bytes, prefill_tokens and max_context of local; those of docs/sglang.md of sglang."""
 
 
 class ActorConfig(EngineConfig):

@@ -85,6 +85,23 @@ MISTAKES = {
         ["tracking.options has 'mlflow'"],
     ),
     "a key into a list": (["rewards.name=x"], ["rewards.name=x", "does not fit"]),
+    "an option that the engine does not take": (
+        ["actor.rollout.options={kv_cache_byte: 1}"],
+        ["actor.rollout.options", "did you mean 'kv_cache_bytes'"],
+    ),
+    "an option of the wrong kind": (
+        ["actor.rollout.options={prefill_tokens: 0}"],
+        ["prefill_tokens = 0", "at least 1"],
+    ),
+    "servers without SGLang": (
+        ["actor.rollout.engine=sglang"],
+        ["has no SGLang to start servers with", "server.python"],
+    ),
+    "one sample where samples are compared": (["actor.sampling.n=1"], ["n=1, but GRPO compares the samples"]),
+    "a link that the machine lacks": (
+        ["actor.collectives={all_reduce: hybrid, links: [eth99]}"],
+        ["collectives.links has eth99, but", "has the interfaces"],
+    ),
     "a log level that is none": (["log_level=LOUD"], ["log_level", "'WARNING'"]),
 }
 
@@ -175,6 +192,21 @@ def test_dense_layers_among_experts_are_refused_for_sglang_before_a_server_start
     assert "sglang" not in local.error.lower()
 
 
+def test_a_model_that_transformers_cannot_build_is_refused(command, run_folder, tmp_path):
+    shutil.copytree(run_folder / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    spiral = {"rope_type": "spiral", "factor": 2.0, "rope_theta": 10000.0}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"rope_parameters": spiral}))
+    ended = command("train", run_folder / "config.yaml", f"model={tmp_path / 'model'}")
+    assert_refused(ended, run_folder, ["cannot be built from this config.json", "spiral"])
+
+
+def test_a_check_refuses_whole_modules_in_parts(command, run_folder):
+    parts = ["parallel.tp=2", "actor.rollout.tp=2", "actor.rollout.engine=transformers"]
+    ended = command("train", run_folder / "config.yaml", "--check", *parts, WORLD_SIZE=2)
+    assert_refused(ended, run_folder, ["rollout.tp=2", "holds whole modules (llama): set rollout.tp to 1"])
+
+
 def test_a_check_knows_the_number_of_ranks_that_is_in_the_environment(command, run_folder):
     def check(ranks: object, *overrides: str, rank: int = 0):
         return command("train", run_folder / "config.yaml", "--check", *overrides, WORLD_SIZE=ranks, RANK=rank)
@@ -197,6 +229,7 @@ NOT_USED = {
     "actor.seed": ["actor.seed=5", "seed=7"],
     "trainer.evaluate_every": ["trainer.evaluate_every=2"],
     "trainer.num_epochs": ["trainer.num_epochs=3"],
+    "actor.collectives.links": ["actor.collectives.links=[lo]"],
 }
 
 

@@ -49,6 +49,13 @@ def test_blank_lines_are_passed_over_and_line_numbers_stay_right(tmp_path: Path)
     assert [place.rsplit(":", 1)[1] for place in read_records(tmp_path / "x.jsonl").places] == ["1", "3"]
 
 
+def test_a_bom_and_the_line_ends_of_windows_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf\r\n{"a": 1}\r\n\r\n{"a": 2}\r\n')
+    records = read_records(tmp_path / "x.jsonl")
+    assert [place.rsplit(":", 1)[1] for place in records.places] == ["2", "4"]
+    assert [row["a"] for _, row in records] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
