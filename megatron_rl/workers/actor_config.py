@@ -31,7 +31,7 @@ class RolloutConfig(ConfigRecord):
     """Give the engine's weights and cache back after each sampling and take them again for the next: memory against
     the time to take it. For engines that share their devices with training."""
     options: dict[str, object] = Field(default_factory=dict)
-    """Options of the engine: kv_cache_bytes, prefill_tokens and max_context of local; those of docs/sglang.md of sglang."""
+    """Options of the engine: kv_cache_bytes, prefill_tokens, max_context of local; of sglang, see docs/sglang.md."""
 
 
 class ActorConfig(EngineConfig):
