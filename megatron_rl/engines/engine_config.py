@@ -78,12 +78,15 @@ class OptimizerConfig(ConfigRecord):
 class LoraConfig(ConfigRecord):
     """Low-rank adapters in place of training all weights (Hu et al. 2021, arXiv:2106.09685)."""
 
+    path: str | None = None
+    """A folder of adapters that PEFT or `save_adapters` wrote, to start from; it says rank, alpha and target_modules.
+    None = new ones. A resumed run needs the folder, too."""
     rank: int = Field(default=16, ge=1, le=1 << 16)
     """Rank of the update of each weight matrix."""
     alpha: float = Field(default=32.0, gt=0.0)
     """The update is scaled by alpha / rank."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of an adapter's inputs that are zeroed while training."""
+    dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Share of an adapter's inputs that are zeroed while training; None = what ``path`` says, else 0."""
     target_modules: tuple[Target, ...] = Field(
         default=("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), min_length=1
     )
@@ -91,6 +94,15 @@ class LoraConfig(ConfigRecord):
     of the feed-forward layer, of each expert and of the shared expert. Where attention is latent linear_qkv means all
     of its projections but the last; linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj and
     linear_kv_up_proj choose single ones."""
+
+    @model_validator(mode="after")
+    def _says_once(self) -> Self:
+        given = sorted({"rank", "alpha", "target_modules"} & self.model_fields_set)
+        if self.path is not None and given:
+            raise ValueError(
+                f"path={self.path} was given with {', '.join(given)}, which that folder says: leave it out"
+            )
+        return self
 
 
 class EngineConfig(ConfigRecord):

@@ -205,7 +205,7 @@ class CheckpointReader:
         a, b, scale = (self._read(Stored(name, place), shape) for name, shape in zip(names, shapes, strict=True))
         if is_transposed(shard.spans[0].tensor):
             a, b = b.T, a.T
-        return merged(weight, a, b, float(scale))
+        return merged(weight, a, b, scale if scale.numel() > 1 else float(scale))
 
     def _stored(self, key: str) -> TensorStorageMetadata:
         if key not in self.tensors:

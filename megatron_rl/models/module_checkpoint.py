@@ -58,7 +58,8 @@ class ModuleCheckpoint(CheckpointReader):
         if names[0] not in self.tensors:
             return weight
         a, b = (self._read(Stored(name, ()), tuple(self._stored(name).size)) for name in names)
-        return merged(weight, a, b, self._counters["lora_factor"])
+        factor = self._counters["lora_factor"]
+        return merged(weight, a, b, factor[shard.name] if isinstance(factor, dict) else factor)
 
     def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
         """As there; a module's tensors are read whole."""

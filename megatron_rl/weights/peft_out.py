@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.peft_config import CONFIG_FILE, WEIGHTS_FILE
 from megatron_rl.models.peft_names import ModulePlace, experts_last, matrix_names, target_of
 from megatron_rl.models.safetensors_files import write_safetensors
 from megatron_rl.reshard.layout import Shard
-
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 class Adapter(Protocol):
@@ -69,6 +68,8 @@ def parts_of(shard: Shard, adapter: Adapter, places: Mapping[str, ModulePlace]) 
     for span in shard.spans:
         place = places[span.tensor]
         a, b, factor = adapter.matrices(span.tensor if place.num_experts == 1 else None)
+        if not len(a):  # a part without an adapter, of a layer that has one
+            continue
         if place.transposed:  # of one expert, all of it
             expert, col = span.row_start // place.inputs, 0
             row, rows = expert * place.outputs, b

@@ -3,6 +3,7 @@ starts the same model here. With `make test-peers`, which installs PEFT."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,11 @@ from families import two_layers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_rl.batch import Batch
+from megatron_rl.engines.engine_config import OptimizerConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.workers import Actor
+from megatron_rl.workers.loss import LossOutput
 
 peft = pytest.importorskip("peft", reason="make test-peers installs PEFT")
 
@@ -40,7 +44,8 @@ def context() -> ParallelContext:
 
 
 def actor_of(model: Any, context: ParallelContext, lora: dict[str, Any]) -> Actor:
-    return Actor(model, Tokenizer(), context=context, config=Actor.Config(lora=lora))
+    sgd = OptimizerConfig(optimizer="sgd", learning_rate=0.01, clip_gradient=0.0)
+    return Actor(model, Tokenizer(), context=context, config=Actor.Config(lora=lora, optimizer=sgd))
 
 
 def logits(model: Any) -> Tensor:
@@ -67,3 +72,60 @@ def test_peft_computes_the_exported_model_from_its_base_and_our_adapters(model, 
     assert (expected - logits(base)).abs().max() > 0.1
     found = logits(peft.PeftModel.from_pretrained(base, tmp_path / "adapters"))
     assert (found - expected).abs().max() <= 1e-4
+
+
+FOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "some projections of a dense layer": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "all linear layers, rslora, patterns": (
+        "llama",
+        {
+            "target_modules": "all-linear",
+            "use_rslora": True,
+            "rank_pattern": {"k_proj": 2},
+            "alpha_pattern": {"up_proj": 3},
+        },
+    ),
+    "latent attention by a regex": ("deepseek_v3", {"target_modules": r".*\.self_attn\.(q_b|kv_b|o)_proj"}),
+    "stacked experts": (
+        "mixtral",
+        {"target_modules": ["o_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ),
+    "experts by their old names": ("qwen2_moe", {"target_modules": ["gate_proj", "up_proj", "down_proj"]}),
+    "transposed experts": ("gpt_oss", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_what_peft_wrote_is_trained_as_peft_trains_it(case, context, tmp_path):
+    """One SGD step of the same loss: logits before it, and every matrix after it."""
+    name, fields = FOLDERS[case]
+    base = two_layers(name, 512)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=3, lora_alpha=4, **fields))
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for own, parameter in theirs.named_parameters():
+            if "lora_B" in own:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    theirs.save_pretrained(tmp_path / "given")
+    actor = actor_of(base, context, {"path": str(tmp_path / "given")})
+    rows = [torch.randint(3, 512, (length,), generator=generator).tolist() for length in (5, 9, 12)]
+    batch = Batch.from_sequences(rows, [[0] + [1] * (len(row) - 1) for row in rows])
+    actor.logprobs("seen").run(batch)
+    theirs.eval()
+    expected = []
+    for row in rows:
+        logits = theirs(torch.tensor([row])).logits[0, :-1]
+        expected += [logits.new_zeros(1), logits.log_softmax(-1).gather(-1, torch.tensor(row)[1:, None])[:, 0]]
+    loss = -torch.cat(expected).sum()
+    assert torch.allclose(batch["seen"], torch.cat(expected).detach(), atol=2e-5)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.01 * parameter.grad
+    actor.optimize(batch, lambda inputs: LossOutput(-(inputs.logprobs * inputs.mask).sum(), {}))
+    actor.save_adapters(tmp_path / "ours")
+    ours = peft.PeftModel.from_pretrained(two_layers(name, 512), tmp_path / "ours")
+    found, wanted = (model.merge_and_unload().state_dict() for model in (ours, theirs))
+    for parameter, value in wanted.items():
+        assert torch.allclose(found[parameter], value, atol=1e-5), parameter

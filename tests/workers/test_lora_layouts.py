@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from forked import run_ranks
+from peft_folders import peft_update
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 PROGRAM = Path(__file__).with_name("lora_cases.py")
@@ -104,22 +104,6 @@ def gaps(folder: Path, case: str) -> dict[str, tuple[bool, float]]:
         found[name] = (update is not None, float((exported[name] - expected).abs().max()))
     assert sum(adapted for adapted, _ in found.values()) == len(adapters) // 2
     return found
-
-
-def peft_update(adapters: dict[str, Tensor], name: str, weight: Tensor) -> Tensor | None:
-    """B A as PEFT computes it: `lora/layer.py` ``Linear`` and ``ParamWrapper.get_delta_weight``, which wraps the second
-    parameter of a module of experts around the first."""
-    module, _, parameter = name.rpartition(".")
-    inner = ".base_layer" if parameter == "gate_up_proj" else ""
-    key = f"base_model.model.{module}{inner}.lora_"
-    if parameter.endswith("bias") or f"{key}A.weight" not in adapters:
-        return None
-    a, b = (adapters[f"{key}{letter}.weight"].double() for letter in "AB")
-    if weight.dim() == 2:
-        return b @ a
-    a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(weight))
-    transposed = weight.shape[1] == a.shape[-1] and weight.shape[2] == b.shape[0]
-    return torch.einsum("o r e, e r i -> e i o" if transposed else "o r e, e r i -> e o i", b, a)
 
 
 @pytest.fixture(scope="module")

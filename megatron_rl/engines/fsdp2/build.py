@@ -30,6 +30,7 @@ from megatron_rl.models.family import NoFamilyError
 from megatron_rl.models.hf_config import read_generation
 from megatron_rl.models.hf_module import build_module, module_architecture, module_class_of
 from megatron_rl.models.module_architecture import ModuleArchitecture
+from megatron_rl.models.peft_adapters import PeftAdapters
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.starting_model import family_architecture, hf_config_of, resolved
@@ -66,9 +67,11 @@ def build(
         sharded.value_head = nn.Linear(module.config.get_text_config().hidden_size, 1, bias=False)
         nn.init.zeros_(sharded.value_head.weight)
     _enable_recompute(module, config.recompute)
+    architecture = _architecture(found, value_model, own)
     adapters = {}
     if config.lora is not None and not frozen:
-        adapters = add_adapters(module, sharded.layers, config.lora, config.seed)
+        given = PeftAdapters(config.lora.path, architecture) if config.lora.path else None
+        adapters = add_adapters(module, sharded.layers, config.lora, config.seed, given)
     if frozen:
         sharded.requires_grad_(False)
     platform, reduce = current_platform(), torch.float32
@@ -79,7 +82,7 @@ def build(
     engine = FSDP2Engine(
         sharded=sharded,
         context=context,
-        architecture=_architecture(found, value_model, own),
+        architecture=architecture,
         module_tensors=own.tensors,
         compute=compute,
         head=head,

@@ -174,17 +174,19 @@ class FSDP2Engine(TrainingEngine):
         return {
             "model": {name: parameter.detach() for name, parameter in self.parameters().items()},
             "optimizer": self._optimizer.state(),
-            "counters": {"num_steps": self.num_steps, "buffers": buffers, "lora_factor": self._lora_factor},
+            "counters": {"num_steps": self.num_steps, "buffers": buffers, "lora_factor": self._lora_factors},
         }
 
     @property
-    def _lora_factor(self) -> float | None:
-        return next((adapter.factor for adapter in self.adapters.values()), None)
+    def _lora_factors(self) -> float | dict[str, float] | None:
+        """One number where all adapters have the same."""
+        factors = {name: adapter.factor for name, adapter in self.adapters.items()}
+        return factors if len(set(factors.values())) > 1 else next(iter(factors.values()), None)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        if (found := state["counters"]["lora_factor"]) != self._lora_factor:
+        if (found := state["counters"]["lora_factor"]) != self._lora_factors:
             raise ConfigError(
-                f"{self.name}: the checkpoint's adapters have alpha / rank = {found}, this run's {self._lora_factor}: "
+                f"{self.name}: the checkpoint's adapters have alpha / rank = {found}, this run's {self._lora_factors}: "
                 "resume with the lora section that wrote it"
             )
         self.num_steps = state["counters"]["num_steps"]

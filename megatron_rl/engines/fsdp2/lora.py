@@ -9,7 +9,7 @@ rank merges its rows with its own of B and all of A, which is small and gathered
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.engine_config import LoraConfig
 from megatron_rl.models.lora_update import first_values, merged
+from megatron_rl.models.peft_adapters import PeftAdapters, Update
 
 CHILD = "lora"  # the adapter's name in its layer
 
@@ -42,19 +43,17 @@ class LoraAdapter(nn.Module):
     """The update of one linear layer; a child of it.
 
     Args:
-        name: of the layer, from which its first values follow.
+        start: A and B at first.
+        factor: alpha / rank.
     """
 
     row_parallel = False  # see `engines.base.LowRank`
 
-    def __init__(self, layer: nn.Linear, name: str, config: LoraConfig, seed: int) -> None:
+    def __init__(self, start: Update, factor: float, dropout: float) -> None:
         super().__init__()
-        self.factor, self.dropout, self.rank = config.alpha / config.rank, config.dropout, config.rank
-        self.enabled = True
-        first = first_values(name, config.rank, layer.in_features, seed)
-        self.weight_a = nn.Parameter(first)
-        self.weight_b = nn.Parameter(torch.zeros(layer.out_features, config.rank))
-        self._whole_a = first
+        self.factor, self.dropout, self.enabled = factor, dropout, True
+        self.weight_a, self.weight_b = (nn.Parameter(matrix.float()) for matrix in start)
+        self._whole_a: Tensor = self.weight_a.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """The update of the layer's output."""
@@ -87,9 +86,12 @@ class LoraAdapter(nn.Module):
 
 
 def add_adapters(
-    module: nn.Module, layers: Sequence[nn.Module], config: LoraConfig, seed: int
+    module: nn.Module, layers: Sequence[nn.Module], config: LoraConfig, seed: int, given: PeftAdapters | None = None
 ) -> dict[str, LoraAdapter]:
     """Freeze ``module`` and give the linear layers that ``config`` names, inside of ``layers``, an adapter each.
+
+    Args:
+        given: the adapters to start from, which also say where there are some.
 
     Returns:
         The adapters by the name of the weight in the module.
@@ -97,29 +99,55 @@ def add_adapters(
     Raises:
         ConfigError: there is no such layer, or experts are among what was asked for.
     """
-    _refuse_experts(module, layers, config)
     module.requires_grad_(False)
-    chosen = {name for target in config.target_modules for name in LAYERS[target].split()}
     inside = {id(part) for layer in layers for part in layer.modules()}
-    adapters = {}
-    for name, part in list(module.named_modules()):
-        if isinstance(part, nn.Linear) and id(part) in inside and name.rpartition(".")[2] in chosen:
-            adapter = LoraAdapter(part, name, config, seed)
-            part.add_module(CHILD, adapter)
-            part.forward = functools.partial(_adapted, part, adapter)  # type: ignore[method-assign]
-            adapters[f"{name}.weight"] = adapter
-    if not adapters:
-        linear = sorted({name.rpartition(".")[2] for name, p in module.named_modules() if isinstance(p, nn.Linear)})
+    linear = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear) and id(part) in inside}
+    if given is None:
+        _refuse_experts(module, inside, config)
+        adapters = _fresh(module, linear, config, seed)
+    else:
+        adapters = _given(linear, config, given)
+    for name, adapter in adapters.items():
+        layer = linear[name]
+        layer.add_module(CHILD, adapter)
+        layer.forward = functools.partial(_adapted, layer, adapter)  # type: ignore[method-assign]
+    return {f"{name}.weight": adapter for name, adapter in adapters.items()}
+
+
+def _fresh(module: nn.Module, linear: Mapping[str, nn.Linear], config: LoraConfig, seed: int) -> dict[str, LoraAdapter]:
+    chosen = {name for target in config.target_modules for name in LAYERS[target].split()}
+    found = {}
+    for name, layer in linear.items():
+        if name.rpartition(".")[2] in chosen:
+            a = first_values(name, config.rank, layer.in_features, seed)
+            start = Update(a, torch.zeros(layer.out_features, config.rank))
+            found[name] = LoraAdapter(start, config.alpha / config.rank, config.dropout or 0.0)
+    if not found:
+        names = sorted({name.rpartition(".")[2] for name, p in module.named_modules() if isinstance(p, nn.Linear)})
         raise ConfigError(
             f"lora.target_modules={list(config.target_modules)} names no linear layer of {type(module).__name__}; its "
-            f"linear layers are called {', '.join(linear) or 'nothing: it has none'}"
+            f"linear layers are called {', '.join(names) or 'nothing: it has none'}"
         )
-    return adapters
+    return found
 
 
-def _refuse_experts(module: nn.Module, layers: Sequence[nn.Module], config: LoraConfig) -> None:
+def _given(linear: Mapping[str, nn.Linear], config: LoraConfig, given: PeftAdapters) -> dict[str, LoraAdapter]:
+    """Adapters of a PEFT folder, whose layers are linear layers of the module."""
+    found = {}
+    dropout = given.config.dropout if config.dropout is None else config.dropout
+    for tensor in given.tensors:
+        entry, name = given.entry(tensor), given.places[tensor].parameter.removesuffix(".weight")
+        if entry is None or name not in linear:
+            raise ConfigError(
+                f"{given.path} has adapters of {tensor}, which can have none under FSDP2: only linear layers inside of "
+                "the model's layers can, no experts; use backend: megatron where the model has a family"
+            )
+        found[name] = LoraAdapter(given.read(tensor), entry.factor, dropout)
+    return found
+
+
+def _refuse_experts(module: nn.Module, inside: Collection[int], config: LoraConfig) -> None:
     given = [target for target in config.target_modules if target in ("linear_fc1", "linear_fc2")]
-    inside = {id(part) for layer in layers for part in layer.modules()}
     parts = [(name, p) for name, p in module.named_modules() if id(p) in inside and not isinstance(p, nn.Conv1d)]
     stacked = [f"{name}.{own}" for name, p in parts for own, w in p.named_parameters(recurse=False) if w.dim() == 3]
     if given and stacked:

@@ -6,6 +6,7 @@ parameters. As in `models/megatron_fields.py`, what is not known is refused by n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_rl.engines.megatron.model.decoder_layers import decoder_layers
 from megatron_rl.engines.megatron.model.expert_router import ExpertRouter
 from megatron_rl.engines.megatron.model.latent_attention import LatentAttention
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
-from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.mla import LATENT_EPS
 from megatron_rl.models.components.position import Scaling
 from megatron_rl.models.family import in_a_family
@@ -79,8 +80,17 @@ _MEGATRON = frozenset(_MEGATRON_NAMES.split())
 _INSIDE = "transformer_engine."  # what Megatron's TE classes are made of
 
 
-def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
+def own_experts(chunks: Sequence[nn.Module]) -> Experts | None:
+    """How our own routers in a rank's bare chunks choose experts; None where there are none."""
+    routers = (module for chunk in chunks for module in chunk.modules() if isinstance(module, ExpertRouter))
+    return next((router.experts for router in routers), None)
+
+
+def architecture_of_chunk(chunk: nn.Module, vocab: int, experts: Experts | None = None) -> Architecture:
     """The architecture of a job's bare chunk, from its configuration and from what its arguments left on it.
+
+    Args:
+        experts: from `own_experts` of the whole model, of which a chunk may have dense layers alone.
 
     Raises:
         ConfigError: no supported Hugging Face family computes it; the message names each field and argument.
@@ -89,17 +99,17 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int) -> Architecture:
     config = decoder_config(chunk)
     refuse(refused_fields(config) + refused_arguments(chunk))
     base, percent = rotary_of(chunk)
-    own_routers = [module for module in chunk.modules() if isinstance(module, ExpertRouter)]
+    experts = experts or own_experts([chunk])
     plain = architecture_from_megatron(
         config,
         vocab=vocab,
         tied=bool(chunk.share_embeddings_and_output_weights),
         rope_theta=base,
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
-        in_family=not own_routers,  # which say what the configuration cannot
+        in_family=experts is None,  # our own routers say what the configuration cannot
     )
     plain = replace(plain, rotary_fraction=percent)
-    plain = replace(plain, experts=own_routers[0].experts) if own_routers else plain
+    plain = replace(plain, experts=experts) if experts else plain
     scaling = own_scaling(chunk)
     if plain.mla is not None:
         plain, scaling = _with_halves(plain, chunk), plain.rope_scaling

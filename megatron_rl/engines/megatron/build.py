@@ -15,8 +15,8 @@ import torch
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import MicroBatching, Origin
-from megatron_rl.engines.engine_config import DTYPES, EngineConfig
-from megatron_rl.engines.megatron.adopted_architecture import architecture_of_chunk
+from megatron_rl.engines.engine_config import DTYPES, EngineConfig, LoraConfig
+from megatron_rl.engines.megatron.adopted_architecture import architecture_of_chunk, own_experts
 from megatron_rl.engines.megatron.adopted_optimizer import (
     as_megatron,
     ddp_config_of,
@@ -34,6 +34,8 @@ from megatron_rl.engines.megatron.gradient_groups import use_hybrid_groups
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
 from megatron_rl.engines.megatron.model.decoder_layers import is_hybrid
 from megatron_rl.engines.megatron.model.lora import add_adapters
+from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
+from megatron_rl.engines.megatron.model.lora_places import LAYERS
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.model_proof import prove
 from megatron_rl.engines.megatron.optimizer import (
@@ -45,7 +47,9 @@ from megatron_rl.engines.megatron.optimizer import (
 from megatron_rl.engines.megatron.starting_weights import fill_model
 from megatron_rl.engines.micro_batches import micro_batching
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation
+from megatron_rl.models.peft_adapters import PeftAdapters
 from megatron_rl.models.pipeline import padded_vocab
+from megatron_rl.models.starting_adapters import StartingAdapters
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
 from megatron_rl.weights.starting_model import hf_config_of, is_hf_model, resolved, stored_dtypes
@@ -154,11 +158,12 @@ def from_chunks(
             their place in the pipeline asks for, or not that head.
     """
     inner = [unwrap(chunk) for chunk in chunks]
+    experts = next((found for found in context.gather_objects(own_experts(inner)) if found is not None), None)
     with context.attempt("taking over the model"):
         check_place(inner, context, value_model)
-        architecture = replace(architecture_of_chunk(inner[0], vocab), value_model=value_model)
+        architecture = replace(architecture_of_chunk(inner[0], vocab, experts), value_model=value_model)
         for other in inner[1:]:
-            architecture_of_chunk(other, vocab)
+            architecture_of_chunk(other, vocab, experts)
         engine = MegatronEngine(list(chunks), context, architecture, int(inner[0].vocab_size))
         engine.check_layers()
         check_parameters(engine.layout, context.rank, engine.tensors())
@@ -189,7 +194,7 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
     context, optimizer_config = engine.context, config.optimizer
     if config.lora is not None:
         _refuse_hybrid(engine)
-        engine.adapters = add_adapters(engine.chunks, config.lora, config.seed)
+        engine.adapters = _adapters(engine, config.lora, config.seed)
     wrapped = ddp_config_of(engine.chunks) is not None
     if optimizer is not None:
         require_fitting(optimizer, engine.chunks, context)
@@ -219,6 +224,15 @@ def _refuse_hybrid(engine: MegatronEngine) -> None:
             "LoRA was asked for on a HybridModel, whose layers take no adapters here: build the job's model as a "
             "GPTModel, or give the Actor its Hugging Face folder"
         )
+
+
+def _adapters(engine: MegatronEngine, lora: LoraConfig, seed: int) -> dict[str, LoraAdapter]:
+    if lora.path is None:
+        return add_adapters(engine.chunks, lora, seed)
+    with engine.context.attempt("reading adapters"):
+        found = PeftAdapters(lora.path, engine.architecture)
+        starting = StartingAdapters(found, engine.architecture, LAYERS)
+        return add_adapters(engine.chunks, lora, seed, starting, engine.layout.shards(engine.context.rank))
 
 
 def _micro_batching(engine: MegatronEngine, config: EngineConfig) -> MicroBatching:

@@ -8,7 +8,7 @@ class, its parameters and their names: an adapter stands beside it and is added 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,25 @@ from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
 from megatron_rl.engines.megatron.model.lora_places import AdaptedLayer, adapted_layers, check_experts
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.engines.megatron.model.value_head import ValueHead
-from megatron_rl.models.lora_update import SUFFIX
+from megatron_rl.models.lora_update import SUFFIX, first_values
+from megatron_rl.models.starting_adapters import Start, StartingAdapters
 from megatron_rl.ops.rms_norm import rms_norm
+from megatron_rl.reshard.layout import Shard
 
 
-def add_adapters(chunks: Sequence[nn.Module], lora: LoraConfig, seed: int) -> dict[str, LoraAdapter]:
+def add_adapters(
+    chunks: Sequence[nn.Module],
+    lora: LoraConfig,
+    seed: int,
+    starting: StartingAdapters | None = None,
+    shards: Iterable[Shard] = (),
+) -> dict[str, LoraAdapter]:
     """Freeze a rank's bare chunks and add adapters: name of the adapted weight (as layouts name it) -> its adapter.
 
     Args:
         seed: of the initial values, which depend on nothing else but the layer's name.
+        starting: what adapters start from, and which layers have some; None = first values, where ``lora`` says.
+        shards: of this rank; needed with ``starting``.
 
     Raises:
         ConfigError: the chunks are wrapped already, have no such layer, or it is one of grouped or cut experts.
@@ -38,15 +48,34 @@ def add_adapters(chunks: Sequence[nn.Module], lora: LoraConfig, seed: int) -> di
             "LoRA was asked for with model chunks that are wrapped in DistributedDataParallel: its gradient buffers "
             "hold the whole model's already. Give bare chunks without an optimizer, and both are made here"
         )
-    check_experts(unwrap(chunks[0]).config, lora.target_modules)
+    targets = lora.target_modules if starting is None else starting.targets
+    check_experts(unwrap(chunks[0]).config, targets)
     layers = [
-        layer
-        for index, chunk in enumerate(chunks)
-        for layer in adapted_layers(chunk, index, len(chunks), lora.target_modules)
+        layer for index, chunk in enumerate(chunks) for layer in adapted_layers(chunk, index, len(chunks), targets)
     ]
     for chunk in chunks:
         _freeze(unwrap(chunk))
-    return {layer.shard: _add(layer, lora, seed) for layer in layers}
+    if starting is None:
+        return {layer.shard: _add(layer, _fresh(layer, lora, seed), lora.dropout or 0.0) for layer in layers}
+    dropout = starting.adapters.config.dropout if lora.dropout is None else lora.dropout
+    by_name = {shard.name: shard for shard in shards}
+    return {
+        layer.shard: _add(layer, starting.start(layer.name, by_name[layer.shard], layer.transposed), dropout)
+        for layer in layers
+        if starting.has(layer.name)
+    }
+
+
+def _fresh(layer: AdaptedLayer, lora: LoraConfig, seed: int) -> Start:
+    """A is drawn (`first_values`), B is zero: at first the adapter adds 0. The draw is that of the whole A, so initial
+    values do not depend on the layout."""
+    weight = layer.weight
+    outputs, inputs = weight.T.shape if layer.transposed else weight.shape
+    is_cut = layer.row_parallel and not layer.replicated
+    size, index = (layer.tp_group.size(), layer.tp_group.rank()) if is_cut else (1, 0)
+    whole = first_values(layer.name, lora.rank, inputs * size, seed)
+    own = whole[:, index * inputs : (index + 1) * inputs]
+    return Start(own, torch.zeros(outputs, lora.rank), lora.alpha / lora.rank)
 
 
 def _freeze(model: Any) -> None:
@@ -64,9 +93,9 @@ def _ask_for_gradient(module: nn.Module, inputs: tuple[Any, ...], output: Tensor
         output.requires_grad_(True)
 
 
-def _add(place: AdaptedLayer, lora: LoraConfig, seed: int) -> LoraAdapter:
+def _add(place: AdaptedLayer, start: Start, dropout: float) -> LoraAdapter:
     layer, config = place.module, place.parent.config
-    adapter = LoraAdapter(config, place, rank=lora.rank, scale=lora.alpha / lora.rank, dropout=lora.dropout, seed=seed)
+    adapter = LoraAdapter(config, place, start, dropout)
     place.parent.add_module(place.target + SUFFIX, adapter)
     seen = _input_of(layer, config, place.name)
 

@@ -32,38 +32,39 @@ from torch import Tensor
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.hidden_states import whole_hidden
 from megatron_rl.engines.megatron.model.lora_places import AdaptedLayer
-from megatron_rl.models.lora_update import first_values, merged
+from megatron_rl.models.lora_update import merged
+from megatron_rl.models.starting_adapters import Slot, Start
+
+NO_SLOT = Slot(0, 0, 1.0)  # of a part without an adapter
 
 
 class LoraAdapter(MegatronModule):
-    """A is drawn (`first_values`), B is zero: at first it adds 0.
+    """Off, it adds nothing at all.
 
-    The draw is that of the whole A, so initial values do not depend on the layout. Off, it adds nothing at all.
+    Args:
+        start: this rank's A and B, and what they are multiplied with.
+        dropout: share of the inputs that are zeroed while training.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer: AdaptedLayer,
-        *,
-        rank: int,
-        scale: float,
-        dropout: float,
-        seed: int,
-    ) -> None:
+    mask: Tensor | None
+    scale: Tensor
+
+    def __init__(self, config: TransformerConfig, layer: AdaptedLayer, start: Start, dropout: float) -> None:
         super().__init__(config=config)
         self.layer_name, self.row_parallel, self.gated = layer.name, layer.row_parallel, layer.gated
         self.replicated, self.transposed, self.is_expert = layer.replicated, layer.transposed, layer.is_expert
         group: dist.ProcessGroup = layer.tp_group
-        self.tp_group, self.factor, self.dropout = group, scale, dropout
+        self.tp_group, self.slots, self.dropout = group, start.slots, dropout
         self.sequence_parallel = config.sequence_parallel and group.size() > 1 and not layer.is_expert
         self.enabled = True
         weight = layer.weight
-        outputs, inputs = weight.T.shape if layer.transposed else weight.shape
-        self.a = torch.nn.Parameter(self._first_values(rank, inputs, seed).to(weight))
-        self.b = torch.nn.Parameter(torch.zeros(outputs, rank).to(weight))
+        self.a, self.b = (torch.nn.Parameter(matrix.to(weight, copy=True)) for matrix in (start.a, start.b))
         # Stored in checkpoints, so that adapters can be merged without the run's configuration.
-        self.register_buffer("scale", torch.tensor([scale], dtype=torch.float32, device=weight.device))
+        scale = torch.as_tensor(start.scale, dtype=torch.float32, device=weight.device).reshape(-1)
+        self.register_buffer("scale", scale)
+        self.factor: float | Tensor = start.scale if isinstance(start.scale, float) else scale
+        # Of an adapter of several parts; a checkpoint has it in B, which is zero there.
+        self.register_buffer("mask", None if start.mask is None else start.mask.to(weight), persistent=False)
         for parameter in (self.a, self.b):  # experts' gradients may be summed over other ranks than those of the rest
             parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
             # Whole on each rank; the gradient is a sum over ranks that see different tokens.
@@ -80,12 +81,6 @@ class LoraAdapter(MegatronModule):
         parameter.partition_stride = 2 if self.gated else 1  # type: ignore[attr-defined]
         parameter.sequence_parallel = False  # type: ignore[attr-defined]
 
-    def _first_values(self, rank: int, inputs: int, seed: int) -> Tensor:
-        is_cut = self.row_parallel and not self.replicated
-        size, index = (self.tp_group.size(), self.tp_group.rank()) if is_cut else (1, 0)
-        whole = first_values(self.layer_name, rank, inputs * size, seed)
-        return whole[:, index * inputs : (index + 1) * inputs].clone()
-
     def forward(self, x: Tensor) -> Tensor:
         """The update of the layer's output from the layer's input ``[s, b, in]`` (of experts ``[tokens, in]``), both as
         this rank holds them."""
@@ -98,7 +93,8 @@ class LoraAdapter(MegatronModule):
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group)
         else:
             low = reduce_from_tensor_model_parallel_region(low, group=self.tp_group)
-        return F.linear(low * self.factor, self.b)
+        factor = self.factor.to(low) if isinstance(self.factor, Tensor) else self.factor
+        return F.linear(low * factor, self.b if self.mask is None else self.b * self.mask)
 
     def _dropped(self, x: Tensor) -> Tensor:
         if not self.training or self.dropout == 0.0:
@@ -116,7 +112,12 @@ class LoraAdapter(MegatronModule):
 
     def matrices(self, tensor: str | None = None) -> tuple[Tensor, Tensor, float]:
         """See `engines.base.LowRank`."""
-        return self.a, self.b, self.factor
+        if tensor is not None and self.slots is not None:
+            slot = self.slots.get(tensor, NO_SLOT)
+            return self.a[slot.range], self.b[:, slot.range], slot.factor
+        if isinstance(self.factor, float):
+            return self.a, self.b, self.factor
+        return self.a, self.b * self.factor.to(self.b), 1.0
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
@@ -137,9 +138,9 @@ class LoraAdapter(MegatronModule):
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         """Raises ConfigError where the state was trained with another scale."""
         found = state.get(prefix + "scale")
-        if found is not None and float(found) != float(self.scale):
+        if found is not None and not torch.equal(found.to(self.scale), self.scale):
             raise ConfigError(
-                f"{self.layer_name}: the checkpoint's adapters have alpha / rank = {float(found):g}, this run's "
-                f"{float(self.scale):g}: resume with the alpha and rank that wrote it"
+                f"{self.layer_name}: the checkpoint's adapters have alpha / rank = {found.tolist()}, this run's "
+                f"{self.scale.tolist()}: resume with the alpha and rank that wrote it"
             )
         super()._load_from_state_dict(state, prefix, *rest)

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from megatron_rl.config import ConfigError
-from megatron_rl.engines.engine_config import Target
 from megatron_rl.engines.megatron.model.clamped_experts import TransposedLinear
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.models.naming import chunk_prefix
 
 # What Megatron-Core has in the place of linear_qkv where attention is latent.
 LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
+LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", *LATENT)  # all that can have adapters
 REPLICATED = ("linear_q_down_proj", "linear_kv_down_proj")
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 
@@ -62,7 +62,7 @@ class AdaptedLayer(NamedTuple):
         return self.target == "linear_fc1" and bool(self.parent.config.gated_linear_unit) and not self.transposed
 
 
-def adapted_layers(chunk: nn.Module, index: int, num_chunks: int, targets: Sequence[Target]) -> Iterator[AdaptedLayer]:
+def adapted_layers(chunk: nn.Module, index: int, num_chunks: int, targets: Sequence[str]) -> Iterator[AdaptedLayer]:
     """The layers of a rank's ``index``-th chunk that ``targets`` means.
 
     Raises:
