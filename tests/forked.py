@@ -48,8 +48,79 @@ class Ended:
     late: bool = False
 
 
+@dataclass(frozen=True)
+class Program:
+    """What is to be run, as `run_forked` has it."""
+
+    path: str
+    arguments: list[str]
+    nproc: int | None
+    timeout: float
+    directory: Path | None
+    env: dict[str, str]
+
+    def __post_init__(self) -> None:
+        fixed = [key for key in self.env if key.startswith(READ_AT_START) and key != "PYTHONPATH"]
+        started_with = fork_environment()
+        changed = [key for key in fixed if self.env[key] != started_with.get(key)]
+        if changed:
+            raise ValueError(f"{changed} are read when a process starts, and forks have started: use run_torchrun")
+
+    def request(self, folder: str) -> dict[str, Any]:
+        """For the warm process; ``folder`` is for what the ranks write."""
+        return {
+            "program": self.path,
+            "arguments": self.arguments,
+            "nproc": self.nproc,
+            "timeout": self.timeout,
+            "environment": fork_environment() | self.env,
+            "directory": str(self.directory or Path.cwd()),
+            "folder": folder,
+            "background": False,
+        }
+
+
+def collect(answer: dict[str, Any], folder: str) -> Ended:
+    """How a program ended, with what its ranks wrote into ``folder``."""
+    out, err = (
+        [path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"*.{name}"), key=rank_of)]
+        for name in ("out", "err")
+    )
+    if err and answer["code"]:  # last, where one looks
+        err.append(err.pop(min(answer["failed"], len(err) - 1)))
+    return Ended(answer["code"], "".join(out), "".join(err), answer["late"])
+
+
+def rank_of(file: Path) -> int:
+    return int(file.stem)
+
+
+class Background:
+    """A program that runs beside the test, which ends with the block: see `start_forked`."""
+
+    def __init__(self, warm: WarmProcess, program: Program) -> None:
+        self._warm, self._program = warm, program
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        request = program.request(self._folder.name) | {"background": True}
+        self._number: int | None = warm.ask(request, 60)["number"]
+
+    def wait(self) -> Ended:
+        """How it ended, at the latest when its time is over."""
+        number, self._number = self._number, None
+        answer = self._warm.ask({"wait_for": number}, self._program.timeout + 60)
+        return collect(answer, self._folder.name)
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._number is not None:
+            self._warm.ask({"end": self._number}, 60)
+        self._folder.cleanup()
+
+
 class WarmProcess:
-    """The process that forks; one request at a time."""
+    """The process that forks; one request at a time, beside those in the background."""
 
     def __init__(self) -> None:
         self.environment = fork_environment()
@@ -64,43 +135,18 @@ class WarmProcess:
         self.cpu_seconds = 0.0
         self.answer(300)
 
-    def run(
-        self,
-        program: str,
-        arguments: list[str],
-        nproc: int | None,
-        timeout: float,
-        directory: Path | None,
-        env: dict[str, str],
-    ) -> Ended:
-        fixed = [key for key in env if key.startswith(READ_AT_START) and key != "PYTHONPATH"]
-        changed = [key for key in fixed if env[key] != self.environment.get(key)]
-        if changed:
-            raise ValueError(f"{changed} are read when a process starts, and forks have started: use run_torchrun")
+    def run(self, program: Program) -> Ended:
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-            request = {
-                "program": program,
-                "arguments": arguments,
-                "nproc": nproc,
-                "timeout": timeout,
-                "environment": fork_environment() | env,
-                "directory": str(directory or Path.cwd()),
-                "folder": folder,
-            }
-            assert self.process.stdin is not None
+            return collect(self.ask(program.request(folder), program.timeout + 60), folder)
+
+    def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        try:
             self.process.stdin.write(json.dumps(request) + "\n")
-            answer = self.answer(timeout + 60)
-            out, err = (
-                [
-                    path.read_text(errors="replace")
-                    for rank in range(nproc or 1)
-                    if (path := Path(folder, f"{rank}.{name}")).exists()
-                ]
-                for name in ("out", "err")
-            )
-        if err and answer["code"]:  # last, where one looks
-            err.append(err.pop(min(answer["failed"], len(err) - 1)))
-        return Ended(answer["code"], "".join(out), "".join(err), answer["late"])
+            return self.answer(timeout)
+        except BaseException:  # also pytest-timeout's: an answer that nobody waits for must not meet the next question
+            close()
+            raise
 
     def answer(self, timeout: float) -> dict[str, Any]:
         """The next line of the warm process.
@@ -146,15 +192,28 @@ def run_forked(
     Raises:
         ValueError: ``env`` changes what is read at the start of a process.
     """
+    wanted = Program(str(program), [str(part) for part in args], nproc, timeout, directory, env)
+    return warm_process().run(wanted)
+
+
+def start_forked(
+    program: Path | str,
+    *args: object,
+    nproc: int | None = None,
+    timeout: float = 300,
+    directory: Path | None = None,
+    **env: str,
+) -> Background:
+    """As `run_forked`, which returns when the program has ended; this one returns at once."""
+    wanted = Program(str(program), [str(part) for part in args], nproc, timeout, directory, env)
+    return Background(warm_process(), wanted)
+
+
+def warm_process() -> WarmProcess:
+    """This session's."""
     global _warm
     _warm = _warm or WarmProcess()
-    try:
-        return _warm.run(str(program), [str(part) for part in args], nproc, timeout, directory, env)
-    except ValueError:
-        raise
-    except BaseException:  # also pytest-timeout's: an answer that nobody waits for must not meet the next question
-        close()
-        raise
+    return _warm
 
 
 def run_ranks(

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy
 import warm_process
-from forked import Ended, run_forked
+from forked import Background, Ended, run_forked, start_forked
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
@@ -24,6 +24,11 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 def run_forked_torchrun(*arguments: object, timeout: float = 300, **env: str) -> Ended:
     """Run ``torchrun *arguments``: options, a program (a file) and what it is given."""
     return run_forked(__file__, *arguments, timeout=timeout, **env)
+
+
+def start_forked_torchrun(*arguments: object, timeout: float = 300, **env: str) -> Background:
+    """As `run_forked_torchrun`, and returns at once."""
+    return start_forked(__file__, *arguments, timeout=timeout, **env)
 
 
 class Fork(subprocess.Popen):

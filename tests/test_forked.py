@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from forked import run_forked, run_ranks
+from forked import run_forked, run_ranks, start_forked
 
 RANK = """
 import os, sys, random, numpy, torch, torch.distributed as dist
@@ -94,6 +94,25 @@ def alive(pid: str) -> bool:
         return "State:\tZ" not in status.read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_program_in_the_background_runs_beside_another_and_ends_with_its_block(tmp_path):
+    go, came = tmp_path / "go", tmp_path / "came"
+    text = (
+        "import sys, time\nfrom pathlib import Path\nwhile not Path(sys.argv[1]).exists(): time.sleep(0.01)\n"
+        "print('went')\nsys.exit(3)\n"
+    )
+    with start_forked(written(tmp_path, text), go, timeout=60) as first:
+        other = tmp_path / "other.py"
+        other.write_text(f"import pathlib\npathlib.Path({str(go)!r}).touch()\nprint('other')\n")
+        assert run_forked(other, timeout=60).out == "other\n"
+        ended = first.wait()
+        assert (ended.code, ended.out, ended.late) == (3, "went\n", False)
+    endless = f"import os, pathlib, time\npathlib.Path({str(came)!r}).write_text(str(os.getpid()))\ntime.sleep(600)\n"
+    with start_forked(written(tmp_path, endless), timeout=600):
+        while not (came.exists() and came.read_text()):
+            time.sleep(0.01)
+    assert not alive(came.read_text())
 
 
 def test_what_is_read_when_a_process_starts_is_refused(tmp_path):

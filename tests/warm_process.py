@@ -25,6 +25,7 @@ import struct
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -61,6 +62,9 @@ def import_everything() -> None:
                 importlib.import_module(module.name)
             except ImportError:  # of an optional package: the program that needs it says so itself
                 continue
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("llama")  # every load of a model makes it, in a CPU-second
     tasks = Path("/proc/self/task")
     if tasks.exists() and len(list(tasks.iterdir())) > 1:
         raise RuntimeError("a library started threads when it was imported: forks would lack them")
@@ -68,15 +72,42 @@ def import_everything() -> None:
     gc.freeze()  # a collection in a child would write to, and so copy, every page
 
 
+@dataclass
+class Running:
+    """A program on its way."""
+
+    agent: int  # its process
+    answer: int  # where it tells how the program ended
+    deadline: float
+
+
 def serve(requests: int) -> None:
-    """Answer each request with {"code": of the first rank that failed or 0, "failed": its rank, "late", "cpu"}."""
+    """Answer each request with {"code": of the first rank that failed or 0, "failed": its rank, "late", "cpu"}.
+
+    One that is to run in the background is answered by its number at once, and {"wait_for": number} with its end;
+    {"end": number} ends it.
+    """
+    background: dict[int, Running] = {}
     with os.fdopen(requests) as lines:
         while line := lines.readline():
-            answer = run(json.loads(line), requests)
+            request = json.loads(line)
+            if "wait_for" in request:
+                answer = finish(background.pop(request["wait_for"]), requests)
+            elif "end" in request:
+                end_all_of(background.pop(request["end"]))
+                answer = {}
+            elif request["background"]:
+                running = start(request)
+                background[running.agent] = running
+                answer = {"number": running.agent}
+            else:
+                answer = finish(start(request), requests)
             print(json.dumps(answer | {"cpu": sum(os.times()[:4])}), flush=True)
+    for running in background.values():
+        end_all_of(running)
 
 
-def run(request: dict[str, Any], requests: int) -> dict[str, Any]:
+def start(request: dict[str, Any]) -> Running:
     answer, told = os.pipe()
     agent = os.fork()
     if agent == 0:
@@ -84,18 +115,26 @@ def run(request: dict[str, Any], requests: int) -> dict[str, Any]:
         os.close(answer)
         be_the_agent(request, told)
     os.close(told)
-    deadline, late = time.monotonic() + request["timeout"], False
-    while not os.waitpid(agent, os.WNOHANG)[0]:
-        late = time.monotonic() > deadline
+    return Running(agent, answer, time.monotonic() + request["timeout"])
+
+
+def finish(running: Running, requests: int) -> dict[str, Any]:
+    late = False
+    while not os.waitpid(running.agent, os.WNOHANG)[0]:
+        late = time.monotonic() > running.deadline
         asked_to_end = bool(select.select([requests], [], [], POLL_SECONDS)[0])  # the one who waits for this has gone
         if late or asked_to_end:
-            kill_group(agent)
-            os.waitpid(agent, 0)
+            end_all_of(running)
             break
-    kill_group(agent)  # what a rank left behind
-    with os.fdopen(answer) as pipe:
+    kill_group(running.agent)  # what a rank left behind
+    with os.fdopen(running.answer) as pipe:
         said = pipe.read()
     return {"code": -signal.SIGKILL, "failed": 0, "late": late} | (json.loads(said) if said and not late else {})
+
+
+def end_all_of(running: Running) -> None:
+    kill_group(running.agent)
+    os.waitpid(running.agent, 0)
 
 
 def kill_group(leader: int) -> None:

@@ -8,6 +8,7 @@ expected, however the record is made. One docstring line per field says its mean
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 import typing
@@ -73,16 +74,15 @@ class ConfigRecord(BaseModel, metaclass=_RecordType):
         """Refuse what no field of any record can mean."""
         assert info.field_name is not None  # this is no whole-record validator
         field = cls.model_fields[info.field_name]
-        if not any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in _types(field.annotation)):
+        kinds = _kinds(cls, info.field_name)
+        if not any(isinstance(kind, type) and issubclass(kind, BaseModel) for kind in kinds):
             _refuse_unusable(value)  # a nested record looks at its own fields, and names them
         if isinstance(value, str) and not value.strip() and field.default != "":
             raise ValueError("an empty text says nothing: give a value, or leave the key out")
         if isinstance(value, (list, tuple)) and "" in [item for item in value if isinstance(item, str)]:
             raise ValueError("one of its texts is empty: leave it out")
-        if isinstance(value, bool):
-            kinds = set(_types(field.annotation))
-            if kinds & {int, float} and not kinds & {bool, object, Any}:
-                raise ValueError("expected a number, not true or false")
+        if isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, object, Any}:
+            raise ValueError("expected a number, not true or false")
         return value
 
 
@@ -112,6 +112,12 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@functools.cache
+def _kinds(record: type[BaseModel], field: str) -> frozenset[Any]:
+    """All types that the annotation of a field names."""
+    return frozenset(_types(record.model_fields[field].annotation))
 
 
 def _types(annotation: Any) -> Iterator[Any]:

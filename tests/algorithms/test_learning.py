@@ -1,4 +1,5 @@
-"""Every algorithm learns on real Megatron-Core; three of them also on another layout, from real weights where they are.
+"""Every algorithm learns on real Megatron-Core; three of them also on two layouts of two ranks, once from real weights
+where they are.
 
 Online: the mean share of generated tokens with an "s", 0.10 at first, over the last two of ten steps. Preferences: by
 how many nats the happy ending is likelier than the sad one on prompts never trained on, and how often.
@@ -31,11 +32,12 @@ ONLINE = [
     "ppo",
 ]
 OFFLINE = ["dpo", "kto", "bco", "orpo", "simpo", "cpo", "sft", "reward-model"]
-SIZES = {"tp2": "2", "dp2": "1"}  # tensor-parallel size; two ranks each
+LAYOUTS = {"one": (1, "1"), "tp2": (2, "2"), "dp2": (2, "1")}  # ranks, tensor-parallel size
 THREE = ["grpo", "ppo", "dpo"]
 # What runs together: a model, a layout, algorithms.
 RUNS = [
-    ("seeded", "tp2", [*ONLINE, *OFFLINE]),
+    ("seeded", "one", [*ONLINE, *OFFLINE]),
+    ("seeded", "tp2", THREE),
     ("stories" if SHARED else "seeded", "dp2", THREE),
 ]
 
@@ -52,7 +54,8 @@ def results(request: pytest.FixtureRequest) -> Callable[[str, str], dict[str, di
     def run(model: str, layout: str) -> dict[str, dict[str, float]]:
         (names,) = (names for *case, names in RUNS if case == [model, layout])
         folder = request.getfixturevalue(f"{model}_model")
-        out = run_ranks(PROGRAM, 2, folder, SIZES[layout], *names, timeout=580)
+        ranks, tp = LAYOUTS[layout]
+        out = run_ranks(PROGRAM, ranks, folder, tp, *names, timeout=580)
         found = [json.loads(line.removeprefix("RESULT ")) for line in out.splitlines() if line.startswith("RESULT ")]
         return {result["algorithm"]: result for result in found}
 

@@ -1,8 +1,8 @@
-"""Four ranks: one entry of `families.FAMILIES` in every layout, against what `transformers` computes.
+"""One entry of `families.FAMILIES` in every layout of one number of ranks, against what `transformers` computes.
 
 In each layout: logits through Megatron's pipeline schedule, a Hugging Face folder with the bits, names and dtypes that
-were read, and the weights after one step of gradient descent. Then log-probabilities of what the local engine samples
-on 1, 2 and 4 ranks, and a Megatron checkpoint on the way there and back.
+were read, and the weights after one step of gradient descent. On four ranks also log-probabilities of what the local
+engine samples on 1, 2 and 4 of them, and a Megatron checkpoint on the way there and back.
 
 usage: matrix_program.py FOLDER    (as `reference.py` wrote it; prints a JSON line for each case)
 """
@@ -14,6 +14,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,22 +37,28 @@ from megatron_rl.weights.hf_out import save_hf
 from megatron_rl.weights.source import SafetensorsFolder
 from megatron_rl.workers.outputs import logprob_output
 
-LAYOUTS = {
-    "one": {},
-    "tp2": {"tp": 2},
-    "tp4": {"tp": 4},  # more ranks than key and value heads, in some
-    "pp2": {"pp": 2},
-    "tp2pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
-    "pp2vpp2": {"pp": 2, "vpp": 2},
+# By the number of ranks: no replicas but in tp2, which has two.
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {"pp2": {"pp": 2}, "pp2vpp2": {"pp": 2, "vpp": 2}},
+    4: {
+        "tp2": {"tp": 2},
+        "tp4": {"tp": 4},  # more ranks than key and value heads, in some
+        "tp2pp2": {"tp": 2, "pp": 2, "sequence_parallel": True},
+    },
 }
-OF_EXPERTS = {"ep2": {"ep": 2}, "tp2ep2pp2": {"tp": 2, "ep": 2, "pp": 2, "sequence_parallel": True}}
+OF_EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {},
+    2: {"ep2": {"ep": 2}},
+    4: {"tp2ep2pp2": {"tp": 2, "ep": 2, "pp": 2, "sequence_parallel": True}},
+}
 STILL = (".experts.", "correction_bias")  # no token may choose an expert; a bias of the choice has no gradient
 SGD = OptimizerConfig(optimizer="sgd", learning_rate=0.01, clip_gradient=0.0)
 
 
-def layouts_of(architecture: Architecture) -> dict[str, ParallelSizes]:
+def layouts_of(architecture: Architecture, ranks: int) -> dict[str, ParallelSizes]:
     mixes = architecture.experts is not None
-    found = LAYOUTS | (OF_EXPERTS if mixes else {})
+    found = LAYOUTS[ranks] | (OF_EXPERTS[ranks] if mixes else {})
     together = {"sequence_parallel": True} if mixes else {}  # which tensor-parallel experts need
     return {name: ParallelSizes(**sizes | (together if "tp" in sizes else {})) for name, sizes in found.items()}
 
@@ -129,21 +136,23 @@ def run_layout(folder: Path, expected: Expected, layout: str, sizes: ParallelSiz
 
 def run_rollouts(folder: Path, expected: Expected) -> None:
     """What the local engine says of its own samples, beside a forward pass of transformers."""
-    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    architecture = read_architecture(folder)
-    for tp, group in ((1, None), (2, pairs[dist.get_rank() // 2]), (4, dist.group.WORLD)):
-        layout = rollout_layout(architecture, tp, [list(range(first, first + tp)) for first in range(0, 4, tp)])
-        shards = empty_tensors(layout, dist.get_rank(), torch.float32)
-        with SafetensorsFolder(folder) as source:
-            fill(layout, dist.get_rank(), shards, source)
-        engine = LocalEngine(architecture, layout, dist.get_rank(), tp_group=group)
-        engine.load_shards(shards, 1)
-        prompts = [row[:length] for row, length in zip(expected.rows(), (13, 3, 8), strict=False)]
-        completions = engine.generate(prompts, SamplingParams(n=2, max_tokens=16, ignore_eos=True))
-        error = 0.0
-        if dist.get_rank() == 0:
-            error = expected.logprob_error(prompts, completions)
+    groups = {1: None, 2: dist.new_group([0, 1]), 4: dist.group.WORLD}
+    for tp, group in groups.items():
+        error = rollout_error(folder, expected, tp, group) if dist.get_rank() < tp else 0.0
         report(f"local engine, tp{tp}", local=error)
+
+
+def rollout_error(folder: Path, expected: Expected, tp: int, group: dist.ProcessGroup | None) -> float:
+    architecture = read_architecture(folder)
+    layout = rollout_layout(architecture, tp, [list(range(tp))])
+    shards = empty_tensors(layout, dist.get_rank(), torch.float32)
+    with SafetensorsFolder(folder) as source:
+        fill(layout, dist.get_rank(), shards, source)
+    engine = LocalEngine(architecture, layout, dist.get_rank(), tp_group=group)
+    engine.load_shards(shards, 1)
+    prompts = [row[:length] for row, length in zip(expected.rows(), (13, 3, 8), strict=False)]
+    completions = engine.generate(prompts, SamplingParams(n=2, max_tokens=16, ignore_eos=True))
+    return expected.logprob_error(prompts, completions) if dist.get_rank() == 0 else 0.0
 
 
 def report(layout: str, **errors: float) -> None:
@@ -156,12 +165,13 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ParallelContext.create(ParallelSizes(), timeout=120, seed=1)
     expected = Expected(folder, **load_file(folder.with_suffix(".expected")))
-    for layout, sizes in layouts_of(read_architecture(folder)).items():
+    for layout, sizes in layouts_of(read_architecture(folder), dist.get_world_size()).items():
         run_layout(folder, expected, layout, sizes)
     ParallelContext.forget()
-    run_rollouts(folder, expected)
-    there_and_back(folder, ParallelSizes(tp=2, pp=2, sequence_parallel=True))
-    report("checkpoint")
+    if dist.get_world_size() == 4:
+        run_rollouts(folder, expected)
+        there_and_back(folder, ParallelSizes(tp=2, pp=2, sequence_parallel=True))
+        report("checkpoint")
     dist.destroy_process_group()
 
 

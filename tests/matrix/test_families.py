@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from families import FAMILIES
 from forked import run_ranks
-from matrix.matrix_program import layouts_of
+from matrix.matrix_program import LAYOUTS, layouts_of
 from matrix.reference import slug, write
 
 from megatron_rl.models.family import FAMILIES as REGISTERED
@@ -18,7 +18,11 @@ from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
 PROGRAM = Path(__file__).with_name("matrix_program.py")
 LIMITS = {"logits": 1e-4, "step": 1e-6, "local": 1e-4}
 EXPECTED = {
-    name: [*layouts_of(architecture_from_hf(config)), *(f"local engine, tp{tp}" for tp in (1, 2, 4)), "checkpoint"]
+    name: [
+        *(layout for ranks in LAYOUTS for layout in layouts_of(architecture_from_hf(config), ranks)),
+        *(f"local engine, tp{tp}" for tp in (1, 2, 4)),
+        "checkpoint",
+    ]
     for name, config in FAMILIES.items()
 }
 
@@ -39,7 +43,8 @@ def test_configs_survive_both_ways(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layout_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, FAMILIES[name])
-    lines = run_ranks(PROGRAM, 4, str(tmp_path / slug(name)), timeout=280).splitlines()
+    folder = str(tmp_path / slug(name))
+    lines = "".join(run_ranks(PROGRAM, ranks, folder, timeout=280) for ranks in LAYOUTS).splitlines()
     marked = (line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT "))
     results: dict[str, dict[str, float]] = dict(map(json.loads, marked))
     assert list(results) == EXPECTED[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from forked import run_forked
 from small_run import ROOT
 
 from megatron_rl.cli import doctor as cli
+from megatron_rl.cli.app import main
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Experts
 from megatron_rl.run.build import find_algorithm
@@ -122,11 +124,15 @@ def test_the_command_prints_the_fault_that_it_finds_and_ends_with_1(monkeypatch,
 
 
 @pytest.mark.distributed
-def test_an_algorithm_that_cannot_run_under_torchrun_is_no_fault_of_the_layout():
-    arguments = ("doctor", CONFIG, "--algorithm", f"{FAULTS}:Raising")
-    done = run_forked("-m", "megatron_rl", *arguments, directory=ROOT, timeout=600)
-    assert done.code == 2
-    assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in done.err
+def test_an_algorithm_that_cannot_run_under_torchrun_is_no_fault_of_the_layout(monkeypatch, capsys):
+    monkeypatch.setattr("megatron_rl.run.doctor.examine.torchrun", forks)
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("sys.argv", ["megatron-rl", "doctor", str(CONFIG), "--algorithm", f"{FAULTS}:Raising"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "the update failed on layout 'one process': ValueError: this algorithm is not finished" in said
 
 
 @pytest.mark.distributed

@@ -5,14 +5,13 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from forked import run_forked
+from forked_torchrun import start_forked_torchrun
 from small_run import PROGRAM, ROOT, environment, metrics_of, write_run
 
 from megatron_rl.config import ConfigError
@@ -40,34 +39,24 @@ def test_a_second_run_is_refused_on_every_rank_until_the_first_has_ended(tmp_pat
 def test_a_second_run_is_refused_in_one_line_a_rank_and_the_first_under_torchrun_goes_on(tmp_path):
     """The second is another configuration, started while the first is in its step 2."""
     config = write_run(tmp_path, callbacks=[f"{ROOT}/tests/run/small_run.py:Hold"])
-    go = tmp_path / "go"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(PROGRAM)]
-    command += [str(config), "parallel.tp=2"]
-    first = subprocess.Popen(
-        command, env=environment(HOLD_UNTIL=str(go)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
+    go, paths = tmp_path / "go", environment()["PYTHONPATH"]
+    given = ("--standalone", "--nproc-per-node", 2, PROGRAM, config, "parallel.tp=2")
+    with start_forked_torchrun(*given, PYTHONPATH=paths, HOLD_UNTIL=str(go)) as first:
         deadline = time.monotonic() + 200
         while not go.with_suffix(".held").exists():
-            assert first.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.2)
         before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        paths = environment()["PYTHONPATH"]
         second = run_forked(PROGRAM, config, "parallel.tp=2", "seed=8", nproc=2, PYTHONPATH=paths)
         assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
         go.touch()
-        output = first.communicate(timeout=300)[0]
-    finally:
-        if first.poll() is None:
-            os.killpg(first.pid, signal.SIGKILL)
+        ended = first.wait()
     refused = [line for line in second.err.splitlines() if "ConfigError" in line]
     assert sorted(line.split("]")[0] for line in refused) == ["[rank 0", "[rank 1"], second.err[-3000:]
     for line in refused:
         assert f"trainer.output_dir={tmp_path / 'out'} is in use by another run (process " in line
     assert second.code != 0
-    assert first.returncode == 0, output[-3000:]
+    assert ended.code == 0, ended.err[-3000:]
     assert sorted(metrics_of(tmp_path / "out")) == [1, 2, 3, 4, 5, 6]
     assert "seed: 0" in (tmp_path / "out" / "config.yaml").read_text()
 

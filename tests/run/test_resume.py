@@ -5,14 +5,13 @@ Launch and restart are torchrun's own, once with ranks as processes of their own
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from forked import run_forked, run_ranks
-from forked_torchrun import run_forked_torchrun
+from forked_torchrun import run_forked_torchrun, start_forked_torchrun
 from small_run import PROGRAM, ROOT, environment, flip_a_bit, metrics_of, write_run
 from torchrun import free_port
 
@@ -34,24 +33,34 @@ def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resume
     config = write_run(tmp_path, callbacks=[f"{SMALL}:KillOnce"])
     mark = tmp_path / "killed"
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "resume", "--local-addr",
-        "127.0.0.1", str(PROGRAM), str(config), "parallel.tp=2",
+        "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint",
+        f"127.0.0.1:{free_port()}", "--rdzv-id", "resume", "--local-addr", "127.0.0.1", PROGRAM, config,
+        "parallel.tp=2",
     ]  # fmt: skip
-    agents = [
-        subprocess.Popen(command, env=environment(KILL=f"1 3 {mark}"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, start_new_session=True)
-        for _ in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [agent.communicate(timeout=400)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            if agent.poll() is None:
-                os.killpg(agent.pid, 9)
+    given = {"timeout": 400, "PYTHONPATH": environment()["PYTHONPATH"], "KILL": f"1 3 {mark}"}
+    with start_forked_torchrun(*command, **given) as other:
+        ended = [run_forked_torchrun(*command, **given), other.wait()]
     assert mark.exists()
-    assert [agent.returncode for agent in agents] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert [agent.code for agent in ended] == [0, 0], ended[0].err[-3000:] + ended[1].err[-3000:]
     assert metrics_of(tmp_path / "out") == expected
+
+
+def test_a_rank_that_is_a_process_of_its_own_is_restarted_too(tmp_path):
+    """What forks share with the process that made them could hide a mistake."""
+    ranks, steps = 1, ("trainer.num_steps=4", "trainer.save_every=2")
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    whole, config = write_run(tmp_path / "whole"), write_run(tmp_path / "killed", callbacks=[f"{SMALL}:KillOnce"])
+    run_ranks(PROGRAM, ranks, whole, *steps, PYTHONPATH=environment()["PYTHONPATH"])
+    mark = tmp_path / "mark"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
+    command += ["--nproc-per-node", str(ranks), str(PROGRAM), str(config), *steps]
+    done = subprocess.run(
+        command, env=environment(KILL=f"0 2 {mark}"), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert mark.exists()
+    assert metrics_of(tmp_path / "killed" / "out") == metrics_of(tmp_path / "whole" / "out")
 
 
 def restarted(where: list[object], config: Path, max_restarts: int, **faults: str) -> str:
