@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.batch.sample import Prompt, Sample
+from megatron_rl.batch.work_time import WorkTime
 
 RECORD_FIELDS = ("prompts", "samples", "metrics")
 
@@ -33,6 +34,7 @@ class Batch:
     tokens: dict[str, Tensor] = field(default_factory=dict)
     sequences: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    work: list[WorkTime] = field(default_factory=list)  # stages: when this rank did what, for the trace of a run
     share: tuple[int, int] | None = None  # the loader: (data-parallel rank, ranks) that the prompts are meant for
     temperature: float = 1.0  # actor.sample: logits are divided by it wherever log-probabilities are computed
 

@@ -1,4 +1,4 @@
-"""``megatron-rl plan``: what a weight sync or a gradient all-reduce costs on any cluster, worked out on one CPU."""
+"""``megatron-rl plan``: a weight sync, a gradient all-reduce or steps with a lag, worked out on one CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import typer
 from megatron_rl.cli.convert import Dtype
 from megatron_rl.cli.errors import clear_errors
 
+LAG_OPTIONS = {"lag", "timing", "buffer"}
+
 EPILOG = """
 **Examples**
 
@@ -22,6 +24,9 @@ Engines on 64 nodes of their own, as JSON: `megatron-rl plan my-model --train tp
 
 Gradient all-reduce, library against hierarchical paths, on the cluster that a file describes (docs/all_reduce.md):
 `megatron-rl plan --all-reduce cluster.yaml`
+
+Steps with rollout ranks that sample while others train, against both in turns (docs/rollouts_in_flight.md):
+`megatron-rl plan --lag 1 --timing training_s=20,push_s=1,token_s=0.02,tokens_mean=400,tokens_sigma=0.8,slots=64`
 
 Bytes are exact: a run sends the same. Each is printed with the minimum of any plan. Seconds are an estimate from link
 speeds alone.
@@ -49,14 +54,28 @@ def plan(
     all_reduce: Annotated[
         Path | None, typer.Option(help="YAML file of a cluster: plan a gradient all-reduce instead; no MODEL.")
     ] = None,
+    lag: Annotated[
+        int | None,
+        typer.Option(min=0, help="Plan steps whose samples may be this many versions old instead; no MODEL."),
+    ] = None,
+    timing: Annotated[
+        str,
+        typer.Option(help="For --lag: name=value,... or a YAML file of them; `plan --lag 0 --timing ?` lists them."),
+    ] = "",
+    buffer: Annotated[
+        int | None, typer.Option(min=1, help="For --lag: groups in the windowed law's buffer; none: of lag + 1 steps.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Dry run of a weight sync: bytes and their minimum, link loads, memory, estimated time."""
     with clear_errors():
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
         if all_reduce is not None:
-            sources = {name: context.get_parameter_source(name) for name in context.params}
-            given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             _plan_all_reduce(all_reduce, sorted(given - {"all_reduce", "as_json"}), as_json)
+            return
+        if given & LAG_OPTIONS:
+            _plan_lag(lag, timing, buffer, sorted(given - LAG_OPTIONS - {"as_json"}), as_json)
             return
         import torch
 
@@ -94,6 +113,40 @@ def _plan_all_reduce(cluster: Path, others: list[str], as_json: bool) -> None:
         )
     found = simulate(load_config(ClusterConfig, cluster))
     typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _plan_lag(lag: int | None, timing: str, buffer: int | None, others: list[str], as_json: bool) -> None:
+    from megatron_rl.config import ConfigError, load_config
+    from megatron_rl.run.lag_forecast import Timing, forecast_lag
+
+    if others:
+        raise ConfigError(f"--lag takes --timing, --buffer and --json alone: leave out {', '.join(others)}")
+    if lag is None:
+        raise ConfigError("--timing and --buffer belong to --lag L: give the number of versions")
+    if timing == "?":
+        for name, field in Timing.model_fields.items():
+            typer.echo(f"{name:20}  {field.default!s:6}  {field.description}")
+        return
+    is_file = timing.endswith((".yaml", ".yml"))
+    config = load_config(Timing, timing) if is_file else Timing.parse(_values(timing), "--timing")
+    if buffer is not None and buffer < config.prompts_per_step:
+        raise ConfigError(
+            f"--buffer {buffer} never holds the {config.prompts_per_step} groups of a step (timing prompts_per_step)"
+        )
+    found = forecast_lag(config, lag, buffer)
+    typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _values(text: str) -> dict[str, str]:
+    from megatron_rl.config import ConfigError
+
+    values = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"--timing: {part!r} is not name=value; expected for example training_s=20,token_s=0.02")
+        values[name.strip()] = value.strip()
+    return values
 
 
 def _sizes(text: str, option: str) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_rl.batch import Batch
+from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.agreement import Agreement
 
@@ -173,7 +174,8 @@ class Flow:
         for position, stage in enumerate(self.stages):
             started = time.perf_counter()
             stage.execute(batch, agreement)
-            batch.metrics[f"time/{stage.name}_s"] = time.perf_counter() - started
+            batch.work.append(WorkTime.since(started, stage.name))
+            batch.metrics[f"time/{stage.name}_s"] = batch.work[-1].seconds
             if absent := [name for name in stage.writes if name not in batch]:
                 raise FlowError(f"{stage.name} declares that it writes {absent}, but did not")
             for name in self.freed_after(position):

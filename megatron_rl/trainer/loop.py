@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_rl.batch import Batch
+from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.dataflow import Flow
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.parallel.abandon import Abandoned
@@ -21,6 +22,7 @@ from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.trainer.output_lock import OutputLock
+from megatron_rl.trainer.trace import Trace
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -99,6 +101,8 @@ class TrainingLoop:
         self.history: dict[str, float] = {}  # the newest metrics
         self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
+        place = ", ".join(f"{axis} {getattr(context.coordinates, axis)}" for axis in ("dp", "pp", "cp", "tp"))
+        self._trace = Trace(self.output_dir, config.trace, context.rank, place)
         self._interruption = Interruption(
             config.grace_seconds, lambda: self._close_trackers("killed"), lost=self._what_is_lost
         )
@@ -154,6 +158,8 @@ class TrainingLoop:
         for tracker in self.trackers:
             tracker.start(self.step if resumed else None)
             tracker.log_params(self.params)
+        if self.context.rank == 0:
+            self._trace.start(resumed)
         self._each("on_train_begin")
         logger.info(
             "%s from step %d of %d:\n%s", "resuming" if resumed else "starting", self.step, self.total_steps, self.flow
@@ -177,15 +183,20 @@ class TrainingLoop:
         if self.checkpoints is not None:
             self.checkpoints.remember(self)
         batch = self.source.next_batch()
+        self._trace.add(WorkTime.since(started, "next prompts"))
         self._each("on_step_begin", batch)
         self.flow(batch)
         self.step += 1
         if self.checkpoints is not None:
             self.checkpoints.forget()
         batch.metrics["time/step_s"] = time.perf_counter() - started
-        reports = self.context.gather_objects((batch.metrics, self._interruption.signal))
-        metrics = reduce_metrics([found for found, _ in reports])
-        self._ended_by = max(number for _, number in reports)
+        self._trace.add(*batch.work)
+        reports = self.context.gather_objects((batch.metrics, self._interruption.signal, self._trace.take(self.step)))
+        metrics = reduce_metrics([found for found, _, _ in reports])
+        self._ended_by = max(number for _, number, _ in reports)
+        if self.context.rank == 0:
+            self._trace.write([events for _, _, events in reports])
+        self._trace.add(WorkTime.since(started + batch.metrics["time/step_s"], "end of step", "waiting"))
         if self.checkpoints is not None:
             self.checkpoints.poll()
         self._each("on_step_end", batch, metrics)
@@ -218,6 +229,7 @@ class TrainingLoop:
             self._track(line)
             raise
         took = {"time/evaluation_s": time.perf_counter() - started}
+        self._trace.add(WorkTime.since(started, "evaluation"))
         metrics |= reduce_metrics(self.context.gather_objects(took))
         self._each("on_evaluate", metrics)
         self.history |= metrics
@@ -227,7 +239,9 @@ class TrainingLoop:
     def _save(self) -> None:
         state = self.step, self._evaluated_step
         if self.checkpoints is not None and self._saved != state:
+            started = time.perf_counter()
             self._each("on_checkpoint", self.checkpoints.save(self))
+            self._trace.add(WorkTime.since(started, "checkpoint"))
             self._saved = state
 
     def _finish_early(self) -> None:

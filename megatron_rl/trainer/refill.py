@@ -62,6 +62,7 @@ class Refill:
             self._one_round(part)
             batch.temperature = part.temperature
             measured.append(part.metrics)
+            batch.work += part.work
             good, bad = self._gather(part.samples)
             kept, dropped, rounds = kept + good, dropped + bad, rounds + 1
             if len(kept) >= wanted or rounds >= self.algorithm.max_sampling_rounds:

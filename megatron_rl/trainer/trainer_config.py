@@ -42,6 +42,10 @@ class TrainerConfig(ConfigRecord):
     log_every: int = Field(default=1, ge=1)
     """Steps between tracked lines."""
 
+    trace: int = Field(default=0, ge=0)
+    """Steps from the start whose stages, pushes and waiting are drawn in ``<output_dir>/trace.json``, a Chrome trace
+    that https://ui.perfetto.dev opens; 0 = none."""
+
     def total_steps(self, steps_per_epoch: int) -> int:
         """Steps of the whole run; ``steps_per_epoch`` is what one pass over the data takes."""
         if self.num_steps is not None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.config import ConfigError
 from megatron_rl.data.packing import MicroBatch
 from megatron_rl.dataflow import Stage
@@ -135,7 +136,9 @@ class Actor(TrainedWorker):
         def run(batch: Batch) -> None:
             if batch.share is not None:
                 check_share(batch.share, self.context)
-            self.publish(batch.metrics)
+            started = time.perf_counter()
+            if self.publish(batch.metrics):
+                batch.work.append(WorkTime.since(started, "push", "engine"))
             batch.samples = []
             size = max(1, -(-len(batch.prompts) // parts))
             seeds = self.rollouts.seeds.training(batch.prompts)
@@ -148,6 +151,7 @@ class Actor(TrainedWorker):
                 if then is not None:
                     then(made)
             self.rollouts.after_sampling()
+            batch.work += self.rollouts.take_work()
             batch.temperature = params.temperature or 1.0
             batch.metrics.update(_sample_metrics(batch.samples))
             if episodes is not None:
@@ -219,6 +223,7 @@ class Actor(TrainedWorker):
     def _weights_stepped(self) -> None:
         self.rollouts.trained_version += 1
 
+<<<<<<< HEAD
     def publish(self, metrics: dict[str, float] | None = None) -> None:
         """Push the weights to the rollout engine if it does not have the newest ones yet. Collective. Where the job has
         rollout ranks, `Trainer` pushes, and nothing happens here."""
@@ -227,6 +232,13 @@ class Actor(TrainedWorker):
 
     def push(self, metrics: dict[str, float] | None = None) -> None:
         """Push the weights to the rollout engine. Collective; on rollout ranks it takes its part of another's push."""
+=======
+    def publish(self, metrics: dict[str, float] | None = None) -> bool:
+        """Push the weights to the rollout engine if it does not have the newest ones yet; whether it was so.
+        Collective."""
+        if not self.rollouts.needs_push():
+            return False
+>>>>>>> 7cbe30e (Groups in flight as one buffer with two laws, batch and windowed; megatron-rl plan --lag simulates both; trainer.trace draws the first steps of a run as a Chrome trace)
         self._follow_weights()
         started = time.perf_counter()
         self.engine.sync_parameters()
@@ -234,6 +246,7 @@ class Actor(TrainedWorker):
         if metrics is not None:
             metrics["time/weight_sync_s"] = time.perf_counter() - started
             metrics["weight_sync/wire_bytes"] = float(report.transfer.sent_bytes)
+        return True
 
     def generate(self, prompts: list[Prompt], environment: Episodes | None = None, **sampling: Any) -> list[Sample]:
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_rl.batch import Prompt, Sample
+from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import TrainingEngine
@@ -87,6 +89,7 @@ class Rollouts:
         self._transport: Transport | None = None
         self._replica_sync: WeightSync | None = None  # among the ranks of this model replica
         self._asleep = False
+        self._work: list[WorkTime] = []  # since `take_work`
         self.target_facts: TargetFacts | None = None  # of the rollout ranks' engine, on training ranks
         context, split = model.context, model.context.split
         ranks = [context.grid.ranks(dp=dp) for dp in range(context.grid.dp)]
@@ -241,8 +244,12 @@ class Rollouts:
         """
         missing, answers = list(range(len(prompts))), dict[int, list[Any]]()
         while missing:
+            started = time.perf_counter()
             own = self._generate_share(prompts, params, seeds, missing, episodes)
+            self._work.append(WorkTime.since(started, "generate", "engine"))
+            started = time.perf_counter()
             replies = self.model.context.gather_objects(own, "model")
+            self._work.append(WorkTime.since(started, "other ranks generate", "waiting"))
             if signal := max(reply.gave_up for reply in replies):
                 raise Abandoned(signal)
             if failed := next((reply.failed for reply in replies if reply.failed), ""):
@@ -371,6 +378,11 @@ class Rollouts:
         if self.config.sleep_while_training and not self._asleep:
             self.engine.sleep()
             self._served_version, self._asleep = None, True
+
+    def take_work(self) -> list[WorkTime]:
+        """When this rank's engine worked, and when it waited for others, since the last call."""
+        work, self._work = self._work, []
+        return work
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run needs for the same seeds and versions."""

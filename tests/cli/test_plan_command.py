@@ -145,3 +145,37 @@ def test_a_wrong_cluster_is_one_line(command, tmp_path, right, wrong, named) -> 
     assert ended.code != 0
     assert all(part in ended.error for part in named)
     assert "Traceback" not in ended.error
+
+
+def test_a_lag_is_planned_from_values_and_from_a_file(command, tmp_path) -> None:
+    timing = "prompts_per_step=4,samples_per_prompt=1,slots=4,token_s=0.1,tokens_mean=20,training_s=2,push_s=0"
+    ended = command("plan", "--lag", "1", "--timing", timing, "--json")
+    assert ended.code == 0, ended.error
+    found = json.loads(ended.out.splitlines()[-1])
+    assert [(law["law"], law["lag"], round(law["step_s"], 9)) for law in found["laws"]] == [
+        ("in turns", 0, 4.0),
+        ("batch", 1, 2.0),
+        ("windowed", 1, 2.0),
+    ]
+    assert found["bound_s"] == pytest.approx(2.0)
+    (tmp_path / "timing.yaml").write_text(timing.replace("=", ": ").replace(",", "\n"))
+    ended = command("plan", "--lag", "1", "--timing", tmp_path / "timing.yaml", "--json")
+    assert json.loads(ended.out.splitlines()[-1]) == found
+    assert "training_s" in command("plan", "--lag", "0", "--timing", "?").out
+    assert "windowed    1" in command("plan", "--lag", "1", "--timing", timing).out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lag", "1", "--timing", "token_s"], "'token_s' is not name=value"),
+        (["--lag", "1", "--timing", "tokn_s=1"], "token_s"),
+        (["--lag", "1", "--train", "tp=2"], "leave out train"),
+        (["--timing", "token_s=1"], "belong to --lag L"),
+        (["--lag", "1", "--buffer", "3"], "never holds the 16 groups of a step"),
+    ],
+)
+def test_mistakes_about_a_lag_are_explained(command, options, said) -> None:
+    ended = command("plan", *options)
+    assert ended.code != 0
+    assert said in " ".join((ended.error + ended.out).split())

@@ -5,6 +5,7 @@ Launch and restart are torchrun's own, once with ranks as processes of their own
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,26 @@ SMALL = f"{ROOT}/tests/run/small_run.py"
 def uninterrupted(tmp_path_factory) -> tuple[Path, dict[int, dict[str, float]]]:
     folder = tmp_path_factory.mktemp("whole")
     config = write_run(folder)
-    run_ranks(PROGRAM, 2, config, "parallel.tp=2", PYTHONPATH=environment()["PYTHONPATH"])
+    run_ranks(PROGRAM, 2, config, "parallel.tp=2", "trainer.trace=2", PYTHONPATH=environment()["PYTHONPATH"])
     return folder, metrics_of(folder / "out")
+
+
+def test_the_first_steps_are_drawn_as_a_trace(uninterrupted):
+    folder, _ = uninterrupted
+    events = [event for event in json.loads((folder / "out" / "trace.json").read_text()) if event["ph"] == "X"]
+    assert {event["args"]["step"] for event in events} == {1, 2}
+    for rank in (0, 1):
+        own = [event for event in events if (event["pid"], event["args"]["step"]) == (rank, 1)]
+        stages = [event for event in own if event["cat"] == "stages"]
+        assert [e["name"] for e in stages][:4] == ["next prompts", "actor.sample", "reward.score", "grpo.logprobs"]
+        ends = [event["ts"] + event["dur"] for event in stages]
+        assert all(end <= later["ts"] + 2 for end, later in zip(ends, stages[1:], strict=False)), "one after another"
+        sample = stages[1]
+        inside = [event for event in own if event["cat"] != "stages"]
+        assert {event["name"] for event in inside} >= {"push", "generate", "other ranks generate"}
+        within = [event for event in inside if event["name"] in ("push", "generate")]
+        assert all(sample["ts"] <= event["ts"] + 2 for event in within)
+        assert all(event["ts"] + event["dur"] <= ends[1] + 2 for event in within)
 
 
 def test_a_killed_rank_is_restarted_by_torchrun_on_two_agents_and_the_run_resumes_exactly(tmp_path, uninterrupted):
