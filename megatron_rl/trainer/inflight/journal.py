@@ -57,6 +57,17 @@ class Damage(NamedTuple):
         )
 
 
+class Content(NamedTuple):
+    """What `read_journal` finds in a file."""
+
+    records: list[Record]
+    damaged: list[Damage]
+    dropped: int  # bytes, from the front
+    end: int  # the offset after the last record
+    torn: int  # bytes after it: a record whose writing was interrupted
+    head_is_whole: bool
+
+
 class Journal:
     """An open journal. One process writes it.
 
@@ -76,18 +87,30 @@ class Journal:
     def __init__(self, path: Path, sync: Callable[[int], None] = os.fdatasync) -> None:
         self.path = path
         self._sync = sync
-        self.records: list[Record] = []
-        self.damaged: list[Damage] = []
         with self._naming("opened"):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            data = path.read_bytes()
-        if len(data) < HEAD.size and _head(0).startswith(data):  # new, or killed as it was made
+            size = os.fstat(self._file).st_size
+        if size < HEAD.size and _head(0).startswith(path.read_bytes()):  # new, or killed as it was made
             with self._naming("made"):
-                self._make()
-            self._dropped, self.end = 0, HEAD.size
-            return
-        self._dropped = self._read_head(data)
-        self._recover(data)
+                _write_all(self._file, _head(0), 0)
+                self._sync(self._file)
+                _sync_folder(path.parent)
+        try:
+            self.records, self.damaged, self._dropped, self.end, torn, head_is_whole = read_journal(path)
+        except JournalError:
+            self.close()
+            raise
+        if not head_is_whole:
+            with self._naming("mended"):
+                _write_all(self._file, _head(self._dropped), 0)
+        if torn:
+            with self._naming("cut"):
+                self._cut(self.end)
+
+    @property
+    def start(self) -> int:
+        """The offset of the first byte that is kept."""
+        return self._dropped + HEAD.size
 
     # Writing
 
@@ -106,7 +129,8 @@ class Journal:
 
     def cut(self, end: int) -> None:
         """Forget all records from the offset ``end`` on: those of a future that the run does not take again."""
-        if not any(record.offset == end for record in self.records) and end != self.end:
+        places = {found.offset for found in (*self.records, *self.damaged)}
+        if end not in places | {self.start, self.end}:
             raise ValueError(
                 f"journal {self.path}: offset {end} is no end of a record; the last one ends at {self.end}"
             )
@@ -119,10 +143,8 @@ class Journal:
     def drop_before(self, start: int) -> None:
         """Give the space of all records before the offset ``start`` back; offsets stay as they are. What is kept goes
         to another file, which replaces this one when it is on the disk."""
-        if not self._dropped + HEAD.size <= start <= self.end:
-            raise ValueError(
-                f"journal {self.path}: offset {start} is outside of {self._dropped + HEAD.size} to {self.end}"
-            )
+        if not self.start <= start <= self.end:
+            raise ValueError(f"journal {self.path}: offset {start} is outside of {self.start} to {self.end}")
         with self._naming("shortened"):
             self._shorten(start)
         self.records = [record for record in self.records if record.offset >= start]
@@ -157,11 +179,6 @@ class Journal:
             os.ftruncate(self._file, place)
             raise
 
-    def _make(self) -> None:
-        _write_all(self._file, _head(0), 0)
-        self._sync(self._file)
-        _sync_folder(self.path.parent)
-
     def _cut(self, end: int) -> None:
         os.ftruncate(self._file, end - self._dropped)
         self._sync(self._file)
@@ -183,48 +200,50 @@ class Journal:
         self._file, self._dropped = file, dropped
         _sync_folder(self.path.parent)
 
-    # Reading
 
-    def _read_head(self, data: bytes) -> int:
-        """The number of bytes dropped from the front; where the head is damaged, the first record tells."""
-        if len(data) >= HEAD.size:
-            magic, dropped, checksum = HEAD.unpack_from(data)
-            if magic == MAGIC and checksum == _checksum(data[: HEAD.size - 8]):
-                return int(dropped)
+def read_journal(path: Path) -> Content:
+    """What a journal holds; the file does not change. What is wrong with it is logged.
+
+    Raises:
+        JournalError: ``path`` is no journal.
+    """
+    data = path.read_bytes()
+    dropped = _dropped(data)
+    head_is_whole = dropped is not None
+    if dropped is None:
         first = next(found_records(data, 0), None)
         if first is None:
-            self.close()
             raise JournalError(
-                f"{self.path} is no journal, or all of it is damaged: move it away, and what it held is sampled again"
+                f"{path} is no journal, or all of it is damaged: move it away, and what it held is sampled again"
             )
-        logger.warning("journal %s: its head is damaged; its records tell what it said", self.path)
         dropped = first.offset - first.place
-        with self._naming("mended"):
-            _write_all(self._file, _head(dropped), 0)
-        return dropped
+        logger.warning("journal %s: its head is damaged; its records tell what it said", path)
+    records, damaged = list[Record](), list[Damage]()
+    at = HEAD.size
+    for found in found_records(data, at, dropped):
+        number = len(records) + len(damaged)
+        if found.place > at:
+            damaged.append(Damage(path, number, at + dropped, found.place - at))
+            number += 1
+        if found.payload is None:
+            damaged.append(Damage(path, number, found.offset, found.num_bytes))
+        else:
+            records.append(Record(number, found.offset, found.payload))
+        at = found.place + found.num_bytes
+    for damage in damaged:
+        logger.warning("%s", damage)
+    if at < len(data):
+        said = "journal %s: its last record (number %d at offset %d) is not whole, %d bytes are cut off"
+        logger.warning(said, path, len(records) + len(damaged), at + dropped, len(data) - at)
+    return Content(records, damaged, dropped, at + dropped, len(data) - at, head_is_whole)
 
-    def _recover(self, data: bytes) -> None:
-        """Fill `records`, `damaged` and `end` from the file's content; a last record that is not whole is cut off."""
-        at, number = HEAD.size, 0
-        for found in found_records(data, at, self._dropped):
-            if found.place > at:
-                self.damaged.append(Damage(self.path, number, at + self._dropped, found.place - at))
-                number += 1
-            if found.payload is None:
-                self.damaged.append(Damage(self.path, number, found.offset, found.num_bytes))
-            else:
-                self.records.append(Record(number, found.offset, found.payload))
-            at, number = found.place + found.num_bytes, number + 1
-        self.end = at + self._dropped
-        for damage in self.damaged:
-            logger.warning("%s", damage)
-        if at < len(data):
-            logger.warning(
-                "journal %s: its last record (number %d at offset %d) is not whole, %d bytes are cut off",
-                *(self.path, number, self.end, len(data) - at),
-            )
-            with self._naming("cut"):
-                self._cut(self.end)
+
+def _dropped(data: bytes) -> int | None:
+    """What the head says; None where it is damaged."""
+    if len(data) < HEAD.size:
+        return None
+    magic, dropped, checksum = HEAD.unpack_from(data)
+    return int(dropped) if magic == MAGIC and checksum == _checksum(data[: HEAD.size - 8]) else None
 
 
 class _Found(NamedTuple):
