@@ -223,22 +223,16 @@ class Actor(TrainedWorker):
     def _weights_stepped(self) -> None:
         self.rollouts.trained_version += 1
 
-<<<<<<< HEAD
-    def publish(self, metrics: dict[str, float] | None = None) -> None:
-        """Push the weights to the rollout engine if it does not have the newest ones yet. Collective. Where the job has
-        rollout ranks, `Trainer` pushes, and nothing happens here."""
-        if self.context.split is None and self.rollouts.needs_push():
+    def publish(self, metrics: dict[str, float] | None = None) -> bool:
+        """Push the weights to the rollout engine if it does not have the newest ones yet; whether it was so.
+        Collective. Where the job has rollout ranks, `Trainer` pushes, and nothing happens here."""
+        outdated = self.context.split is None and self.rollouts.needs_push()
+        if outdated:
             self.push(metrics)
+        return outdated
 
     def push(self, metrics: dict[str, float] | None = None) -> None:
         """Push the weights to the rollout engine. Collective; on rollout ranks it takes its part of another's push."""
-=======
-    def publish(self, metrics: dict[str, float] | None = None) -> bool:
-        """Push the weights to the rollout engine if it does not have the newest ones yet; whether it was so.
-        Collective."""
-        if not self.rollouts.needs_push():
-            return False
->>>>>>> 7cbe30e (Groups in flight as one buffer with two laws, batch and windowed; megatron-rl plan --lag simulates both; trainer.trace draws the first steps of a run as a Chrome trace)
         self._follow_weights()
         started = time.perf_counter()
         self.engine.sync_parameters()
@@ -246,7 +240,6 @@ class Actor(TrainedWorker):
         if metrics is not None:
             metrics["time/weight_sync_s"] = time.perf_counter() - started
             metrics["weight_sync/wire_bytes"] = float(report.transfer.sent_bytes)
-        return True
 
     def generate(self, prompts: list[Prompt], environment: Episodes | None = None, **sampling: Any) -> list[Sample]:
         """Samples outside a flow, for evaluation: greedy unless ``sampling`` says otherwise."""

@@ -35,7 +35,7 @@ def test_the_first_steps_are_drawn_as_a_trace(uninterrupted):
     for rank in (0, 1):
         own = [event for event in events if (event["pid"], event["args"]["step"]) == (rank, 1)]
         stages = [event for event in own if event["cat"] == "stages"]
-        assert [e["name"] for e in stages][:4] == ["next prompts", "actor.sample", "reward.score", "grpo.logprobs"]
+        assert [e["name"] for e in stages][:4] == ["next prompts", "actor.sample", "reward.score", "batch.pack"]
         ends = [event["ts"] + event["dur"] for event in stages]
         assert all(end <= later["ts"] + 2 for end, later in zip(ends, stages[1:], strict=False)), "one after another"
         sample = stages[1]

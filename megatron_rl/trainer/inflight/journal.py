@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ class Journal:
         self.path = path
         self._sync = sync
         with self._naming("opened"):
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._opened = _open(path)
             size = os.fstat(self._file).st_size
         if size < HEAD.size and _head(0).startswith(path.read_bytes()):  # new, or killed as it was made
             with self._naming("made"):
@@ -106,6 +107,10 @@ class Journal:
         if torn:
             with self._naming("cut"):
                 self._cut(self.end)
+
+    @property
+    def _file(self) -> int:
+        return self._opened.fileno()
 
     @property
     def start(self) -> int:
@@ -152,9 +157,7 @@ class Journal:
 
     def close(self) -> None:
         """Release the file."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        self._opened.close()
 
     @contextlib.contextmanager
     def _naming(self, verb: str) -> Iterator[None]:
@@ -187,17 +190,18 @@ class Journal:
         kept = os.pread(self._file, self.end - start, start - self._dropped)
         dropped = start - HEAD.size
         other = self.path.with_name(f".{self.path.name}.shortened")
-        file = os.open(other, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        file = _open(other)
         try:
-            _write_all(file, _head(dropped) + kept, 0)
-            self._sync(file)
+            os.ftruncate(file.fileno(), 0)
+            _write_all(file.fileno(), _head(dropped) + kept, 0)
+            self._sync(file.fileno())
             os.replace(other, self.path)
         except OSError:
-            os.close(file)
+            file.close()
             other.unlink(missing_ok=True)
             raise
-        os.close(self._file)
-        self._file, self._dropped = file, dropped
+        self.close()
+        self._opened, self._dropped = file, dropped
         _sync_folder(self.path.parent)
 
 
@@ -294,6 +298,10 @@ def _write_all(file: int, data: bytes, place: int) -> None:
     while data:
         written = os.pwrite(file, data, place)
         data, place = data[written:], place + written
+
+
+def _open(path: Path) -> FileIO:
+    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
 
 
 def _sync_folder(folder: Path) -> None:
