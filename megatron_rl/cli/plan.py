@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from megatron_rl.cli.convert import Dtype
 from megatron_rl.cli.errors import clear_errors
+
+if TYPE_CHECKING:
+    from megatron_rl.models import Architecture
+    from megatron_rl.reshard import LinkSpeeds
 
 LAG_OPTIONS = {"lag", "timing", "buffer"}
 
@@ -55,12 +59,10 @@ def plan(
         Path | None, typer.Option(help="YAML file of a cluster: plan a gradient all-reduce instead; no MODEL.")
     ] = None,
     lag: Annotated[
-        int | None,
-        typer.Option(min=0, help="Plan steps whose samples may be this many versions old instead; no MODEL."),
+        int | None, typer.Option(min=0, help="Plan steps with samples up to this many versions old instead; no MODEL.")
     ] = None,
     timing: Annotated[
-        str,
-        typer.Option(help="For --lag: name=value,... or a YAML file of them; `plan --lag 0 --timing ?` lists them."),
+        str, typer.Option(help="For --lag: name=value,... or a YAML file; `plan --lag 0 --timing ?` lists the names.")
     ] = "",
     buffer: Annotated[
         int | None, typer.Option(min=1, help="For --lag: groups in the windowed law's buffer; none: of lag + 1 steps.")
@@ -69,8 +71,7 @@ def plan(
 ) -> None:
     """Dry run of a weight sync: bytes and their minimum, link loads, memory, estimated time."""
     with clear_errors():
-        sources = {name: context.get_parameter_source(name) for name in context.params}
-        given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+        given = _given(context)
         if all_reduce is not None:
             _plan_all_reduce(all_reduce, sorted(given - {"all_reduce", "as_json"}), as_json)
             return
@@ -80,26 +81,43 @@ def plan(
         import torch
 
         from megatron_rl.config import ConfigError
-        from megatron_rl.models import architecture_from_hf
-        from megatron_rl.models.hf_config import read_hf_config
         from megatron_rl.parallel import ParallelSizes
-        from megatron_rl.reshard import LinkSpeeds
         from megatron_rl.run.forecast import Cluster, RolloutSizes, forecast
 
         if model is None or not train:
-            raise ConfigError("give MODEL and --train tp=..,pp=.. for a weight sync, or --all-reduce FILE")
-        if min(intra_node, inter_node) <= 0:
-            raise ConfigError(f"--intra-node {intra_node:g} --inter-node {inter_node:g}: expected more than 0 GB/s")
+            raise ConfigError("give MODEL and --train tp=..,pp=.. for a weight sync, or --all-reduce FILE, or --lag L")
         found = forecast(
-            architecture_from_hf(read_hf_config(model.parent if model.name == "config.json" else model)),
+            _architecture(model),
             ParallelSizes.parse(_sizes(train, "--train"), "--train"),
             RolloutSizes.parse(_sizes(rollout, "--rollout"), "--rollout"),
             Cluster(nodes, rollout_nodes, ranks_per_node),
             getattr(torch, dtype.value),
             int(max_staging_mib * 2**20),
-            LinkSpeeds(intra_node * 1e9, inter_node * 1e9),
+            _speeds(intra_node, inter_node),
         )
         typer.echo(json.dumps(found.to_json()) if as_json else str(found))
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The options that the user gave."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _speeds(intra_node: float, inter_node: float) -> LinkSpeeds:
+    from megatron_rl.config import ConfigError
+    from megatron_rl.reshard import LinkSpeeds
+
+    if min(intra_node, inter_node) <= 0:
+        raise ConfigError(f"--intra-node {intra_node:g} --inter-node {inter_node:g}: expected more than 0 GB/s")
+    return LinkSpeeds(intra_node * 1e9, inter_node * 1e9)
+
+
+def _architecture(model: Path) -> Architecture:
+    from megatron_rl.models import architecture_from_hf
+    from megatron_rl.models.hf_config import read_hf_config
+
+    return architecture_from_hf(read_hf_config(model.parent if model.name == "config.json" else model))
 
 
 def _plan_all_reduce(cluster: Path, others: list[str], as_json: bool) -> None:

@@ -22,7 +22,7 @@ from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.trainer.output_lock import OutputLock
-from megatron_rl.trainer.trace import Trace
+from megatron_rl.trainer.timeline import Trace
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)

@@ -134,7 +134,7 @@ class Journal:
 
     def cut(self, end: int) -> None:
         """Forget all records from the offset ``end`` on: those of a future that the run does not take again."""
-        places = {found.offset for found in (*self.records, *self.damaged)}
+        places = {record.offset for record in self.records} | {damage.offset for damage in self.damaged}
         if end not in places | {self.start, self.end}:
             raise ValueError(
                 f"journal {self.path}: offset {end} is no end of a record; the last one ends at {self.end}"

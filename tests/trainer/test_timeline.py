@@ -10,7 +10,7 @@ import pytest
 from megatron_rl.batch import Batch
 from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.dataflow import Flow, Stage
-from megatron_rl.trainer.trace import Trace
+from megatron_rl.trainer.timeline import Trace
 
 
 def one_step(traces: list[Trace], step: int, *work: WorkTime) -> None:
