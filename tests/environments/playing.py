@@ -51,14 +51,14 @@ def play(
     environment: Any, asked: Sequence[Prompt], on: RolloutEngine, params: SamplingParams, context: int = CONTEXT
 ) -> list[list[Any]]:
     """The outcomes of episodes, of each prompt ``params.n``."""
-    eos, pad = tokenizer().eos_token_id, tokenizer().pad_token_id
     episodes = environment if isinstance(environment, Episodes) else Episodes(environment, tokenizer())
+    own: Any = episodes.chat.tokenizer
     return episodes.play(
         on,
         asked,
         params,
         seeds=[100 + prompt.index for prompt in asked],
-        decode=ResponseDecoder(tokenizer(), {eos, pad}),
-        stop_token_ids={eos, *params.stop_token_ids},
+        decode=ResponseDecoder(own, {own.eos_token_id, own.pad_token_id}),
+        stop_token_ids={own.eos_token_id, *params.stop_token_ids},
         context=context,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from environments.chat_templates import LLAMA, MISTRAL, OPEN_THINKING, QWEN, tokenizer_of
 
@@ -27,11 +29,15 @@ def test_prompt_answer_and_observation_are_the_tokens_of_the_whole_conversation(
     chat = Chat(tokenizer)
     chat.check(["tool"], TOOLS)
     _, prompt = chat.begin([QUESTION], TOOLS)
-    answer = "I add."
+    answer, said = "I add.", {"content": "I add."}
+    if template == MISTRAL:  # which takes results only behind calls
+        call = {"id": "call00100", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+        said = {"content": "", "tool_calls": [call]}
+        answer = "[TOOL_CALLS][" + json.dumps(call["function"]) + "call00100]"
     generated = [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
     observation = [RESULT | {"tool_call_id": f"call0010{i}"} for i in range(results)]
     following = chat.between(observation, TOOLS, tokenizer.eos_token_id)
-    messages = [QUESTION, {"role": "assistant", "content": answer}, *observation]
+    messages = [QUESTION, {"role": "assistant", **said}, *observation]
     whole = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
     assert prompt + generated + following == tokenizer.encode(whole, add_special_tokens=False)
 
