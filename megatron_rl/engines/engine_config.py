@@ -97,7 +97,8 @@ class LoraConfig(ConfigRecord):
 
     @model_validator(mode="after")
     def _says_once(self) -> Self:
-        given = sorted({"rank", "alpha", "target_modules"} & self.model_fields_set)
+        fields = type(self).model_fields
+        given = [name for name in ("rank", "alpha", "target_modules") if getattr(self, name) != fields[name].default]
         if self.path is not None and given:
             raise ValueError(
                 f"path={self.path} was given with {', '.join(given)}, which that folder says: leave it out"

@@ -37,8 +37,13 @@ if TYPE_CHECKING:  # two CPU-seconds on every rank: it brings flash attention, g
 HFConfig = PretrainedConfig  # for packages that hold these objects without importing transformers
 
 
+# Published under a name of their own, though they are of another family to the last number: moonshotai/Kimi-K2-Instruct
+# (github.com/MoonshotAI/Kimi-K2, docs/deploy_guidance.md, "Others") names DeepSeek's class and code.
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+
+
 def read_hf_config(folder: str | Path) -> PretrainedConfig:
-    """The config of a Hugging Face folder.
+    """The config of a Hugging Face folder; that of a model in `SAME_AS` is one of the family that it is.
 
     Raises:
         ConfigError: there is no readable ``config.json``, or its model type is not supported.
@@ -54,7 +59,8 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
 def _checked_config(folder: str, text: str) -> PretrainedConfig:
     """Of a ``config.json`` that holds ``text``. Several parts of a job read the same one; transformers takes 30 ms."""
     path, fields = Path(folder) / "config.json", json.loads(text)
-    model_type = str(fields.get("model_type"))
+    published = str(fields.get("model_type"))
+    model_type = SAME_AS.get(published, published)
     if model_type not in FAMILIES and model_type not in CONFIG_MAPPING:
         try:
             family_of(model_type)
@@ -71,6 +77,9 @@ def _checked_config(folder: str, text: str) -> PretrainedConfig:
             "as the stock model: use a model of the stock class, or add its family in megatron_rl/models"
         )
     try:
+        if model_type != published:
+            own = {key: value for key, value in fields.items() if key != "auto_map"}
+            return CONFIG_MAPPING[model_type].from_dict(own | {"model_type": model_type})
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # wrong types raise whatever transformers meets first
         brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -84,6 +84,68 @@ def test_a_folder_that_names_code_is_read_where_transformers_has_that_class(code
             read_hf_config(tmp_path)
 
 
+def test_kimi_k2_is_read_as_the_family_that_it_is(tmp_path) -> None:
+    """The published numbers, but for layers and the quantisation of its weights."""
+    code = "DeepseekV3"
+    kimi = {
+        "model_type": "kimi_k2",
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"configuration_deepseek.{code}Config",
+            "AutoModel": f"modeling_deepseek.{code}Model",
+            "AutoModelForCausalLM": f"modeling_deepseek.{code}ForCausalLM",
+        },
+        "vocab_size": 163840,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_routed_experts": 384,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.827,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 50000.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 1.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "attention_bias": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(kimi))
+    config = read_hf_config(tmp_path)
+    found = architecture_from_hf(config)
+    (tmp_path / "config.json").write_text(json.dumps(kimi | {"model_type": "deepseek_v3"}))
+    assert found == architecture_from_hf(read_hf_config(tmp_path))
+    assert (found.family, found.experts.num_experts, found.experts.scaling) == ("deepseek_v3", 384, 2.827)
+    assert (dict(found.rope_scaling)["factor"], found.rope_theta, found.mla.q_rank) == (32.0, 5e4, 1536)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert "auto_map" not in config.to_dict()
+    assert architecture_from_hf(AutoConfig.from_pretrained(tmp_path)) == found
+
+
 def test_qwen2_keeps_a_head_size_of_its_own() -> None:
     config = Qwen2Config(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=1)
     architecture = architecture_from_hf(config)

@@ -140,5 +140,7 @@ def test_patterns_are_matched_as_peft_matches_them(tmp_path) -> None:
 
 
 def test_a_path_says_rank_alpha_and_targets_itself() -> None:
-    with pytest.raises(ConfigError, match="path=x was given with alpha, rank, which that folder says: leave it out"):
+    with pytest.raises(ConfigError, match="path=x was given with rank, alpha, which that folder says: leave it out"):
         LoraConfig.parse({"path": "x", "rank": 8, "alpha": 1.0}, where="lora")
+    given = LoraConfig(path="x")
+    assert LoraConfig.parse(given.model_dump(), where="lora") == given

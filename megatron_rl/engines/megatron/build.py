@@ -46,6 +46,7 @@ from megatron_rl.engines.megatron.optimizer import (
 )
 from megatron_rl.engines.megatron.starting_weights import fill_model
 from megatron_rl.engines.micro_batches import micro_batching
+from megatron_rl.models.family import describe
 from megatron_rl.models.hf_config import architecture_from_hf, read_generation
 from megatron_rl.models.peft_adapters import PeftAdapters
 from megatron_rl.models.pipeline import padded_vocab
@@ -236,6 +237,13 @@ def _adapters(engine: MegatronEngine, lora: LoraConfig, seed: int) -> dict[str, 
 
 
 def _micro_batching(engine: MegatronEngine, config: EngineConfig) -> MicroBatching:
+    a = engine.architecture
+    switches = [switch for layer in describe(a).layers if (switch := layer.attention.rotary.switch) is not None]
+    if config.packing is False and switches and a.max_positions > min(switches):
+        raise ConfigError(
+            f"packing=false, but this model turns sequences of more than {min(switches)} tokens by other frequencies "
+            "(LongRoPE), and padding would make short sequences long ones: set packing=true"
+        )
     remedy = (
         "this model's core attention does not take packed sequences: set packing=false, or build the model with "
         "megatron_rl.engines.megatron.model.layer_spec"
