@@ -18,7 +18,7 @@ from megatron_rl.rollout import ENGINES, LocalEngine
 from megatron_rl.trainer import Callback, TrainingLoop
 
 SLOTS, SHAPE, SHORTEST_S, LONGEST_S = 4, 1.3, 0.12, 1.2
-TRAIN_S = 0.75
+TRAIN_S = 1.0
 CALLS: list[float] = []  # seconds of each call of the engine in this process
 ENDS: list[float] = []  # when each step was over, in this process
 

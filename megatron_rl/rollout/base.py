@@ -118,13 +118,13 @@ class RolloutEngine(ABC):
         return cls
 
     @classmethod
-    def lay_out(cls, architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]]) -> Layout:
+    def lay_out(cls, architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]], ep: int = 1) -> Layout:
         """The layout of the weights, as `models.rollout_layout`.
 
         Raises:
             ConfigError: the sizes do not fit the architecture.
         """
-        return rollout_layout(architecture, tp, replicas)
+        return rollout_layout(architecture, tp, replicas, ep)
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:

@@ -138,7 +138,7 @@ def _model_folder(config: RunConfig) -> Path:
 def _check_sizes(folder: Path, config: RunConfig) -> bool:
     architecture = best_architecture(read_hf_config(folder))
     check_sizes(architecture, config.parallel, config.actor.backend)
-    check_rollout(architecture, config.actor.rollout.tp, 1)
+    check_rollout(architecture, config.actor.rollout.tp, config.actor.rollout.ep)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
         engine, tp = ENGINES[config.actor.rollout.engine].for_model(architecture), config.actor.rollout.tp
         engine.check_model(architecture)

@@ -16,6 +16,8 @@ class RolloutConfig(ConfigRecord):
     """Name of a registered rollout engine."""
     tp: int = Field(default=1, ge=1)
     """Tensor-parallel ranks of one rollout replica."""
+    ep: int = Field(default=1, ge=1)
+    """Expert-parallel ranks among these `tp` (MoE only): each holds whole experts instead of a part of all."""
     dtype: DtypeName | None = None
     """Dtype of the rollout weights; None = the training dtype."""
     max_running: int = Field(default=256, ge=1)

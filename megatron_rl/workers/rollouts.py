@@ -145,8 +145,8 @@ class Rollouts:
         return tuple(replica for placement in self.placements for replica in placement.replicas)
 
     def _engine_layout(self) -> Layout:
-        architecture = self.model.architecture
-        return self._engine_type(self.model, self.config).lay_out(architecture, self.config.tp, self._replicas())
+        architecture, config = self.model.architecture, self.config
+        return self._engine_type(self.model, config).lay_out(architecture, config.tp, self._replicas(), config.ep)
 
     def _build_engine(self) -> RolloutEngine:
         model, tp = self.model, self.config.tp

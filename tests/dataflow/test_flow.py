@@ -111,3 +111,25 @@ def test_nothing_collective_begins_after_a_failed_check():
 def test_time_of_each_stage_is_a_metric():
     batch = Flow((writing("make", "x"),))(Batch())
     assert batch.metrics["time/make_s"] >= 0
+
+
+def lagging(lag: int) -> Flow:
+    sample = Stage("actor.sample", lambda batch: None, ("prompts",), ("samples",), generates=True, lag=lag)
+    score = Stage("reward.score", lambda batch: None, ("samples",), ("rewards",), collective=False, generates=True)
+    return sample >> score >> writing("grpo.prepare", "advantages", reads=("rewards",)) >> writing("actor.optimize", "m")
+
+
+def test_rollout_ranks_take_the_first_stages_as_far_as_they_can():
+    sampled, trained = lagging(1).split()
+    assert [stage.name for stage in sampled.stages] == ["actor.sample", "reward.score"]
+    assert [stage.name for stage in trained.stages] == ["grpo.prepare", "actor.optimize"]
+    with pytest.raises(FlowError, match="begins with the stages of rollout ranks, .* but it begins with make"):
+        (writing("make", "x") >> lagging(0)).split()
+
+
+def test_a_flow_with_a_lag_says_what_overlaps():
+    assert str(lagging(2)).splitlines()[-2:] == [
+        "lag 2: rollout ranks run actor.sample >> reward.score of step k+2",
+        "       while training ranks run grpo.prepare >> actor.optimize of step k",
+    ]
+    assert "lag" not in str(lagging(0))

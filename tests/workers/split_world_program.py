@@ -38,17 +38,17 @@ def check_halves(context: ParallelContext) -> None:
     if not split.on_rollout:
         assert parallel_state.get_tensor_model_parallel_world_size() == 2
         assert parallel_state.get_pipeline_model_parallel_world_size() == 2
-        assert context.sizes == ParallelSizes(tp=2, pp=2)
+        assert context.sizes == ParallelSizes(tp=2, pp=2, sequence_parallel=True)
         assert context.dp_size == 1
     assert context.num_consumers == 1
     assert sorted(rank for r in split.rollout_ranks for rank in split.receivers(r)) == list(split.training_ranks)
     say(context, "each half is a world of its own")
 
 
-def check_push(context: ParallelContext, folder: str, tp: int) -> None:
+def check_push(context: ParallelContext, folder: str, tp: int, ep: int = 1) -> None:
     """The bridge carries each byte that a rollout rank holds once, and the engine then holds the checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    actor = Actor(folder, tokenizer, context=context, config={"rollout": {"tp": tp}, "sampling": {"max_tokens": 4}})
+    actor = Actor(folder, tokenizer, context=context, config={"rollout": {"tp": tp, "ep": ep}})
     split, rollouts = context.split, actor.rollouts
     if split.on_rollout:
         side = RolloutSide(split)
@@ -68,16 +68,16 @@ def check_push(context: ParallelContext, folder: str, tp: int) -> None:
         assert moved.received_bytes == 4 * held, (moved, 4 * held)
         check_against_file(engine, folder, tp)
         prompts = [Prompt([3 + i, 4, 5], index=i) for i in range(5)]
-        made = actor.generate(prompts, n=2, temperature=1.0)
+        made = actor.generate(prompts, n=2, temperature=1.0, max_tokens=4)
         assert [sample.prompt.index for sample in made] == [i for i in range(5) for _ in range(2)]
         assert context.gather_objects([s.response_ids for s in made]) == [[s.response_ids for s in made]] * ROLLOUT
         if context.rank == 0:
-            print(f"sampled: {tp} {[s.response_ids for s in made]}", flush=True)
+            print(f"sampled: {actor.engine.architecture.family} {[s.response_ids for s in made]}", flush=True)
         assert isinstance(side.order(), Stop)
     else:
         assert moved.received_bytes == 0
         side.stop(Stop())
-    say(context, f"a push at the minimum of bytes, TP{tp}")
+    say(context, f"a push at the minimum of bytes, TP{tp}" + (f" EP{ep}" if ep > 1 else ""))
     actor.close()
 
 
@@ -97,11 +97,13 @@ def check_against_file(engine, folder: str, tp: int) -> None:
 
 
 if __name__ == "__main__":
-    model = sys.argv[1]
-    made = ParallelContext.create(ParallelSizes(tp=2, pp=2, rollout_ranks=ROLLOUT), timeout=120, seed=3)
+    model, mixture = sys.argv[1:]
+    sizes = ParallelSizes(tp=2, pp=2, sequence_parallel=True, rollout_ranks=ROLLOUT)
+    made = ParallelContext.create(sizes, timeout=120, seed=3)
     check_halves(made)
     for size in (1, 2):
         check_push(made, model, size)
+        check_push(made, mixture, 2, size)
     with pytest.raises(ConfigError, match="rollout tp=4 does not divide"):
         Actor(model, AutoTokenizer.from_pretrained(model), context=made, config={"rollout": {"tp": 4}})
     say(made, "refusal")

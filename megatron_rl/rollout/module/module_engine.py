@@ -30,9 +30,9 @@ class ModuleEngine(LocalEngine):
     """Arguments as for `LocalEngine`; ``layout`` is that of `lay_out`, ``kv_cache_bytes`` bounds nothing."""
 
     @classmethod
-    def lay_out(cls, architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]]) -> Layout:
+    def lay_out(cls, architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]], ep: int = 1) -> Layout:
         module = as_module(architecture)
-        check_rollout(module, tp)
+        check_rollout(module, tp, ep)
         return transformers_layout(module, [rank for ranks in replicas for rank in ranks])
 
     def _allocate(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:

@@ -28,8 +28,12 @@ def launch_servers(
     max_running: int,
     device: torch.device,
     tokenizer: Any,
+    ep: int,
 ) -> list[Member]:
     """The replica's servers, launched but not waited for; nothing is known of them yet.
+
+    Args:
+        ep: expert-parallel ranks among those of one server.
 
     Raises:
         ConfigError: too few urls, or a CPU server would hold another layout.
@@ -49,7 +53,7 @@ def launch_servers(
         return [Member(url, limit, client=client(url)) for url in config.urls[replica.index :: replica.count]]
     if device.type == "cpu":
         check_cpu_layout(architecture, replica.tp)
-    server_config = config.server.model_copy(update={"args": _arguments(config, architecture, device)})
+    server_config = config.server.model_copy(update={"args": _arguments(config, architecture, device, ep)})
     members = []
     for number in range(config.servers):
         name = f"sglang-replica{replica.index}-{number}"
@@ -70,12 +74,14 @@ def launch_servers(
 
 
 def _arguments(
-    config: SGLangConfig, architecture: Architecture, device: torch.device
+    config: SGLangConfig, architecture: Architecture, device: torch.device, ep: int
 ) -> dict[str, str | int | float | bool]:
     """Server options that follow from the config; the user's own come last."""
     arguments: dict[str, str | int | float | bool] = {}
     if device.index is not None:
         arguments["base-gpu-id"] = device.index  # the replica's ranks are neighbours, so are their GPUs
+    if ep > 1:
+        arguments["ep-size"] = ep
     if config.stream:
         # Only what is new, and not at each token: every chunk costs the server and us a millisecond's work.
         arguments |= {"incremental-streaming-output": True, "stream-interval": STREAM_INTERVAL}

@@ -105,12 +105,11 @@ class SGLangEngine(RolloutEngine):
         self._folder = tempfile.TemporaryDirectory(prefix="megatron_rl-sglang-")
         self._loop = EventLoop()
         name = str(dtype).removeprefix("torch.")
-        members = []
+        members, expected = [], ServerLayout.of(layout, dtype)
         if self.replica.leads:
             folder = write_model_folder(Path(self._folder.name), architecture, tokenizer, name)
-            members = launch_servers(
-                self.config, self.replica, folder, architecture, name, max_running, torch.device(device), tokenizer
-            )
+            sizes = (name, max_running, torch.device(device), tokenizer, expected.ep)
+            members = launch_servers(self.config, self.replica, folder, architecture, *sizes)
         self._transfer = TRANSFERS[self.config.delivery](
             loop=self._loop,
             layout=layout,
@@ -120,7 +119,6 @@ class SGLangEngine(RolloutEngine):
             device=device,
             **self.config.delivery_options,
         )
-        expected = ServerLayout.of(layout, dtype)
         self._membership = Membership(members, self.config.retry_policy, expected, self._transfer.runs_loader)
         self._dispatcher = Dispatcher(self._membership, self.config.pause == "in_place", self.config.stream)
 
