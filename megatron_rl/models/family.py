@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
 from typing import Any, ClassVar
 
+from transformers import CONFIG_MAPPING
+
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.attention import GroupedQueryAttention
@@ -303,8 +305,9 @@ def family_of(model_type: str) -> ModelFamily:
     """
     if model_type not in FAMILIES:
         known = list(FAMILIES)
+        meant = "" if model_type in CONFIG_MAPPING else nearest(model_type, known)  # another model is no misspelling
         raise NoFamilyError(
-            f"model type {model_type!r} is not supported.{nearest(model_type, known)} Supported: {', '.join(known)}. "
+            f"model type {model_type!r} is not supported.{meant} Supported: {', '.join(known)}. "
             "To add one, state its differences from the dense decoder in megatron_rl/models/families/<model_type>.py"
         )
     return FAMILIES[model_type](model_type)

@@ -59,7 +59,13 @@ def read_hf_config(folder: str | Path) -> PretrainedConfig:
 def _checked_config(folder: str, text: str) -> PretrainedConfig:
     """Of a ``config.json`` that holds ``text``. Several parts of a job read the same one; transformers takes 30 ms."""
     path, fields = Path(folder) / "config.json", json.loads(text)
-    published = str(fields.get("model_type"))
+    published = fields.get("model_type")
+    if not isinstance(published, str):
+        given = f"model_type is {published!r}" if "model_type" in fields else "model_type is missing"
+        raise ConfigError(
+            f"{path}: {given}, so nothing says what model this is: restore the file, or add the model's own, "
+            'such as "model_type": "llama"'
+        )
     model_type = SAME_AS.get(published, published)
     if model_type not in FAMILIES and model_type not in CONFIG_MAPPING:
         try:
@@ -185,13 +191,19 @@ def best_architecture(config: PretrainedConfig) -> Architecture:
     """
     try:
         return architecture_from_hf(config)
-    except NoFamilyError:
+    except NoFamilyError as none:
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "quantization_config", None) is not None:
             raise
         # At run time only: it imports all of transformers' modelling code, 2 CPU-seconds that most jobs do not need.
         from megatron_rl.models.hf_module import architecture_of_config
 
-        return architecture_of_config(config)
+        try:
+            return architecture_of_config(config)
+        except ConfigError:
+            raise
+        except Exception as error:  # a bad value raises whatever the module meets first
+            brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ConfigError(f"{none}; nor can its module in transformers be built ({brief})") from None
 
 
 def module_config(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import math
 import pickle
 import zipfile
@@ -50,6 +51,7 @@ class StoredChunks:
     ) -> None:
         self._folder, self._tensors, self._storage = folder, tensors, storage
         self._open = functools.lru_cache(OPEN_FILES)(lambda name: (folder / name).open("rb"))
+        self._by_place: dict[tuple[str, int], dict[tuple[int, ...], list[ChunkStorageMetadata]]] = {}
         self._starts: dict[MetadataIndex, int | None] = {}
 
     def read(self, key: str, place: tuple[int, ...], shape: tuple[int, ...], part: Rectangle | None = None) -> Tensor:
@@ -65,7 +67,7 @@ class StoredChunks:
         wanted, entry = part or Rectangle(0, rows, 0, cols), self._tensors[key]
         result = torch.empty(wanted.num_rows, wanted.num_cols, dtype=entry.properties.dtype)
         found = 0
-        for chunk in entry.chunks:
+        for chunk in self._at(key, place):
             window = _window(chunk, place, shape, key)
             if window is None:
                 continue
@@ -81,6 +83,18 @@ class StoredChunks:
         if found != wanted.numel:
             raise ConfigError(f"{self._folder} holds {found} of the {wanted.numel} elements of {key}{wanted}")
         return result
+
+    def _at(self, key: str, place: tuple[int, ...]) -> list[ChunkStorageMetadata]:
+        """Chunks that may meet the tensor at ``place``."""
+        lead = len(place)
+        if (key, lead) not in self._by_place:
+            found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
+            for chunk in self._tensors[key].chunks:
+                ranges = (range(at, at + n) for at, n in zip(chunk.offsets[:lead], chunk.sizes[:lead], strict=True))
+                for index in itertools.product(*ranges):
+                    found.setdefault(index, []).append(chunk)
+            self._by_place[key, lead] = found
+        return self._by_place[key, lead].get(place, [])
 
     def _rows(self, index: MetadataIndex, chunk: ChunkStorageMetadata, cols: int, start: int, stop: int) -> Tensor:
         """Rows of a chunk that is a matrix with ``cols`` columns."""
@@ -173,17 +187,29 @@ def _plain_start(data: _Part, sizes: tuple[int, ...], dtype: torch.dtype) -> int
     try:
         with zipfile.ZipFile(data) as archive:
             members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            saved = _Description(io.BytesIO(archive.read(members["data.pkl"]))).load()
-            order = archive.read(members["byteorder"]) if "byteorder" in members else b"little"
-            values = members[f"data/{saved.storage[2]}"]
+        # Not by archive.read(), which compares checksums: torch.save may leave them out.
+        saved = _Description(io.BytesIO(_member(data, members["data.pkl"]))).load()
+        order = _member(data, members["byteorder"]) if "byteorder" in members else b"little"
+        values = members[f"data/{saved.storage[2]}"]
         plain = values.compress_type == zipfile.ZIP_STORED and order == b"little" and saved.offset == 0
         if not plain or tuple(saved.size) != sizes or values.file_size != math.prod(sizes) * dtype.itemsize:
             return None
         if tuple(saved.stride) != torch.empty(sizes, device="meta").stride():
             return None
-        data.seek(values.header_offset)
-        header = data.read(LOCAL_HEADER)
-        extra = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return values.header_offset + LOCAL_HEADER + extra
+        return _start(data, values)
     except (zipfile.BadZipFile, KeyError, AttributeError, pickle.UnpicklingError):
         return None
+
+
+def _start(data: _Part, info: zipfile.ZipInfo) -> int:
+    """Where the content of a member begins."""
+    data.seek(info.header_offset)
+    header = data.read(LOCAL_HEADER)
+    extra = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return info.header_offset + LOCAL_HEADER + extra
+
+
+def _member(data: _Part, info: zipfile.ZipInfo) -> bytes:
+    """The content of a member that is not compressed, as none of torch.save's is."""
+    data.seek(_start(data, info))
+    return data.read(info.file_size)

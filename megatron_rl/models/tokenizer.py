@@ -7,7 +7,9 @@ guessed, because batches, servers and exported folders would disagree about it i
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,12 @@ from megatron_rl.models.hf_config import GenerationFile, eos_ids
 
 logger = logging.getLogger(__name__)
 
+# Everything that transformers and SGLang read a tokenizer from, but code.
+FILES = (
+    "tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.tiktoken", "spiece.model", "sentencepiece*.model", "chat_template.*",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
 
@@ -50,6 +58,37 @@ def load_tokenizer(source: str | Path, pad_token: str | None = None) -> PreTrain
     return tokenizer
 
 
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the files of a tokenizer, chat template included, byte for byte; not code, which is not exported."""
+    for path in {found for pattern in FILES for found in source.glob(pattern) if found.is_file()}:
+        shutil.copyfile(path, target / path.name)
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+
+
+def check_stored_vocabulary(folder: Path, vocab: int) -> None:
+    """As `check_vocabulary`, for the tokenizer of a folder, read without making one.
+
+    Raises:
+        ConfigError: it has ids beyond ``vocab`` rows, or its file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        if (folder / "tokenizer_config.json").is_file():
+            check_vocabulary(load_tokenizer(folder), vocab)
+        return
+    try:
+        fields = json.loads(path.read_bytes())
+        words = fields["model"].get("vocab") or ()
+        ids = list(words.values()) if isinstance(words, dict) else list(range(len(words)))
+        ids += [token["id"] for token in fields.get("added_tokens") or ()]
+        needed = 1 + max(ids, default=-1)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not the file of a tokenizer ({error!r:.200}): restore the file") from None
+    if needed > vocab:
+        raise ConfigError(f"{path}: {_too_large(needed, vocab)}")
+
+
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
     """Refuse a tokenizer with ids that a model of ``vocab`` rows has no embedding for. Rows of padding, which Megatron
     and SGLang add, are none of these: nothing was trained in them, and no exported folder has them.
@@ -62,11 +101,15 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab: int) -> None:
     )  # a tokenizer class of the user's own has none
     needed = max(len(tokenizer), 1 + max(ids, default=-1))
     if needed > vocab:
-        raise ConfigError(
-            f"the tokenizer has token ids up to {needed - 1}, but the model's vocabulary has {vocab} rows: take the "
-            f"model's own tokenizer, or resize the model first (transformers: model.resize_token_embeddings({needed}), "
-            "which gives new rows the mean of the old ones; model.save_pretrained(FOLDER)) and start from that folder"
-        )
+        raise ConfigError(_too_large(needed, vocab))
+
+
+def _too_large(needed: int, vocab: int) -> str:
+    return (
+        f"the tokenizer has token ids up to {needed - 1}, but the model's vocabulary has {vocab} rows: take the "
+        f"model's own tokenizer, or resize the model first (transformers: model.resize_token_embeddings({needed}), "
+        "which gives new rows the mean of the old ones; model.save_pretrained(FOLDER)) and start from that folder"
+    )
 
 
 def _check_types(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -29,6 +29,7 @@ from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from, m
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.models.safetensors_files import SafetensorsWriter, write_safetensors
+from megatron_rl.models.tokenizer import copy_tokenizer
 from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import WireFormat
 from megatron_rl.reshard.layout import Span, matrix_shape
@@ -37,7 +38,7 @@ from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE, TensorSource
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 << 30
-BLOCK_BYTES = 16 << 20  # of a tensor that are in memory while it is copied from file to file
+BLOCK_BYTES = 8 << 20  # of a tensor that are in memory while it is copied from file to file
 DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
 
@@ -76,6 +77,7 @@ class HFDescription:
     config: PretrainedConfig | Mapping[str, Any] | None = None  # of the model it came from; None makes a fresh one
     tokenizer: PreTrainedTokenizerBase | None = None
     generation: GenerationConfig | None = None
+    tokenizer_folder: Path | None = None  # whose tokenizer's files are taken as they are
 
     def write(self, folder: Path, dtype: torch.dtype) -> None:
         """Write config.json, generation_config.json and the tokenizer's files."""
@@ -86,7 +88,9 @@ class HFDescription:
         if not self.architecture.value_model:
             generation = self.generation or GenerationConfig.from_model_config(config)
             generation.save_pretrained(folder)
-        if self.tokenizer is not None:
+        if self.tokenizer_folder is not None:
+            copy_tokenizer(self.tokenizer_folder, folder)
+        elif self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     def write_into(self, checkpoint: Path, dtype: torch.dtype) -> None:

@@ -126,6 +126,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
     # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
     behind = [n for n in extra if _is_behind(n, architecture)]
+    _refuse_decoder_layers(source, behind, architecture)
     if behind:
         logger.warning(
             "%s: %d tensors of layers behind the last of %d, which predict several tokens, are neither trained nor "
@@ -143,6 +144,23 @@ def add_prefix(source: SafetensorsFolder, architecture: ModuleArchitecture) -> N
     missing = [name for name in logical_tensors(architecture) if name not in source and name.startswith(prefix)]
     names = {name.removeprefix(prefix): name for name in missing}
     source.rename({stored: name for stored, name in names.items() if stored in source})
+
+
+def _refuse_decoder_layers(source: SafetensorsFolder, behind: list[str], architecture: Architecture) -> None:
+    """Raise ConfigError where layers behind the last are not those of multi-token prediction, which have a projection
+    of two hidden states in one (``eh_proj``)."""
+    layers: dict[str, list[str]] = {}
+    for name in behind:
+        prefix = describe(architecture).layers_prefix
+        layers.setdefault(prefix + name.partition(prefix)[2].partition(".")[0] + ".", []).append(name)
+    for prefix, names in sorted(layers.items()):
+        if not any(name.endswith(".eh_proj.weight") for name in names):
+            first = min(names)
+            raise ConfigError(
+                f"{source.files[first]}: {first} {list(source.shape(first))} is of a layer behind the last, since "
+                f"config.json has num_hidden_layers={architecture.num_layers}: {prefix}* would be cut off; config.json "
+                "and the weights do not belong together"
+            )
 
 
 def _is_behind(name: str, architecture: Architecture) -> bool:

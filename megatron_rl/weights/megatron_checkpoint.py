@@ -152,8 +152,10 @@ class MegatronCheckpoint:
     def description(self) -> HFDescription:
         """Everything that a Hugging Face folder of this model holds beside tensors."""
         generation = read_generation(self._described) if self._described is not None else None
-        config = self.hf_config if self._described is not None else None
-        return HFDescription(self.architecture, config, self.tokenizer, generation)
+        if self._described is None:
+            return HFDescription(self.architecture, None, self.tokenizer, generation)
+        tokenizer = self.tokenizer if self.architecture.value_model else None
+        return HFDescription(self.architecture, self.hf_config, tokenizer, generation, self.tokenizer_folder)
 
     @functools.cached_property
     def _described(self) -> Path | None:

@@ -16,7 +16,7 @@ from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.parameters import whole
-from megatron_rl.models.tokenizer import load_tokenizer
+from megatron_rl.models.tokenizer import check_stored_vocabulary, load_tokenizer
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_in import check_folder, resolve_folder
@@ -70,8 +70,9 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
 
 def _describe(folder: Path) -> HFDescription:
     config = read_hf_config(folder)
-    tokenizer: PreTrainedTokenizerBase | None = None
-    if (folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(folder)
     architecture = replace(architecture_from_hf(config), value_model=is_classifier(config))
-    return HFDescription(architecture, config, tokenizer, read_generation(folder))
+    tokenizer: PreTrainedTokenizerBase | None = None
+    if architecture.value_model and (folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(folder)  # it knows which token pads, which a classifier's config names
+    check_stored_vocabulary(folder, architecture.vocab)
+    return HFDescription(architecture, config, tokenizer, read_generation(folder), folder)

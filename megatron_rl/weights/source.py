@@ -289,6 +289,9 @@ def _weight_map(folder: Path) -> dict[str, Path]:
         file = _open_safetensors(single)
         file.close()
         return dict.fromkeys(file.entries, single)
+    if parts := sorted(path.name for path in folder.glob("*.safetensors")):
+        count = f"{len(parts)} safetensors files, {parts[0]} first," if len(parts) > 1 else parts[0]
+        raise ConfigError(f"{folder} has {count} but no {INDEX_FILE}, which says what is where: download it as well")
     other = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt*"))
     if other:
         raise ConfigError(

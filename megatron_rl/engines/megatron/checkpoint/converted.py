@@ -7,10 +7,11 @@ layout hold it. The iteration's sub-folder ``hf`` carries the model's config and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,9 +71,10 @@ def write_converted(
         with together.attempt():
             folder.mkdir(exist_ok=True)
             files = TensorFiles(folder)
-            for part in parts:
-                owned = [one for one in held[part.shard.name] if one.rank % context.world_size == context.rank]
-                _write_part(files, part, owned, kinds[part.stored.key][1], opened.tensors)
+            with _without_crc32():
+                for part in parts:
+                    owned = [one for one in held[part.shard.name] if one.rank % context.world_size == context.rank]
+                    _write_part(files, part, owned, kinds[part.stored.key][1], opened.tensors)
             if head is not None and context.rank == 0:
                 files.write(0, SHARED_VALUE_HEAD, (0, 0), head)
             written = files.close()
@@ -89,6 +91,18 @@ def write_converted(
                 writer.publish()
                 if alone:
                     point_to(writer.folder)
+
+
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch.save's own checksum costs as much as all else, and nothing that reads checkpoints looks at it: the files
+    have digests."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _kinds(parts: Sequence[StoredPart], dtypes: WireFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+JOINED_BYTES = 1 << 15
 NO_STATE = [None]  # what Megatron-Core's linear layers keep beside their weights
 
 
@@ -65,6 +66,7 @@ class TensorFiles:
             stream: Any = _Hashing(file, self._hashes.setdefault(name, xxhash.xxh3_128()))
             try:
                 torch.save(content, stream)
+                stream.flush()
             except RuntimeError as error:  # torch's words for what the file system said
                 raise stream.error or error from None
         self._ends[name] = start + stream.count
@@ -80,27 +82,36 @@ class TensorFiles:
 
 
 class _Hashing:
-    """A file that is written in order; counts and digests."""
+    """A file that is written in order; counts, digests, and joins the dozens of small pieces that torch.save makes."""
 
     def __init__(self, file: Any, digest: Any) -> None:
-        self._file, self._digest = file, digest
+        self._file, self._digest, self._small = file, digest, bytearray()
         self.count = 0
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        rest = memoryview(data).cast("B")
+        given = memoryview(data).cast("B")
+        self.count += len(given)
+        if len(given) < JOINED_BYTES:
+            self._small += given
+            return len(given)
+        self.flush()
+        self._append(given)
+        return len(given)
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        small, self._small = self._small, bytearray()
+        self._append(memoryview(small))
+
+    def _append(self, rest: memoryview) -> None:
         self._digest.update(rest)
-        self.count += len(rest)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self.error = error
             raise
-        return len(memoryview(data).cast("B"))
-
-    def flush(self) -> None:
-        """Nothing is held back."""
 
 
 def write_metadata(
