@@ -32,7 +32,7 @@ def largest(value: float) -> float:
     return float(tensor)
 
 
-def measured(run: Callable[[], None], links: list[str]) -> tuple[float, float]:
+def measured(run: Callable[[], object], links: list[str]) -> tuple[float, float]:
     """(seconds of the slowest rank, bytes of the busiest node) of one call."""
     dist.barrier()
     before, started = sent_bytes(links), time.perf_counter()
@@ -41,27 +41,38 @@ def measured(run: Callable[[], None], links: list[str]) -> tuple[float, float]:
     return seconds, largest(sent_bytes(links) - before)
 
 
+def group(name: str, config: CollectivesConfig) -> HybridAllReduce:
+    store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+    return HybridAllReduce(store, dist.group.WORLD, config, torch.device("cpu"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--sizes-mb", type=float, nargs="+", default=[4.0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--links", nargs="*", default=[])
     parser.add_argument("--counted", nargs="*", default=["eth0"])
+    parser.add_argument("--deterministic", action="store_true", help="measure that path as well")
     args = parser.parse_args()
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     config = CollectivesConfig(all_reduce="hybrid", reuse_calibration=False, links=tuple(args.links))
-    store = dist.PrefixStore("hybrid", dist.distributed_c10d._get_default_store())
-    hybrid = HybridAllReduce(store, dist.group.WORLD, config, torch.device("cpu"))
+    hybrid = group("hybrid", config)
     hybrid.all_reduce(torch.zeros(1)).wait()  # calibrates
+    ways: dict[str, Callable[[torch.Tensor], object]] = {
+        "flat": dist.all_reduce,
+        "hybrid": lambda x: hybrid.all_reduce(x).wait(),
+    }
+    if args.deterministic:
+        ordered = group("ordered", config.model_copy(update={"deterministic": True}))
+        ways["deterministic"] = lambda x: ordered.all_reduce(x).wait()
     for size_mb in args.sizes_mb:
         numel = int(size_mb * 2**20) // 4
         start = torch.randn(numel, generator=torch.Generator().manual_seed(rank))
-        ways = {"flat": lambda x: dist.all_reduce(x), "hybrid": lambda x: hybrid.all_reduce(x).wait()}
         rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         results = {}
-        for _ in range(args.rounds):
-            for name, way in ways.items():
+        for turn in range(args.rounds):
+            for name, way in list(ways.items())[:: -1 if turn % 2 else 1]:  # neither always comes after the other
                 results[name] = start.clone()
                 rounds[name].append(measured(lambda way=way, x=results[name]: way(x), args.counted))
         exact = sum(torch.randn(numel, generator=torch.Generator().manual_seed(r)).double() for r in range(size))

@@ -2,7 +2,9 @@
 
 Nodes are network namespaces whose links are shaped (root and iproute2 needed); flat and hybrid take turns, figures are
 medians. ``bound`` is the ratio that the links alone allow: bytes that leave the busiest node by a ring over all ranks,
-over those of the hierarchical exchange. On the unshaped loopback the selector should leave the library alone.
+over those of the hierarchical exchange. ``least_ms`` is the time of the latter at the links' rates, with 66 bytes of
+headers for each 1448 of data, ``of_least`` what the hybrid path took over it. On the unshaped loopback the selector
+should leave the library alone; ``deterministic_ms`` is the path that `deterministic: true` takes there.
 ``simulated`` is what `megatron-rl plan --all-reduce` says of the same cluster, its speeds taken from the 2x2 one.
 
     make bench-allreduce
@@ -24,6 +26,7 @@ from megatron_rl.collectives.cost_model import Cost
 from megatron_rl.collectives.simulator import ClusterConfig, LinkConfig, hierarchical, library
 
 MB = 2**20
+HEADERS = 1514 / 1448  # Ethernet frames over the TCP data in them
 PROGRAM = Path(__file__).with_name("allreduce_ranks.py")
 
 
@@ -37,35 +40,52 @@ class Case:
     interleaved: bool = False
 
     @property
+    def rates(self) -> list[int]:
+        """Mbit/s of each link that has a limit."""
+        return [int(rate.removesuffix("mbit")) for rate in self.links.values() if rate]
+
+    @property
     def bound(self) -> float:
         size, nodes = self.nodes * self.ranks, self.nodes
         flat = 2 * (size - 1) / size * (self.ranks if self.interleaved else 1)
-        rates = [int(rate.removesuffix("mbit")) for rate in self.links.values() if rate]
-        second = sum(rates) / rates[0] if rates else 1.0
+        second = sum(self.rates) / self.rates[0] if self.rates else 1.0
         return flat / (2 * (nodes - 1) / nodes) * second
+
+    def least_ms(self, size_mb: float) -> float:
+        """Of the hierarchical exchange, whose 2 (n - 1) / n of the message leaves each node over all links."""
+        return 2 * (self.nodes - 1) / self.nodes * size_mb * MB * HEADERS / (sum(self.rates) * 1e6 / 8) * 1e3
 
 
 CASES = (
     Case("2x2", 2, 2, (4, 16, 64)),
     Case("2x4", 2, 4, (4, 16, 64)),
     Case("4x2", 4, 2, (4, 16)),
-    Case("2x2 interleaved", 2, 2, (4,), interleaved=True),
-    Case("2x2 two links", 2, 2, (4, 16), {"eth0": "200mbit", "eth1": "100mbit"}),
-    Case("2x2 loopback", 2, 2, (1, 4, 16), {"eth0": ""}),
+    Case("2x2 interleaved", 2, 2, (4, 16), interleaved=True),
+    Case("2x2 two links", 2, 2, (4, 16, 64), {"eth0": "200mbit", "eth1": "100mbit"}),
+    Case("2x2 loopback", 2, 2, (1, 4, 16, 64), {"eth0": ""}),
 )
 
 
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     """The reports of one cluster."""
+    if not case.rates:  # short, and of the processors rather than the links: more of them for a steady median
+        rounds *= 4
     command = [sys.executable, str(PROGRAM), "--rounds", str(rounds), "--counted", *case.links]
     command += ["--sizes-mb", *map(str, case.sizes_mb), "--links", *(case.links if len(case.links) > 1 else ())]
+    if not case.rates:
+        command.append("--deterministic")
     with Cluster(case.nodes, case.links) as cluster:
         ranks = cluster.start(command, case.ranks, interleaved=case.interleaved, TOPOLOGY=case.name)
         outputs = [process.communicate(timeout=900) for process in ranks]
         failed = [rank for rank, process in enumerate(ranks) if process.returncode]
         if failed:
             raise RuntimeError(f"{case.name}: rank {failed[0]} failed: {outputs[failed[0]][1][-2000:]}")
-    return [json.loads(line) | {"bound": case.bound} for line in outputs[0][0].splitlines()]
+    reports = [json.loads(line) | {"bound": case.bound} for line in outputs[0][0].splitlines()]
+    for report in reports:
+        if case.rates:
+            report["least_ms"] = case.least_ms(report["size_mb"])
+            report["of_least"] = report["hybrid_ms"] / report["least_ms"]
+    return reports
 
 
 def calibrated(reports: list[dict[str, Any]]) -> ClusterConfig:
@@ -89,12 +109,19 @@ def calibrated(reports: list[dict[str, Any]]) -> ClusterConfig:
 
 def simulated(speeds: ClusterConfig, case: Case, size_mb: float) -> dict[str, float]:
     """Milliseconds of both ways on another cluster of the same machine."""
-    rates = [int(rate.removesuffix("mbit")) for rate in case.links.values()]
+    rates = case.rates
     order = "interleaved" if case.interleaved else "by_node"
     # All nodes are on one machine and share its processors and memory.
     memory = speeds.host_memory_gbytes_per_s * 2 / case.nodes
+    crowd = case.nodes * case.ranks / 4
     cluster = speeds.model_copy(
-        update={"ranks_per_node": case.ranks, "rank_order": order, "host_memory_gbytes_per_s": memory}
+        update={
+            "ranks_per_node": case.ranks,
+            "rank_order": order,
+            "host_memory_gbytes_per_s": memory,
+            "chunk_us": speeds.chunk_us * crowd,
+            "send_us": speeds.send_us * crowd,
+        }
     )
     if len(rates) > 1:
         first = cluster.between
@@ -129,9 +156,12 @@ def main() -> None:
         reports = measure(case, args.rounds)
         speeds = speeds or (calibrated(reports) if case.name == "2x2" else None)
         for report in reports:
+            times = f"{report['flat_ms']:.1f} / {report['hybrid_ms']:.1f} ms = {report['ratio']:.2f}"
             line = (
-                f"{report['topology']:18} {report['size_mb']:>5} MB  {report['ratio']:.2f} x (bound {case.bound:.2f})"
+                f"{report['topology']:18} {report['size_mb']:>5} MB  {times} (bound {case.bound:.2f}), {report['path']}"
             )
+            if "of_least" in report:
+                line += f", {report['of_least']:.2f} of the least time"
             if speeds is not None and all(case.links.values()):
                 report["simulated"] = simulated(speeds, case, report["size_mb"])
                 off = (f"{way} {report['simulated'][way] / report[f'{way}_ms'] - 1:+.0%}" for way in ("flat", "hybrid"))

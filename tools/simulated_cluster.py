@@ -141,4 +141,4 @@ class Cluster:
 
 
 def _bucket(rate: str) -> str:
-    return f"tbf rate {rate} burst 64kb latency 20ms"
+    return f"tbf rate {rate} burst 64kb latency 300ms"

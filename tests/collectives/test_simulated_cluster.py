@@ -36,7 +36,7 @@ def test_half_as_many_ranks_of_a_node_send_and_bytes_are_the_least():
     size = 4 * 2**20
     assert 1.5 <= report["flat_bytes"] / size < 1.5 * 1.1
     if report["path"] == "hierarchical":  # a busy machine may have measured otherwise
-        assert 1.0 <= report["hybrid_bytes"] / size < 1.1
+        assert 1.0 <= report["hybrid_bytes"] / size < 1.06
     else:
         assert report["predicted_ms"] > 0
 
