@@ -62,6 +62,7 @@ def refusals(folder: Path) -> None:
     predicting.hybrid_layer_pattern = "*-*-/*-"  # as one that was built with Megatron-Core's layers for it
     cases: dict[str, tuple[Any, dict[str, Any]]] = {
         "mamba": (chunk_of("M*-"), {}),
+        "latent attention": (chunk_of("+-"), {}),
         "attention only": (chunk_of("***-"), {}),
         "a stage that parts a pair": (chunk_of("*|-*-"), {}),
         "multi-token prediction": (predicting, {}),

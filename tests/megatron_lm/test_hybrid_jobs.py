@@ -84,6 +84,7 @@ def test_the_exported_model_has_the_logits_of_the_jobs_own_chunks(steps, folder,
 
 REFUSED = {
     "mamba": r"hybrid_layer_pattern='M\*-' with 'M' \(Mamba\); supported is",
+    "latent attention": r"with '\+' \(latent attention\)",
     "attention only": r"hybrid_layer_pattern='\*\*\*-' with attention and feed-forward layers that do not alternate",
     "a stage that parts a pair": r"hybrid_layer_pattern='\*\|-\*-', of which a pipeline stage gets '\*'",
     "multi-token prediction": r"hybrid_layer_pattern='\*-\*-/\*-' with multi-token prediction",

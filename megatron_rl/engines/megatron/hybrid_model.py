@@ -18,8 +18,8 @@ from megatron_rl.models.megatron_fields import Refusal, shown
 # argument of `HybridModel` alone -> what becomes of it; the others are as in `GPTModel`
 HYBRID_ARGUMENTS: dict[str, str] = {
     "hybrid_stack_spec": "checked by the classes of the modules and by the names of the parameters",
-    "hybrid_layer_pattern": "taken over: a pair of `*` or `+` (attention) and `-` or `E` (feed-forward, experts) is a "
-    "layer; Mamba (`M`) and the other kinds, MTP, and stages that part a pair are refused",
+    "hybrid_layer_pattern": "taken over: a pair of `*` (attention) and `-` or `E` (feed-forward, experts) is a layer; "
+    "Mamba (`M`), latent attention (`+`) and the other kinds, MTP, and stages that part a pair are refused",
     "hybrid_attention_ratio": "refused through the pattern that it makes",
     "hybrid_mlp_ratio": "refused through the pattern that it makes",
     "hybrid_override_pattern": "as hybrid_layer_pattern",
@@ -33,7 +33,7 @@ def refused_pattern(chunk: nn.Module) -> list[Refusal]:
     model: Any = chunk
     pattern, here = str(model.hybrid_layer_pattern), "".join(model.decoder.layer_type_list)
     whole = unpaired(main_pattern(pattern)) or ("multi-token prediction" if "/" in pattern else "")
-    expected = "pairs of attention (* or +) and feed-forward (- or E) layers, such as *-*- or *-*E"
+    expected = "pairs of attention (*) and feed-forward (- or E) layers, such as *-*- or *-*E"
     found = [Refusal("hybrid_layer_pattern", f"{pattern!r} with {whole}", expected)] if whole else []
     if not whole and unpaired(here):
         given = f"{pattern!r}, of which a pipeline stage gets {here!r}"

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 HYBRID_MODEL = "megatron.core.models.hybrid.hybrid_model.HybridModel"  # absent before 0.18: known by its name
-ATTENTION, FEED_FORWARD = "*+", "-E"  # letters of megatron.core's hybrid_layer_allocation.Symbols
-KINDS = {"M": "Mamba", "G": "gated delta net", "D": "sparse latent attention"}
+ATTENTION, FEED_FORWARD = "*", "-E"  # letters of megatron.core's hybrid_layer_allocation.Symbols
+KINDS = {"M": "Mamba", "G": "gated delta net", "+": "latent attention", "D": "sparse latent attention"}
 _MODULE = re.compile(r"^decoder\.layers\.(\d+)\.")
 
 
@@ -46,7 +46,7 @@ def decoder_layers(model: Any) -> list[DecoderLayer]:
 def unpaired(pattern: str) -> str:
     """What a pattern of layers has beside pairs of attention and feed-forward; empty where it is a decoder's."""
     others = [f"{letter!r} ({KINDS[letter]})" for letter in dict.fromkeys(pattern) if letter in KINDS]
-    pairs = re.fullmatch(f"([{ATTENTION}][{FEED_FORWARD}])*", pattern)
+    pairs = re.fullmatch(f"(\\{ATTENTION}[{FEED_FORWARD}])*", pattern)
     return ", ".join(others) or ("" if pairs else "attention and feed-forward layers that do not alternate")
 
 
