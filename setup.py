@@ -56,6 +56,7 @@ EXTRAS = {
     "tracking": MLFLOW + TENSORBOARD + WANDB,
     "sglang": ["sglang>=0.5.21,<0.6"],
     "agents": AGENTS,
+    "reasoning-gym": ["reasoning-gym>=0.1.23"],
     "dev": [
         *MLFLOW,
         *TENSORBOARD,

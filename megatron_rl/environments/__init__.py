@@ -5,6 +5,7 @@ from megatron_rl.environments.chat import Chat
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment, EpisodeError, Step
 from megatron_rl.environments.environment_config import EnvironmentConfig, EnvironmentFactory, build_environment
 from megatron_rl.environments.episode import Lost, Player
+from megatron_rl.environments.reasoning_gym_tasks import ReasoningGymEnvironment
 from megatron_rl.environments.session import Model, Session
 from megatron_rl.environments.tool_environment import ToolEnvironment
 from megatron_rl.environments.tools import Tool
@@ -21,6 +22,7 @@ __all__ = [
     "Lost",
     "Model",
     "Player",
+    "ReasoningGymEnvironment",
     "Session",
     "Step",
     "Tool",

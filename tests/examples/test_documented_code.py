@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
 from megatron_rl.collectives.simulator import ClusterConfig, simulate
+from megatron_rl.config import load_user_object
 from megatron_rl.models.family import ModelFamily
 from megatron_rl.registry import Registry
 from megatron_rl.rewards import REWARDS
@@ -91,6 +92,14 @@ def sharded_checkpoint(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def conversations(folder: Path) -> dict[str, Any]:
+    """An actor whose tokenizer has a chat template, and a tool."""
+    names = job(folder)
+    names["tokenizer"].chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    calculate = load_user_object(f"{ROOT / 'examples/tool_use/calculator.py'}:calculate")
+    return names | {"actor": Actor(str(folder / "my-model"), names["tokenizer"]), "calculate": calculate, "prompts": []}
+
+
 def families(folder: Path) -> dict[str, Any]:
     return {"FAMILIES": Registry("model family"), "ModelFamily": ModelFamily}
 
@@ -99,6 +108,8 @@ def families(folder: Path) -> dict[str, Any]:
 FRAGMENTS: dict[tuple[str, int], Callable[[Path], dict[str, Any]]] = {
     ("README.md", 0): job,
     ("docs/adding_things.md", 2): families,
+    ("docs/episodes.md", 0): conversations,
+    ("docs/episodes.md", 1): conversations,
     ("docs/megatron_lm.md", 0): job,
     ("docs/migration.md", 0): sharded_checkpoint,
     ("docs/rewards.md", 1): job,
