@@ -5,7 +5,8 @@ Each case runs the same task under each law: lag 0 (the halves take turns) and l
 ``wait_share`` of training and of the engine; ``lag1_to_lag0`` compares the laws.
 
 ``long_tail``: an engine with published heavy-tailed latencies and a training step of a published time (`long_tail.py`),
-so that the bound is computed from what was published. ``sglang`` (with --sglang PYTHON): a real CPU server on one core
+so that the bound is computed from what was published. ``forecast_s`` is what ``megatron-rl plan --lag`` says beforehand
+and ``forecast_error`` how far off it was. ``sglang`` (with --sglang PYTHON): a real CPU server on one core
 and training on the other; its bound is computed from the means of lag 0.
 
     python tools/bench_async.py [--steps 16] [--sglang .venv-sglang/bin/python]
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 import yaml
-from long_tail import CALLS, ENDS, TRAIN_S, ideal
+from long_tail import CALLS, ENDS, SLOTS, TRAIN_S, ideal, latency
 
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = ROOT / "examples" / "arithmetic_grpo"
@@ -101,6 +102,19 @@ def mean(metrics: list[dict[str, float]], *names: str) -> float:
     return statistics.mean(sum(values[name] for name in names) for values in metrics[2:])
 
 
+def forecast() -> dict[str, float]:
+    """Seconds of a step of `long_tail`, from the distribution of its latencies alone."""
+    from megatron_rl.run.lag_forecast import Timing, forecast_lag
+
+    lengths = tuple(latency(seed) for seed in range(5000))
+    timing = Timing(
+        prompts_per_step=8, samples_per_prompt=1, slots=SLOTS, token_s=1.0, lengths=lengths, training_s=TRAIN_S,
+        push_s=0.0, num_steps=400,
+    )  # fmt: skip
+    in_turns, batch = forecast_lag(timing, lag=1).laws[:2]
+    return {"lag0": in_turns.step_s, "lag1": batch.step_s}
+
+
 def measure(steps: int, sglang: str | None) -> dict[str, Any]:
     """One case."""
     found: dict[str, Any] = {"step_s": {}, "bound_s": {}, "ratio_to_bound": {}, "wait_share": {}}
@@ -120,6 +134,10 @@ def measure(steps: int, sglang: str | None) -> dict[str, Any]:
             shares = {half: mean(metrics, f"time/{half}_wait_share") for half in ("training", "engine")}
             found["wait_share"][law] = {half: round(share, 3) for half, share in shares.items()}
     assert halves is not None
+    if not sglang:
+        found["forecast_s"] = {law: round(seconds, 4) for law, seconds in forecast().items()}
+        errors = {law: seconds / found["step_s"][law] - 1 for law, seconds in found["forecast_s"].items()}
+        found["forecast_error"] = {law: round(error, 4) for law, error in errors.items()}
     found["halves_s"] = {"generation": round(statistics.mean(halves[0]), 4), "training": round(halves[1], 4)}
     found["lag1_to_lag0"] = round(found["step_s"]["lag1"] / found["step_s"]["lag0"], 4)
     return found

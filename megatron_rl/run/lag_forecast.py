@@ -46,6 +46,8 @@ class Timing(ConfigRecord):
     """Lengths are lognormal: standard deviation of their logarithm; 0 = all have `tokens_mean`."""
     tokens_max: int | None = Field(default=None, ge=1)
     """Longest answer; None = no limit."""
+    lengths: tuple[float, ...] = ()
+    """Measured lengths of answers, in tokens, to draw from in place of a distribution."""
     reward_s: float = Field(default=0.0, ge=0)
     """Seconds from a group's last token to its rewards."""
     training_s: float = Field(default=10.0, ge=0)
@@ -60,10 +62,12 @@ class Timing(ConfigRecord):
     def length(self, rng: random.Random) -> float:
         """Tokens of an answer."""
         drawn = self.tokens_mean
-        if self.tokens_sigma:
+        if self.lengths:
+            drawn = rng.choice(self.lengths)
+        elif self.tokens_sigma:
             mu = math.log(self.tokens_mean) - self.tokens_sigma**2 / 2
             drawn = rng.lognormvariate(mu, self.tokens_sigma)
-        return max(1.0, min(drawn, self.tokens_max or drawn))
+        return min(drawn, self.tokens_max or drawn)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def forecast_lag(timing: Timing, lag: int, capacity: int | None = None) -> LagFo
 
 def bound(timing: Timing) -> float:
     """Seconds of a step if both halves always worked, and engines with all slots in use."""
-    rng, drawn = random.Random(timing.seed), 20_000 if timing.tokens_sigma else 1
+    rng, drawn = random.Random(timing.seed), 20_000 if timing.tokens_sigma or timing.lengths else 1
     mean = sum(timing.length(rng) for _ in range(drawn)) / drawn
     sample_s = mean * (timing.token_s + timing.slots * timing.token_s_per_running) + timing.sample_s
     samples = timing.prompts_per_step * timing.samples_per_prompt

@@ -30,6 +30,7 @@ from megatron_rl.trainer.inflight.handed_over import HandedOver
 from megatron_rl.trainer.inflight.rollout_loop import RolloutLoop
 from megatron_rl.trainer.loop import BatchSource, TrainingLoop
 from megatron_rl.trainer.output_lock import OutputLock
+from megatron_rl.trainer.retention import complete_checkpoints, step_of
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers import Actor, Critic
 from megatron_rl.workers.handover import RolloutSide, TrainingSide
@@ -83,7 +84,7 @@ class Trainer(TrainingLoop):
             sampled, trained = flow.split()
             if context.split.on_rollout:
                 super().__init__(sampled, source, context, config)
-                self._rollouts = self._rollout_loop(cast(Actor, model), evaluate)
+                self._rollouts = self._rollout_loop(cast(Actor, model), evaluate, params)
                 return
             logger.info("the flow:\n%s", flow)
             self._handed = self._handed_over(source, cast(Actor, model), flow.lag)
@@ -123,9 +124,13 @@ class Trainer(TrainingLoop):
             step=lambda: self.step,
             total_steps=lambda: self.total_steps,
             on_signal=lambda number: self._interruption.hear(number),
+            on_events=lambda events: self._trace.write(events),
+            oldest=lambda: min(map(step_of, complete_checkpoints(self.output_dir / "checkpoints")), default=0),
         )
 
-    def _rollout_loop(self, actor: Actor, evaluate: Callable[[], dict[str, float]] | None) -> RolloutLoop:
+    def _rollout_loop(
+        self, actor: Actor, evaluate: Callable[[], dict[str, float]] | None, params: Mapping[str, Any] | None
+    ) -> RolloutLoop:
         assert actor.context.split is not None
         return RolloutLoop(
             self.flow,
@@ -135,6 +140,9 @@ class Trainer(TrainingLoop):
             evaluate=evaluate,
             total_steps=self.total_steps,
             interruption=self._interruption,
+            trace=self._trace,
+            journals=self.output_dir / "journal",
+            description=_description(params),
         )
 
     def _save(self) -> None:
@@ -147,6 +155,13 @@ class Trainer(TrainingLoop):
             return self._rollouts.run()
         with self._handed.ending(lambda: self.history) if self._handed is not None else contextlib.nullcontext():
             return super().train()
+
+
+def _description(params: Mapping[str, Any] | None) -> str:
+    """Of a run's configuration, what decides about samples and their rewards; "" where it is not known."""
+    other = ("trainer", "tracking", "log_level", "callbacks", "evaluation", "parallel")
+    values = {name: value for name, value in (params or {}).items() if name not in other}
+    return yaml.safe_dump(values, sort_keys=True) if values else ""
 
 
 def algorithm_of(flow: Flow) -> BaseAlgorithm:

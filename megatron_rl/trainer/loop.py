@@ -22,7 +22,7 @@ from megatron_rl.trainer.callbacks import Callback
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.metrics import reduce_metrics
 from megatron_rl.trainer.output_lock import OutputLock
-from megatron_rl.trainer.timeline import Trace
+from megatron_rl.trainer.timeline import trace_of
 from megatron_rl.trainer.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -101,8 +101,7 @@ class TrainingLoop:
         self.history: dict[str, float] = {}  # the newest metrics
         self.lock: OutputLock | None = None  # of the output folder; released at the end of `train`
         self._stop_reason: str | None = None
-        place = ", ".join(f"{axis} {getattr(context.coordinates, axis)}" for axis in ("dp", "pp", "cp", "tp"))
-        self._trace = Trace(self.output_dir, config.trace, context.rank, place)
+        self._trace = trace_of(context, self.output_dir, config.trace)
         self._interruption = Interruption(
             config.grace_seconds, lambda: self._close_trackers("killed"), lost=self._what_is_lost
         )

@@ -17,7 +17,12 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step_*") if path.is_dir() and path.name.removeprefix("step_").isdigit()]
     order = _order(folder)
     place = {name: number for number, name in enumerate(order)}
-    return sorted(found, key=lambda path: (place.get(path.name, -1), int(path.name.removeprefix("step_"))))
+    return sorted(found, key=lambda path: (place.get(path.name, -1), step_of(path)))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that its run had done."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def record_newest(folder: Path, name: str) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.batch.work_time import WorkTime
+from megatron_rl.parallel import ParallelContext
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +106,15 @@ class Trace:
                 found.append(_metadata("thread_name", rank, event["tid"], name=row))
                 found.append(_metadata("thread_sort_index", rank, event["tid"], sort_index=event["tid"]))
         return found
+
+
+def trace_of(context: ParallelContext, output_dir: Path, num_steps: int) -> Trace:
+    """The trace of this rank, which is numbered as torchrun numbers it."""
+    place = ", ".join(f"{axis} {getattr(context.coordinates, axis)}" for axis in ("dp", "pp", "cp", "tp"))
+    if context.split is None:
+        return Trace(output_dir, num_steps, context.rank, place)
+    half = "rollout" if context.split.on_rollout else f"training, {place}"
+    return Trace(output_dir, num_steps, context.split.rank, half)
 
 
 def _metadata(kind: str, pid: int, tid: int, **args: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from megatron_rl.parallel.worlds import SplitWorld
 from megatron_rl.weights.target import TargetFacts
 
 T = TypeVar("T")
+Events = Sequence[Sequence[Mapping[str, Any]]]  # of a trace, by rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Order:
     push: bool  # a push of the weights follows
     evaluate: bool = False
     start: Start | None = None
+    oldest: int = 0  # the oldest checkpoint is of this step: batches before it are not needed any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class Handed:
     source: Mapping[str, Any]  # state of the prompts after this batch
     calls: int
     signal: int  # that told the rollout ranks to stop, after this batch
+    journalled: bool = False  # it was finished before the run was resumed
+    events: Events = ()  # of each rollout rank, for the trace; for training rank 0 only
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +198,15 @@ class RolloutSide:
         self._tell(Ready(target))
 
     def hand_over(
-        self, step: int, batch: Batch, metrics: dict[str, float], source: Mapping[str, Any], calls: int, signal: int
+        self,
+        step: int,
+        batch: Batch,
+        metrics: dict[str, float],
+        source: Mapping[str, Any],
+        calls: int,
+        signal: int,
+        journalled: bool,
+        events: Events,
     ) -> None:
         """Send each training replica its share of ``batch``; returns at once.
 
@@ -209,7 +221,8 @@ class RolloutSide:
             for reports in (True, False):
                 own = [rank for rank in ranks if (rank == 0) == reports]
                 share.metrics = metrics if reports else {}
-                self._split.messages.send(Handed(step, share, source, calls, signal), own)
+                seen = events if reports else ()
+                self._split.messages.send(Handed(step, share, source, calls, signal, journalled, seen), own)
 
     def evaluated(self, metrics: dict[str, float]) -> None:
         self._tell(Evaluated(metrics))

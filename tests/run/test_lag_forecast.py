@@ -50,6 +50,7 @@ def test_lengths_are_lognormal_with_the_mean_given_and_cut():
     drawn = sorted(timing.length(rng) for _ in range(40_000))
     assert sum(drawn) / len(drawn) == pytest.approx(300, rel=0.02)
     assert drawn[20_000] == pytest.approx(300 * math.exp(-0.32), rel=0.03)
+    assert {Timing(lengths=(3.0, 5.0)).length(rng) for _ in range(100)} == {3.0, 5.0}
     assert max(timing.model_copy(update={"tokens_max": 500}).length(rng) for _ in range(2000)) == 500
 
 

@@ -1,8 +1,10 @@
-"""`BatchJournal`: the batches that rollout ranks have finished, in one journal a rank, and back from there.
+"""`BatchJournal`: the batches that rollout ranks have finished: a run which is killed and resumed samples none again.
 
-A rollout rank appends its share of a batch's groups, a record each, and then the batch itself without them: what is
-known only when all are there. A batch is whole when all its groups and one of these are. The journals lie in
-``<output_dir>/journal``. A checkpoint of a run with a lag keeps their ends, and batches in flight are read from there.
+Each rollout rank appends its share of a batch's groups to a journal of its own in ``<output_dir>/journal``, a record
+each, and then the batch without them. A batch also says what it was made from: the weights, the prompts' state, the
+seeds, the run's configuration. A resumed run comes to the same point with the same weights and takes the batch; where
+anything differs it samples, and forgets the rest of the journal. So the journal saves time, and nothing depends on it:
+what is damaged, or finds no room on the disk, is named and sampled again.
 """
 
 from __future__ import annotations
@@ -25,120 +27,122 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class FinishedBatch:
-    """A batch as rollout ranks hand it over."""
+    """A batch when it is sampled and scored, equal on all rollout ranks."""
 
     step: int  # that trains on it
-    batch: Batch  # prompts, samples, rewards, temperature; of all replicas
+    origin: str  # digest of what it was made from
+    batch: Batch  # prompts, samples, rewards, temperature
     metrics: dict[str, float]  # of the rollout ranks together
     source: Mapping[str, Any]  # state of the prompts after it
-    calls: int  # of `Rollouts`' seeds, after it
+    calls: int  # of `PromptSeeds`, after it
 
 
 def journal_path(folder: Path, rank: int) -> Path:
+    """``rank`` is torchrun's."""
     return folder / f"rank_{rank:05d}.journal"
 
 
 class BatchJournal:
-    """One rollout rank's journal.
+    """One rollout rank's journal, and what all of them hold.
 
     Args:
-        rank: torchrun's.
-        share: this rank's number among the rollout ranks, and how many there are.
-
-    Raises:
-        JournalError: from every method: the disk is full, or fails.
+        rank: torchrun's number of this rank.
+        ranks: those of all rollout ranks.
     """
 
-    def __init__(self, folder: Path, rank: int, share: tuple[int, int]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.rank, self.share = rank, share
-        self._journal = Journal(journal_path(folder, rank))
+    def __init__(self, folder: Path, rank: int, ranks: Sequence[int]) -> None:
+        self._share = ranks.index(rank), len(ranks)
+        self._journal: Journal | None = None
         self._starts: dict[int, int] = {}  # step -> where its records begin
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._journal = Journal(journal_path(folder, rank))
+        except (JournalError, OSError) as error:
+            self._give_up(error)
+            return
         for record in self._journal.records:
             if (step := _step_of(record)) is not None:
                 self._starts.setdefault(step, record.offset)
+        self._known = read_batches(folder, ranks)
 
-    def go_on_from(self, ends: Mapping[int, int]) -> None:
-        """Forget what was written after a checkpoint that says so: the run samples it again.
+    def find(self, step: int, origin: str) -> FinishedBatch | None:
+        """The batch of ``step``, if it is there and made from the same."""
+        found = self._known.get(step) if self._journal is not None else None
+        return found if found is not None and found.origin == origin else None
 
-        Args:
-            ends: of each rank's journal; without this rank's, all is forgotten.
-        """
-        end = min(ends.get(self.rank, self._journal.start), self._journal.end)
-        self._journal.cut(max(end, self._journal.start))
-        self._starts = {step: start for step, start in self._starts.items() if start < end}
+    def add(self, finished: FinishedBatch) -> None:
+        """Append this rank's share; it is on the disk when this returns. What the journal held of this step and later
+        ones is forgotten."""
+        if self._journal is None:
+            return
+        try:
+            self._append(self._journal, finished)
+        except (JournalError, RecordBytesError) as error:
+            self._give_up(error)
 
-    def append_groups(self, step: int, batch: Batch) -> None:
-        """Append this rank's share of the groups of ``batch``; it is on the disk when this returns."""
-        number, count = self.share
-        self._starts[step] = self._journal.end
+    def drop_before(self, step: int) -> None:
+        """Give the space of batches before ``step`` back."""
+        if self._journal is None or not any(known < step for known in self._starts):
+            return
+        self._starts = {known: start for known, start in self._starts.items() if known >= step}
+        self._known = {known: batch for known, batch in self._known.items() if known >= step}
+        try:
+            self._journal.drop_before(min(self._starts.values(), default=self._journal.end))
+        except JournalError as error:
+            self._give_up(error)
+
+    def _append(self, journal: Journal, finished: FinishedBatch) -> None:
+        step, batch, (number, count) = finished.step, finished.batch, self._share
+        later = [start for known, start in self._starts.items() if known >= step]
+        if later:
+            journal.cut(min(later))
+        self._starts = {known: start for known, start in self._starts.items() if known < step} | {step: journal.end}
+        self._known = {known: batch for known, batch in self._known.items() if known < step}
         for index in range(number, len(batch.prompts), count):
             samples = [sample for sample in batch.samples if sample.group == index]
             version = oldest_version(samples) if samples else 0
             group = Group(index, batch.prompts[index], step, 0, 0, Stage.FINISHED, version, samples)
-            self._journal.append(group_to_bytes(group))
-
-    def append_batch(self, found: FinishedBatch) -> int:
-        """Append the rest, when every rank has appended its groups; returns the journal's end."""
-        batch = found.batch
+            journal.append(group_to_bytes(group))
         rest = (len(batch.prompts), batch.temperature, dict(batch.sequences))
-        return self._journal.append(to_bytes((found.step, rest, found.metrics, dict(found.source), found.calls)))
+        values = (step, finished.origin, rest, finished.metrics, dict(finished.source), finished.calls)
+        journal.append(to_bytes(values))
 
-    def drop_before(self, step: int) -> None:
-        """Give the space of batches before ``step`` back."""
-        old = [known for known in self._starts if known < step]
-        if old:
-            kept = [start for known, start in self._starts.items() if known >= step]
-            self._journal.drop_before(min(kept, default=self._journal.end))
-            self._starts = {known: start for known, start in self._starts.items() if known >= step}
-
-    def close(self) -> None:
-        self._journal.close()
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("%s; the run goes on without a journal: after a kill it samples again", error)
+        self._journal, self._known = None, {}
 
 
-def read_batches(folder: Path, ends: Mapping[int, int], steps: Sequence[int]) -> list[FinishedBatch]:
-    """The whole batches of ``steps``, up to the first that is not whole; the journals do not change. What is missing
-    is logged.
-
-    Args:
-        ends: of each rank's journal, as a checkpoint keeps them; what was written later is left out.
-    """
-    groups: dict[int, dict[int, Group]] = {step: {} for step in steps}
+def read_batches(folder: Path, ranks: Sequence[int]) -> dict[int, FinishedBatch]:
+    """The whole batches in the journals of ``ranks``, by step; the files do not change. What is damaged is logged."""
+    groups: dict[int, dict[int, Group]] = {}
     rests: dict[int, Any] = {}
-    for record in _records(folder, ends):
+    for record in _records(folder, ranks):
         found = _decoded(record)
-        if isinstance(found, Group) and found.batch in groups:
-            groups[found.batch][found.ticket] = found
+        if isinstance(found, Group):
+            groups.setdefault(found.batch, {})[found.ticket] = found
         elif isinstance(found, tuple):
             rests[found[0]] = found
-    batches: list[FinishedBatch] = []
-    for step in steps:
-        count = rests[step][1][0] if step in rests else None
-        if count is None or any(index not in groups[step] for index in range(count)):
-            what = "it was not finished" if count is None else f"{len(groups[step])} of {count} groups are whole"
-            logger.warning(
-                "batch %d is not in the journals (%s): it and later ones are sampled again, from newer weights",
-                step,
-                what,
-            )
-            break
-        batches.append(_put_together(rests[step], [groups[step][index] for index in range(count)]))
+    batches: dict[int, FinishedBatch] = {}
+    for step, rest in sorted(rests.items()):
+        own, count = groups.get(step, {}), rest[2][0]
+        if all(index in own for index in range(count)):
+            batches[step] = _put_together(rest, [own[index] for index in range(count)])
+        else:
+            logger.warning("batch %d is sampled again: %d of its %d groups are whole", step, len(own), count)
     return batches
 
 
-def _records(folder: Path, ends: Mapping[int, int]) -> Iterator[Record]:
-    for rank, end in sorted(ends.items()):
+def _records(folder: Path, ranks: Sequence[int]) -> Iterator[Record]:
+    for rank in ranks:
         path = journal_path(folder, rank)
         try:
-            content = read_journal(path)
+            yield from read_journal(path).records
         except (OSError, JournalError) as error:
             logger.warning("journal %s cannot be read: %s", path, error)
-            continue
-        yield from (record for record in content.records if record.offset < end)
 
 
 def _decoded(record: Record) -> Any:
-    """A `Group`, or the rest of a batch; None for what another program wrote."""
+    """A `Group`, or the rest of a batch; None for what another version wrote."""
     try:
         found = from_bytes(record.payload)
         return group_from_bytes(record.payload) if len(found) == 3 else found
@@ -153,11 +157,11 @@ def _step_of(record: Record) -> int | None:
 
 
 def _put_together(rest: Any, groups: Sequence[Group]) -> FinishedBatch:
-    step, (_, temperature, sequences), metrics, source, calls = rest
+    step, origin, (_, temperature, sequences), metrics, source, calls = rest
     batch = Batch(
         prompts=[group.prompt for group in groups],
         samples=[sample for group in groups for sample in group.samples],
         sequences={name: torch.as_tensor(values) for name, values in sequences.items()},
         temperature=temperature,
     )
-    return FinishedBatch(step, batch, metrics, source, calls)
+    return FinishedBatch(step, origin, batch, metrics, source, calls)

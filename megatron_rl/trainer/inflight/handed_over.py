@@ -18,7 +18,7 @@ from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.trainer.inflight.waiting_batches import kept, restored
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.workers import Actor
-from megatron_rl.workers.handover import Handed, Order, Start, Stop, TrainingSide
+from megatron_rl.workers.handover import Events, Handed, Order, Start, Stop, TrainingSide
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ class HandedOver:
         step: steps completed.
         total_steps: of the run.
         on_signal: called with a signal that told the rollout ranks to stop.
+        on_events: called on rank 0 with the rollout ranks' part of the trace.
+        oldest: step of the oldest checkpoint; 0: there is none.
     """
 
     def __init__(
@@ -45,9 +47,12 @@ class HandedOver:
         step: Callable[[], int],
         total_steps: Callable[[], int],
         on_signal: Callable[[int], object],
+        on_events: Callable[[Events], object],
+        oldest: Callable[[], int],
     ) -> None:
         self.source, self.actor, self.lag = source, actor, lag
         self._side, self._step, self._total_steps, self._on_signal = side, step, total_steps, on_signal
+        self._on_events, self._oldest = on_events, oldest
         self._ordered: int | None = None  # steps completed when the newest order was given
         self._state: Mapping[str, Any] | None = None  # of the source, after the newest batch
         self._kept: dict[str, Any] = {}  # batches that wait for their step, in the checkpoint being written
@@ -103,6 +108,10 @@ class HandedOver:
         assert handed.step == self._step(), f"batch {handed.step} came for step {self._step()}"
         if handed.signal:
             self._on_signal(handed.signal)
+        if handed.journalled:
+            logger.info("batch %d was finished before the run was resumed: it comes from the journal", handed.step)
+        if handed.events:
+            self._on_events(handed.events)
         self._state, self.actor.rollouts.seeds.calls = handed.source, handed.calls
         batch.prompts, batch.samples = handed.batch.prompts, handed.batch.samples
         batch.sequences |= handed.batch.sequences
@@ -130,7 +139,7 @@ class HandedOver:
         rollouts = self.actor.rollouts
         start = self._start(step) if self._ordered is None else None
         push = rollouts.needs_push()
-        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start))
+        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start, self._oldest()))
         rollouts.target_facts, self._ordered = self._side.target, step
         if push:
             self.actor.push(metrics)

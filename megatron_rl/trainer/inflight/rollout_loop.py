@@ -4,7 +4,7 @@
 
 Law *batch*: with lag L, batch j is sampled with the weights after max(0, j - L) steps; so the first order, after 0
 steps, is for the batches 0 to L, and each later one for one batch. With the same seeds and L = 0 these are the batches
-of a run without rollout ranks.
+of a run without rollout ranks. Finished batches go to the journal: a run that is killed and resumed samples none again.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
 
 from megatron_rl.batch import Batch
+from megatron_rl.batch.record_bytes import to_bytes
+from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.dataflow import Flow
 from megatron_rl.parallel.abandon import Abandoned
 from megatron_rl.parallel.agreement import PeerError, TransportError
+from megatron_rl.trainer.inflight.batch_journal import BatchJournal, FinishedBatch
 from megatron_rl.trainer.interruption import Interruption, ended_by
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.trainer.metrics import reduce_metrics
+from megatron_rl.trainer.timeline import Trace
+from megatron_rl.weights.fingerprint import Fingerprint
 from megatron_rl.weights.target import TargetFacts
 from megatron_rl.workers import Actor
-from megatron_rl.workers.handover import Order, RolloutSide, Stop
+from megatron_rl.workers.handover import Events, Order, RolloutSide, Stop
 
 logger = logging.getLogger(__name__)
 
+MAX_JOURNALLED = 256  # batches in a run without checkpoints
 NOTICE_SECONDS = 30.0  # that a run which failed waits for training ranks to learn why
 
 
@@ -35,6 +44,9 @@ class RolloutLoop:
     Args:
         evaluate: as of `TrainingLoop`.
         total_steps: of the run.
+        journals: their folder.
+        description: of everything beside weights and prompts that decides what is sampled and how it is scored; "":
+            not known, and then there is no journal.
     """
 
     def __init__(
@@ -47,11 +59,17 @@ class RolloutLoop:
         evaluate: Callable[[], dict[str, float]] | None,
         total_steps: int,
         interruption: Interruption,
+        trace: Trace,
+        journals: Path,
+        description: str,
     ) -> None:
         self.flow, self.source, self.actor = flow, source, actor
         self._side, self._evaluate, self._interruption = side, evaluate, interruption
         self.lag, self.total_steps = flow.lag, total_steps
         self.next_batch = 0
+        self._trace, self._journals, self._description = trace, journals, description
+        self._journal: BatchJournal | None = None
+        self._fingerprint, self._weights = Fingerprint(), b""  # checksums of the engines' weights
 
     def run(self) -> dict[str, float]:
         """Until the training ranks end; returns the run's newest metrics.
@@ -87,11 +105,16 @@ class RolloutLoop:
         if order.start is not None:
             self.next_batch, self.actor.rollouts.seeds.calls = order.start.step, order.start.calls
             self.source.load_state_dict(order.start.source)
+            self._open_journal()
+        if self._journal is not None:
+            self._journal.drop_before(max(order.oldest, order.step - MAX_JOURNALLED))
         self._side.ready(TargetFacts.of(self.actor.rollouts.engine))
         started = time.perf_counter()
         if order.push:
             self.actor.rollouts.trained_version = order.version
             self.actor.push()
+            self._trace.add(WorkTime.since(started, "push", "engine"))
+            self._weights = self._checksums()
         self._side.waited_s += time.perf_counter() - started
         try:
             if order.evaluate:
@@ -101,20 +124,58 @@ class RolloutLoop:
         except Abandoned as abandoned:
             self._side.gave_up(abandoned.signal)
 
+    def _open_journal(self) -> None:
+        """Where engines live in this process; of others it is not known whether a resumed run serves the same weights
+        again."""
+        context, split = self.actor.context, self.actor.context.split
+        assert split is not None
+        with context.attempt("the journal"):
+            if self._description and self.actor.rollouts.engine.targets():
+                self._journal = BatchJournal(self._journals, split.rank, split.rollout_ranks)
+
+    def _checksums(self) -> bytes:
+        own = sorted(self._fingerprint(self.actor.rollouts.engine.targets()).items())
+        return to_bytes(self.actor.context.gather_objects(own))
+
+    def _journalled(self, origin: str) -> FinishedBatch | None:
+        """The next batch, where all rollout ranks have it in their journals."""
+        found = self._journal.find(self.next_batch, origin) if self._journal is not None else None
+        return found if all(self.actor.context.gather_objects(found is not None)) else None
+
+    def _origin(self) -> str:
+        """Digest of what decides the next batch."""
+        at = (self.next_batch, dict(self.source.state_dict()), self.actor.rollouts.seeds.calls)
+        return xxhash.xxh3_128_hexdigest(to_bytes((self._description, self._weights, *at)))
+
+    def _hand_over(self, finished: FinishedBatch, signal: int, journalled: bool, events: Events) -> None:
+        batch, metrics, source, calls = finished.batch, finished.metrics, finished.source, finished.calls
+        self._side.hand_over(finished.step, batch, metrics, source, calls, signal, journalled, events)
+        self.next_batch += 1
+
     def _sample(self) -> None:
+        origin = self._origin()
+        if (finished := self._journalled(origin)) is not None:
+            self.source.load_state_dict(finished.source)
+            self.actor.rollouts.seeds.calls = finished.calls
+            self._hand_over(finished, max(self.actor.context.gather_objects(self._interruption.signal)), True, ())
+            return
         waited, self._side.waited_s = self._side.waited_s, 0.0
         started = time.perf_counter()
+        self._trace.add(WorkTime("training ranks", started - waited, waited, "waiting"))
         batch = self.source.next_batch()
         self.flow(batch)
         took = time.perf_counter() - started
         batch.metrics |= _speed(batch, took, waited, len(self.actor.rollouts.placement.replicas))
-        context = self.actor.context
-        reports = context.gather_objects((batch.metrics, self._interruption.signal))
-        metrics = reduce_metrics([found for found, _ in reports])
-        signal = max(number for _, number in reports)
-        calls = self.actor.rollouts.seeds.calls
-        self._side.hand_over(self.next_batch, batch, metrics, self.source.state_dict(), calls, signal)
-        self.next_batch += 1
+        self._trace.add(*batch.work)
+        events = self._trace.take(self.next_batch + 1)
+        reports = self.actor.context.gather_objects((batch.metrics, self._interruption.signal, events))
+        metrics = reduce_metrics([found for found, _, _ in reports])
+        signal = max(number for _, number, _ in reports)
+        state, calls = self.source.state_dict(), self.actor.rollouts.seeds.calls
+        finished = FinishedBatch(self.next_batch, origin, batch, metrics, state, calls)
+        if self._journal is not None:
+            self._journal.add(finished)
+        self._hand_over(finished, signal, False, [found for _, _, found in reports])
 
 
 def _speed(batch: Batch, took: float, waited: float, num_engines: int) -> dict[str, float]:

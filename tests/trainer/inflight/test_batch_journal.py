@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,12 @@ import torch
 
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.trainer.inflight.batch_journal import BatchJournal, FinishedBatch, journal_path, read_batches
-from megatron_rl.trainer.inflight.journal import HEAD, RECORD, Journal
+from megatron_rl.trainer.inflight.journal import HEAD, Journal
 
 RANKS = (2, 3)
 
 
-def batch_of(step: int) -> FinishedBatch:
+def batch_of(step: int, origin: str = "") -> FinishedBatch:
     prompts = [Prompt([step, index], f"{step}/{index}", answer=index, index=index) for index in range(5)]
     samples = [
         Sample(prompts[group], [7, number], [-0.1 * number, -step / 3], policy_version=step, group=group, reward=0.1)
@@ -24,85 +26,110 @@ def batch_of(step: int) -> FinishedBatch:
     ]
     rewards = torch.rand(15, generator=torch.Generator().manual_seed(step))
     batch = Batch(prompts=prompts, samples=samples, sequences={"rewards": rewards}, temperature=0.7)
-    return FinishedBatch(step, batch, {"rewards/mean": 0.1 + step}, {"position": step * 5, "epoch": 0}, step + 1)
+    state = {"position": step * 5, "epoch": 0}
+    return FinishedBatch(step, origin or f"made {step}", batch, {"rewards/mean": 0.1 + step}, state, step + 1)
 
 
-def written(folder: Path, steps: range) -> dict[int, dict[int, int]]:
-    """The journals' ends after each step."""
-    journals = [BatchJournal(folder, rank, (number, len(RANKS))) for number, rank in enumerate(RANKS)]
-    ends: dict[int, dict[int, int]] = {}
-    for step in steps:
-        found = batch_of(step)
-        for journal in journals:
-            journal.append_groups(step, found.batch)
-        ends[step] = {journal.rank: journal.append_batch(found) for journal in journals}
-    return ends
+def written(folder: Path, steps: range) -> None:
+    for rank in RANKS:
+        journal = BatchJournal(folder, rank, RANKS)
+        for step in steps:
+            journal.add(batch_of(step))
 
 
-def same(found: FinishedBatch, expected: FinishedBatch) -> bool:
+def same(found: FinishedBatch | None, expected: FinishedBatch) -> bool:
+    if found is None:
+        return False
     one, two = copy.deepcopy(found), copy.deepcopy(expected)
     rewards = [batch.batch.sequences.pop("rewards") for batch in (one, two)]
     return one == two and torch.equal(*rewards)
 
 
-def test_batches_in_flight_are_put_together_from_the_journals_of_all_ranks(tmp_path):
-    ends = written(tmp_path, range(6))
-    found = read_batches(tmp_path, ends[4], range(3, 5))
-    assert [batch.step for batch in found] == [3, 4]
-    assert all(same(batch, batch_of(batch.step)) for batch in found)
-    first = found[0].batch
-    assert all(sample.prompt is first.prompts[sample.group] for sample in first.samples)
-    assert [batch.step for batch in read_batches(tmp_path, ends[4], range(4, 7))] == [4], "5 was written later"
+def test_batches_are_put_together_from_the_journals_of_all_ranks(tmp_path):
+    written(tmp_path, range(4))
+    for rank in RANKS:
+        journal = BatchJournal(tmp_path, rank, RANKS)
+        assert all(same(journal.find(step, f"made {step}"), batch_of(step)) for step in range(4))
+        assert journal.find(1, "made from something else") is None
+        assert journal.find(4, "made 4") is None
+    found = read_batches(tmp_path, RANKS)[2].batch
+    assert all(sample.prompt is found.prompts[sample.group] for sample in found.samples)
+
+
+def test_a_batch_that_was_made_otherwise_replaces_it_and_all_that_came_after(tmp_path):
+    written(tmp_path, range(4))
+    for rank in RANKS:
+        journal = BatchJournal(tmp_path, rank, RANKS)
+        journal.add(batch_of(2, "made anew"))
+        assert journal.find(3, "made 3") is None
+        assert same(journal.find(1, "made 1"), batch_of(1))
+    assert {step: batch.origin for step, batch in read_batches(tmp_path, RANKS).items()} == {
+        0: "made 0",
+        1: "made 1",
+        2: "made anew",
+    }
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_a_damaged_group_costs_its_batch_and_those_after_it(tmp_path, rank, caplog):
-    ends = written(tmp_path, range(4))
-    path = journal_path(tmp_path, rank)
+def test_a_damaged_group_costs_its_batch_and_no_other(tmp_path, rank, caplog):
+    written(tmp_path, range(4))
+    path, groups = journal_path(tmp_path, rank), 3 if rank == RANKS[0] else 2
+    hit = Journal(path).records[2 * (groups + 1)]  # the first group of step 2
     data = bytearray(path.read_bytes())
-    place = ends[1][rank] + RECORD.size + 40  # in the first group of step 2
-    data[place] ^= 1
+    data[hit.offset + 80] ^= 1
     path.write_bytes(data)
-    assert [batch.step for batch in read_batches(tmp_path, ends[3], range(1, 4))] == [1]
-    groups = 3 if rank == RANKS[0] else 2
-    assert f"journal {path}: record {2 * (groups + 1)} at offset {ends[1][rank]} is damaged" in caplog.text
-    assert "batch 2 is not in the journals (4 of 5 groups are whole)" in caplog.text
+    assert sorted(read_batches(tmp_path, RANKS)) == [0, 1, 3]
+    assert f"journal {path}: record {hit.number} at offset {hit.offset} is damaged" in caplog.text
+    assert "batch 2 is sampled again: 4 of its 5 groups are whole" in caplog.text
 
 
-def test_a_lost_journal_and_a_torn_one_are_named(tmp_path, caplog):
-    ends = written(tmp_path, range(3))
-    with journal_path(tmp_path, RANKS[0]).open("r+b") as file:
-        file.truncate(ends[2][RANKS[0]] - 3)
-    (found,) = read_batches(tmp_path, ends[2], [2])
-    assert same(found, batch_of(2)), "the other rank has the rest of the batch, too"
+def test_a_torn_journal_and_a_lost_one_are_named(tmp_path, caplog):
+    written(tmp_path, range(3))
+    path = journal_path(tmp_path, RANKS[0])
+    path.write_bytes(path.read_bytes()[:-3])
+    found = read_batches(tmp_path, RANKS)
+    assert same(found[2], batch_of(2)), "the other rank says the rest of the batch, too"
     assert "is not whole" in caplog.text
     journal_path(tmp_path, RANKS[1]).unlink()
-    assert read_batches(tmp_path, ends[2], [2]) == []
+    assert read_batches(tmp_path, RANKS) == {}
     assert f"{journal_path(tmp_path, RANKS[1])} cannot be read" in caplog.text
-
-
-def test_a_resumed_rank_forgets_what_comes_after_the_checkpoint(tmp_path):
-    ends = written(tmp_path, range(6))
-    for number, rank in enumerate(RANKS):
-        journal = BatchJournal(tmp_path, rank, (number, 2))
-        journal.go_on_from(ends[3])
-        journal.append_groups(4, batch_of(4).batch)
-        assert journal.append_batch(batch_of(4)) == ends[4][rank]
-        journal.close()
-    assert [batch.step for batch in read_batches(tmp_path, ends[5], range(2, 6))] == [2, 3, 4]
-    fresh = BatchJournal(tmp_path, RANKS[0], (0, 2))
-    fresh.go_on_from({})
-    assert journal_path(tmp_path, RANKS[0]).stat().st_size == HEAD.size
+    journal_path(tmp_path, RANKS[1]).write_text("something else, which is no journal")
+    other = BatchJournal(tmp_path, RANKS[1], RANKS)
+    other.add(batch_of(0))
+    assert "is no journal" in caplog.text
+    assert "the run goes on without a journal" in caplog.text
 
 
 def test_space_of_batches_that_no_checkpoint_needs_is_given_back(tmp_path):
-    ends = written(tmp_path, range(6))
+    written(tmp_path, range(6))
     for number, rank in enumerate(RANKS):
-        journal = BatchJournal(tmp_path, rank, (number, 2))
-        size = journal_path(tmp_path, rank).stat().st_size
-        journal.drop_before(4)
-        assert journal_path(tmp_path, rank).stat().st_size == size - ends[3][rank] + HEAD.size
-        journal.drop_before(4)
-        journal.close()
+        journal, size = BatchJournal(tmp_path, rank, RANKS), journal_path(tmp_path, rank).stat().st_size
+        for _ in range(2):
+            journal.drop_before(4)
+            assert journal_path(tmp_path, rank).stat().st_size == pytest.approx((size - HEAD.size) / 3, rel=0.05)
         assert len(Journal(journal_path(tmp_path, rank)).records) == 2 * (3 if number == 0 else 2) + 2
-    assert [batch.step for batch in read_batches(tmp_path, ends[5], range(4, 6))] == [4, 5]
+        journal.add(batch_of(6))
+    assert sorted(read_batches(tmp_path, RANKS)) == [4, 5, 6]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 32 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_ends_the_journal_and_not_the_run(small_disk, caplog):
+    journal = BatchJournal(small_disk, 0, [0])
+    for step in range(40):
+        journal.add(batch_of(step))
+    assert f"journal {journal_path(small_disk, 0)} could not be written (No space left on device" in caplog.text
+    assert caplog.text.count("the run goes on without a journal") == 1
+    whole = read_batches(small_disk, [0])
+    assert all(same(batch, batch_of(step)) for step, batch in whole.items())
+    assert len(whole) > 2
