@@ -9,13 +9,14 @@ import time
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from environments.playing import engine, model, play, prompts, tokenizer
 
 from megatron_rl.batch import Batch, Prompt
 from megatron_rl.environments import Environment, EpisodeError, Lost, Step, Transcript
-from megatron_rl.rollout import LocalEngine, SamplingParams
+from megatron_rl.rollout import Completion, LocalEngine, SamplingParams
 from megatron_rl.workers.episodes import Episodes
 
 TURN = SamplingParams(max_tokens=60, n=2, stop_token_ids=tuple(range(60, 160)))  # short turns, of a random model
@@ -225,3 +226,16 @@ def test_environments_may_be_async(local: LocalEngine) -> None:
 
     found = flat(play(Episodes(Asynchronous, tokenizer(), rewritten_history="keep"), prompts(2), local, TURN))
     assert all(tokenizer().decode(t.prompt_ids).startswith("<|im_start|>system\nbe brief") for t in found)
+
+
+def test_routed_experts_of_earlier_turns_stay_as_they_were_generated_with() -> None:
+    def turn(rows: int, expert: int) -> Completion:
+        return Completion([1, 2], [-1.0, -1.0], "stop", 0, metadata={"routed_experts": np.full((rows, 2, 1), expert)})
+
+    transcript = Transcript([5, 6, 7], "", [])
+    transcript.generated(turn(4, 3), "", [])  # three tokens of the prompt, and all but the last generated
+    transcript.observed([8, 9], [])
+    transcript.generated(turn(8, 6), "", [])
+    routed = transcript.metadata["routed_experts"]
+    assert routed[:, 0, 0].tolist() == [3] * 4 + [6] * 4
+    assert len(routed) == len(transcript.all_ids) - 1
