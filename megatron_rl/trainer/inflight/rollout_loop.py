@@ -114,7 +114,7 @@ class RolloutLoop:
             self.actor.rollouts.trained_version = order.version
             self.actor.push()
             self._trace.add(WorkTime.since(started, "push", "engine"))
-            self._weights = self._checksums()
+            self._weights = self._checksums() if self._journal is not None else b""
         self._side.waited_s += time.perf_counter() - started
         try:
             if order.evaluate:
@@ -139,11 +139,15 @@ class RolloutLoop:
 
     def _journalled(self, origin: str) -> FinishedBatch | None:
         """The next batch, where all rollout ranks have it in their journals."""
-        found = self._journal.find(self.next_batch, origin) if self._journal is not None else None
+        if self._journal is None:
+            return None
+        found = self._journal.find(self.next_batch, origin)
         return found if all(self.actor.context.gather_objects(found is not None)) else None
 
     def _origin(self) -> str:
-        """Digest of what decides the next batch."""
+        """Digest of what decides the next batch; "" where there is no journal."""
+        if self._journal is None:
+            return ""
         at = (self.next_batch, dict(self.source.state_dict()), self.actor.rollouts.seeds.calls)
         return xxhash.xxh3_128_hexdigest(to_bytes((self._description, self._weights, *at)))
 
