@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform, use_transformer_engine
+from megatron_rl.engines.megatron.model.kept_routes import keep_no_routes
 from megatron_rl.engines.megatron.model.layer_spec import fits_transformer_engine, layer_spec
 from megatron_rl.engines.megatron.model.own_modules import CappedOutput, ScaledEmbedding, become
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies, rotate_in_attention
@@ -153,6 +154,7 @@ def _build_chunk(
         become(chunk.embedding, ScaledEmbedding, scale=model.embedding.scale)
     if chunk.post_process and architecture.logit_softcap is not None:
         become(chunk.output_layer, CappedOutput, softcap=architecture.logit_softcap)
+    keep_no_routes(chunk)
     return chunk
 
 
