@@ -112,3 +112,16 @@ def peft_update(adapters: dict[str, Tensor], name: str, weight: Tensor) -> Tenso
     a, b = a.reshape(len(weight), -1, a.shape[-1]), b.reshape(b.shape[0], -1, len(weight))
     transposed = weight.shape[1] == a.shape[-1] and weight.shape[2] == b.shape[0]
     return torch.einsum("o r e, e r i -> e i o" if transposed else "o r e, e r i -> e o i", b, a)
+
+
+def numbered_update(given: dict[str, Tensor], name: str) -> Tensor | None:
+    """Of stacked experts from a folder that numbers them."""
+    parent, _, parameter = name.rpartition(".")
+    halves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
+    if f"base_model.model.{parent}.0.{halves[0]}.lora_A.weight" not in given:
+        return None
+    experts = []
+    for expert in range(4):
+        keys = [f"base_model.model.{parent}.{expert}.{half}.lora_" for half in halves]
+        experts.append(torch.cat([given[f"{k}B.weight"].double() @ given[f"{k}A.weight"].double() for k in keys]))
+    return torch.stack(experts)

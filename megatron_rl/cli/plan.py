@@ -114,10 +114,9 @@ def _speeds(intra_node: float, inter_node: float) -> LinkSpeeds:
 
 
 def _architecture(model: Path) -> Architecture:
-    from megatron_rl.models import architecture_from_hf
-    from megatron_rl.models.hf_config import read_hf_config
+    from megatron_rl.models.hf_config import best_architecture, read_hf_config
 
-    return architecture_from_hf(read_hf_config(model.parent if model.name == "config.json" else model))
+    return best_architecture(read_hf_config(model.parent if model.name == "config.json" else model))
 
 
 def _plan_all_reduce(cluster: Path, others: list[str], as_json: bool) -> None:

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
-from megatron_rl.models import Architecture, megatron_layout, rollout_layout
-from megatron_rl.models.pipeline import padded_vocab
+from megatron_rl.engines.trained_layout import trained_layout
+from megatron_rl.models import Architecture, rollout_layout
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import (
     Certificate,
@@ -137,7 +137,7 @@ def forecast(
     max_staging_bytes: int = MAX_STAGING_BYTES,
     speeds: LinkSpeeds | None = None,
 ) -> Forecast:
-    """Plan the sync of every rank of ``cluster`` on this one.
+    """Plan the sync of every rank of ``cluster`` on this one; of a model without a family from FSDP2's shards.
 
     Args:
         dtype: of the rollout weights, and so of the bytes sent.
@@ -147,7 +147,7 @@ def forecast(
     """
     grid = RankGrid(train, cluster.train_ranks)
     replicas = _replicas(grid, rollout, cluster)
-    source = megatron_layout(architecture, grid, padded_vocab(architecture.vocab, train.tp))
+    source = trained_layout(architecture, grid)
     target = rollout_layout(architecture, rollout.tp, replicas, rollout.ep)
     plan = ReshardPlan(source, target, Topology(cluster.ranks_per_node))
     certificate = certify(plan, WireFormat(dtype))

@@ -1,4 +1,5 @@
-"""`open_weights`: what model a Hugging Face folder or a Megatron checkpoint holds, and a source of its tensors."""
+"""`open_weights`: what model a Hugging Face folder, a Megatron checkpoint or a folder of adapters holds, and a source
+of its tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +14,23 @@ from transformers import PreTrainedTokenizerBase
 from megatron_rl.config import ConfigError
 from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.components.embedding import SCORE
-from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_generation, read_hf_config
+from megatron_rl.models.hf_config import (
+    architecture_from_hf,
+    is_classifier,
+    read_generation,
+    read_hf_config,
+    read_json_object,
+)
 from megatron_rl.models.layouts import logical_tensors
 from megatron_rl.models.parameters import whole
+from megatron_rl.models.peft_adapters import PeftAdapters
+from megatron_rl.models.peft_config import CONFIG_FILE
 from megatron_rl.models.tokenizer import check_stored_vocabulary, load_tokenizer
 from megatron_rl.reshard import WireFormat
 from megatron_rl.weights.hf_folder import HFDescription
 from megatron_rl.weights.hf_in import check_folder, resolve_folder
 from megatron_rl.weights.megatron_checkpoint import MegatronCheckpoint
+from megatron_rl.weights.merged_adapters import MergedAdapters
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, dtypes_of
 from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD, read_value_head
 
@@ -38,14 +48,22 @@ class OpenedWeights:
 
 @contextlib.contextmanager
 def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator[OpenedWeights]:
-    """A Hugging Face folder, a model id, or a Megatron checkpoint.
+    """A Hugging Face folder, a model id, a Megatron checkpoint, or a PEFT folder, which is merged into its base.
 
     Args:
-        config: for a checkpoint that carries none: the Hugging Face folder (or its config.json) that describes it.
+        config: for a checkpoint that carries none: the Hugging Face folder (or its config.json) that describes it; for
+            a PEFT folder: its base, where that is not the one that it names.
 
     Raises:
-        ConfigError: it is neither, or nothing says what model the checkpoint holds.
+        ConfigError: it is none of them, nothing says what model the checkpoint holds, or an adapter does not fit its
+            base.
     """
+    given = Path(path).expanduser()
+    if (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
+        with open_weights(config or _base_of(given)) as base:
+            adapters = PeftAdapters(path, base.description.architecture)
+            yield replace(base, tensors=MergedAdapters(base.tensors, adapters))
+        return
     checkpoint = MegatronCheckpoint.find(path, config, flag="--config")
     if checkpoint is None:
         folder = resolve_folder(path)
@@ -76,3 +94,11 @@ def _describe(folder: Path) -> HFDescription:
         tokenizer = load_tokenizer(folder)  # it knows which token pads, which a classifier's config names
     check_stored_vocabulary(folder, architecture.vocab)
     return HFDescription(architecture, config, tokenizer, read_generation(folder), folder)
+
+
+def _base_of(folder: Path) -> str:
+    """The base that a PEFT folder names."""
+    found = read_json_object(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if not isinstance(found, str) or not found:
+        raise ConfigError(f"{folder / CONFIG_FILE} names no base_model_name_or_path: give the base as --config FOLDER")
+    return found

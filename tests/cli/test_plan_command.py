@@ -179,3 +179,19 @@ def test_mistakes_about_a_lag_are_explained(command, options, said) -> None:
     ended = command("plan", *options)
     assert ended.code != 0
     assert said in " ".join((ended.error + ended.out).split())
+
+
+OLMO = CONFIG | {"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}  # has no family
+OLMO_LAYER = 4 * 64 * 64 + 2 * 64 + 3 * 64 * 128 + 2 * 64  # attention, its norms, gated MLP, norms
+
+
+def test_a_model_without_a_family_is_planned_from_fsdp2s_shards(command, tmp_path) -> None:
+    """Two ranks have half of each tensor's rows, and each needs all of them."""
+    (tmp_path / "config.json").write_text(json.dumps(OLMO))
+    found = plan(command, tmp_path, "--train", "tp=1", "--ranks-per-node", "2", "--dtype", "float32")
+    whole = EMBEDDINGS + 2 * OLMO_LAYER + 64
+    assert found["received"] == {"bytes": 4 * whole, "minimum": 4 * whole}
+    assert found["memory"]["train_bytes"] == 4 * whole // 2
+    refused = command("plan", tmp_path, "--train", "tp=2", "--ranks-per-node", "2")
+    assert refused.code != 0
+    assert "data parallel only" in " ".join(refused.error.split())

@@ -219,3 +219,16 @@ def test_rounding_is_no_difference():
         gradients={"actor's w": torch.tensor([[0.10001, 0.2]])},
     )
     assert list(differences(measurement(), other)) == []
+
+
+@pytest.mark.distributed
+def test_of_a_model_without_a_family_the_update_is_compared_under_fsdp2(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "olmo2", "num_hidden_layers": 2}')
+    lines: list[str] = []
+    config = load_examined(CONFIG, [f"model_config_path={tmp_path}"])
+    report = examine(config, max_ranks=2, timeout=300, launch=forks, progress=lines.append)
+    assert report.healthy, str(report)
+    assert "under FSDP2" in lines[0]
+    for layout in ("small micro-batches", "padded rows", "DP2"):
+        assert marks(report, layout) == ["same"] * 4
+    assert not {"TP2", "PP2", "CP2"} & set(str(report).split())

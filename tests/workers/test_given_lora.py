@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from forked import run_ranks
-from peft_folders import factor_of, peft_update, rank_of
+from peft_folders import factor_of, numbered_update, peft_update, rank_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -63,19 +63,6 @@ def gaps(folder: Path, case: str, kind: str) -> dict[str, tuple[bool, float]]:
         expected = weight if update is None else weight + factor_of(kind, name.removesuffix(".weight")) * update
         found[name] = (update is not None, float((merged[name] - expected).abs().max()))
     return found
-
-
-def numbered_update(given: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """Of stacked experts from a folder that numbers them."""
-    parent, _, parameter = name.rpartition(".")
-    halves = ("gate_proj", "up_proj") if parameter == "gate_up_proj" else ("down_proj",)
-    if f"base_model.model.{parent}.0.{halves[0]}.lora_A.weight" not in given:
-        return None
-    experts = []
-    for expert in range(4):
-        keys = [f"base_model.model.{parent}.{expert}.{half}.lora_" for half in halves]
-        experts.append(torch.cat([given[f"{k}B.weight"].double() @ given[f"{k}A.weight"].double() for k in keys]))
-    return torch.stack(experts)
 
 
 @pytest.fixture(scope="module")

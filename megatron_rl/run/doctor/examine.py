@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_rl.algorithms import OfflineAlgorithm
 from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
+from megatron_rl.models.family import NoFamilyError
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.run.build import USER_CODE, find_algorithm
 from megatron_rl.run.doctor.compare import STEPS, Difference, Measured, differences
@@ -99,12 +100,21 @@ def examine(
     """
     config = with_algorithm(config, algorithm) if algorithm else config
     kind, _ = find_algorithm(config)
-    small = shrunk(configured_architecture(config))
-    worlds = variants_for(max_ranks, small.experts is not None)
+    configured = configured_architecture(config)
+    under_fsdp2 = configured is None or config.actor.backend == "fsdp2"
+    if under_fsdp2:
+        progress("under FSDP2: data-parallel layouts, and a plain llama where the model has no family")
+    small = shrunk(configured or PLAIN)
+    worlds = variants_for(max_ranks, small.experts is not None, under_fsdp2)
     with tempfile.TemporaryDirectory(prefix="megatron_rl_doctor_") as name:
         folder = Path(name)
         plan = Plan(
-            config=config, folder=folder, max_ranks=max_ranks, has_experts=small.experts is not None, timeout=timeout
+            config=config,
+            folder=folder,
+            max_ranks=max_ranks,
+            has_experts=small.experts is not None,
+            under_fsdp2=under_fsdp2,
+            timeout=timeout,
         )
         write_random_model(plan.actor, small, seed=1)
         write_random_model(folder / "reference", small, seed=2)
@@ -130,11 +140,17 @@ def with_algorithm(config: RunConfig, name: str) -> RunConfig:
     return config.model_copy(update={"algorithm": kept})
 
 
-def configured_architecture(config: RunConfig) -> Architecture:
-    """The architecture of the configured model if its config is on this machine; else a plain Llama."""
+def configured_architecture(config: RunConfig) -> Architecture | None:
+    """The architecture of the configured model if its config is on this machine; else a plain Llama. None where it has
+    no family, so that FSDP2 trains it."""
     path = Path(config.model_config_path or config.model).expanduser()
     folder = path.parent if path.name == "config.json" else path
-    return architecture_from_hf(read_hf_config(folder)) if (folder / "config.json").is_file() else PLAIN
+    if not (folder / "config.json").is_file():
+        return PLAIN
+    try:
+        return architecture_from_hf(read_hf_config(folder))
+    except NoFamilyError:
+        return None
 
 
 def torchrun(arguments: Sequence[str], ranks: int, log: Path, timeout: float) -> int | None:

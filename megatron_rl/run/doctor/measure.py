@@ -46,6 +46,8 @@ class Plan(ConfigRecord):
     """Largest world size."""
     has_experts: bool
     """Whether the small model has them."""
+    under_fsdp2: bool = False
+    """Whether FSDP2 trains: there are only data-parallel layouts then."""
     timeout: float = Field(gt=0)
     """Seconds that a collective may wait."""
 
@@ -82,7 +84,7 @@ def build(plan: Plan, variant: Variant) -> Parts:
     kind, algorithm_config = find_algorithm(plan.config)
     sgd = OptimizerConfig(optimizer="sgd", learning_rate=LEARNING_RATE, clip_gradient=0.0)
     own = {"optimizer": sgd, "seed": plan.config.seed, "value_head": plan.config.actor.value_head}
-    config = ActorConfig(**{**own, **variant.worker})
+    config = ActorConfig(**{**own, **variant.worker, "backend": "fsdp2" if plan.under_fsdp2 else "megatron"})
     context = ParallelContext.create(ParallelSizes(**variant.sizes), timeout=plan.timeout, seed=plan.config.seed)
     if issubclass(kind, RewardModelling):
         critic = Critic(str(plan.folder / "critic"), context=context, config=config)
@@ -134,7 +136,7 @@ def main(plan: Plan, ranks: int) -> None:
     """Every variant of one world size."""
     current_platform().init_process_group(timeout=plan.timeout)
     results = {}
-    for variant in variants_for(plan.max_ranks, plan.has_experts)[ranks]:
+    for variant in variants_for(plan.max_ranks, plan.has_experts, plan.under_fsdp2)[ranks]:
         if dist.get_rank() == 0:
             (plan.folder / "running").write_text(variant.name)
         results[variant.name] = measure(plan, variant)

@@ -45,12 +45,14 @@ VARIANTS = (
 )
 
 
-def variants_for(max_ranks: int, has_experts: bool) -> dict[int, list[Variant]]:
+def variants_for(max_ranks: int, has_experts: bool, data_parallel: bool = False) -> dict[int, list[Variant]]:
     """World size -> the variants that run in it.
 
     Args:
         max_ranks: largest number of processes; at least 2.
         has_experts: tensor parallelism then comes with sequence parallelism, and expert parallelism is among them.
+        data_parallel: only layouts without any other parallelism, of several ranks one: FSDP2 keeps the process groups
+            of the first, which are gone when the next one is made.
 
     Raises:
         ConfigError: fewer than 2 processes.
@@ -63,6 +65,8 @@ def variants_for(max_ranks: int, has_experts: bool) -> dict[int, list[Variant]]:
         fits = sizes.ep == 1
         if has_experts:
             fits = sizes.tp == 1 or sizes.sequence_parallel
+        if data_parallel:
+            fits = not variant.sizes and (variant.ranks == 1 or not variant.worker)
         if fits and variant.ranks <= max_ranks:
             found.setdefault(variant.ranks, []).append(variant)
     return found
