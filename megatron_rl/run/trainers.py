@@ -157,7 +157,7 @@ class OneCallTrainer:
         at = job_context(self.parallel_state, self.parallel, self.config.seed)
         per_replica = arguments.per_device_train_batch_size
         self.check_batches(per_replica, at.dp_size)
-        loader = self.loader_type(self.dataset, per_replica * at.dp_size, at, seed=self.config.seed)
+        loader = self.loader_type(self.dataset, per_replica * at.num_consumers, at, seed=self.config.seed)
         steps = (
             run.total_steps(loader.steps_per_epoch) * algorithm_config.num_epochs * algorithm_config.num_mini_batches
         )

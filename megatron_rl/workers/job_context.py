@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_rl.config import ConfigError
-from megatron_rl.devices import current_platform
 from megatron_rl.devices.hardware import warn_of_shared_store
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.parallel import ParallelContext, ParallelSizes
@@ -28,8 +25,6 @@ def job_context(parallel_state: Any, parallel: ParallelSizes | None, seed: int) 
             raise ConfigError("give parallel_state (sizes come from it) or parallel (it is initialised here), not both")
         warn_of_shared_store()
         return ParallelContext.from_parallel_state(parallel_state)
-    if not dist.is_initialized():
-        current_platform().init_process_group()
     return ParallelContext.create(parallel or ParallelSizes(), seed=seed)
 
 

@@ -375,7 +375,7 @@ class Rollouts:
 
     def after_sampling(self) -> None:
         """With ``sleep_while_training``, put the engine to sleep until the next push; it loses its weights."""
-        if self.config.sleep_while_training and not self._asleep:
+        if self.config.sleep_while_training and not self._asleep and self.model.context.split is None:
             self.engine.sleep()
             self._served_version, self._asleep = None, True
 

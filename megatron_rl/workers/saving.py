@@ -23,6 +23,8 @@ def save_pretrained(
     engine: TrainingEngine, tokenizer: Any, folder: Path, overwrite: bool, dtype: torch.dtype | None
 ) -> Path:
     """As `TrainedWorker.save_pretrained`."""
+    if _elsewhere(engine):
+        return folder
     engine.sync_parameters()
     origin = engine.origin
     return save_hf(
@@ -40,6 +42,12 @@ def save_pretrained(
     )
 
 
+def _elsewhere(engine: TrainingEngine) -> bool:
+    """Whether this is a rollout rank: the training ranks write without it."""
+    split = engine.context.split
+    return split is not None and split.on_rollout
+
+
 def _write_shared_head(engine: TrainingEngine, folder: Path) -> None:
     """The value head beside the output layer, by one of the ranks that hold it."""
     at = engine.context.coordinates
@@ -52,6 +60,8 @@ def _write_shared_head(engine: TrainingEngine, folder: Path) -> None:
 
 def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bool) -> Path:
     """As `TrainedWorker.save_adapters`."""
+    if _elsewhere(engine):
+        return folder
     if not engine.adapters or engine.value_model:
         raise ConfigError("save_adapters is for a policy with adapters (LoRA): use save_pretrained")
     context, layout = engine.context, engine.layout

@@ -151,6 +151,17 @@ def test_a_rollout_rank_that_dies_is_noticed(tmp_path: Path):
     assert not ended.late
 
 
+def test_from_python_every_rank_makes_the_same_trainer(tmp_path: Path):
+    write_run(tmp_path)
+    paths = environment()["PYTHONPATH"]
+    output = run_ranks(Path(__file__).with_name("rollout_ranks_program.py"), 2, tmp_path, PYTHONPATH=paths)
+    assert "lag 1: rollout ranks run actor.sample >> reward.score of step k+1" in output
+    assert "local engine TP1 on 1 rollout ranks" in output
+    one, two = (line for line in output.splitlines() if line.startswith("returned: "))
+    assert one == two
+    assert metrics_of(tmp_path / "python")[3]["rollout/staleness_max"] == 1.0
+
+
 def mistakes(folder: Path, world_size: int, *overrides: str) -> str:
     config = load_config(RunConfig, write_run(folder), list(overrides))
     with pytest.raises(ConfigError) as error:
