@@ -278,9 +278,7 @@ class Rollouts:
     ) -> _Reply:
         """The samples of this rank's share of the ``wanted`` prompts."""
         placement, engine, answers = self.placement, self.engine, dict[int, list[Any]]()
-        for mine in self._parts(len(prompts), wanted, params.n):
-            if not mine:
-                continue
+        for mine in filter(None, self._parts(len(prompts), wanted, params.n)):
             try:
                 with abandonable(placement.tp == 1):
                     made = self._answers(engine, [prompts[i] for i in mine], params, [seeds[i] for i in mine], episodes)
@@ -290,8 +288,9 @@ class Rollouts:
                 return _Reply({}, failed=str(error))
             except ServersLostError as error:
                 return _Reply(answers | {mine[i]: group for i, group in error.answers.items()}, lost=str(error))
-            answers |= dict(zip(mine, made, strict=True))
-        return _Reply(answers if placement.tp_rank(self.model.context.rank) == 0 else {})
+            if placement.tp_rank(self.model.context.rank) == 0:  # an engine may answer its first rank alone
+                answers |= dict(zip(mine, made, strict=True))
+        return _Reply(answers)
 
     def _parts(self, count: int, wanted: Sequence[int], n: int) -> Iterable[list[int]]:
         """What this rank's replica generates of the ``count`` prompts, one part after the other."""
