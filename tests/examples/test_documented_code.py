@@ -29,7 +29,9 @@ from megatron_rl.tracking import TrackerGroup
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*/README.md"))]
 # Run by tests of their own: as programs, as files of a run, under torchrun.
-ELSEWHERE = {"README.md": {1}, "docs/adding_things.md": {0, 1, 3}, "docs/trainers.md": {0}}
+ELSEWHERE = {"README.md": {1}, "docs/adding_things.md": {0, 1, 3}}
+PROGRAMS = ("docs/rollouts_in_flight.md", "docs/trainers.md")  # whose first block is one for torchrun
+ELSEWHERE |= {page: {0} for page in PROGRAMS}
 REQUIRED = {"model": "my-model", "data": {"path": "prompts.jsonl"}, "rewards": [{"name": "exact"}]}
 
 
@@ -150,11 +152,15 @@ def test_no_block_is_in_a_language_that_nothing_runs():
 
 
 @pytest.mark.distributed
-def test_the_first_block_of_the_trainers_page_is_a_program_for_torchrun(folder, monkeypatch):
+@pytest.mark.parametrize("page", PROGRAMS)
+def test_the_first_block_is_a_program_for_torchrun(page, folder, tmp_path, monkeypatch):
     """As it is printed: without a guard around it."""
-    (folder / "train.py").write_text(blocks(ROOT / "docs/trainers.md", "python")[0])
-    monkeypatch.chdir(folder)
-    (folder / "out").rename(folder / "before")
-    run_ranks(folder / "train.py", 2, timeout=200)
-    assert (folder / "out" / "hf" / "model.safetensors").is_file()
-    assert (folder / "out" / "checkpoints" / "step_000001").is_dir()
+    for given in folder.iterdir():
+        if given.name not in ("out", "outputs"):
+            (tmp_path / given.name).symlink_to(given)
+    (tmp_path / "train.py").write_text(blocks(ROOT / page, "python")[0])
+    monkeypatch.chdir(tmp_path)
+    run_ranks(tmp_path / "train.py", 2, timeout=200)
+    (checkpoints,) = tmp_path.rglob("checkpoints")
+    assert (checkpoints.parent / "hf" / "model.safetensors").is_file()
+    assert list(checkpoints.glob("step_*"))
