@@ -199,11 +199,8 @@ def best_architecture(config: PretrainedConfig) -> Architecture:
 
         try:
             return architecture_of_config(config)
-        except ConfigError:
-            raise
-        except Exception as error:  # a bad value raises whatever the module meets first
-            brief = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ConfigError(f"{none}; nor can its module in transformers be built ({brief})") from None
+        except ConfigError as error:
+            raise ConfigError(f"{none}; nor can it be trained as a module of transformers: {error}") from None
 
 
 def module_config(
