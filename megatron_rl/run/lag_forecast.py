@@ -18,6 +18,7 @@ from pydantic import Field
 
 from megatron_rl.batch import Prompt
 from megatron_rl.config import ConfigRecord
+from megatron_rl.config.ranges import Positive, Seed
 from megatron_rl.trainer.inflight.group import Group, Stage
 from megatron_rl.trainer.inflight.group_buffer import GroupBuffer
 from megatron_rl.trainer.inflight.law import BatchLaw, Law, WindowedLaw
@@ -46,7 +47,7 @@ class Timing(ConfigRecord):
     """Lengths are lognormal: standard deviation of their logarithm; 0 = all have `tokens_mean`."""
     tokens_max: int | None = Field(default=None, ge=1)
     """Longest answer; None = no limit."""
-    lengths: tuple[float, ...] = ()
+    lengths: tuple[Positive, ...] = ()
     """Measured lengths of answers, in tokens, to draw from in place of a distribution."""
     reward_s: float = Field(default=0.0, ge=0)
     """Seconds from a group's last token to its rewards."""
@@ -56,7 +57,7 @@ class Timing(ConfigRecord):
     """Seconds of a push, in which neither half works."""
     num_steps: int = Field(default=100, ge=4)
     """Steps to simulate."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the lengths."""
 
     def length(self, rng: random.Random) -> float:

@@ -167,7 +167,7 @@ def test_bad_configuration_is_one_clear_error(configs: list[dict], expected: str
 
 
 def test_every_registered_reward_builds_from_its_name() -> None:
-    assert set(REWARDS) - {"model"} == {"exact", "number", "regex", "math", *SERVICES}
+    assert set(REWARDS) - {"model"} == {"environment", "exact", "number", "regex", "math", *SERVICES}
     for name in ("exact", "number", "math"):
         assert as_reward(name).name == name
 
