@@ -35,13 +35,13 @@ class Sample:
     policy_version: int = 0  # actor.sample: version of the weights that generated it
     policy_version_spans: list[tuple[int, int]] = field(default_factory=list)  # engine: (version, token count) runs
     group: int = 0  # actor.sample: samples with the same group answer the same prompt of this batch
-    environment_reward: float | None = None  # actor.sample with an environment: what that gave, weighted
     reward: float | None = None  # reward.score: the scalar that training uses
     reward_parts: dict[str, float] = field(default_factory=dict)  # reward.score: each named reward before weighting
     metadata: dict[str, Any] = field(default_factory=dict)  # engines and rewards: anything worth keeping
     special_tokens: list[tuple[int, str]] = field(
         default_factory=list
     )  # actor.sample: (offset, text) left out of the text
+    environment_reward: float | None = None  # actor.sample with an environment: what that gave, weighted
 
     def text_with(self, names: Callable[[str], bool]) -> str:
         """`response_text` with those special tokens in their places whose text ``names`` accepts; never EOS or padding,

@@ -64,8 +64,8 @@ def test_plain_values_come_back_with_type_order_and_every_bit(value):
 def test_samples_come_back_equal_in_every_field(token_ids, logprobs, metadata, spans, reward, answer):
     prompt = Prompt(token_ids, "text", answer, metadata, index=7)
     sample = Sample(
-        prompt, token_ids, logprobs, "\ud800 text", [1] * len(token_ids), "length", 3, spans, 2, reward,
-        environment_reward=0.25, reward_parts={"a": 0.1}, metadata=metadata, special_tokens=[(4, "<x>")],
+        prompt, token_ids, logprobs, "\ud800 text", [1] * len(token_ids), "length", 3, spans, 2, reward, {"a": 0.1},
+        metadata, [(4, "<x>")], 0.25,
     )  # fmt: skip
     assert all(getattr(sample, f.name) is not None for f in dataclasses.fields(Sample) if f.name != "reward")
     assert bits(from_bytes(to_bytes(sample))) == bits(sample)
