@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -34,6 +35,7 @@ PORT = struct.Struct("i")
 SAME_ERROR_SECONDS = 0.2  # from the first rank that fails to SIGTERM for the others, which may be saying the same
 GRACE_SECONDS = 5.0  # from the first rank that fails to SIGKILL for the others
 POLL_SECONDS = 0.005
+PR_SET_CHILD_SUBREAPER = 36  # prctl(2): processes whose parent has ended become this one's children
 LIBRARIES = (
     "megatron_rl",  # first: it gives megatron.core its CPU face
     "megatron.core.distributed",
@@ -87,6 +89,7 @@ def serve(requests: int) -> None:
     One that is to run in the background is answered by its number at once, and {"wait_for": number} with its end;
     {"end": number} ends it.
     """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     background: dict[int, Running] = {}
     with os.fdopen(requests) as lines:
         while line := lines.readline():
@@ -94,7 +97,7 @@ def serve(requests: int) -> None:
             if "wait_for" in request:
                 answer = finish(background.pop(request["wait_for"]), requests)
             elif "end" in request:
-                end_all_of(background.pop(request["end"]))
+                kill_group(background.pop(request["end"]).agent)
                 answer = {}
             elif request["background"]:
                 running = start(request)
@@ -104,7 +107,7 @@ def serve(requests: int) -> None:
                 answer = finish(start(request), requests)
             print(json.dumps(answer | {"cpu": sum(os.times()[:4])}), flush=True)
     for running in background.values():
-        end_all_of(running)
+        kill_group(running.agent)
 
 
 def start(request: dict[str, Any]) -> Running:
@@ -124,22 +127,20 @@ def finish(running: Running, requests: int) -> dict[str, Any]:
         late = time.monotonic() > running.deadline
         asked_to_end = bool(select.select([requests], [], [], POLL_SECONDS)[0])  # the one who waits for this has gone
         if late or asked_to_end:
-            end_all_of(running)
             break
-    kill_group(running.agent)  # what a rank left behind
+    kill_group(running.agent)  # also what a rank left behind
     with os.fdopen(running.answer) as pipe:
         said = pipe.read()
     return {"code": -signal.SIGKILL, "failed": 0, "late": late} | (json.loads(said) if said and not late else {})
 
 
-def end_all_of(running: Running) -> None:
-    kill_group(running.agent)
-    os.waitpid(running.agent, 0)
-
-
 def kill_group(leader: int) -> None:
+    """End all of the group's processes, and return when they have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            os.waitpid(-leader, 0)
 
 
 def be_the_agent(request: dict[str, Any], told: int) -> NoReturn:
