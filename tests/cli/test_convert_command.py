@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
+from small_disk import mounted_disk
 from small_run import write_run
 from stored_arguments import forget_arguments
 
@@ -41,13 +42,7 @@ def test_convert_to_megatron_and_back_is_bitwise(command, model, tmp_path):
 
 def test_a_full_disk_is_one_line_that_names_the_file(command, model, tmp_path):
     """The model's file is larger than the file system; so is a checkpoint of it."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode != 0:
-        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path, "64k") as disk:
         for to, name in (("hf", "model.safetensors"), ("megatron", "")):
             done = command("convert", model, disk / to, "--to", to)
             assert done.code == 2, done.err
@@ -57,8 +52,6 @@ def test_a_full_disk_is_one_line_that_names_the_file(command, model, tmp_path):
             assert name in line
             assert "Traceback" not in done.err
             assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_convert_exports_the_checkpoint_of_a_training_run(command, model, tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from forked import run_ranks
+from small_disk import mounted_disk
 
 pytestmark = pytest.mark.distributed
 PROGRAM = Path(__file__).with_name("disk_full_program.py")
@@ -18,15 +18,8 @@ FULL, ROOMY = 11, 3  # of its amounts of room
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 8 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"needs the right to mount a file system: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted_disk(tmp_path, "8m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("how", ["sync", "async"])

@@ -9,17 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from layout_cases import own_share, samples
-from lora_cases import logprobs_of, rollout_gap, source_of, whole_parameters
+from lora_cases import logprobs_of, main, rollout_gap, source_of, whole_parameters
 from peft_folders import write_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl.algorithms import GRPO
-from megatron_rl.devices import current_platform
 from megatron_rl.engines.engine_config import OptimizerConfig
-from megatron_rl.parallel import ParallelContext, ParallelSizes
+from megatron_rl.parallel import ParallelSizes
 from megatron_rl.workers.actor import Actor
 
 TP2EP2 = {"tp": 2, "ep": 2, "sequence_parallel": True}
@@ -65,15 +63,5 @@ def run_case(model: str, folder: Path, name: str) -> dict:
     return found
 
 
-def main(model: str, folder: Path, cases: list[str]) -> None:
-    current_platform().init_process_group(timeout=120)
-    for name in cases:
-        result = run_case(model, folder, name)
-        ParallelContext.forget()
-        if torch.distributed.get_rank() == 0:
-            torch.save(result, folder / f"{name}.pt")
-    torch.distributed.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(run_case, sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

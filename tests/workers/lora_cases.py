@@ -8,6 +8,7 @@ Usage: lora_cases.py MODEL FOLDER CASE [CASE ...]
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +205,8 @@ def rollout_gap(actor: Actor) -> float:
     return max(actor.context.gather_objects(gap))
 
 
-def main(model: str, folder: Path, cases: list[str]) -> None:
+def main(run_case: Callable[[str, Path, str], dict[str, Any]], model: str, folder: Path, cases: list[str]) -> None:
+    """Run each case and keep what it found in ``folder``."""
     current_platform().init_process_group(timeout=120)
     for name in cases:
         result = run_case(model, folder, name)
@@ -215,4 +217,4 @@ def main(model: str, folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    main(run_case, sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from small_disk import mounted_disk
 
 from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.trainer.inflight.batch_journal import BatchJournal, FinishedBatch, journal_path, read_batches
@@ -115,13 +115,8 @@ def test_space_of_batches_that_no_checkpoint_needs_is_given_back(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 32 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted_disk(tmp_path, "32k") as disk:
+        yield disk
 
 
 def test_a_full_disk_ends_the_journal_and_not_the_run(small_disk, caplog):

@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import resource
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from small_disk import mounted_disk
 
 from megatron_rl.trainer.inflight.journal import HEAD, RECORD, Journal, JournalError
 
@@ -169,13 +169,8 @@ def test_space_before_an_offset_is_given_back_and_offsets_stay(path):
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
     """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-        pytest.skip("needs the right to mount a file system")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted_disk(tmp_path, "64k") as disk:
+        yield disk
 
 
 def test_a_full_disk_is_named_and_the_journal_goes_on_when_there_is_room(small_disk, caplog):
