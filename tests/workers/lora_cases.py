@@ -143,7 +143,13 @@ def source_of(name: str, folder: str) -> Any:
     kind = name.partition("_")[0]
     if kind == "experts":
         return random_experts()
-    return two_layers(MODELS[kind], 512) if kind in MODELS else folder
+    if kind not in MODELS:
+        return folder
+    model = two_layers(MODELS[kind], 512)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias.zero_()  # or some experts get no token
+    return model
 
 
 def logprobs_of(actor: Actor, stage: Any, name: str) -> list[float]:
