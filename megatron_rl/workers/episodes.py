@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,20 +23,38 @@ from megatron_rl.environments import (
     Environment,
     EnvironmentConfig,
     EnvironmentFactory,
+    EpisodeError,
     Lost,
     Model,
     Player,
     Transcript,
     build_environment,
 )
-from megatron_rl.rollout.base import Ask, Conversation, RolloutEngine, SamplingParams, ServersLostError, sample_seed
+from megatron_rl.rollout.base import (
+    Ask,
+    Completion,
+    Conversation,
+    RolloutEngine,
+    SamplingParams,
+    ServersLostError,
+    sample_seed,
+)
 
 logger = logging.getLogger(__name__)
 
 EnvironmentSource = EnvironmentConfig | Mapping[str, Any] | str | type[Environment] | Callable[[], Environment]
-Outcome = Transcript | Lost
 
 ENVIRONMENT_PART = -1  # in place of a turn's number, in the seed of the environment itself
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """In place of a transcript: an episode failed, and failures stop the run: on all ranks, by `Episodes.samples`."""
+
+    reason: str
+
+
+Outcome = Transcript | Lost | Failed
 
 
 class Episodes:
@@ -71,8 +90,9 @@ class Episodes:
         """
         model = Model.of(self.chat, self.config, turn_tokens=params.max_tokens, **facts)
         player = Player(self.factory, self.config, model, asyncio.Semaphore(self.config.concurrency))
+        failures: list[str] = []
         conversations = [
-            self._conversation(player, prompt, seed, sample)
+            self._conversation(player, prompt, seed, sample, failures)
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(params.n)
         ]
@@ -86,15 +106,38 @@ class Episodes:
         return [outcomes[start : start + params.n] for start in range(0, len(outcomes), params.n)]
 
     @staticmethod
-    def _conversation(player: Player, prompt: Prompt, seed: int, sample: int) -> Conversation[Outcome]:
+    def _conversation(
+        player: Player, prompt: Prompt, seed: int, sample: int, failures: list[str]
+    ) -> Conversation[Outcome]:
+        """Args:
+        failures: why episodes of this call failed; after the first no other one gets an answer of the model.
+        """
+
         async def converse(ask: Ask) -> Outcome:
+            async def ask_unless_failed(token_ids: Sequence[int], max_tokens: int, seed: int) -> Completion:
+                if failures:
+                    raise EpisodeError("another episode failed")
+                return await ask(token_ids, max_tokens, seed)
+
             own = sample_seed(seed, sample, ENVIRONMENT_PART)
-            return await player.play(prompt, sample, own, lambda turn: sample_seed(seed, sample, turn), ask)
+            try:
+                return await player.play(
+                    prompt, sample, own, lambda turn: sample_seed(seed, sample, turn), ask_unless_failed
+                )
+            except EpisodeError as error:
+                failures.append(str(error))
+                return Failed(failures[0])
 
         return converse
 
     def samples(self, prompt: Prompt, outcomes: Sequence[Outcome], group: int) -> list[Sample]:
-        """Of one prompt's episodes; lost ones are left out, and counted."""
+        """Of one prompt's episodes; lost ones are left out, and counted.
+
+        Raises:
+            EpisodeError: one failed, and failures stop the run.
+        """
+        if failed := next((outcome for outcome in outcomes if isinstance(outcome, Failed)), None):
+            raise EpisodeError(failed.reason)
         kept = [outcome for outcome in outcomes if isinstance(outcome, Transcript)]
         for outcome in outcomes:
             if isinstance(outcome, Lost):

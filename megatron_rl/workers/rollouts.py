@@ -23,7 +23,6 @@ from megatron_rl.data import Limits
 from megatron_rl.devices import current_platform
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.engines.engine_config import DTYPES
-from megatron_rl.environments import EpisodeError
 from megatron_rl.parallel.abandon import Abandoned, abandonable
 from megatron_rl.parallel.groups import own_group
 from megatron_rl.reshard import Layout, P2PTransport, Transport
@@ -54,7 +53,6 @@ class _Reply(NamedTuple):
 
     answers: dict[int, list[Any]]  # completions or episodes, by index of the prompt; on a rollout replica's first rank
     lost: str = ""  # the error of servers that have lost their weights
-    failed: str = ""  # the error of an environment
     gave_up: int = 0  # the signal that ended the call
 
 
@@ -252,8 +250,6 @@ class Rollouts:
             self._work.append(WorkTime.since(started, "other ranks generate", "waiting"))
             if signal := max(reply.gave_up for reply in replies):
                 raise Abandoned(signal)
-            if failed := next((reply.failed for reply in replies if reply.failed), ""):
-                raise EpisodeError(failed)
             answers |= {index: group for reply in replies for index, group in reply.answers.items()}
             missing = [index for index in missing if index not in answers]
             if missing:
@@ -284,8 +280,6 @@ class Rollouts:
                     made = self._answers(engine, [prompts[i] for i in mine], params, [seeds[i] for i in mine], episodes)
             except Abandoned as abandoned:
                 return _Reply({}, gave_up=abandoned.signal)
-            except EpisodeError as error:
-                return _Reply({}, failed=str(error))
             except ServersLostError as error:
                 return _Reply(answers | {mine[i]: group for i, group in error.answers.items()}, lost=str(error))
             if placement.tp_rank(self.model.context.rank) == 0:  # an engine may answer its first rank alone

@@ -50,10 +50,14 @@ def prompts(count: int) -> list[Prompt]:
 def play(
     environment: Any, asked: Sequence[Prompt], on: RolloutEngine, params: SamplingParams, context: int = CONTEXT
 ) -> list[list[Any]]:
-    """The outcomes of episodes, of each prompt ``params.n``."""
+    """The outcomes of episodes, of each prompt ``params.n``.
+
+    Raises:
+        EpisodeError: one failed, and failures stop the run.
+    """
     episodes = environment if isinstance(environment, Episodes) else Episodes(environment, tokenizer())
     own: Any = episodes.chat.tokenizer
-    return episodes.play(
+    found = episodes.play(
         on,
         asked,
         params,
@@ -62,3 +66,6 @@ def play(
         stop_token_ids={own.eos_token_id, *params.stop_token_ids},
         context=context,
     )
+    for prompt, outcomes in zip(asked, found, strict=False):
+        episodes.samples(prompt, outcomes, 0)  # raises where one failed, as in a run
+    return found
