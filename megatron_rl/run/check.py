@@ -140,9 +140,10 @@ def _check_sizes(folder: Path, config: RunConfig) -> bool:
     check_sizes(architecture, config.parallel, config.actor.backend)
     check_rollout(architecture, config.actor.rollout.tp, config.actor.rollout.ep)
     if config.actor.rollout.engine in ENGINES:  # else `check_engine` says so
-        engine, tp = ENGINES[config.actor.rollout.engine].for_model(architecture), config.actor.rollout.tp
+        rollout = config.actor.rollout
+        engine = ENGINES[rollout.engine].for_model(architecture)
         engine.check_model(architecture)
-        engine.lay_out(architecture, tp, [tuple(range(tp))])
+        engine.lay_out(architecture, rollout.tp, [tuple(range(rollout.tp))], rollout.ep)
     return True
 
 
