@@ -121,6 +121,7 @@ class TrainingSide:
     def order(self, order: Order) -> None:
         """Give an order, and wait until the rollout ranks have read it."""
         if self._split.rank == 0:
+            self._split.messages.flush()  # of the order before, which was answered
             self._split.messages.send(order, self._split.rollout_ranks)
         self.target = self._next(Ready).target
 
@@ -215,11 +216,12 @@ class RolloutSide:
             metrics: of the rollout ranks together.
         """
         grid = self._split.training
-        for dp in range(grid.dp):
+        for dp in sorted({grid.coordinates(rank).dp for rank in self._receivers}):
+            share = share_of(batch, dp, grid.dp)
             ranks = [rank for rank in self._receivers if grid.coordinates(rank).dp == dp]
-            share = share_of(batch, dp, grid.dp) if ranks else batch
             for reports in (True, False):
-                own = [rank for rank in ranks if (rank == 0) == reports]
+                if not (own := [rank for rank in ranks if (rank == 0) == reports]):
+                    continue
                 share.metrics = metrics if reports else {}
                 seen = events if reports else ()
                 self._split.messages.send(Handed(step, share, source, calls, signal, journalled, seen), own)

@@ -53,7 +53,9 @@ class BatchJournal:
     def __init__(self, folder: Path, rank: int, ranks: Sequence[int]) -> None:
         self._share = ranks.index(rank), len(ranks)
         self._journal: Journal | None = None
+        self._folder, self._ranks = folder, ranks
         self._starts: dict[int, int] = {}  # step -> where its records begin
+        self._known: dict[int, FinishedBatch] | None = None  # None: not read yet
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(journal_path(folder, rank))
@@ -63,11 +65,15 @@ class BatchJournal:
         for record in self._journal.records:
             if (step := _step_of(record)) is not None:
                 self._starts.setdefault(step, record.offset)
-        self._known = read_batches(folder, ranks)
 
     def find(self, step: int, origin: str) -> FinishedBatch | None:
-        """The batch of ``step``, if it is there and made from the same."""
-        found = self._known.get(step) if self._journal is not None else None
+        """The batch of ``step``, if it is there and made from the same. The first call reads the journals of all ranks,
+        which have opened them by then."""
+        if self._journal is None:
+            return None
+        if self._known is None:
+            self._known = read_batches(self._folder, self._ranks)
+        found = self._known.get(step)
         return found if found is not None and found.origin == origin else None
 
     def add(self, finished: FinishedBatch) -> None:
@@ -85,7 +91,8 @@ class BatchJournal:
         if self._journal is None or not any(known < step for known in self._starts):
             return
         self._starts = {known: start for known, start in self._starts.items() if known >= step}
-        self._known = {known: batch for known, batch in self._known.items() if known >= step}
+        if self._known is not None:
+            self._known = {known: batch for known, batch in self._known.items() if known >= step}
         try:
             self._journal.drop_before(min(self._starts.values(), default=self._journal.end))
         except JournalError as error:
@@ -97,34 +104,36 @@ class BatchJournal:
         if later:
             journal.cut(min(later))
         self._starts = {known: start for known, start in self._starts.items() if known < step} | {step: journal.end}
-        self._known = {known: batch for known, batch in self._known.items() if known < step}
+        if self._known is not None:
+            self._known = {known: batch for known, batch in self._known.items() if known < step}
         for index in range(number, len(batch.prompts), count):
             samples = [sample for sample in batch.samples if sample.group == index]
             version = oldest_version(samples) if samples else 0
             group = Group(index, batch.prompts[index], step, 0, 0, Stage.FINISHED, version, samples)
-            journal.append(group_to_bytes(group))
+            journal.append(to_bytes((finished.origin, group_to_bytes(group))))
         rest = (len(batch.prompts), batch.temperature, dict(batch.sequences))
         values = (step, finished.origin, rest, finished.metrics, dict(finished.source), finished.calls)
         journal.append(to_bytes(values))
 
     def _give_up(self, error: Exception) -> None:
         logger.warning("%s; the run goes on without a journal: after a kill it samples again", error)
-        self._journal, self._known = None, {}
+        self._journal, self._known = None, None
 
 
 def read_batches(folder: Path, ranks: Sequence[int]) -> dict[int, FinishedBatch]:
     """The whole batches in the journals of ``ranks``, by step; the files do not change. What is damaged is logged."""
-    groups: dict[int, dict[int, Group]] = {}
-    rests: dict[int, Any] = {}
+    groups: dict[tuple[int, str], dict[int, Group]] = {}  # by step and origin: a rank may hold another origin's
+    rests: dict[tuple[int, str], Any] = {}
     for record in _records(folder, ranks):
         found = _decoded(record)
-        if isinstance(found, Group):
-            groups.setdefault(found.batch, {})[found.ticket] = found
-        elif isinstance(found, tuple):
-            rests[found[0]] = found
+        if found is not None and isinstance(found[1], Group):
+            origin, group = found
+            groups.setdefault((group.batch, origin), {})[group.ticket] = group
+        elif found is not None:
+            rests[found[:2]] = found
     batches: dict[int, FinishedBatch] = {}
-    for step, rest in sorted(rests.items()):
-        own, count = groups.get(step, {}), rest[2][0]
+    for (step, origin), rest in sorted(rests.items()):
+        own, count = groups.get((step, origin), {}), rest[2][0]
         if all(index in own for index in range(count)):
             batches[step] = _put_together(rest, [own[index] for index in range(count)])
         else:
@@ -141,11 +150,15 @@ def _records(folder: Path, ranks: Sequence[int]) -> Iterator[Record]:
             logger.warning("journal %s cannot be read: %s", path, error)
 
 
-def _decoded(record: Record) -> Any:
-    """A `Group`, or the rest of a batch; None for what another version wrote."""
+def _decoded(record: Record) -> tuple[Any, ...] | None:
+    """(origin, `Group`), or the rest of a batch (step, origin, ...); None for what another version wrote."""
     try:
         found = from_bytes(record.payload)
-        return group_from_bytes(record.payload) if len(found) == 3 else found
+        if len(found) == 2:
+            return found[0], group_from_bytes(found[1])
+        if len(found) == 6:
+            return tuple(found)
+        raise RecordBytesError(f"{len(found)} values")
     except (RecordBytesError, TypeError) as error:
         logger.warning("record %d at offset %d is not understood: %s", record.number, record.offset, error)
         return None
@@ -153,7 +166,9 @@ def _decoded(record: Record) -> Any:
 
 def _step_of(record: Record) -> int | None:
     found = _decoded(record)
-    return found.batch if isinstance(found, Group) else found[0] if found is not None else None
+    if found is None:
+        return None
+    return found[1].batch if isinstance(found[1], Group) else found[0]
 
 
 def _put_together(rest: Any, groups: Sequence[Group]) -> FinishedBatch:

@@ -15,6 +15,7 @@ from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Flow, Stage
+from megatron_rl.trainer.inflight.group import oldest_version
 from megatron_rl.trainer.inflight.waiting_batches import kept, restored
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.workers import Actor
@@ -122,7 +123,7 @@ class HandedOver:
         now = time.perf_counter()
         step_s, self._received = now - self._received, now
         version = self.actor.policy_version
-        ages = [version - _oldest(sample) for sample in handed.batch.samples]
+        ages = [version - oldest_version([sample]) for sample in handed.batch.samples]
         found = {
             "time/wait_for_samples_s": self._side.waited_s,
             "time/training_wait_share": self._side.waited_s / step_s,
@@ -139,7 +140,8 @@ class HandedOver:
         rollouts = self.actor.rollouts
         start = self._start(step) if self._ordered is None else None
         push = rollouts.needs_push()
-        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start, self._oldest()))
+        oldest = self._oldest() if self.actor.context.rank == 0 else 0  # that rank gives the order
+        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start, oldest))
         rollouts.target_facts, self._ordered = self._side.target, step
         if push:
             self.actor.push(metrics)
@@ -171,8 +173,3 @@ class HandedOver:
                 self._side.stop(Stop(signal, said), NOTICE_SECONDS)
             raise
         self._side.stop(Stop(metrics=dict(metrics())))
-
-
-def _oldest(sample: Any) -> int:
-    """The version that generated the first token."""
-    return sample.policy_version_spans[0][0] if sample.policy_version_spans else sample.policy_version

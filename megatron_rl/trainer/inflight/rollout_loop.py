@@ -34,7 +34,7 @@ from megatron_rl.workers.handover import Events, Order, RolloutSide, Stop
 
 logger = logging.getLogger(__name__)
 
-MAX_JOURNALLED = 256  # batches in a run without checkpoints
+JOURNALLED = 256  # batches that a journal keeps at the least, and at most twice as many, where checkpoints are rare
 NOTICE_SECONDS = 30.0  # that a run which failed waits for training ranks to learn why
 
 
@@ -107,7 +107,8 @@ class RolloutLoop:
             self.source.load_state_dict(order.start.source)
             self._open_journal()
         if self._journal is not None:
-            self._journal.drop_before(max(order.oldest, order.step - MAX_JOURNALLED))
+            # In large portions: each rewrites the file.
+            self._journal.drop_before(max(order.oldest, (order.step // JOURNALLED - 1) * JOURNALLED))
         self._side.ready(TargetFacts.of(self.actor.rollouts.engine))
         started = time.perf_counter()
         if order.push:
