@@ -3,9 +3,10 @@
 from megatron_rl.config.credentials import masked, masked_values
 from megatron_rl.config.files import load_config, save_config
 from megatron_rl.config.record import ConfigError, ConfigRecord
-from megatron_rl.config.user_code import load_user_object
+from megatron_rl.config.user_code import USER_CODE, load_user_object
 
 __all__ = [
+    "USER_CODE",
     "ConfigError",
     "ConfigRecord",
     "load_config",

@@ -15,13 +15,16 @@ from typing import Any
 
 from megatron_rl.config.record import ConfigError
 
+USER_CODE = "python:"  # stands before user code where registered names are possible, too
+
 
 def load_user_object(spec: str) -> Any:
-    """The object that ``spec`` names; file paths are relative to the working directory.
+    """The object that ``spec`` names, with or without "python:"; file paths are relative to the working directory.
 
     Raises:
         ConfigError: the spec is malformed, the module or file is absent or fails on import, or the name is not in it.
     """
+    spec = spec.removeprefix(USER_CODE)
     module_name, colon, name = spec.rpartition(":")
     if not colon or not module_name or not name:
         raise ConfigError(f"{spec!r} does not name user code: expected 'package.module:name' or 'path/to/file.py:name'")

@@ -21,8 +21,6 @@ from megatron_rl.environments.endpoint import shared_endpoint
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment, EpisodeError
 from megatron_rl.environments.session import Session
 
-USER_CODE = "python:"
-
 
 @ENVIRONMENTS.register("agent")
 class AgentEnvironment(Environment):
@@ -47,7 +45,7 @@ class AgentEnvironment(Environment):
 
     def __init__(self, options: Config | Callable[[str, str, Prompt], Any]) -> None:
         if isinstance(options, self.Config):
-            self.function, self.host = load_user_object(options.function.removeprefix(USER_CODE)), options.host
+            self.function, self.host = load_user_object(options.function), options.host
         else:
             self.function, self.host = options, "127.0.0.1"
         if not callable(self.function):

@@ -62,7 +62,7 @@ class Chat:
         roles = [message["role"] for message in observation]
         self.check(roles, tools)
         text = self._after(observation, tools, self._needs_calls(tuple(roles), tools))
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False))
+        ids = encode(text, self.tokenizer, special=False)
         closes = last_token is not None and ids and (ids[0] == last_token or ids[0] in self.special)
         return ids[1:] if closes else ids
 

@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from megatron_rl.config import ConfigError, ConfigRecord, load_user_object
+from megatron_rl.config import USER_CODE, ConfigError, ConfigRecord, load_user_object
 from megatron_rl.config.ranges import Finite
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment
 from megatron_rl.environments.tool_calls import ToolFormat
-
-USER_CODE = "python:"
 
 EnvironmentFactory = Callable[[], Environment]
 
@@ -44,7 +42,8 @@ class EnvironmentConfig(ConfigRecord):
     on_failure: Literal["stop", "drop"] = "stop"
     """When an environment raised or hung: stop the run, or drop this sample and count it."""
     concurrency: int = Field(default=64, ge=1)
-    """Environments of one rollout replica that work at once; further ones wait."""
+    """Environments of one rollout replica that work at once; further ones wait. Agents are not counted: those of all
+    episodes run at once."""
     tool_format: ToolFormat | Literal["auto"] = "auto"
     """How the model writes calls of tools; auto = as its chat template shows."""
     template: dict[str, Any] = Field(default_factory=dict)
@@ -80,7 +79,7 @@ def _registered(config: EnvironmentConfig) -> EnvironmentFactory:
 
 
 def _user_factory(config: EnvironmentConfig) -> EnvironmentFactory:
-    found = load_user_object(config.name.removeprefix(USER_CODE))
+    found = load_user_object(config.name)
     if not callable(found):
         raise ConfigError(f"environment {config.name!r} is {found!r:.80}, expected a subclass of Environment")
     return lambda: found(**config.options)

@@ -14,8 +14,6 @@ from megatron_rl.data.messages import Message
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment, Step
 from megatron_rl.environments.tools import Tool
 
-USER_CODE = "python:"
-
 
 @ENVIRONMENTS.register("tools")
 class ToolEnvironment(Environment):
@@ -37,9 +35,7 @@ class ToolEnvironment(Environment):
 
     def __init__(self, options: Config | Iterable[Callable[..., Any]]) -> None:
         functions: Iterable[Any] = (
-            [load_user_object(name.removeprefix(USER_CODE)) for name in options.tools]
-            if isinstance(options, self.Config)
-            else options
+            [load_user_object(name) for name in options.tools] if isinstance(options, self.Config) else options
         )
         self.tools = [made if isinstance(made, Tool) else Tool.of(made) for made in functions]
         if not self.tools:

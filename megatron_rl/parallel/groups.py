@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 T = TypeVar("T")
 Partition = tuple[tuple[int, ...], ...]
@@ -33,12 +34,23 @@ def world_group() -> dist.ProcessGroup:
     return world
 
 
+def group_beside(name: str, backend: str, store: dist.Store, rank: int, size: int, timeout: float) -> dist.ProcessGroup:
+    """A group over processes that are not one world: members are numbered from 0 to ``size`` - 1, and find one another
+    in ``store``. torch has no public constructor; its own helper is used, as slime (`init_process_group`) and verl do.
+    """
+    made: Any = c10d._new_process_group_helper  # typed differently from version to version
+    shared = dist.PrefixStore(name, store)
+    group, _ = made(size, rank, [], dist.Backend(backend), shared, name, timeout=timedelta(seconds=timeout))
+    c10d._world.pg_group_ranks[group] = {number: number for number in range(size)}
+    return group
+
+
 def end_groups() -> None:
     """End all groups but the world's. Each gloo group of a process has a thread that wakes 100 times a second, and
     each NCCL communicator memory of its own, for as long as torch's register of groups holds it."""
     world = world_group()
     _MADE.pop(world, None)
-    for group in dist.distributed_c10d._world.pg_map.copy():
+    for group in c10d._world.pg_map.copy():
         if group is not world:
             dist.destroy_process_group(group)
     gc.collect()  # models and optimizers that nothing uses any more refer to one another, and to groups

@@ -56,7 +56,7 @@ class Messages:
         self._take(size, rank)
         content = torch.empty(int(size), dtype=torch.uint8)
         self._take(content, rank)
-        return pickle.loads(content.numpy().tobytes())
+        return pickle.loads(content.numpy().data)
 
     def _take(self, into: Tensor, rank: int) -> None:
         try:

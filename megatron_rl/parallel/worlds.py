@@ -5,21 +5,19 @@
 
 So whatever asks torch.distributed for its world sees one half only. The bridge joins all ranks, numbered as torchrun
 numbers them, by two groups: one carries weights, one carries Python objects (`parallel.messages`), so that neither
-waits for the other. Groups over several worlds have no public constructor in torch; its own helper is used, as slime
-(`init_process_group`) and verl do.
+waits for the other.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from megatron_rl.config import ConfigError
 from megatron_rl.devices import Platform
 from megatron_rl.parallel.grid import ParallelSizes, RankGrid
+from megatron_rl.parallel.groups import group_beside
 from megatron_rl.parallel.messages import Messages
 
 WAIT_SECONDS = 6 * 3600.0  # that one half waits for the other; a rank that died is noticed when its connections close
@@ -59,7 +57,7 @@ class SplitWorld:
             name, start, size = ("rollout", num_training, sizes.rollout_ranks)
         platform.init_world(dist.PrefixStore(name, store), rank - start, size, timeout)
         weights, messages = (
-            _bridge(f"bridge {purpose}", backend, store, rank, world_size)
+            group_beside(f"bridge {purpose}", backend, store, rank, world_size, WAIT_SECONDS)
             for purpose, backend in (("weights", platform.backend), ("messages", platform.host_backend))
         )
         return cls(rank, grid, sizes.rollout_ranks, store, weights, Messages(messages, WAIT_SECONDS))
@@ -93,18 +91,3 @@ class SplitWorld:
     def receivers(self, rollout_rank: int) -> list[int]:
         """The training ranks that get the messages of this rollout rank."""
         return [rank for rank in self.training_ranks if self.sender(rank) == rollout_rank]
-
-
-def _bridge(name: str, backend: str, store: dist.Store, rank: int, world_size: int) -> dist.ProcessGroup:
-    """A group of all ranks beside the default one, with torchrun's ranks as its members' numbers."""
-    group, _ = c10d._new_process_group_helper(  # type: ignore[call-arg]
-        world_size,
-        rank,
-        [],
-        dist.Backend(backend),
-        dist.PrefixStore(name, store),
-        group_name=c10d.GroupName(name),
-        timeout=timedelta(seconds=WAIT_SECONDS),
-    )
-    c10d._world.pg_group_ranks[group] = {number: number for number in range(world_size)}
-    return group

@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_rl.config import ConfigError, ConfigRecord, load_user_object
+from megatron_rl.config import USER_CODE, ConfigError, ConfigRecord, load_user_object
 from megatron_rl.config.ranges import Finite
 from megatron_rl.rewards.reward import REWARDS, FunctionReward, Reward
 from megatron_rl.rewards.service import SERVICES
 from megatron_rl.rewards.weighted import WeightedReward
-
-USER_CODE = "python:"
 
 
 class RewardConfig(ConfigRecord):
@@ -104,7 +102,7 @@ def _build_one(config: RewardConfig) -> Reward:
 
 
 def _from_user_code(config: RewardConfig) -> Reward:
-    found = load_user_object(config.name.removeprefix(USER_CODE))
+    found = load_user_object(config.name)
     if isinstance(found, type) and issubclass(found, Reward):
         reward = found(**config.options)
         reward.name = config.label or reward.name

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_rl.parallel.abandon import Abandoned, overdue
 from megatron_rl.rollout.base import Completion, Conversation, SamplingParams
 from megatron_rl.rollout.local.sharding import TensorParallel
-from megatron_rl.rollout.sglang.event_loop import EventLoop
+from megatron_rl.rollout.sglang.event_loop import EventLoop, together
 
 POLL_SECONDS = 0.2  # how often a rank that waits for environments looks whether the step is to be abandoned
 
@@ -46,13 +46,9 @@ class _Rounds:
 
     async def hold(self, conversations: Sequence[Conversation[T]]) -> list[T]:
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._hold(i, one)) for i, one in enumerate(conversations)]
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            return await together(self._hold(i, one) for i, one in enumerate(conversations))
         finally:
             self.ready.put([])
-        return [task.result() for task in tasks]
 
     async def _hold(self, index: int, conversation: Conversation[T]) -> T:
         loop = asyncio.get_running_loop()

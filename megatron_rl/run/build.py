@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 
 from megatron_rl.algorithms import ALGORITHMS, BaseAlgorithm
-from megatron_rl.config import ConfigError, load_user_object
+from megatron_rl.config import USER_CODE, ConfigError, load_user_object
 from megatron_rl.data import PromptDataset, PromptLoader
 from megatron_rl.engines.build import size_of
 from megatron_rl.models.tokenizer import load_tokenizer
@@ -31,8 +31,6 @@ from megatron_rl.workers.episodes import Episodes
 from megatron_rl.workers.limits import model_limits
 
 logger = logging.getLogger(__name__)
-
-USER_CODE = "python:"
 
 
 def build_trainer(config: RunConfig) -> Trainer:
@@ -94,7 +92,7 @@ def find_algorithm(config: RunConfig) -> tuple[type[BaseAlgorithm], BaseAlgorith
     values = dict(config.algorithm)
     name = str(values.pop("name", "grpo"))
     if name.startswith(USER_CODE):
-        found = load_user_object(name.removeprefix(USER_CODE))
+        found = load_user_object(name)
         if not (isinstance(found, type) and issubclass(found, BaseAlgorithm)):
             raise ConfigError(f"algorithm.name={name!r} is {found!r}, expected a subclass of BaseAlgorithm")
     else:

@@ -1,8 +1,8 @@
 """`forecast_lag`: step time, waiting and staleness of a run with rollout ranks, before there is one.
 
 A discrete-event simulation: engines with slots, answers whose lengths are drawn, a training half, pushes between
-them. Which groups are started, waited for, given up and trained on is decided by the laws of a real run, on a real
-`GroupBuffer`; only time is simulated.
+them. Which groups are started, waited for, given up and trained on is decided by the laws of `trainer.inflight.law`, on
+a real `GroupBuffer`; only time is simulated.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from megatron_rl.rollout.base import Completion, Progress
+from megatron_rl.rollout.sglang.event_loop import together
 from megatron_rl.rollout.sglang.generation import GenerateRequest, OutdatedWeightsError, read_completions, request_body
 from megatron_rl.rollout.sglang.membership import Member, Membership
 from megatron_rl.rollout.sglang.routing import State, choose
@@ -68,7 +69,7 @@ class Dispatcher:
         self._calls.add(call)
         try:
             async with self.membership.watched() as watch:
-                work = asyncio.create_task(_together(coroutines))
+                work = asyncio.create_task(together(coroutines))
                 try:
                     await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
                     await (work if work.done() else watch)
@@ -183,15 +184,6 @@ class Dispatcher:
         task = asyncio.create_task(abort())
         self._aborts.add(task)
         task.add_done_callback(self._aborts.discard)
-
-
-async def _together(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
-    try:
-        async with asyncio.TaskGroup() as group:
-            for coroutine in coroutines:
-                group.create_task(coroutine)
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
 
 
 async def _ask(

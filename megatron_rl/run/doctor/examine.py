@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from megatron_rl.algorithms import OfflineAlgorithm
-from megatron_rl.config import ConfigError
+from megatron_rl.config import USER_CODE, ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import NoFamilyError
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
-from megatron_rl.run.build import USER_CODE, find_algorithm
+from megatron_rl.run.build import find_algorithm
 from megatron_rl.run.doctor.compare import STEPS, Difference, Measured, differences
 from megatron_rl.run.doctor.measure import Plan
 from megatron_rl.run.doctor.random_data import PLAIN, read_model, shrunk, write_random_model

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d as c10d
 
+from megatron_rl.parallel.groups import group_beside
 from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.sglang_client import SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.base import TRANSFERS
@@ -64,9 +64,7 @@ class UpdateGroups:
         body = {"master_address": address, "master_port": store.port, "rank_offset": 1, "world_size": size}
         body |= {"group_name": name, "backend": backend}
         theirs = self._loop.submit(client.init_weights_update_group(body, self._timeout))
-        made: Any = c10d._new_process_group_helper  # typed differently from version to version
-        group, _ = made(size, 0, [], dist.Backend(backend), dist.PrefixStore(name, store), name, timeout=seconds)
-        c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
+        group = group_beside(name, backend, store, 0, size, self._timeout)
         theirs.result(self._timeout)
         return _Joined(name, group, store)
 
