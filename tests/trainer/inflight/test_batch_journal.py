@@ -70,6 +70,21 @@ def test_a_batch_that_was_made_otherwise_replaces_it_and_all_that_came_after(tmp
     }
 
 
+@pytest.mark.parametrize("first", RANKS)
+def test_groups_of_two_origins_make_no_batch(tmp_path, first, caplog):
+    """One rank made the batch anew before all were killed, and the other one did not."""
+    written(tmp_path, range(3))
+    BatchJournal(tmp_path, first, RANKS).add(batch_of(1, "made anew"))
+    assert sorted(read_batches(tmp_path, RANKS)) == [0]
+    assert "batch 1 is sampled again" in caplog.text
+
+
+def test_journals_that_are_new_are_no_fault(tmp_path, caplog):
+    for journal in [BatchJournal(tmp_path, rank, RANKS) for rank in RANKS]:
+        assert journal.find(0, "made 0") is None
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_damaged_group_costs_its_batch_and_no_other(tmp_path, rank, caplog):
     written(tmp_path, range(4))
