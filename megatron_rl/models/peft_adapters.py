@@ -57,6 +57,7 @@ class PeftAdapters:
         self.config = PeftConfig.read(Path(folder).expanduser())
         self.path = self.config.path.with_name(WEIGHTS_FILE)
         self.places, self._logical = module_places(architecture), logical_tensors(architecture)
+        self._matrices = functools.lru_cache(2)(self._read_matrices)  # neighbouring tensors share an entry
         self._shapes = self._read_shapes()
         self._entries = self._find()
         self._check_all_used()
@@ -87,8 +88,7 @@ class PeftAdapters:
         rows = place.outputs if expert is not None else self._logical[tensor][0]
         return Update(a[own], b[start : start + rows])
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # one folder is open at a time, while a model is built
-    def _matrices(self, entry: Entry) -> tuple[Tensor, Tensor]:
+    def _read_matrices(self, entry: Entry) -> tuple[Tensor, Tensor]:
         with safe_open(self.path, framework="pt", device="cpu") as file:
             a, b = (file.get_tensor(f"{PREFIX}{entry.module}{ending}") for ending in ENDINGS)
         return a, experts_first(b, entry.num_experts) if entry.num_experts else b

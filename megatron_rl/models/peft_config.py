@@ -6,7 +6,6 @@ the numbers in another way than ``W + factor * B A`` is refused by its name.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models.hf_config import read_json_object
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = "all-linear"  # PEFT's short form of target_modules
@@ -64,10 +64,7 @@ class PeftConfig:
         path = folder / CONFIG_FILE
         if not path.is_file():
             raise ConfigError(f"lora.path={folder} has no {CONFIG_FILE}: expected a folder that PEFT wrote")
-        try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path} is no JSON: {error}") from error
+        fields = read_json_object(path)
         _refuse(path, fields)
         layers = fields.get("layers_to_transform")
         return cls(

@@ -112,6 +112,13 @@ def test_folders_without_files_are_refused(tmp_path) -> None:
         PeftAdapters(tmp_path, SMALL)
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", '"lora"', "{", ""])
+def test_a_config_that_is_no_object_is_refused(tmp_path, text) -> None:
+    (folder(tmp_path) / "adapter_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"adapter_config.json is not a JSON object"):
+        PeftConfig.read(tmp_path)
+
+
 def test_layers_that_have_no_adapters_in_megatron_are_refused(tmp_path) -> None:
     def add(tensors: dict[str, Tensor]) -> None:
         for letter, shape in (("A", (2, SMALL.hidden)), ("B", (SMALL.vocab, 2))):
