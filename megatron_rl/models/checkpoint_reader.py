@@ -105,6 +105,7 @@ class CheckpointReader:
                 "save it with --ckpt-format torch_dist"
             )
         self.folder = folder
+        self._merged = functools.lru_cache(2)(lambda shard: self.read(shard))  # its parts are asked for in turn
         self._reader = FileSystemReader(folder)
         metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -136,10 +137,6 @@ class CheckpointReader:
             raise ConfigError(unknown_tensors(self.folder, sorted(extra)))
         return layout
 
-    def load(self, rank: int, shard: Shard) -> Tensor:
-        """As `read`; there is one rank."""
-        return self.read(shard)
-
     @property
     def padded_vocab(self) -> int:
         return int(self._stored("embedding.word_embeddings.weight").size[0])
@@ -165,10 +162,6 @@ class CheckpointReader:
         """
         key, index = self._find(shard)
         return self._with_adapter(key, index, self._read(Stored(key, index), shard.shape), shard)
-
-    @functools.lru_cache(2)  # noqa: B019  a reader lives as long as one conversion
-    def _merged(self, shard: Shard) -> Tensor:
-        return self.read(shard)
 
     def _find(self, shard: Shard) -> Stored:
         """Where the tensor of a shard lies."""

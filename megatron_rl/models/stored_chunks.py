@@ -69,23 +69,20 @@ class StoredChunks:
         found = 0
         for chunk in self._at(key, place):
             window = _window(chunk, place, shape, key)
-            if window is None:
-                continue
             low, high = max(window.row, wanted.row_start), min(window.row + window.rows, wanted.row_stop)
             left, right = max(window.col, wanted.col_start), min(window.col + window.cols, wanted.col_stop)
             if low < high and left < right:
-                first = window.first + low - window.row
-                values = self._rows(MetadataIndex(key, chunk.offsets), chunk, window.cols, first, first + high - low)
-                target = result[low - wanted.row_start : high - wanted.row_start]
-                across = slice(left - window.col, right - window.col)
-                target[:, left - wanted.col_start : right - wanted.col_start] = values[:, across]
+                across = slice(left - wanted.col_start, right - wanted.col_start)
+                target = result[low - wanted.row_start : high - wanted.row_start, across]
+                first_row, first_col = window.first + low - window.row, left - window.col
+                self._read_into(target, key, chunk, window.cols, first_row, first_col)
                 found += (high - low) * (right - left)
         if found != wanted.numel:
             raise ConfigError(f"{self._folder} holds {found} of the {wanted.numel} elements of {key}{wanted}")
         return result
 
     def _at(self, key: str, place: tuple[int, ...]) -> list[ChunkStorageMetadata]:
-        """Chunks that may meet the tensor at ``place``."""
+        """Chunks that hold some of the tensor at ``place``."""
         lead = len(place)
         if (key, lead) not in self._by_place:
             found: dict[tuple[int, ...], list[ChunkStorageMetadata]] = {}
@@ -96,9 +93,12 @@ class StoredChunks:
             self._by_place[key, lead] = found
         return self._by_place[key, lead].get(place, [])
 
-    def _rows(self, index: MetadataIndex, chunk: ChunkStorageMetadata, cols: int, start: int, stop: int) -> Tensor:
-        """Rows of a chunk that is a matrix with ``cols`` columns."""
-        stored, dtype = self._storage[index], self._tensors[index.fqn].properties.dtype
+    def _read_into(
+        self, target: Tensor, key: str, chunk: ChunkStorageMetadata, cols: int, first_row: int, first_col: int
+    ) -> None:
+        """Fill ``target``, a matrix, from a chunk that is a matrix with ``cols`` columns."""
+        index, dtype = MetadataIndex(key, chunk.offsets), target.dtype
+        stored, across = self._storage[index], slice(first_col, first_col + target.shape[1])
         file = self._open(stored.relative_path)
         if index not in self._starts:
             data = _Part(file, stored.offset, stored.length)
@@ -107,19 +107,21 @@ class StoredChunks:
         if begin is None:
             data = _Part(file, stored.offset, stored.length)
             loaded = torch.load(io.BytesIO(data.read()), map_location="cpu", weights_only=True)
-            return loaded.to(dtype).reshape(-1, cols)[start:stop]
-        result = torch.empty(stop - start, cols, dtype=dtype)
-        path = self._folder / stored.relative_path
-        read_into(file.fileno(), path, result, stored.offset + begin + start * cols * dtype.itemsize)
-        return result
+            target.copy_(loaded.reshape(-1, cols)[first_row : first_row + len(target), across])
+            return
+        path, start = self._folder / stored.relative_path, stored.offset + begin + first_row * cols * dtype.itemsize
+        if target.is_contiguous() and target.shape[1] == cols:
+            read_into(file.fileno(), path, target, start)
+        else:
+            whole = torch.empty(len(target), cols, dtype=dtype)
+            read_into(file.fileno(), path, whole, start)
+            target.copy_(whole[:, across])
 
 
-def _window(chunk: ChunkStorageMetadata, place: tuple[int, ...], shape: tuple[int, ...], key: str) -> _Window | None:
-    """Where a chunk meets the tensor at ``place``; None where it does not."""
+def _window(chunk: ChunkStorageMetadata, place: tuple[int, ...], shape: tuple[int, ...], key: str) -> _Window:
+    """Where a chunk of the tensor at ``place`` meets it."""
     lead, index = len(place), 0
     for at, offset, size in zip(place, chunk.offsets[:lead], chunk.sizes[:lead], strict=True):
-        if not offset <= at < offset + size:
-            return None
         index = index * size + at - offset
     offsets, sizes = tuple(chunk.offsets[lead:]), tuple(chunk.sizes[lead:])
     inner = math.prod(shape[1:-1]) if len(shape) > 2 else 1

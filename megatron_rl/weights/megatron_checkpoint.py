@@ -104,9 +104,7 @@ class MegatronCheckpoint:
             ConfigError: the checkpoint holds another model than its description says.
         """
         reader = self.reader
-        return LayoutSource(
-            reader.layout(self.architecture), reader.ranks, reader.load, dtype=reader.dtype_of, part=reader.load_part
-        )
+        return LayoutSource(reader.layout(self.architecture), reader.ranks, reader.load_part, reader.dtype_of)
 
     @functools.cached_property
     def architecture(self) -> Architecture:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -67,28 +66,23 @@ class SpanLocation(NamedTuple):
 
 
 class LayoutSource:
-    """Logical tensors that sit in the shards of some ranks of a layout, loaded one shard at a time.
+    """Logical tensors that sit in the shards of some ranks of a layout.
 
     Args:
         layout: how the logical tensors sit in the shards of ``ranks``.
         ranks: which together hold all; of rectangles that several hold the first one's is read.
-        load: fetches a rank's shard, in its shape.
-        dtype: of a rank's shard, where that can be known without fetching it.
-        keep: shards to keep loaded: neighbouring tensors of a layer often share one.
-        part: fetches a rectangle of a rank's shard, as a matrix, where that is cheaper than all of it.
+        load_part: fetches a rectangle of a rank's shard, as a matrix.
+        dtype: of a rank's shard.
     """
 
     def __init__(
         self,
         layout: Layout,
         ranks: Iterable[int],
-        load: Callable[[int, Shard], Tensor],
-        keep: int = 2,
-        dtype: Callable[[int, Shard], torch.dtype] | None = None,
-        part: Callable[[int, Shard, Rectangle], Tensor] | None = None,
+        load_part: Callable[[int, Shard, Rectangle], Tensor],
+        dtype: Callable[[int, Shard], torch.dtype],
     ) -> None:
-        self._added, self._dtype, self._load_part = layout.added, dtype, part
-        self._load = functools.lru_cache(keep)(load)
+        self._added, self._dtype, self._load_part = layout.added, dtype, load_part
         self._locations: dict[str, list[SpanLocation]] = {}
         seen = set()
         for rank in ranks:
@@ -103,8 +97,8 @@ class LayoutSource:
         return tensor in self._locations
 
     def dtype(self, tensor: str) -> torch.dtype:
-        first, known = self._locations[tensor][0], self._dtype
-        return known(first.rank, first.shard) if known else self._load(first.rank, first.shard).dtype
+        first = self._locations[tensor][0]
+        return self._dtype(first.rank, first.shard)
 
     def read(self, span: Span) -> Tensor:
         pieces = [(_overlap(span, location.span), location) for location in self._locations[span.tensor]]
@@ -123,13 +117,8 @@ class LayoutSource:
     def _part(self, location: SpanLocation, wanted: Span) -> Tensor:
         held = location.span
         row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
-        added = self._added(held.tensor)
-        if self._load_part is not None:
-            place = Rectangle(row, row + wanted.num_rows, col, col + wanted.num_cols)
-            values = self._load_part(location.rank, location.shard, place)
-        else:
-            matrix = self._load(location.rank, location.shard).detach().reshape(location.shard.matrix_shape)
-            values = matrix[row : row + wanted.num_rows, col : col + wanted.num_cols]
+        added, place = self._added(held.tensor), Rectangle(row, row + wanted.num_rows, col, col + wanted.num_cols)
+        values = self._load_part(location.rank, location.shard, place)
         return values - added if added else values
 
 
@@ -149,7 +138,12 @@ def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> L
     for shard in present:
         check_shape(shard.name, tuple(tensors[shard.name].shape), shard.shape, layout.name)
     held = Layout(layout.name, {0: 0}, lambda replica: present, held=layout.held)
-    return LayoutSource(held, (0,), lambda rank, shard: tensors[shard.name], keep=0)
+
+    def part(rank: int, shard: Shard, place: Rectangle) -> Tensor:
+        matrix = tensors[shard.name].detach().reshape(shard.matrix_shape)
+        return matrix[place.row_start : place.row_stop, place.col_start : place.col_stop]
+
+    return LayoutSource(held, (0,), part, lambda rank, shard: tensors[shard.name].dtype)
 
 
 class SafetensorsFolder:
