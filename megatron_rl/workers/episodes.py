@@ -48,13 +48,13 @@ ENVIRONMENT_PART = -1  # in place of a turn's number, in the seed of the environ
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
+class FailedEpisode:
     """In place of a transcript: an episode failed, and failures stop the run: on all ranks, by `Episodes.samples`."""
 
     reason: str
 
 
-Outcome = Transcript | Lost | Failed
+Outcome = Transcript | Lost | FailedEpisode
 
 
 class Episodes:
@@ -126,7 +126,7 @@ class Episodes:
                 )
             except EpisodeError as error:
                 failures.append(str(error))
-                return Failed(failures[0])
+                return FailedEpisode(failures[0])
 
         return converse
 
@@ -136,7 +136,7 @@ class Episodes:
         Raises:
             EpisodeError: one failed, and failures stop the run.
         """
-        if failed := next((outcome for outcome in outcomes if isinstance(outcome, Failed)), None):
+        if failed := next((outcome for outcome in outcomes if isinstance(outcome, FailedEpisode)), None):
             raise EpisodeError(failed.reason)
         kept = [outcome for outcome in outcomes if isinstance(outcome, Transcript)]
         for outcome in outcomes:
