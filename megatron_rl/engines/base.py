@@ -56,18 +56,10 @@ class Origin:
 
 
 class LowRank(Protocol):
-    """The adapter of one frozen weight ``W [out, in]``: the model computes with ``W + factor * b @ a``."""
+    """The adapter of one frozen weight ``W [out, in]``: the model computes with ``W + factor * B A``."""
 
     row_parallel: bool  # inputs are split over tensor-parallel ranks, not outputs
     enabled: bool  # off, it adds nothing
-
-    @property
-    def a(self) -> Any:
-        """``[rank, in]``."""
-
-    @property
-    def b(self) -> Any:
-        """``[out, rank]``."""
 
     def merged(self, weight: Tensor) -> Tensor:
         """This rank's part of W with the update in it: a new tensor of the same dtype."""

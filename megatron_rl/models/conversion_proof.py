@@ -74,7 +74,7 @@ def prove(
     """
     logical = logical_tensors(a)
     vocab = padded_vocab(a.vocab, sizes.tp)
-    num_ranks = math.lcm(sizes.tp * sizes.pp * sizes.cp, sizes.ep * sizes.etp * sizes.pp)
+    num_ranks = sizes.smallest_world
     megatron = megatron_layout(a, RankGrid(sizes, num_ranks), vocab)
     rollout = rollout_layout(a, rollout_tp, [range(rollout_tp)], rollout_ep)
     findings = [

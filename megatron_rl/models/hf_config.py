@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,6 +226,11 @@ def module_config(
 def is_classifier(config: PretrainedConfig) -> bool:
     """Whether a Hugging Face config is a sequence classifier's: of a reward model or critic."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def described_architecture(config: PretrainedConfig) -> Architecture:
+    """`architecture_from_hf`, with a value head in place of the output layer where it is a classifier's."""
+    return replace(architecture_from_hf(config), value_model=is_classifier(config))
 
 
 def hf_config_from(

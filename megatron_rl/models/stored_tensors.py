@@ -7,7 +7,6 @@ are stacked into one tensor (megatron.core TransformerBlock.sharded_state_dict),
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -122,9 +121,7 @@ def held_parts(a: Architecture, sizes: ParallelSizes, padded: int) -> dict[str, 
         for span in shard.spans:
             held = Rectangle(span.row_start, span.row_stop, span.col_start, span.col_stop)
             places.setdefault(span.tensor, []).append((shard.name, held, span.row, span.col))
-    layout = megatron_layout(
-        full, RankGrid(sizes, math.lcm(sizes.tp * sizes.pp, sizes.ep * sizes.etp * sizes.pp)), padded
-    )
+    layout = megatron_layout(full, RankGrid(sizes, sizes.smallest_world), padded)
     found: dict[str, dict[Rectangle, int]] = {}
     for replica, ranks in layout.replicas.items():
         for shard in layout.emit(replica):

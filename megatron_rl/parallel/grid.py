@@ -6,6 +6,7 @@ are neighbours, pipeline stages are farthest apart. Experts have their own grid 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -71,6 +72,11 @@ class ParallelSizes(ConfigRecord):
                 f"{self._ranks(world_size)}: start a multiple of {experts}, or lower one of them"
             )
         return world_size // model
+
+    @property
+    def smallest_world(self) -> int:
+        """The fewest ranks that the sizes fit."""
+        return math.lcm(self.tp * self.pp * self.cp, self.etp * self.ep * self.pp)
 
     def _ranks(self, world_size: int) -> str:
         beside = f", beside {self.rollout_ranks} rollout ranks" if self.rollout_ranks else ""

@@ -19,8 +19,8 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_reader import CheckpointReader, checkpoint_folder, open_checkpoint
 from megatron_rl.models.hf_config import (
-    architecture_from_hf,
     best_architecture,
+    described_architecture,
     hf_config_from,
     is_classifier,
     read_generation,
@@ -216,8 +216,9 @@ def load_options(folder: Path) -> str:
 def _architecture(folder: Path, of_module: bool = False) -> Architecture:
     """What a folder describes; ``of_module``: its model need not have a family."""
     config = read_hf_config(folder)
-    found = best_architecture(config) if of_module else architecture_from_hf(config)
-    return replace(found, value_model=is_classifier(config))
+    if of_module:
+        return replace(best_architecture(config), value_model=is_classifier(config))
+    return described_architecture(config)
 
 
 def differences(a: Architecture, b: Architecture) -> Iterator[tuple[tuple[str, str], object, object]]:

@@ -15,8 +15,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.models.checkpoint_reader import CheckpointReader
 from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.hf_config import (
-    architecture_from_hf,
-    is_classifier,
+    described_architecture,
     read_generation,
     read_hf_config,
     read_json_object,
@@ -88,7 +87,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
 
 def _describe(folder: Path) -> HFDescription:
     config = read_hf_config(folder)
-    architecture = replace(architecture_from_hf(config), value_model=is_classifier(config))
+    architecture = described_architecture(config)
     tokenizer: PreTrainedTokenizerBase | None = None
     if architecture.value_model and (folder / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(folder)  # it knows which token pads, which a classifier's config names

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_rl.config import ConfigError
 from megatron_rl.models.checkpoint_reader import checkpoint_folder
 from megatron_rl.models.conversion_proof import Proof, prove
-from megatron_rl.models.hf_config import architecture_from_hf, is_classifier, read_hf_config
+from megatron_rl.models.hf_config import described_architecture, read_hf_config
 from megatron_rl.models.layout_proof import UNCLAIMED, Finding
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.weights.hf_in import resolve_folder
@@ -27,7 +27,7 @@ def prove_folder(source: str | Path, sizes: ParallelSizes, rollout_tp: int = 1, 
         )
     folder = resolve_folder(source)
     config = read_hf_config(folder)
-    architecture = replace(architecture_from_hf(config), value_model=is_classifier(config))
+    architecture = described_architecture(config)
     with SafetensorsFolder(folder) as files:
         stored = files.shapes()
         unread = sorted(path.name for path in set(folder.glob("*.safetensors")) - set(files.files.values()))
