@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_rl.rollout.sglang.generation import GenerateRequest, SamplingParams
-from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
+from megatron_rl.rollout.sglang.sglang_client import IDLE_SECONDS, RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.verification import server_checksums
 
 pytestmark = pytest.mark.timeout(60)
@@ -92,6 +92,26 @@ def serve() -> Iterator[Callable[..., RawServer]]:
 
 async def streamed(client: SGLangClient) -> list[Any]:
     return [event async for event in client.stream({}, max_bytes=10_000)]
+
+
+def one_answer(server: RawServer) -> Iterator[bytes]:
+    """Each connection is good for one answer, though it stays open: a server about to close it."""
+    yield OK + b"Content-Length: 2\r\n\r\n{}"
+    server.ended.wait(LONGEST)
+
+
+def test_a_connection_that_was_idle_for_long_is_not_used_again(serve: Callable[..., RawServer]) -> None:
+    server = serve(one_answer)
+
+    async def twice() -> None:
+        client = SGLangClient(server.url)
+        await client.send("GET", "/", timeout=SECONDS)
+        await asyncio.sleep(IDLE_SECONDS + 0.1)
+        await client.send("GET", "/", timeout=LONGEST)
+        await client.close()
+
+    asyncio.run(twice())
+    assert len(server.requests) == 2
 
 
 REQUESTS: dict[str, Callable[[SGLangClient], Awaitable[Any]]] = {

@@ -84,7 +84,9 @@ def test_the_environment_makes_no_rank_of_the_server_and_shims_it_only_on_a_cpu(
     on_cpu, on_gpu = launch_environment(own, "cpu", 2), launch_environment(own, "cuda", 2, devices="2,3")
     assert on_cpu["PYTHONPATH"].split(os.pathsep) == [str(CPU_SHIM), str(SERVER_MODULES)]
     assert on_cpu["SGLANG_CPU_OMP_THREADS_BIND"].count("|") == 1
-    assert on_gpu == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "2,3", "PYTHONPATH": str(SERVER_MODULES)}
+    kept_alive = {"SGLANG_TIMEOUT_KEEP_ALIVE": "60"}
+    assert on_gpu == {"HOME": "/h", "CUDA_VISIBLE_DEVICES": "2,3", "PYTHONPATH": str(SERVER_MODULES)} | kept_alive
+    assert launch_environment(own | {"SGLANG_TIMEOUT_KEEP_ALIVE": "9"}, "cpu", 1)["SGLANG_TIMEOUT_KEEP_ALIVE"] == "9"
 
 
 def test_closing_ends_the_server_and_its_children_even_stubborn_ones(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ OLDEST_VERSION, NEWEST_VERSION = (0, 5, 21), (0, 6, 0)
 SUPPORTED_VERSIONS = "0.5.21 or later, before 0.6"
 CONTROL_SECONDS = 60.0
 ABORT_SECONDS = 5.0
+# An idle connection is reused for so long: uvicorn closes it after 5 s (SGLANG_TIMEOUT_KEEP_ALIVE), and a request that
+# reaches a busy server just then is lost.
+IDLE_SECONDS = 2.0
 MAX_BYTES = 64 << 20  # of an answer; the checksums of a large model's parameters are the longest
 EVENT, LAST_EVENT = b"data: ", b"data: [DONE]"  # of a stream
 BODY_EXCERPT = 300  # characters of an answer that an error quotes
@@ -60,7 +63,7 @@ class SGLangClient:
             headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
             timeout=httpx.Timeout(timeout, connect=10.0, pool=None),
             # Two more than generations can take, so that control requests never wait behind them.
-            limits=httpx.Limits(max_connections=connections + 2, max_keepalive_connections=connections + 2),
+            limits=httpx.Limits(max_connections=connections + 2, keepalive_expiry=IDLE_SECONDS),
             trust_env=False,
         )
 
