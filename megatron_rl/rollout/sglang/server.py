@@ -110,8 +110,8 @@ def launch_environment(
     """
     of_ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"}
     of_ranks |= {"MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH"}
-    kept_alive = {"SGLANG_TIMEOUT_KEEP_ALIVE": "60"}  # seconds; a busy server notices late that a request has come
-    environment = kept_alive | {"PYTHONPATH": str(SERVER_MODULES)} | {
+    # A busy server notices late that a request has come: 60 seconds, where SGLang's own 5 would close the connection.
+    environment = {"PYTHONPATH": str(SERVER_MODULES), "SGLANG_TIMEOUT_KEEP_ALIVE": "60"} | {
         name: value for name, value in own.items() if name not in of_ranks and not name.startswith("TORCHELASTIC_")
     }
     if device == "cpu":
