@@ -77,7 +77,7 @@ def main() -> None:
                 rounds[name].append(measured(lambda way=way, x=results[name]: way(x), args.counted))
         exact = sum(torch.randn(numel, generator=torch.Generator().manual_seed(r)).double() for r in range(size))
         error = float((results["hybrid"].double() - exact).norm() / exact.norm())
-        choice = hybrid.selectors()["all_reduce"].choose(1, numel * 4)
+        choice = hybrid.selectors()["all_reduce"].now(numel * 4)
         report = {
             "topology": os.environ.get("TOPOLOGY", f"{hybrid.nodes.num_nodes}x{size // hybrid.nodes.num_nodes}"),
             "size_mb": size_mb,

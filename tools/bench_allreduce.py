@@ -22,7 +22,7 @@ from typing import Any
 
 from simulated_cluster import Cluster, why_not
 
-from megatron_rl.collectives.cost_model import Cost
+from megatron_rl.collectives.cost_model import Line
 from megatron_rl.collectives.simulator import ClusterConfig, LinkConfig, hierarchical, library
 
 MB = 2**20
@@ -95,7 +95,7 @@ def calibrated(reports: list[dict[str, Any]]) -> ClusterConfig:
     largest size is work in node memory, of which half a chunk's worth is not hidden.
     """
     small, large = min(reports, key=_size), max(reports, key=_size)
-    flat = Cost.fitted([(int(_size(r) * MB), r["flat_ms"] / 1e3) for r in (small, large)])
+    flat = Line.fitted([(int(_size(r) * MB), r["flat_ms"] / 1e3) for r in (small, large)])
     link = LinkConfig(gbytes_per_s=1.5 / flat.seconds_per_byte / 1e9, latency_us=flat.latency / 6 * 1e6)
     base = ClusterConfig(ranks_per_node=2, inside=LinkConfig(gbytes_per_s=20), between=link, library="ring")
     best, error = base, float("inf")

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_rl.collectives.cost_model import SIZES, Cost, choose
@@ -56,13 +56,13 @@ class Calibrations:
         except DAMAGE:
             known = {}
         rows = {
-            name: {path: asdict(cost) for path, cost in each.items()}
+            name: {path: cost.samples for path, cost in each.items()}
             for name, each in (known | {collective: costs}).items()
         }
         partial = self.path.with_suffix(f".{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps({"topology": self.topology, "costs": rows}, indent=1))
+            partial.write_text(json.dumps({"topology": self.topology, "seconds": rows}, indent=1))
             os.replace(partial, self.path)
         except OSError as error:
             logger.warning("the calibration of %s is not kept: %s", collective, error)
@@ -89,7 +89,12 @@ def _folder() -> Path:
 def _read(path: Path) -> tuple[str, dict[str, Costs]]:
     content = json.loads(path.read_text())
     costs: dict[str, Costs] = {
-        collective: {path: Cost(float(c["latency"]), float(c["seconds_per_byte"])) for path, c in paths.items()}
-        for collective, paths in content["costs"].items()
+        collective: {
+            path: Cost(tuple((int(num_bytes), float(seconds)) for num_bytes, seconds in samples))
+            for path, samples in paths.items()
+        }
+        for collective, paths in content["seconds"].items()
     }
+    if not all(cost.samples for paths in costs.values() for cost in paths.values()):
+        raise ValueError("a path without a sample")
     return str(content["topology"]), costs

@@ -102,7 +102,7 @@ class HybridAllReduce:
         Either way its calls have the same order on all ranks: a rank whose thread is busy queues what others begin.
         """
         num_bytes, selector = moved.numel() * moved.element_size(), self._selector(kind)
-        number = selector.next_number()
+        number = selector.next_number(num_bytes)
         if self._idle() and selector.leaves_alone(number, num_bytes):
             return self._library_call(kind, tensors, average)
 
@@ -111,7 +111,7 @@ class HybridAllReduce:
             choice = selector.choose(number, num_bytes)
             started = time.perf_counter()
             self._run(choice.path, kind, tensors, average)
-            selector.measured(choice, num_bytes, time.perf_counter() - started)
+            selector.measured(number, choice, num_bytes, time.perf_counter() - started)
 
         return self._submit(work)
 

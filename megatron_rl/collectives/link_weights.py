@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from megatron_rl.collectives.cost_model import Cost
+from megatron_rl.collectives.cost_model import Line
 from megatron_rl.collectives.hierarchical import HierarchicalPath
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def weigh_links(path: HierarchicalPath, largest: Callable[[torch.Tensor], None])
         rows.append([min(_timed(path, size, largest) for _ in range(ROUNDS)) for size in SIZES])
     figures = torch.tensor(rows, dtype=torch.float64)
     largest(figures)
-    costs = [Cost.fitted(list(zip(SIZES, row, strict=True))) for row in figures.tolist()]
+    costs = [Line.fitted(list(zip(SIZES, row, strict=True))) for row in figures.tolist()]
     shares = {index: 1 / cost.seconds_per_byte for index, cost in zip(all_links, costs, strict=True)}
     pipeline.shares = shares
     if path.rank == 0:

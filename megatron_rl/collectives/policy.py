@@ -27,6 +27,6 @@ class CollectivesConfig(ConfigRecord):
     minimum_gain: float = Field(default=0.1, ge=0, lt=1)
     """Share of the library's time that another path must be predicted to save before it is taken."""
     reuse_calibration: bool = True
-    """Take the costs that an earlier run measured on the same nodes; measured again when off by a factor of 2."""
+    """Take the costs that an earlier run measured on the same nodes; measured again where they are wrong."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
     """Seconds after which an exchange of a chunk over a link counts as failed; nodes agree within 8 times that."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_rl.collectives import calibrations
+from megatron_rl.collectives import calibrations, selector
 from megatron_rl.collectives.hierarchical import HierarchicalPath
 from megatron_rl.collectives.hybrid import HybridAllReduce
 from megatron_rl.collectives.nodes import NodeMap
@@ -207,6 +207,7 @@ def say(rank: int, what: str) -> None:
 
 
 def main() -> None:
+    selector.SIZES = (1 << 16, 1 << 18)  # what is measured does not matter here
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for case in (every_division, narrow_wire, process_group, many_at_once, calibrated_before):

@@ -11,7 +11,8 @@ from megatron_rl.collectives.calibrations import Calibrations, saved_choices
 from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, Cost
 from megatron_rl.run import environment
 
-COSTS = {LIBRARY: Cost(0.001, 4e-9), HIERARCHICAL: Cost(0.002, 1e-9)}
+MB = 1 << 20
+COSTS = {LIBRARY: Cost(((MB, 0.0052), (4 * MB, 0.0178))), HIERARCHICAL: Cost(((MB, 0.003), (4 * MB, 0.0062)))}
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 def test_costs_come_back_for_their_topology_and_collective_alone():
     kept = Calibrations("2 nodes of 8 ranks (a, b)")
     kept.save("all_reduce", COSTS)
-    kept.save("all_gather", {LIBRARY: Cost(0.0, 1e-9), HIERARCHICAL: Cost(0.0, 2e-9)})
+    kept.save("all_gather", {LIBRARY: Cost(((MB, 0.1),)), HIERARCHICAL: Cost(((MB, 0.2),))})
     again = Calibrations("2 nodes of 8 ranks (a, b)")
     assert again.load("all_reduce") == COSTS
     assert again.load("all_gather") != COSTS
@@ -31,7 +32,14 @@ def test_costs_come_back_for_their_topology_and_collective_alone():
     assert Calibrations("2 nodes of 8 ranks (a, c)").load("all_reduce") is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"topology": "x", "costs": {"all_reduce": {"library": 3}}}'])
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}"]
+    + [
+        f'{{"topology": "x", "seconds": {{"all_reduce": {{"library": {samples}}}}}}}'
+        for samples in ("3", "[]", "[[1]]")
+    ],
+)
 def test_a_damaged_file_is_named_and_written_anew(content, folder, caplog):
     kept = Calibrations("x")
     folder.mkdir()
@@ -55,5 +63,5 @@ def test_info_shows_the_choice_for_each_size():
     shown = environment.describe_environment().split("as calibrated")[1].splitlines()
     assert shown[1].strip() == "2 nodes of 8 ranks (a, b)"
     # 1 MB: 5.2 ms against 3.0; the table has 1, 4, 16, 64 and 256 MB.
-    assert "1 MB hierarchical: 3.05 ms predicted, library 5.19 ms" in shown[2]
+    assert "1 MB hierarchical: 3.00 ms predicted, library 5.20 ms" in shown[2]
     assert len(shown) == 7

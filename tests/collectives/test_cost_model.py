@@ -2,89 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, SIZES, Cost, choose
+from megatron_rl.collectives.cost_model import HIERARCHICAL, LIBRARY, Cost, Line, choose
 from megatron_rl.collectives.link import split
 from megatron_rl.collectives.nodes import NodeMap
-from megatron_rl.collectives.selector import CHECK_EVERY, MEASURE_EVERY, Selector
 
 MB = 1 << 20
 
 
 def test_two_sizes_give_latency_and_slope():
-    cost = Cost.fitted([(MB, 0.011), (4 * MB, 0.041)])
-    assert cost.latency == pytest.approx(0.001)
-    assert cost.seconds(2 * MB) == pytest.approx(0.021)
+    line = Line.fitted([(MB, 0.011), (4 * MB, 0.041)])
+    assert line.latency == pytest.approx(0.001)
+    assert line.seconds_per_byte * MB == pytest.approx(0.010)
 
 
 def test_a_slope_that_is_noise_gives_the_larger_sample_alone():
-    assert Cost.fitted([(MB, 0.5), (4 * MB, 0.4)]) == Cost(0.0, 0.4 / (4 * MB))
+    assert Line.fitted([(MB, 0.5), (4 * MB, 0.4)]) == Line(0.0, 0.4 / (4 * MB))
+
+
+def test_what_was_measured_is_predicted_and_lines_go_on_beyond_it():
+    cost = Cost(((MB, 0.011), (4 * MB, 0.041), (32 * MB, 0.601)))
+    assert [cost.seconds(size) for size, _ in cost.samples] == [0.011, 0.041, 0.601]
+    assert cost.seconds(2 * MB) == pytest.approx(0.021)
+    assert cost.seconds(18 * MB) == pytest.approx(0.321)
+    assert cost.seconds(64 * MB) == pytest.approx(0.601 + 32 * 0.020)  # as from 4 to 32 MB
+    assert cost.seconds(MB // 2) == pytest.approx(0.006)  # as from 1 to 4 MB
+    assert Cost(((MB, 0.003), (4 * MB, 0.021))).seconds(MB // 4) == pytest.approx(0.00075)  # never below proportion
+
+
+def test_sizes_that_are_near_each_other_give_no_slope():
+    """8 MB, and 4 bytes less of it: the same in two samples that differ by noise."""
+    cost = Cost(((MB, 0.011), (8 * MB - 4, 0.080), (8 * MB, 0.081)))
+    assert cost.seconds(16 * MB) == pytest.approx(0.161)
+    assert Cost(((8 * MB - 4, 0.080), (8 * MB, 0.081))).seconds(16 * MB) == pytest.approx(0.162)
+
+
+def test_a_new_sample_replaces_that_of_its_power_of_two():
+    cost = Cost(((MB, 0.01), (5 * MB, 0.05))).learned((6 * MB, 0.03)).learned((2 * MB, 0.02))
+    assert cost.samples == ((MB, 0.01), (2 * MB, 0.02), (6 * MB, 0.03))
+
+
+def linear(latency: float, seconds_per_byte: float) -> Cost:
+    return Cost(tuple((size, latency + size * seconds_per_byte) for size in (MB, 4 * MB)))
 
 
 def test_the_library_is_left_only_for_a_gain_above_the_minimum():
-    costs = {LIBRARY: Cost(0.0, 10e-9), HIERARCHICAL: Cost(0.001, 8e-9)}
+    costs = {LIBRARY: linear(0.0, 10e-9), HIERARCHICAL: linear(0.001, 8e-9)}
     edge = 0.001 / (0.9 * 10e-9 - 8e-9)  # bytes: latency over what each byte gains
     assert choose(costs, int(edge * 0.99), 0.1).path == LIBRARY
     assert choose(costs, int(edge * 1.01), 0.1).path == HIERARCHICAL
-    assert choose({**costs, HIERARCHICAL: Cost(0.0, 9.5e-9)}, 1 << 30, 0.1).path == LIBRARY
-
-
-def never(size: int) -> Callable[[], None]:
-    raise AssertionError("no path is run")
-
-
-def selector(**seconds: float) -> Selector:
-    """One rank, whose paths take so many seconds for any size; the clock is not asked."""
-    made = Selector(
-        "all_reduce",
-        {LIBRARY: never, HIERARCHICAL: never},
-        lambda figures: None,
-        lambda figures: None,
-        minimum_gain=0.1,
-        deterministic=False,
-        talks=False,
-    )
-    made._probe = lambda size: [seconds["library"], seconds["hierarchical"]]  # type: ignore[method-assign]
-    return made
-
-
-def test_it_calibrates_once_and_again_when_predictions_are_off(monkeypatch):
-    chosen = selector(library=0.4, hierarchical=0.1)
-    choice = chosen.choose(1, 8 * MB)
-    assert choice.path == HIERARCHICAL
-    for _ in range(CHECK_EVERY):
-        chosen.measured(choice, 8 * MB, choice.predicted * 1.1)
-    assert chosen.choose(CHECK_EVERY, 8 * MB).path == HIERARCHICAL
-    assert chosen.num_calibrations == 1
-    for _ in range(CHECK_EVERY):
-        chosen.measured(choice, 8 * MB, choice.predicted * 5)
-    monkeypatch.setattr(chosen, "_probe", lambda size: [0.1, 0.5])
-    assert chosen.choose(CHECK_EVERY + 1, 8 * MB).path == HIERARCHICAL  # ranks look at their predictions together
-    assert chosen.choose(2 * CHECK_EVERY, 8 * MB).path == LIBRARY
-    assert chosen.num_calibrations == 2
-
-
-def test_what_is_the_librarys_is_left_alone_but_for_every_sixteenth_message():
-    chosen = selector(library=0.1, hierarchical=0.4)
-    assert not chosen.leaves_alone(1, 8 * MB)  # nothing is measured yet
-    chosen.choose(1, 8 * MB)
-    assert [number for number in range(1, 65) if not chosen.leaves_alone(number, 8 * MB)] == [16, 32, 48, 64]
-    assert CHECK_EVERY % MEASURE_EVERY == 0  # so ranks that agree are never at a call of the library's own
-    other = selector(library=0.4, hierarchical=0.1)
-    other.choose(1, 8 * MB)
-    assert not other.leaves_alone(2, 8 * MB)
-
-
-def test_deterministic_never_takes_the_library():
-    made = Selector(
-        "x", {}, lambda figures: None, lambda figures: None, minimum_gain=0.1, deterministic=True, talks=False
-    )
-    assert made.choose(1, SIZES[0]).path == HIERARCHICAL
-    assert not made.leaves_alone(2, SIZES[0])
+    assert choose({**costs, HIERARCHICAL: linear(0.0, 9.5e-9)}, 1 << 30, 0.1).path == LIBRARY
 
 
 @pytest.mark.parametrize("total", [0, 1, 2, 7, 1000, 12345])
