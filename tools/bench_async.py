@@ -6,8 +6,9 @@ Each case runs the same task under each law: lag 0 (the halves take turns) and l
 
 ``long_tail``: an engine with published heavy-tailed latencies and a training step of a published time (`long_tail.py`),
 so that the bound is computed from what was published. ``forecast_s`` is what ``megatron-rl plan --lag`` says beforehand
-and ``forecast_error`` how far off it was. ``sglang`` (with --sglang PYTHON): a real CPU server on one core
-and training on the other; its bound is computed from the means of lag 0.
+and ``forecast_error`` how far off it was. ``sglang`` (with --sglang PYTHON): a real CPU server on one core and
+training on the other, which goes over each batch six times so that the halves are about equal. Its bound is computed
+from the means of lag 0 (``halves_s``), pushes included: the server answers nothing while it takes weights.
 
     python tools/bench_async.py [--steps 16] [--sglang .venv-sglang/bin/python]
 """
@@ -48,10 +49,10 @@ def write_task(folder: Path, steps: int, sglang: str | None) -> Path:
     rollout: dict[str, Any] = {"engine": "long_tail"}
     if sglang:
         server = {"python": sglang, "log_dir": str(folder / "servers"), "max_total_tokens": 8192}
-        rollout = {"engine": "sglang", "dtype": "bfloat16", "max_running": 64, "options": {"server": server}}
+        rollout = {"engine": "sglang", "dtype": "bfloat16", "max_running": 128, "options": {"server": server}}
     values = {
         "model": str(folder / "model"),
-        "algorithm": {"name": "paced_grpo" if not sglang else "grpo"},
+        "algorithm": {"name": "grpo", "num_epochs": 6} if sglang else {"name": "paced_grpo"},
         "parallel": {"rollout_ranks": 1},
         "actor": {"sampling": {"n": 8 if sglang else 2, "max_tokens": 48 if sglang else 4}, "rollout": rollout},
         "data": {"path": str(folder / "train.jsonl")},
@@ -115,30 +116,37 @@ def forecast() -> dict[str, float]:
     return {"lag0": in_turns.step_s, "lag1": batch.step_s}
 
 
+def measured_parts(metrics: list[dict[str, float]], steps: int) -> tuple[list[float], float, float]:
+    """Seconds of each batch, of training on one and of a push, as the steps of lag 0 say."""
+    generation = mean(metrics, "time/actor.sample_s", "time/reward.score_s")
+    trained = mean(metrics, "time/step_s") - mean(metrics, "time/actor.receive_s")
+    return [generation] * steps, trained, mean(metrics, "time/weight_sync_s")
+
+
 def measure(steps: int, sglang: str | None) -> dict[str, Any]:
     """One case."""
     found: dict[str, Any] = {"step_s": {}, "bound_s": {}, "ratio_to_bound": {}, "wait_share": {}}
-    halves: tuple[list[float], float] | None = None
+    parts: tuple[list[float], float, float] | None = None
     with tempfile.TemporaryDirectory(prefix="bench_async-") as name:
         config = write_task(Path(name), steps, sglang)
         for law, lag in LAWS.items():
             calls, ends, metrics = run(config, Path(name), law, timeout=1200)
-            if halves is None:
-                generation = mean(metrics, "time/actor.sample_s", "time/reward.score_s")
-                trained = mean(metrics, "time/step_s") - mean(metrics, "time/actor.receive_s")
-                halves = ([generation] * steps, trained) if sglang else (calls, TRAIN_S)
-            best = ideal(*halves, lag)
+            if parts is None:
+                parts = measured_parts(metrics, steps) if sglang else (calls, TRAIN_S, 0.0)
+            generation, trained, push = parts
+            best = ideal(generation, trained, lag, push)
             step_s, bound_s = ((times[-1] - times[0]) / (steps - 1) for times in (ends, best))
             found["step_s"][law], found["bound_s"][law] = round(step_s, 4), round(bound_s, 4)
             found["ratio_to_bound"][law] = round(step_s / bound_s, 4)
             shares = {half: mean(metrics, f"time/{half}_wait_share") for half in ("training", "engine")}
             found["wait_share"][law] = {half: round(share, 3) for half, share in shares.items()}
-    assert halves is not None
+    assert parts is not None
     if not sglang:
         found["forecast_s"] = {law: round(seconds, 4) for law, seconds in forecast().items()}
         errors = {law: seconds / found["step_s"][law] - 1 for law, seconds in found["forecast_s"].items()}
         found["forecast_error"] = {law: round(error, 4) for law, error in errors.items()}
-    found["halves_s"] = {"generation": round(statistics.mean(halves[0]), 4), "training": round(halves[1], 4)}
+    means = {"generation": statistics.mean(parts[0]), "training": parts[1], "push": parts[2]}
+    found["halves_s"] = {name: round(seconds, 4) for name, seconds in means.items()}
     found["lag1_to_lag0"] = round(found["step_s"]["lag1"] / found["step_s"]["lag0"], 4)
     return found
 

@@ -75,20 +75,21 @@ class Pace(Clock):
         super().on_step_end(trainer, batch, metrics)
 
 
-def ideal(generation: Sequence[float], train_s: float, lag: int) -> list[float]:
-    """When each step of the batch law ends if nothing but the two halves takes time.
+def ideal(generation: Sequence[float], train_s: float, lag: int, push_s: float = 0.0) -> list[float]:
+    """When each step of the batch law ends if nothing but the two halves, and the pushes between them, takes time.
 
     The weights after s steps are pushed when step s - 1 is over and the batches ordered before are finished; then batch
     s + lag begins (in the beginning, all up to it). Step s begins with that push, or when batch s is there.
 
     Args:
         generation: seconds of each batch.
+        push_s: of each push but the first; both halves stand still for it.
     """
     ends: list[float] = []
     there: dict[int, float] = {}
     idle = 0.0
     for step in range(len(generation)):
-        pushed = idle = max(idle, ends[-1]) if ends else 0.0
+        pushed = idle = max(idle, ends[-1]) + push_s if ends else 0.0
         for batch in range(step + lag if step else 0, min(step + lag + 1, len(generation))):
             idle += generation[batch]
             there[batch] = idle
