@@ -19,6 +19,7 @@ from megatron_rl.models.module_architecture import ModuleArchitecture, held_of, 
 from megatron_rl.models.naming import MegatronNaming, chunk_prefix
 from megatron_rl.models.parameters import Axis, Place, Shape, whole
 from megatron_rl.models.pipeline import stage_layers
+from megatron_rl.models.usual_shards import usual_shards
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard.layout import AS_IT_IS, Held, Layout, Shard, Symmetry
 
@@ -134,7 +135,8 @@ class _MegatronStage:
 
 
 def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Sequence[int]], ep: int = 1) -> Layout:
-    """What each rank of an SGLang engine (or of the local engine) holds, in SGLang's names.
+    """What each rank of an SGLang engine (or of the local engine) holds, in SGLang's names; of a model without a family
+    what SGLang's classes usually hold.
 
     Args:
         tp: tensor-parallel ranks of one engine.
@@ -146,7 +148,10 @@ def rollout_layout(architecture: Architecture, tp: int, replicas: Sequence[Seque
     """
     check_rollout(architecture, tp, ep)
     if isinstance(architecture, ModuleArchitecture):
-        return transformers_layout(architecture, [rank for ranks in replicas for rank in ranks])
+        usual = usual_shards(logical_of(architecture.tensors), architecture.vocab)
+        held = held_of(architecture.tensors)
+        everywhere = dict.fromkeys((rank for ranks in replicas for rank in ranks), EVERYWHERE)
+        return Layout("sglang, as usual", everywhere, lambda replica: usual, held=held)
     replica_of: dict[int, Hashable] = {}
     for ranks in replicas:
         if len(ranks) != tp:
@@ -253,8 +258,8 @@ def check_rollout(architecture: Architecture, tp: int, ep: int = 1) -> None:
     if isinstance(a, ModuleArchitecture):
         if tp > 1 or ep > 1:
             raise ConfigError(
-                f"rollout.tp={tp}, but the engine `transformers`, which serves any model, holds whole "
-                f"modules ({a.family}): set rollout.tp to 1"
+                f"rollout.tp={tp}, but where no family says how weights are cut, an engine holds whole modules "
+                f"({a.family}): set rollout.tp to 1"
             )
         return
     _check_heads(a, tp, "rollout.tp")

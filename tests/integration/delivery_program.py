@@ -120,6 +120,7 @@ class Job:
     def deliver_by(self, name: str, **options: Any) -> None:
         self.engine._transfer = TRANSFERS[name](
             loop=self.engine._loop,
+            architecture=self.architecture,
             layout=self.engine.layout,
             rank=self.rank,
             dtype=torch.bfloat16,

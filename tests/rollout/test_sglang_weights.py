@@ -241,7 +241,8 @@ def test_what_only_the_servers_own_loader_computes_is_refused_before_any_byte_mo
 
 def test_each_way_of_transfer_says_what_a_bucket_costs_in_memory() -> None:
     two = rollout_layout(LLAMA, 2, [[0, 1]])
-    common: dict[str, Any] = {"loop": None, "layout": two, "rank": 0, "dtype": torch.bfloat16, "tp_group": None}
+    common: dict[str, Any] = {"loop": None, "architecture": LLAMA, "layout": two, "rank": 0, "dtype": torch.bfloat16}
+    common["tp_group"] = None
     copies = {name: TRANSFERS[name](**common).bucket_copies for name in TRANSFERS}
     assert copies == {"direct": 2, "flattened_bucket": 6, "disk": 6, "distributed": 6}
 

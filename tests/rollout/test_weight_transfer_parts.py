@@ -15,11 +15,11 @@ from models.oracle import ALL, random_logical
 from rollout.rollout_models import random_model
 from rollout.sglang_stand_in import checksum
 
-from megatron_rl.models import Architecture, hf_layout, rollout_layout
+from megatron_rl.models import Architecture, hf_layout, logical_tensors, rollout_layout
 from megatron_rl.rollout.sglang.sglang_client import ServerError
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
 from megatron_rl.rollout.sglang.weight_transfer.full import FullTensors
-from megatron_rl.rollout.sglang.weight_transfer.proof import compare
+from megatron_rl.rollout.sglang.weight_transfer.proof import UsualLayout, compare
 from megatron_rl.rollout.sglang.weight_transfer.wire import flattened_bucket, named_tensors, requests, serialize
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
@@ -77,7 +77,7 @@ def test_whole_tensors_are_those_of_the_trainer_whatever_the_buckets(
     full = {name: tensor.bfloat16() for name, tensor in random_logical(architecture).items()}
     shards = empty_tensors(layout, 0, torch.bfloat16)
     fill(layout, 0, shards, in_memory(full, hf_layout(architecture)))
-    whole = FullTensors(layout, [0], 0, None, torch.bfloat16, bucket_bytes)
+    whole = FullTensors(layout, logical_tensors(architecture), [0], 0, None, torch.bfloat16, bucket_bytes)
     for _ in range(2):  # the second time from the plans of the first
         found = {}
         for tensors in whole.collect(shards):
@@ -103,6 +103,16 @@ def test_checksums_that_differ_are_missing_or_are_derived_name_the_parameter() -
         compare("here", without, held)
     with pytest.raises(ServerError, match=f"holds .'{name}'. beside the weights delivered: derived"):
         compare("here", held, without)
+
+
+def test_of_a_usual_layout_equal_checksums_alone_prove_and_what_they_proved_stays_due() -> None:
+    usual, held = UsualLayout(), {"norm": "1", "qkv_proj": "2", "c_attn": "3"}
+    reason = usual.compare("here", held, {"norm": "1", "qkv_proj": "2", "c_attn": "4"})
+    assert "here provably holds 2 of 3 parameters" in reason
+    assert "['c_attn']" in reason
+    assert usual.compare("here", held, held) == ""
+    with pytest.raises(ServerError, match=r"here does not hold the weights delivered: \['qkv_proj'\] differ"):
+        usual.compare("here", held, held | {"qkv_proj": "5"})
 
 
 # Of `gpu_tensor_hash` itself (SGLang 0.5.23; the same in 0.5.21), run by Triton's interpreter.

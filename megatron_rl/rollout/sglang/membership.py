@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_rl.rollout.sglang.routing import RoutedServer, State
-from megatron_rl.rollout.sglang.server import SGLangServer
+from megatron_rl.rollout.sglang.server import ServerStartError, SGLangServer
 from megatron_rl.rollout.sglang.sglang_client import (
     Json,
     PauseMode,
@@ -127,7 +127,7 @@ class Membership:
         if server is not None and not server.is_running:
             never_served = not self.versions and not server.lost_its_port
             if never_served or all(map(self._is_hopeless, self.members)):
-                raise RuntimeError(f"SGLang ended ({self.describe()}); {server.last_lines()}")
+                raise ServerStartError(server, f"SGLang ended ({self.describe()})")
             if self._is_hopeless(member):
                 return
             member.restarts += 1

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture, hf_config_from
+from megatron_rl.models.module_architecture import ModuleArchitecture
+from megatron_rl.rollout.sglang.server import ServerStartError
 
+# Families of which SGLang makes no dense layer (its Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer).
+EXPERTS_EVERYWHERE = ("qwen2_moe", "qwen3_moe")
 WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")  # families whose windows SGLang computes
 CPU_INTERMEDIATE_UNIT = 32  # a CPU server pads intermediate sizes to a multiple of this times tp
 
@@ -19,10 +26,63 @@ def write_model_folder(folder: Path, architecture: Architecture, tokenizer: Any 
         tokenizer: a `transformers` tokenizer; without one the server cannot look for stop texts.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    hf_config_from(architecture, tokenizer, dtype).save_pretrained(folder)
+    if isinstance(architecture, ModuleArchitecture):
+        from megatron_rl.models.hf_config import module_config  # loads transformers, as the other does
+
+        module_config(architecture, None, tokenizer, dtype).save_pretrained(folder)
+    else:
+        hf_config_from(architecture, tokenizer, dtype).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def check_layers(architecture: Architecture) -> None:
+    """Refuse layers that SGLang would build otherwise.
+
+    Raises:
+        ConfigError: the model has such.
+    """
+    dense = architecture.experts.dense_layers if architecture.experts is not None else ()
+    if dense and architecture.family in EXPERTS_EVERYWHERE:
+        raise ConfigError(
+            f"layers {', '.join(map(str, dense))} of this {architecture.family} have a dense MLP (mlp_only_layers, "
+            f"decoder_sparse_step), but SGLang builds experts in every layer of one: set actor.rollout.engine=local"
+        )
+
+
+def delivery_of(architecture: Architecture, chosen: str | None) -> str:
+    """The way of weights to the servers.
+
+    Raises:
+        ConfigError: shards cannot be written directly, since nobody knows how SGLang cuts the model.
+    """
+    if not isinstance(architecture, ModuleArchitecture):
+        return chosen or "direct"
+    if chosen == "direct":
+        raise ConfigError(
+            f"delivery=direct, but model type {architecture.family!r} has no family here, so that only SGLang's own "
+            "loader knows how it lays its weights out: leave delivery out, or choose disk"
+        )
+    return chosen or "flattened_bucket"
+
+
+@contextlib.contextmanager
+def explained_start(architecture: Architecture) -> Iterator[None]:
+    """Where servers do not start with a model that has no family, say that SGLang may not know it.
+
+    Raises:
+        ConfigError: in place of `ServerStartError`.
+    """
+    try:
+        yield
+    except ServerStartError as error:
+        if not isinstance(architecture, ModuleArchitecture):
+            raise
+        raise ConfigError(
+            f"SGLang does not serve model type {architecture.family!r}, which has no family here ({error.cause}): set "
+            f"actor.rollout.engine=transformers. All it said is in {error.log}"
+        ) from None
 
 
 def check_served(architecture: Architecture, max_context: int) -> None:
@@ -34,6 +94,9 @@ def check_served(architecture: Architecture, max_context: int) -> None:
         ConfigError: the model has one of these.
     """
     a = architecture
+    if isinstance(a, ModuleArchitecture):
+        _check_window(a, max_context)
+        return
     if a.mlp_bias and a.experts is None:
         raise ConfigError("SGLang computes Llama without the biases of its feed-forward layers: use engine: local")
     windowed = a.family in WINDOWED and (a.family == "gemma3_text" or a.full_layers == tuple(range(1, a.num_layers, 2)))
@@ -69,6 +132,19 @@ def check_served(architecture: Architecture, max_context: int) -> None:
         )
 
 
+def _check_window(architecture: ModuleArchitecture, max_context: int) -> None:
+    """Nobody compared what SGLang makes of the windows of a model without a family."""
+    config = json.loads(architecture.config_json)
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    windowed = set(config.get("layer_types") or ("sliding_attention",)) != {"full_attention"}
+    if window is not None and window < max_context and windowed:
+        raise ConfigError(
+            f"this {architecture.family} has a sliding window of {window} tokens, contexts of {max_context} are "
+            "longer, and whether SGLang computes it in such a model was never compared: set "
+            f"actor.rollout.options.server.context_length to {window} or less, or use engine: transformers"
+        )
+
+
 def check_cpu_layout(architecture: Architecture, tp: int) -> None:
     """Refuse what a CPU server would pad, and then hold in another layout than a GPU server does; and soft caps of
     attention scores, of which SGLang's attention in plain torch knows nothing.
@@ -83,6 +159,8 @@ def check_cpu_layout(architecture: Architecture, tp: int) -> None:
         )
     if architecture.family == "gemma3_text" and architecture.rope_scaling:
         raise ConfigError("SGLang on a CPU computes Gemma 3 with plain rotary positions: use engine: local, or a GPU")
+    if isinstance(architecture, ModuleArchitecture):
+        return  # the server's own loader pads
     unit = CPU_INTERMEDIATE_UNIT * tp
     sizes = {
         "num_attention_heads": (architecture.num_heads, tp),

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 CPU_SHIM = Path(__file__).parent / "cpu_shim"
 SERVER_MODULES = Path(__file__).parent / "server_modules"  # what servers import of ours
 LOG_TAIL_LINES = 30
+ERROR, ERROR_LENGTH = re.compile(r"[\w.]*(Error|Exception): "), 200  # the last line of a traceback
 PORT_ATTEMPTS = 3
 PORTS = (20000, 32000)
 PORT_DRAWS = 100
@@ -141,6 +143,14 @@ def free_port(host: str = "127.0.0.1") -> int:
     raise OSError(f"no free port found on {host} in {PORTS[0]}-{PORTS[1]}")
 
 
+class ServerStartError(RuntimeError):
+    """A server ended by itself."""
+
+    def __init__(self, server: SGLangServer, what: str) -> None:
+        super().__init__(f"{what}; {server.last_lines()}")
+        self.cause, self.log = server.last_error(), server.log
+
+
 class SGLangServer:
     """One server, from `start` to `close`; a context manager.
 
@@ -221,7 +231,7 @@ class SGLangServer:
         deadline = time.monotonic() + self.config.start_timeout
         while time.monotonic() < deadline:
             if not self.is_running:
-                raise RuntimeError(f"SGLang ended while it started; {self.last_lines()}")
+                raise ServerStartError(self, "SGLang ended while it started")
             if self.is_ready():
                 return
             time.sleep(0.5)
@@ -277,6 +287,11 @@ class SGLangServer:
     def last_lines(self) -> str:
         """The end of the log, for error messages."""
         return "\n".join([f"its log {self.log} ends with:", *self._lines()[-LOG_TAIL_LINES:]])
+
+    def last_error(self) -> str:
+        """What ended it, in one line; behind that, its processes complain that they lost one another."""
+        found = [line for line in self._lines() if ERROR.match(line) and "connection" not in line.lower()]
+        return found[0][:ERROR_LENGTH] if found else "it names no error"
 
     def _lines(self) -> list[str]:
         """The log since the last launch."""

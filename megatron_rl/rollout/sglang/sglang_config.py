@@ -20,8 +20,9 @@ class SGLangConfig(ConfigRecord):
     """How to start servers."""
     servers: int = Field(default=1, ge=1)
     """Servers that each replica starts; all get the replica's weights and share its requests."""
-    delivery: str = "direct"
-    """Name of a registered way for weights to reach the servers."""
+    delivery: str | None = None
+    """Name of a registered way for weights to reach the servers; None = `direct`, or `flattened_bucket` for a model
+    without a family."""
     delivery_options: dict[str, Any] = Field(default_factory=dict)
     """Further keyword arguments of that delivery."""
     pause: Literal["retract", "in_place"] = "retract"

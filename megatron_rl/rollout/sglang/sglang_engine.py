@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Architecture
-from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard import Layout
 from megatron_rl.rollout.admission import TAGS, check_prompts, check_shards, check_tags
 from megatron_rl.rollout.base import (
@@ -42,7 +41,13 @@ from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.generation import GenerateRequest
 from megatron_rl.rollout.sglang.launch_servers import launch_servers
 from megatron_rl.rollout.sglang.membership import Member, Membership
-from megatron_rl.rollout.sglang.model_folder import check_served, write_model_folder
+from megatron_rl.rollout.sglang.model_folder import (
+    check_layers,
+    check_served,
+    delivery_of,
+    explained_start,
+    write_model_folder,
+)
 from megatron_rl.rollout.sglang.replica import Replica
 from megatron_rl.rollout.sglang.routing import State
 from megatron_rl.rollout.sglang.server import server_python
@@ -53,8 +58,6 @@ from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 logger = logging.getLogger(__name__)
 
 WHERE = "actor.rollout.options"
-# Families of which SGLang makes no dense layer (its Qwen2MoeDecoderLayer and Qwen3MoeDecoderLayer).
-EXPERTS_EVERYWHERE = ("qwen2_moe", "qwen3_moe")
 POLL_SECONDS = 0.25  # between checks for servers that need weights, while requests run
 CALL_SECONDS = 20.0  # between heartbeats to the other ranks, whose collectives time out
 WRITE_ATTEMPTS = 3
@@ -96,6 +99,7 @@ class SGLangEngine(RolloutEngine):
         self.eos_token_ids, self.tokenizer = frozenset(eos_token_ids), tokenizer
         self.max_context = self.config.server.context_length or architecture.max_positions
         check_served(architecture, self.max_context)
+        delivery = delivery_of(architecture, self.config.delivery)
         self.replica = Replica.of(layout, rank, tp_group, device)
         self._gate, self._asleep = UpdateGate(), set[str]()
         self._shards: Mapping[str, torch.Tensor] = {}  # the caller's, of `load_shards`
@@ -110,8 +114,9 @@ class SGLangEngine(RolloutEngine):
             folder = write_model_folder(Path(self._folder.name), architecture, tokenizer, name)
             sizes = (name, max_running, torch.device(device), tokenizer, expected.ep)
             members = launch_servers(self.config, self.replica, folder, architecture, *sizes)
-        self._transfer = TRANSFERS[self.config.delivery](
+        self._transfer = TRANSFERS[delivery](
             loop=self._loop,
+            architecture=architecture,
             layout=layout,
             rank=rank,
             dtype=dtype,
@@ -125,24 +130,14 @@ class SGLangEngine(RolloutEngine):
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         config = SGLangConfig.parse(options, where=WHERE)
-        if config.delivery not in TRANSFERS:
+        if config.delivery not in (None, *TRANSFERS):
             raise ConfigError(f"{WHERE}.delivery={config.delivery!r} is not one of {list(TRANSFERS)}")
         if not config.urls:
             server_python(config.server)
 
     @classmethod
     def check_model(cls, architecture: Architecture) -> None:
-        if isinstance(architecture, ModuleArchitecture):
-            raise ConfigError(
-                f"model type {architecture.family!r} has no family here, so that it is not known how SGLang lays its "
-                "weights out: set actor.rollout.engine=transformers"
-            )
-        dense = architecture.experts.dense_layers if architecture.experts is not None else ()
-        if dense and architecture.family in EXPERTS_EVERYWHERE:
-            raise ConfigError(
-                f"layers {', '.join(map(str, dense))} of this {architecture.family} have a dense MLP (mlp_only_layers, "
-                f"decoder_sparse_step), but SGLang builds experts in every layer of one: set actor.rollout.engine=local"
-            )
+        check_layers(architecture)
 
     @classmethod
     def context(cls, options: Mapping[str, Any], max_positions: int) -> int:
@@ -183,7 +178,8 @@ class SGLangEngine(RolloutEngine):
     async def _pause(self) -> None:
         membership = self._membership
         membership.serving = False
-        await membership.wait_for_servers(self.config.server.start_timeout)
+        with explained_start(self.architecture):
+            await membership.wait_for_servers(self.config.server.start_timeout)
         await membership.stop(membership.of(State.READY, State.OUTDATED), self.config.pause)
         if not membership.of(State.OUTDATED):
             raise RuntimeError(f"no server could be paused for a weight update: {membership.describe()}")

@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_rl.config import ConfigError
+from megatron_rl.models import Architecture
+from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.parallel.agreement import Agreement, Alone, GroupPeers
 from megatron_rl.parallel.groups import gather_objects
 from megatron_rl.registry import Registry
@@ -32,7 +34,7 @@ from megatron_rl.rollout.sglang.event_loop import EventLoop
 from megatron_rl.rollout.sglang.sglang_client import RequestError, ServerError, SGLangClient
 from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import RECEIVER
 from megatron_rl.rollout.sglang.weight_transfer.checksums import server_checksum
-from megatron_rl.rollout.sglang.weight_transfer.proof import Proof, RankSums, ServerSums, prove
+from megatron_rl.rollout.sglang.weight_transfer.proof import Proof, RankSums, ServerSums, UsualLayout, prove
 from megatron_rl.rollout.sglang.weight_transfer.wire import free_shared_memory, unshared_bytes
 
 logger = logging.getLogger(__name__)
@@ -59,7 +61,7 @@ class WeightTransfer(ABC):
 
     Args:
         loop: runs the clients' coroutines, in a thread of its own.
-        layout: of the rollout weights; ``layout.shards(rank)`` are this rank's.
+        layout: the `rollout_layout` of ``architecture``; ``layout.shards(rank)`` are this rank's.
         dtype: of the servers' weights, but those that ``layout`` gives another one.
         tp_group: the replica's ranks, in the order of the servers' tensor-parallel ranks; None = this rank alone.
         device: where the group's backend takes tensors.
@@ -75,6 +77,7 @@ class WeightTransfer(ABC):
         self,
         *,
         loop: EventLoop,
+        architecture: Architecture,
         layout: Layout,
         rank: int,
         dtype: torch.dtype,
@@ -85,6 +88,8 @@ class WeightTransfer(ABC):
     ) -> None:
         self.loop, self.layout, self.rank, self.dtype, self.group = loop, layout, rank, dtype, tp_group
         self.bucket_bytes, self._verify = bucket_bytes, verify
+        self.architecture = architecture
+        self._usual = UsualLayout() if isinstance(architecture, ModuleArchitecture) else None
         self._recomputed: dict[str, list[Recomputed]] = {}  # by the shard that they are computed from
         for tensor in layout.recomputed:
             self._recomputed.setdefault(tensor.source, []).append(tensor)
@@ -351,7 +356,9 @@ class WeightTransfer(ABC):
                 await client.begin_weight_update()
                 await client.end_weight_update()
             if self._verify:
-                proof = self._proofs[client.url] = await prove(client, sums, self.runs_loader, self.layout, self.dtype)
+                proof = self._proofs[client.url] = await prove(
+                    client, sums, self.runs_loader, self.layout, self.dtype, self._usual
+                )
                 reasons.extend([proof.reason] if proof.reason else [])
 
         self.each(finish)

@@ -7,6 +7,8 @@ ranks hold are one layout, whole tensors on one rank another, and each bucket is
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, Span, shifted
+from megatron_rl.models import logical_tensors
+from megatron_rl.models.parameters import Shape, whole
+from megatron_rl.reshard import Layout, LocalTransport, P2PTransport, Resharder, Shard, shifted
 from megatron_rl.reshard.buckets import ALIGNMENT
 from megatron_rl.reshard.layout import restricted
 from megatron_rl.rollout.sglang.sglang_client import SGLangClient
@@ -43,6 +47,10 @@ class FullTransfer(WeightTransfer):
     def send_whole(self, tensors: Mapping[str, Tensor]) -> None:
         """One request, on the first rank: return when servers have read it."""
 
+    @functools.cached_property
+    def _whole_shapes(self) -> Mapping[str, Shape]:
+        return logical_tensors(self.architecture)
+
     def _collector(self, names: frozenset[str]) -> FullTensors:
         if names not in self._collectors:
             layout = self.layout
@@ -52,7 +60,7 @@ class FullTransfer(WeightTransfer):
 
             part = replace(layout, emit=emit, symmetry=None)
             self._collectors[names] = FullTensors(
-                part, self.ranks, self.rank, self.group, self.dtype, self.bucket_bytes
+                part, self._whole_shapes, self.ranks, self.rank, self.group, self.dtype, self.bucket_bytes
             )
         return self._collectors[names]
 
@@ -77,6 +85,7 @@ class FullTensors:
     """One rank's part.
 
     Args:
+        shapes: of the whole tensors, and perhaps of others.
         ranks: of the replica; the first one gets the tensors.
         bucket_bytes: of whole tensors at a time; a larger one goes alone.
     """
@@ -84,6 +93,7 @@ class FullTensors:
     def __init__(
         self,
         layout: Layout,
+        shapes: Mapping[str, Shape],
         ranks: Sequence[int],
         rank: int,
         group: dist.ProcessGroup | None,
@@ -94,7 +104,9 @@ class FullTensors:
         self._leader, self._rank, self._bucket_bytes = ranks[0], rank, bucket_bytes
         self._dtypes = layout.dtypes(dtype)
         self._transport = LocalTransport() if group is None else P2PTransport(group)
-        self._shapes = _shapes(self._layout)
+        shards = (shard for replica in self._layout.replicas for shard in self._layout.shards_of(replica))
+        held = dict.fromkeys(span.tensor for shard in shards for span in shard.spans)
+        self._shapes = {name: shapes[name] for name in held}
         self._resharders: list[tuple[list[str], Resharder]] = []
 
     def collect(self, shards: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -120,36 +132,15 @@ class FullTensors:
             yield tensors
 
     def _num_bytes(self, name: str) -> int:
-        return _numel(self._shapes[name]) * self._dtypes.of(name).itemsize
+        return math.prod(self._shapes[name]) * self._dtypes.of(name).itemsize
 
     def _planned(self) -> list[tuple[list[str], Resharder]]:
         if not self._resharders:
             sizes = {name: self._num_bytes(name) for name in self._shapes}
             for names in requests(sizes, self._bucket_bytes):
-                whole = [_whole(name, self._shapes[name]) for name in names]
-                target = Layout("whole tensors", {self._leader: 0}, lambda replica, whole=whole: whole)  # type: ignore[misc]
+                tensors = [whole(name, name, self._shapes[name]) for name in names]
+                target = Layout("whole tensors", {self._leader: 0}, lambda replica, tensors=tensors: tensors)  # type: ignore[misc]
                 source = restricted(self._layout, set(names))
                 resharder = Resharder(source, target, self._rank, self._transport, self._dtypes)
                 self._resharders.append((names, resharder))
         return self._resharders
-
-
-def _shapes(layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Hugging Face shapes, read off the spans of all ranks: vectors are matrices of one column."""
-    rows: dict[str, int] = {}
-    cols: dict[str, int] = {}
-    for replica in layout.replicas:
-        for shard in layout.shards_of(replica):
-            for span in shard.spans:
-                rows[span.tensor] = max(rows.get(span.tensor, 0), span.row_stop)
-                cols[span.tensor] = max(cols.get(span.tensor, 0), span.col_stop)
-    return {name: (rows[name],) if cols[name] == 1 else (rows[name], cols[name]) for name in rows}
-
-
-def _whole(name: str, shape: tuple[int, ...]) -> Shard:
-    rows, cols = (shape[0], 1) if len(shape) == 1 else shape
-    return Shard(name, shape, (Span(name, 0, rows, 0, cols, 0, 0),))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return shape[0] * (shape[1] if len(shape) > 1 else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -40,13 +41,19 @@ async def server_checksums(client: SGLangClient) -> dict[int, dict[str, str]]:
 
 
 async def prove(
-    client: SGLangClient, sums: Sequence[ServerSums], runs_loader: bool, layout: Layout, dtype: torch.dtype
+    client: SGLangClient,
+    sums: Sequence[ServerSums],
+    runs_loader: bool,
+    layout: Layout,
+    dtype: torch.dtype,
+    usual: UsualLayout | None = None,
 ) -> Proof:
     """Compare what a server holds with what was written.
 
     Args:
         sums: of the shards of each of its ranks.
         runs_loader: it may hold parameters beside the given ones, and in a layout of its own.
+        usual: the layout is only what SGLang's classes usually have.
 
     Raises:
         ServerError: a rank does not hold the given parameters.
@@ -61,6 +68,8 @@ async def prove(
     expected: dict[int, Mapping[str, str]] = {tp_rank: sums[tp_rank].get(device, {}) for tp_rank in ranks}
     if version_numbers(str(info.get("version"))) > KNOWN_HASHES and not _any_equal(ranks, expected):
         return Proof(ranks, f"{client} runs SGLang {info.get('version')}, whose checksums may be made in another way")
+    if usual is not None:
+        return Proof(ranks, "; ".join(filter(None, (usual.compare(client, ranks[i], expected[i]) for i in ranks))))
     unseen = sorted({tensor.name for tensor in layout.recomputed} - {name for held in ranks.values() for name in held})
     for tp_rank, held in ranks.items():
         expected[tp_rank] = {name: value for name, value in expected[tp_rank].items() if name not in unseen}
@@ -69,6 +78,32 @@ async def prove(
         compare(f"{client}, rank {tp_rank}", held, expected[tp_rank])
     reason = f"{client} does not report {unseen[:MAX_NAMED]}, which it computes from the weights" if unseen else ""
     return Proof(ranks, reason)
+
+
+@dataclass
+class UsualLayout:
+    """Of a model without a family: what is equal proves itself, and whatever differs may just lie otherwise. What was
+    proved once must be so ever after."""
+
+    proved: set[str] = field(default_factory=set)  # parameters
+
+    def compare(self, where: object, held: Mapping[str, str], expected: Mapping[str, str]) -> str:
+        """Why one rank's parameters are not proved to be those delivered; "" = they are, all of them.
+
+        Raises:
+            ServerError: one is no more that was proved before.
+        """
+        equal = {name for name, value in expected.items() if held.get(name) == value}
+        if lost := sorted(self.proved - equal):
+            raise ServerError(f"{where} does not hold the weights delivered: {lost[:MAX_NAMED]} differ")
+        self.proved |= equal
+        unknown = sorted((held.keys() | expected.keys()) - equal)
+        if not unknown:
+            return ""
+        return (
+            f"{where} provably holds {len(equal)} of {len(held)} parameters; the class of this model, which has no "
+            f"family here, may lay out the others in its own way: {unknown[:MAX_NAMED]}"
+        )
 
 
 def _any_equal(ranks: RankSums, expected: RankSums) -> bool:
