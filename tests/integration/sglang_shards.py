@@ -3,11 +3,14 @@
 usage: sglang_shards.py OUT FOLDER...    writes OUT/<folder's name>-tp<TP>-ep<EP>-<rank>.safetensors for TP 1, 2 and 4,
 and for EP 2 of mixtures of experts
 
-Each rank is a fork of this process, which has imported everything once; no server runs.
+Each rank is a fork of this process, which has imported everything once, all of SGLang's models among it; no server
+runs.
 """
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import socket
@@ -27,6 +30,8 @@ from sglang.srt.distributed import bootstrap
 from sglang.srt.model_loader import get_model
 from sglang.srt.runtime_context import SpawnRanks, publish
 from sglang.srt.server_args import ServerArgs
+
+LATE = ("sglang.srt.layers.sampler", "sglang.srt.models.registry")  # SGLang imports these while it makes a model
 
 
 def load(folder: Path, tp: int, ep: int, rank: int, port: int) -> dict[str, torch.Tensor]:
@@ -75,6 +80,9 @@ def free_port() -> int:
 
 def main() -> None:
     out, *folders = map(Path, sys.argv[1:])
+    for name in LATE:
+        importlib.import_module(name)
+    gc.freeze()  # a collection in a child would write to, and so copy, every page
     for folder in folders:
         mixes = "num_experts_per_tok" in json.loads((folder / "config.json").read_text())
         mixes = mixes and folder.name != "gpt_oss"  # which SGLang's own loader cannot read with expert parallelism
