@@ -5,7 +5,8 @@ medians. ``bound`` is the ratio that the links alone allow: bytes that leave the
 over those of the hierarchical exchange. ``least_ms`` is the time of the latter at the links' rates, with 66 bytes of
 headers for each 1448 of data, ``of_least`` what the hybrid path took over it. On the unshaped loopback the selector
 should leave the library alone; ``deterministic_ms`` is the path that `deterministic: true` takes there.
-``simulated`` is what `megatron-rl plan --all-reduce` says of the same cluster, its speeds taken from the 2x2 one.
+``simulated`` is what `megatron-rl plan --all-reduce` says of the same cluster and the path that was taken; links are as
+fast as flat gloo found them on 2x2, pieces and bytes in node memory cost what the deterministic path took on loopback.
 
     make bench-allreduce
     python tools/bench_allreduce.py [--rounds 5] [--cases 2x2 2x4] [--sizes-mb 4]
@@ -22,7 +23,7 @@ from typing import Any
 
 from simulated_cluster import Cluster, why_not
 
-from megatron_rl.collectives.cost_model import Line
+from megatron_rl.collectives.cost_model import LIBRARY, Line
 from megatron_rl.collectives.simulator import ClusterConfig, LinkConfig, hierarchical, library
 
 MB = 2**20
@@ -57,12 +58,12 @@ class Case:
 
 
 CASES = (
+    Case("2x2 loopback", 2, 2, (1, 4, 16, 64), {"eth0": ""}),  # first: the simulation needs it
     Case("2x2", 2, 2, (4, 16, 64)),
     Case("2x4", 2, 4, (4, 16, 64)),
     Case("4x2", 4, 2, (4, 16)),
     Case("2x2 interleaved", 2, 2, (4, 16), interleaved=True),
     Case("2x2 two links", 2, 2, (4, 16, 64), {"eth0": "200mbit", "eth1": "100mbit"}),
-    Case("2x2 loopback", 2, 2, (1, 4, 16, 64), {"eth0": ""}),
 )
 
 
@@ -88,27 +89,36 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     return reports
 
 
-def calibrated(reports: list[dict[str, Any]]) -> ClusterConfig:
-    """The machine's speeds, from flat and hybrid times of one cluster of 2 x 2 ranks.
+def calibrated(shaped: list[dict[str, Any]], loopback: list[dict[str, Any]]) -> ClusterConfig:
+    """The machine's speeds, from reports of two clusters of 2 x 2 ranks: one with links of a rate, one without a limit.
 
-    Flat gloo gives latency and rate of the links by two sizes. What the hybrid path takes beyond its links at the
-    largest size is work in node memory, of which half a chunk's worth is not hidden.
+    Flat gloo gives latency and rate of the links by two sizes. The path through node memory on the loopback is work of
+    the processors alone: so much for a piece and so much for a byte, again by two sizes.
     """
-    small, large = min(reports, key=_size), max(reports, key=_size)
+    small, large = min(shaped, key=_size), max(shaped, key=_size)
     flat = Line.fitted([(int(_size(r) * MB), r["flat_ms"] / 1e3) for r in (small, large)])
     link = LinkConfig(gbytes_per_s=1.5 / flat.seconds_per_byte / 1e9, latency_us=flat.latency / 6 * 1e6)
-    base = ClusterConfig(ranks_per_node=2, inside=LinkConfig(gbytes_per_s=20), between=link, library="ring")
-    best, error = base, float("inf")
-    for gbytes_per_s in (0.05 * 1.1**k for k in range(80)):
-        guess = base.model_copy(update={"host_memory_gbytes_per_s": gbytes_per_s})
-        off = abs(hierarchical(guess, 2, _size(large) * MB).seconds - large["hybrid_ms"] / 1e3)
-        if off <= error:
-            best, error = guess, off
-    return best
+    none = LinkConfig(gbytes_per_s=1e9, latency_us=0)
+    base = ClusterConfig(ranks_per_node=2, inside=LinkConfig(gbytes_per_s=20), between=none, library="ring")
+
+    def work(size_mb: float, seconds_per_gb: float, chunk_us: float) -> float:
+        update = {"host_memory_gbytes_per_s": 1 / seconds_per_gb, "chunk_us": chunk_us, "send_us": 0.0}
+        return hierarchical(base.model_copy(update=update), 2, size_mb * MB).seconds
+
+    ends = min(loopback, key=_size), max(loopback, key=_size)
+    taken = [report["deterministic_ms"] / 1e3 for report in ends]
+    of_bytes = [work(_size(report), 1.0, 0.0) for report in ends]
+    of_pieces = [work(_size(report), 1e-9, 1.0) for report in ends]
+    # taken = of_bytes * seconds_per_gb + of_pieces * chunk_us, for both
+    area = of_bytes[0] * of_pieces[1] - of_bytes[1] * of_pieces[0]
+    seconds_per_gb = (taken[0] * of_pieces[1] - taken[1] * of_pieces[0]) / area
+    chunk_us = (of_bytes[0] * taken[1] - of_bytes[1] * taken[0]) / area
+    speeds = {"host_memory_gbytes_per_s": 1 / max(seconds_per_gb, 1e-9), "chunk_us": max(chunk_us, 0.0)}
+    return base.model_copy(update=speeds | {"between": link, "send_us": 0.0})
 
 
-def simulated(speeds: ClusterConfig, case: Case, size_mb: float) -> dict[str, float]:
-    """Milliseconds of both ways on another cluster of the same machine."""
+def simulated(speeds: ClusterConfig, case: Case, size_mb: float, path: str) -> dict[str, float]:
+    """Milliseconds of both ways on another cluster of the same machine, where hybrid takes ``path``."""
     rates = case.rates
     order = "interleaved" if case.interleaved else "by_node"
     # All nodes are on one machine and share its processors and memory.
@@ -120,22 +130,31 @@ def simulated(speeds: ClusterConfig, case: Case, size_mb: float) -> dict[str, fl
             "rank_order": order,
             "host_memory_gbytes_per_s": memory,
             "chunk_us": speeds.chunk_us * crowd,
-            "send_us": speeds.send_us * crowd,
         }
     )
     if len(rates) > 1:
         first = cluster.between
         second = first.model_copy(update={"gbytes_per_s": first.gbytes_per_s * rates[1] / rates[0]})
         cluster = cluster.model_copy(update={"second": second})
-    ways = {
-        "flat": library(cluster, case.nodes, size_mb * MB),
-        "hybrid": hierarchical(cluster, case.nodes, size_mb * MB, second=len(rates) > 1),
-    }
-    return {way: path.seconds * 1e3 for way, path in ways.items()}
+    flat = library(cluster, case.nodes, size_mb * MB)
+    other = hierarchical(cluster, case.nodes, size_mb * MB, second=len(rates) > 1)
+    return {"flat": flat.seconds * 1e3, "hybrid": (flat if path == LIBRARY else other).seconds * 1e3}
 
 
 def _size(report: dict[str, Any]) -> float:
     return report["size_mb"]
+
+
+def line(report: dict[str, Any]) -> str:
+    """A report for people."""
+    times = f"{report['flat_ms']:.1f} / {report['hybrid_ms']:.1f} ms = {report['ratio']:.2f}"
+    text = f"{report['topology']:18} {report['size_mb']:>5} MB  {times} (bound {report['bound']:.2f}), {report['path']}"
+    if "of_least" in report:
+        text += f", {report['of_least']:.2f} of the least time"
+    if "simulated" in report:
+        off = (f"{way} {report['simulated'][way] / report[f'{way}_ms'] - 1:+.0%}" for way in ("flat", "hybrid"))
+        text += f"  simulated: {', '.join(off)}"
+    return text
 
 
 def main() -> None:
@@ -148,26 +167,20 @@ def main() -> None:
     if reason := why_not():
         sys.exit(f"no simulated cluster here: {reason}")
     cases: list[dict[str, Any]] = []
-    speeds = None
+    measured: dict[str, list[dict[str, Any]]] = {}
     for case in CASES:
         if case.name not in args.cases:
             continue
         case = replace(case, sizes_mb=tuple(args.sizes_mb or case.sizes_mb))
-        reports = measure(case, args.rounds)
-        speeds = speeds or (calibrated(reports) if case.name == "2x2" else None)
+        reports = measured[case.name] = measure(case, args.rounds)
+        speeds = None
+        if case.rates and {"2x2", "2x2 loopback"} <= set(measured) and len(measured["2x2 loopback"]) > 1:
+            speeds = calibrated(measured["2x2"], measured["2x2 loopback"])
         for report in reports:
-            times = f"{report['flat_ms']:.1f} / {report['hybrid_ms']:.1f} ms = {report['ratio']:.2f}"
-            line = (
-                f"{report['topology']:18} {report['size_mb']:>5} MB  {times} (bound {case.bound:.2f}), {report['path']}"
-            )
-            if "of_least" in report:
-                line += f", {report['of_least']:.2f} of the least time"
-            if speeds is not None and all(case.links.values()):
-                report["simulated"] = simulated(speeds, case, report["size_mb"])
-                off = (f"{way} {report['simulated'][way] / report[f'{way}_ms'] - 1:+.0%}" for way in ("flat", "hybrid"))
-                line += f"  simulated: {', '.join(off)}"
+            if speeds is not None:
+                report["simulated"] = simulated(speeds, case, report["size_mb"], report["path"])
             cases.append(report)
-            print(line, flush=True)
+            print(line(report), flush=True)
     print(json.dumps({"benchmark": "allreduce", "cases": cases}))
 
 

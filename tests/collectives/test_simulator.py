@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from bench_allreduce import calibrated
 
 from megatron_rl.collectives.simulator import (
     Case,
@@ -122,3 +123,19 @@ def test_more_bytes_never_take_less_time() -> None:
 def test_a_group_of_one_rank_costs_the_library_nothing() -> None:
     alone = SOCKETS.model_copy(update={"ranks_per_node": 1})
     assert library(alone, 1, MB).seconds == library(alone, 1, MB).node_bytes == 0
+
+
+def test_the_benchmark_finds_the_speeds_of_a_machine_by_what_it_took() -> None:
+    machine = SOCKETS.model_copy(
+        update={"ranks_per_node": 2, "host_link": None, "host_memory_gbytes_per_s": 5.0, "chunk_us": 1900.0}
+    ).model_copy(update={"send_us": 0.0, "between": LinkConfig(gbytes_per_s=0.024, latency_us=40)})
+    loopback = machine.model_copy(update={"between": LinkConfig(gbytes_per_s=1e9, latency_us=0)})
+    shaped = [{"size_mb": size, "flat_ms": library(machine, 2, size * MB).seconds * 1e3} for size in (4, 64)]
+    host = [
+        {"size_mb": size, "deterministic_ms": hierarchical(loopback, 2, size * MB).seconds * 1e3} for size in (1, 64)
+    ]
+    found = calibrated(shaped, host)
+    assert found.host_memory_gbytes_per_s == pytest.approx(5.0, rel=1e-3)
+    assert found.chunk_us == pytest.approx(1900.0, rel=1e-3)
+    assert found.between.gbytes_per_s == pytest.approx(0.024, rel=1e-3)
+    assert found.between.latency_us == pytest.approx(40, rel=1e-2)
