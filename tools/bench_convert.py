@@ -40,6 +40,7 @@ from megatron_rl.models.safetensors_files import SafetensorsWriter
 from megatron_rl.parallel import ParallelSizes
 from megatron_rl.reshard import Span
 from megatron_rl.reshard.layout import matrix_shape
+from megatron_rl.weights.file_copies import row_blocks
 from megatron_rl.weights.source import SafetensorsFolder
 
 ROOT, MIB, GIB = Path(__file__).parents[1], 1 << 20, 1 << 30
@@ -76,9 +77,8 @@ def write_random(config: Any, folder: Path) -> None:
     with SafetensorsWriter(folder / "model.safetensors", shapes) as file:
         for name in file.names:
             rows, cols = matrix_shape(tensors[name])
-            for start in range(0, rows, step := max(8 * MIB // cols, 1)):
-                count = min(step, rows - start) * cols
-                bits = np.frombuffer(random.bytes(2 * count), np.int16) & np.int16(-0x4001)
+            for start, stop in row_blocks(0, rows, 2 * cols):
+                bits = np.frombuffer(random.bytes(2 * (stop - start) * cols), np.int16) & np.int16(-0x4001)
                 file.write(torch.from_numpy(bits).view(torch.bfloat16))
 
 
@@ -138,8 +138,8 @@ def check_equal(first: Path, second: Path) -> None:
             raise ValueError(f"{first} and {second} hold other tensors")
         for name in one.names():
             rows, cols = matrix_shape(one.shape(name))
-            for start in range(0, rows, step := max(8 * MIB // cols, 1)):
-                span = Span(name, start, min(start + step, rows), 0, cols, 0, 0)
+            for start, stop in row_blocks(0, rows, one.dtype(name).itemsize * cols):
+                span = Span(name, start, stop, 0, cols, 0, 0)
                 if not torch.equal(one.read(span), two.read(span)):
                     raise ValueError(f"{name} differs between {first} and {second}")
 

@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import math
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -153,8 +154,8 @@ class _Part(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         rest = self._length - self._at
-        self._file.seek(self._start + self._at)
-        data = self._file.read(rest if size < 0 else min(size, rest))
+        wanted = rest if size < 0 else min(size, rest)
+        data = os.pread(self._file.fileno(), wanted, self._start + self._at)  # several threads read one file
         self._at += len(data)
         return data
 

@@ -33,12 +33,12 @@ from megatron_rl.models.tokenizer import copy_tokenizer
 from megatron_rl.parallel.agreement import Agreement
 from megatron_rl.reshard import WireFormat
 from megatron_rl.reshard.layout import Span, matrix_shape
+from megatron_rl.weights.file_copies import row_blocks
 from megatron_rl.weights.source import INDEX_FILE, SINGLE_FILE, TensorSource
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_BYTES = 2 << 30
-BLOCK_BYTES = 8 << 20  # of a tensor that are in memory while it is copied from file to file
 DESCRIPTION_FOLDER = "hf"  # inside of a Megatron checkpoint
 
 
@@ -196,11 +196,10 @@ class HFFolderWriter:
         try:
             with SafetensorsWriter(path, shapes) as written:
                 for name in written.names:
-                    rows, cols = matrix_shape(file.tensors[name])
-                    step = max(BLOCK_BYTES // max(cols * shapes[name][1].itemsize, 1), 1)
-                    for start in range(0, rows, step):
-                        values = source.read(Span(name, start, min(start + step, rows), 0, cols, 0, 0))
-                        written.write(values.to(shapes[name][1]).contiguous())
+                    (rows, cols), dtype = matrix_shape(file.tensors[name]), shapes[name][1]
+                    for start, stop in row_blocks(0, rows, cols * dtype.itemsize):
+                        values = source.read(Span(name, start, stop, 0, cols, 0, 0))
+                        written.write(values.to(dtype).contiguous())
         except OSError as error:
             raise OSError(f"{path} could not be written: {error}") from error
 

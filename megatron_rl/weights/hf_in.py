@@ -25,6 +25,7 @@ from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
 from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard.layout import Layout, Span
+from megatron_rl.weights.file_copies import row_blocks
 from megatron_rl.weights.fill import fill
 from megatron_rl.weights.source import SafetensorsFolder, TensorSource, in_memory
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:  # see `hf_config`
 
 logger = logging.getLogger(__name__)
 
-ROWS = 8192  # of two matrices that are compared, at a time
 NEEDED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
@@ -184,8 +184,7 @@ def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:
 def check_tied(source: SafetensorsFolder, embedding: str, output: str, shape: tuple[int, ...]) -> None:
     """Raise ConfigError where a stored output layer is not the embedding that takes its place, compared in parts."""
     source.check(output, shape)
-    for start in range(0, shape[0], ROWS):
-        stop = min(shape[0], start + ROWS)
+    for start, stop in row_blocks(0, shape[0], shape[1] * source.dtype(output).itemsize):
         first, second = (source.read(Span(n, start, stop, 0, shape[1], 0, 0)) for n in (output, embedding))
         if not torch.equal(first.float(), second.float()):
             raise ConfigError(

@@ -7,17 +7,17 @@ layout hold it. The iteration's sub-folder ``hf`` carries the model's config and
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_rl.engines.megatron.checkpoint.tensor_files import TensorFiles, write_metadata
+from megatron_rl.engines.megatron.checkpoint.tensor_files import TensorFiles, Written, without_crc32, write_metadata
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.checkpoint_digests import COMMON, write_digests
 from megatron_rl.models.checkpoint_reader import LATEST, RELEASE, point_to
@@ -29,7 +29,8 @@ from megatron_rl.parallel import ParallelContext, ParallelSizes
 from megatron_rl.reshard import Shard, WireFormat
 from megatron_rl.reshard.layout import Span
 from megatron_rl.reshard.rectangle import Rectangle
-from megatron_rl.weights.hf_folder import BLOCK_BYTES, HFFolderWriter
+from megatron_rl.weights.file_copies import in_threads, num_threads, row_blocks
+from megatron_rl.weights.hf_folder import HFFolderWriter
 from megatron_rl.weights.megatron_checkpoint import differences
 from megatron_rl.weights.opened_weights import OpenedWeights
 from megatron_rl.weights.source import TensorSource
@@ -37,6 +38,7 @@ from megatron_rl.weights.value_head_file import SHARED_VALUE_HEAD
 
 logger = logging.getLogger(__name__)
 
+CHUNK_BYTES = 64 << 20  # of a tensor that are stored as one part
 # What `megatron.core.dist_checkpointing` writes as metadata.json (core.CheckpointingConfig).
 FORMAT = {
     "sharded_backend": "torch_dist",
@@ -47,12 +49,17 @@ FORMAT = {
 
 
 def write_converted(
-    opened: OpenedWeights, writer: HFFolderWriter, context: ParallelContext, sizes: ParallelSizes
+    opened: OpenedWeights,
+    writer: HFFolderWriter,
+    context: ParallelContext,
+    sizes: ParallelSizes,
+    refuse_damage: Callable[[], None],
 ) -> None:
     """Write the Megatron checkpoint; each rank of ``context`` writes files of its own. Collective.
 
     Args:
         sizes: the layout whose ranks the files are for.
+        refuse_damage: called on every rank before the checkpoint is published.
 
     Raises:
         ConfigError: the sizes do not fit the model.
@@ -70,15 +77,23 @@ def write_converted(
     with writer.writing(together, context.rank == 0):
         with together.attempt():
             folder.mkdir(exist_ok=True)
-            files = TensorFiles(folder)
-            with _without_crc32():
-                for part in parts:
-                    owned = [one for one in held[part.shard.name] if one.rank % context.world_size == context.rank]
-                    _write_part(files, part, owned, kinds[part.stored.key][1], opened.tensors)
-            if head is not None and context.rank == 0:
-                files.write(0, SHARED_VALUE_HEAD, (0, 0), head)
-            written = files.close()
-        gathered = context.gather_objects(written)
+            threads = num_threads(sizes.smallest_world, context.world_size)
+
+            def write(number: int, stop: threading.Event) -> Written:
+                files = TensorFiles(folder)
+                first, step = number * context.world_size + context.rank, threads * context.world_size
+                with without_crc32():
+                    for part in parts:
+                        owned = [one for one in held[part.shard.name] if one.rank % step == first]
+                        if not stop.is_set():
+                            _write_part(files, part, owned, kinds[part.stored.key][1], opened.tensors)
+                    if head is not None and first == 0:
+                        files.write(0, SHARED_VALUE_HEAD, (0, 0), tuple(head.shape), head.dtype, (head,))
+                return files.close()
+
+            written = in_threads(threads, write)
+        gathered = [one for several in context.gather_objects(written) for one in several]
+        refuse_damage()
         with together.attempt():
             if context.rank == 0:
                 write_metadata(folder, kinds, gathered)
@@ -91,18 +106,6 @@ def write_converted(
                 writer.publish()
                 if alone:
                     point_to(writer.folder)
-
-
-@contextlib.contextmanager
-def _without_crc32() -> Iterator[None]:
-    """torch.save's own checksum costs as much as all else, and nothing that reads checkpoints looks at it: the files
-    have digests."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def _kinds(parts: Sequence[StoredPart], dtypes: WireFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -122,28 +125,22 @@ def _kinds(parts: Sequence[StoredPart], dtypes: WireFormat) -> dict[str, tuple[t
 def _write_part(
     files: TensorFiles, part: StoredPart, held: Sequence[HeldPart], dtype: torch.dtype, source: TensorSource
 ) -> None:
-    """Write what ranks hold of a shard, a block of rows at a time."""
-    rows, cols = part.shard.matrix_shape
-    step = max(BLOCK_BYTES // (cols * dtype.itemsize), 1)
-    lead = (1,) * len(part.lead)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        inside = [(one, max(start, one.rectangle.row_start), min(stop, one.rectangle.row_stop)) for one in held]
-        inside = [(one, low, high) for one, low, high in inside if low < high]
-        if not inside:
-            continue
-        block = read_rows(part.shard, start, stop, dtype, source)
-        for one, low, high in inside:
-            left, right = one.rectangle.col_start, one.rectangle.col_stop
-            values = block[low - start : high - start, left:right]
-            if values.untyped_storage().nbytes() != values.nbytes:  # torch.save writes all of it
-                values = values.clone(memory_format=torch.contiguous_format)
-            flat = len(part.shard.shape) == 1
+    """Write what ranks hold of a shard, in chunks, each of them a block of rows at a time."""
+    flat = len(part.shard.shape) == 1
+    row_bytes = part.shard.matrix_shape[1] * dtype.itemsize
+
+    for rank, rectangle in held:
+        _, _, left, right = rectangle
+        for low, high in row_blocks(*rectangle[:2], rectangle.num_cols * dtype.itemsize, CHUNK_BYTES):
             offsets = (*part.stored.place, low) if flat else (*part.stored.place, low, left)
-            files.write(one.rank, part.stored.key, offsets, values.view(*lead, *((-1,) if flat else values.shape)))
-    for one in held:
-        if part.stateful and one.rectangle.row_start == one.rectangle.col_start == 0:
-            files.write_state(one.rank, part.state_key)
+            shape = (1,) * len(part.lead) + ((high - low,) if flat else (high - low, right - left))
+            blocks = (
+                read_rows(part.shard, start, stop, dtype, source)[:, left:right].contiguous()
+                for start, stop in row_blocks(low, high, row_bytes)
+            )
+            files.write(rank, part.stored.key, offsets, shape, dtype, blocks)
+        if part.stateful and rectangle.row_start == rectangle.col_start == 0:
+            files.write_state(rank, part.state_key)
 
 
 def read_rows(shard: Shard, start: int, stop: int, dtype: torch.dtype, source: TensorSource) -> Tensor:

@@ -6,10 +6,14 @@ any size. One file for each rank of a layout; each file's digest is made on the 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
+import mmap
 import os
 import pickle
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 JOINED_BYTES = 1 << 15
+OPEN_FILES = 64  # of the possibly thousands of ranks
 NO_STATE = [None]  # what Megatron-Core's linear layers keep beside their weights
 
 
@@ -42,62 +47,88 @@ class Written:
 
 
 class TensorFiles:
-    """One process's files."""
+    """Files of some ranks, written by one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._written = folder, Written()
         self._hashes: dict[str, Any] = {}
         self._ends: dict[str, int] = {}
+        self._open = functools.lru_cache(OPEN_FILES)(lambda name: (folder / name).open("ab", buffering=0))
 
-    def write(self, rank: int, key: str, offsets: tuple[int, ...], values: Tensor) -> None:
-        """A part of the tensor ``key``, contiguous, into the file of a rank."""
+    def write(
+        self,
+        rank: int,
+        key: str,
+        offsets: tuple[int, ...],
+        sizes: tuple[int, ...],
+        dtype: torch.dtype,
+        blocks: Iterable[Tensor],
+    ) -> None:
+        """A part of the tensor ``key`` into the file of a rank; ``blocks`` are its elements in order, contiguous."""
         index = MetadataIndex(key, torch.Size(offsets))
-        self._written.chunks[index] = tuple(values.shape)
-        self._append(rank, index, values)
+        self._written.chunks[index] = sizes
+        if math.prod(sizes) * dtype.itemsize < JOINED_BYTES:
+            self._append(rank, index, torch.cat([block.reshape(-1) for block in blocks]).view(sizes))
+        else:
+            memory = mmap.mmap(
+                -1, math.prod(sizes) * dtype.itemsize
+            )  # takes none until it is touched, which nothing does
+            self._append(rank, index, torch.frombuffer(memory, dtype=dtype).view(sizes), blocks)
 
     def write_state(self, rank: int, key: str) -> None:
         """An empty extra state."""
         self._append(rank, MetadataIndex(key), NO_STATE)
 
-    def _append(self, rank: int, index: MetadataIndex, content: object) -> None:
+    def _append(self, rank: int, index: MetadataIndex, content: object, blocks: Iterable[Tensor] = ()) -> None:
         name = f"__{rank}_0.distcp"
         start = self._ends.get(name, 0)
-        with (self._folder / name).open("ab", buffering=0) as file:
-            stream: Any = _Hashing(file, self._hashes.setdefault(name, xxhash.xxh3_128()))
-            try:
-                torch.save(content, stream)
-                stream.flush()
-            except RuntimeError as error:  # torch's words for what the file system said
-                raise stream.error or error from None
+        stream: Any = _Hashing(self._open(name), self._hashes.setdefault(name, xxhash.xxh3_128()), blocks)
+        try:
+            torch.save(content, stream)
+            stream.flush()
+        except RuntimeError as error:  # torch's words for what `stream` raised
+            raise stream.error or error from None
         self._ends[name] = start + stream.count
         self._written.storage[index] = _StorageInfo(name, start, stream.count)
 
     def close(self) -> Written:
         """Wait until all is on disk."""
         for name, digest in self._hashes.items():
-            with (self._folder / name).open("rb") as file:
-                os.fsync(file.fileno())
+            os.fsync(self._open(name).fileno())
             self._written.digests[name] = digest.hexdigest()
+        self._open.cache_clear()
         return self._written
 
 
 class _Hashing:
-    """A file that is written in order; counts, digests, and joins the dozens of small pieces that torch.save makes."""
+    """A file that is written in order; counts, digests, and joins the dozens of small pieces that torch.save makes.
 
-    def __init__(self, file: Any, digest: Any) -> None:
-        self._file, self._digest, self._small = file, digest, bytearray()
+    The one large piece that torch.save makes is the memory of the tensor. It is not looked at: ``blocks`` are written
+    in its place, so that a tensor which was never filled, and takes no memory, stands for one that is read from a file.
+    """
+
+    def __init__(self, file: Any, digest: Any, blocks: Iterable[Tensor]) -> None:
+        self._file, self._digest, self._small, self._blocks = file, digest, bytearray(), blocks
         self.count = 0
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def write(self, data: Any) -> int:
-        given = memoryview(data).cast("B")
-        self.count += len(given)
-        if len(given) < JOINED_BYTES:
-            self._small += given
-            return len(given)
-        self.flush()
-        self._append(given)
-        return len(given)
+        given = memoryview(data).nbytes
+        self.count += given
+        if given < JOINED_BYTES:
+            self._small += data
+            return given
+        try:
+            self.flush()
+            written = 0
+            for block in self._blocks:
+                written += block.nbytes
+                self._append(block.view(-1).view(torch.uint8).numpy().data)
+            assert written == given, f"{written} of {given} bytes were given"
+        except Exception as error:
+            self.error = error
+            raise
+        return given
 
     def flush(self) -> None:
         """Write what is held back."""
@@ -112,6 +143,18 @@ class _Hashing:
         except OSError as error:
             self.error = error
             raise
+
+
+@contextlib.contextmanager
+def without_crc32() -> Iterator[None]:
+    """torch.save's own checksum costs as much as all else, and reads the memory that stands for a tensor; nothing that
+    reads checkpoints looks at it: the files have digests. Of this thread."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def write_metadata(
