@@ -1,7 +1,8 @@
 """Test program of several ranks: `job_program.py` with jobs whose chunks are Megatron-Core's `HybridModel`.
 
 The case "refusals" writes FOLDER/refusals.json: what is said of models that cannot be taken over, and what of rotary
-positions is. Usage: hybrid_program.py FOLDER CASE [CASE ...]
+positions is. "resumed CASE" takes two steps of a case, saves and takes a third; a new job restores and takes the third
+again: it must be the same, bit for bit. Usage: hybrid_program.py FOLDER CASE [CASE ...]
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import job_program
@@ -20,11 +22,17 @@ from job_program import CASES, EXPERTS, PLAIN, SHARDED, TIED, TP2, TP2PP2, VPP2,
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 
+from megatron_rl.algorithms import GRPO
 from megatron_rl.config import ConfigError
+from megatron_rl.devices import current_platform
 from megatron_rl.engines.megatron.adopted_architecture import architecture_of_chunk
+from megatron_rl.parallel import ParallelContext
+from megatron_rl.run.doctor.random_data import sampled_batch
+from megatron_rl.trainer.checkpoint import DistributedCheckpoints
 from megatron_rl.workers import Actor
 
 FOUR, EXPERTS_FP32 = "*-*-*-*-", replace(EXPERTS, bf16=False)
+ADAPTED = replace(PLAIN, lr=0.1)
 PP2 = {"pipeline_model_parallel_size": 2}
 
 
@@ -42,6 +50,11 @@ CASES |= {
     "hybrid_pp2": hybrid(PLAIN, "*-*-|*-*-", **PP2, **SHARDED),
     "hybrid_pp2vpp2": hybrid(PLAIN, "*-|*-|*-|*-", **VPP2),
     "hybrid_tp2pp2": hybrid(TIED, FOUR, **TP2PP2, **SHARDED),  # split without "|", which Megatron-Core still takes
+    "lora": ADAPTED,
+    "lora_hybrid": hybrid(ADAPTED, FOUR),
+    "lora_hybrid_pp2": hybrid(ADAPTED, "*-*-|*-*-", **PP2),
+    "lora_experts": replace(EXPERTS_FP32, lr=0.1),
+    "lora_hybrid_experts": hybrid(EXPERTS_FP32, "*E*E*E*E", lr=0.1),
     "hybrid_experts_pp2ep2": hybrid(EXPERTS_FP32, "*E*E|*E*E", **PP2, expert_model_parallel_size=2, **SHARDED),
 }
 
@@ -67,7 +80,6 @@ def refusals(folder: Path) -> None:
         "a stage that parts a pair": (chunk_of("*|-*-"), {}),
         "multi-token prediction": (predicting, {}),
         "no positions": (chunk_of("*-*-", position_embedding_type="none"), {}),
-        "adapters": (chunk_of("*-*-"), {"lora": {"rank": 2}}),
     }
     said = {}
     for name, (chunk, config) in cases.items():
@@ -82,13 +94,47 @@ def refusals(folder: Path) -> None:
     (folder / "refusals.json").write_text(json.dumps(said | {"rotary": found}))
 
 
+def resumed(case: str, folder: Path) -> None:
+    """The third step of a run that was restored is that of the run that was saved."""
+    loop = SimpleNamespace(step=2, state_dict=dict, load_state_dict=lambda state: None)
+    initialize(CASES[case])
+    first = job_program.actor_of(case, folder)
+    step(first)
+    step(first)
+    saved = DistributedCheckpoints(folder / f"resumed_{case}", first.context, {"actor": first}, {})
+    saved.save(loop)
+    step(first)
+    second = job_program.actor_of(case, folder)
+    assert DistributedCheckpoints(saved.folder, second.context, {"actor": second}, {}).restore(loop)
+    before = {name: tensor.clone() for name, tensor in second.engine.tensors().items()}
+    step(second)
+    found = second.engine.tensors()
+    assert first.engine.optimizer is not None
+    assert any(not torch.equal(found[name], tensor) for name, tensor in before.items())
+    for name, expected in first.engine.tensors().items():
+        assert torch.equal(found[name], expected), f"{case}: {name} differs by {(found[name] - expected).abs().max()}"
+    ParallelContext.forget()
+    print(f"RESUMED {case}", flush=True)
+
+
+def step(actor: Actor) -> None:
+    GRPO(actor).update()(sampled_batch(actor.context))
+
+
 def main(folder: Path, cases: list[str]) -> None:
-    job_program.main(folder, [case for case in cases if case != "refusals"])
+    steps = [case for case in cases if case in CASES]
+    current_platform().init_process_group(timeout=120)
+    for case in steps:
+        initialize(CASES[case])
+        job_program.run_case(case, folder)
+        ParallelContext.forget()
+    for case in cases:
+        if case.startswith("resumed "):
+            resumed(case.removeprefix("resumed "), folder)
     if "refusals" in cases:
-        torch.distributed.init_process_group("gloo")
         initialize(PLAIN)
         refusals(folder)
-        torch.distributed.destroy_process_group()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

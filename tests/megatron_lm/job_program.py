@@ -116,6 +116,12 @@ def actor_of(case: str, folder: Path) -> Actor:
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.999), eps=args.adam_eps)
         return Actor(float16(args, config, chunks), Tokenizer(), optimizer, parallel_state, config=more)
+    if case.startswith("lora"):
+        config = transformer_config(args)
+        chunks = get_model(args, config, provider_of(case, args)(args, config))
+        fill(chunks)
+        more |= {"lora": {"rank": 2}, "optimizer": {"learning_rate": args.lr, "epsilon": args.adam_eps}}
+        return Actor(chunks, Tokenizer(), None, parallel_state, config=more)
     job: Job = build(args, fill, provider_of(case, args))
     return Actor(job.model, Tokenizer(), job.optimizer, parallel_state, scheduler=job.opt_param_scheduler, config=more)
 

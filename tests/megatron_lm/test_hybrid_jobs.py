@@ -23,7 +23,9 @@ from megatron_rl.run.doctor.random_data import PLAIN, write_random_model
 PROGRAM = Path(__file__).with_name("hybrid_program.py")
 # layout -> the job of a `GPTModel`, in one process, that takes the same steps
 ALONE = {"hybrid": "fp32", "hybrid_tied": "tied_fp32", "hybrid_experts": "experts_fp32"}
-ON_TWO = {"hybrid_tp2": "fp32", "hybrid_pp2": "fp32", "hybrid_pp2vpp2": "fp32"}
+ALONE |= {"lora_hybrid": "lora", "lora_hybrid_experts": "lora_experts"}
+ON_TWO = {"hybrid_tp2": "fp32", "hybrid_pp2": "fp32", "hybrid_pp2vpp2": "fp32", "lora_hybrid_pp2": "lora"}
+RESUMED = {1: ["hybrid_experts", "lora_hybrid"], 2: ["hybrid_pp2", "hybrid_pp2vpp2", "lora_hybrid_pp2"]}
 ON_FOUR = {"hybrid_tp2pp2": "tied_fp32", "hybrid_experts_pp2ep2": "experts_fp32"}
 HYBRID = ALONE | ON_TWO | ON_FOUR
 TEXT = torch.arange(3, 19).view(2, 8)
@@ -54,8 +56,11 @@ def steps(folder: Path) -> dict[str, list[dict[str, float]]]:
     found = {}
     gpt = sorted(set(HYBRID.values()))
     for world, cases in ((1, [*gpt, *ALONE, "refusals"]), (2, [*ON_TWO]), (4, [*ON_FOUR])):
-        for line in run_ranks(PROGRAM, world, str(folder), *cases, timeout=280).splitlines():
-            if line.startswith("RESULT "):
+        again = [f"resumed {case}" for case in RESUMED.get(world, ())]
+        for line in run_ranks(PROGRAM, world, str(folder), *cases, *again, timeout=280).splitlines():
+            if line.startswith("RESUMED "):
+                found[line] = []
+            elif line.startswith("RESULT "):
                 case, metrics = json.loads(line.removeprefix("RESULT "))
                 found[case] = metrics
     return found
@@ -69,7 +74,7 @@ def test_steps_are_those_of_a_gpt_model_in_one_process(steps, case):
         assert set(metrics) == set(alone)
         for name, value in alone.items():
             assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-7), (step, name)
-    assert expected[2]["loss/kl"] > 0.5  # two steps have moved the policy
+    assert expected[2]["loss/kl"] > 0.3  # two steps have moved the policy
 
 
 @pytest.mark.parametrize("case", HYBRID)
@@ -82,6 +87,11 @@ def test_the_exported_model_has_the_logits_of_the_jobs_own_chunks(steps, folder,
     assert (own - found).abs().max() <= 1e-5 * found.abs().max()
 
 
+@pytest.mark.parametrize("case", [case for cases in RESUMED.values() for case in cases])
+def test_the_step_after_a_restart_is_the_step_without_one(steps, case):
+    assert f"RESUMED {case}" in steps
+
+
 REFUSED = {
     "mamba": r"hybrid_layer_pattern='M\*-' with 'M' \(Mamba\); supported is",
     "latent attention": r"with '\+' \(latent attention\)",
@@ -89,7 +99,6 @@ REFUSED = {
     "a stage that parts a pair": r"hybrid_layer_pattern='\*\|-\*-', of which a pipeline stage gets '\*'",
     "multi-token prediction": r"hybrid_layer_pattern='\*-\*-/\*-' with multi-token prediction",
     "no positions": "position_embedding_type='none'; supported is position_embedding_type: 'rope'",
-    "adapters": "LoRA was asked for on a HybridModel",
 }
 
 

@@ -32,7 +32,6 @@ from megatron_rl.engines.megatron.adoption import (
 from megatron_rl.engines.megatron.engine import MegatronEngine
 from megatron_rl.engines.megatron.gradient_groups import use_hybrid_groups
 from megatron_rl.engines.megatron.model.builder import build_model, transformer_config
-from megatron_rl.engines.megatron.model.decoder_layers import is_hybrid
 from megatron_rl.engines.megatron.model.lora import add_adapters
 from megatron_rl.engines.megatron.model.lora_adapter import LoraAdapter
 from megatron_rl.engines.megatron.model.lora_places import LAYERS
@@ -194,7 +193,6 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
     """Add adapters, data parallelism, optimizer and schedule where the job has none of its own."""
     context, optimizer_config = engine.context, config.optimizer
     if config.lora is not None:
-        _refuse_hybrid(engine)
         engine.adapters = _adapters(engine, config.lora, config.seed)
     wrapped = ddp_config_of(engine.chunks) is not None
     if optimizer is not None:
@@ -217,14 +215,6 @@ def _make_trainable(engine: MegatronEngine, config: EngineConfig, optimizer: Any
     else:
         engine.optimizer = as_megatron(optimizer, engine.chunks, context, optimizer_config)
         engine.scheduler = scheduler
-
-
-def _refuse_hybrid(engine: MegatronEngine) -> None:
-    if is_hybrid(unwrap(engine.chunks[0])):
-        raise ConfigError(
-            "LoRA was asked for on a HybridModel, whose layers take no adapters here: build the job's model as a "
-            "GPTModel, or give the Actor its Hugging Face folder"
-        )
 
 
 def _adapters(engine: MegatronEngine, lora: LoraConfig, seed: int) -> dict[str, LoraAdapter]:

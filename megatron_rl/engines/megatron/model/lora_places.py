@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.megatron.model.clamped_experts import TransposedLinear
+from megatron_rl.engines.megatron.model.decoder_layers import DecoderLayer, decoder_layers
 from megatron_rl.engines.megatron.model.model_chunk import unwrap
 from megatron_rl.models.naming import chunk_prefix
 
@@ -69,32 +70,34 @@ def adapted_layers(chunk: nn.Module, index: int, num_chunks: int, targets: Seque
         ConfigError: a transformer layer has no such layer.
     """
     model = unwrap(chunk)
-    for local, layer in enumerate(model.decoder.layers):
-        number = layer.layer_number - 1
-        shards, names = f"{chunk_prefix(index, num_chunks)}decoder.layers.{local}.", f"decoder.layers.{number}."
+    for local, layer in enumerate(decoder_layers(model)):
+        shards, names = f"{chunk_prefix(index, num_chunks)}decoder.layers.{local}.", f"decoder.layers.{layer.index}."
         for target in dict.fromkeys(targets):
             for within, own, parent, module, options in _within(layer, target, model.pg_collection.tp):
-                _check(parent, module, target, f"layer {number}")
+                _check(parent, module, target, f"layer {layer.index}")
                 shard, name = f"{shards}{within}{module}.weight", f"{names}{own}{module}"
                 yield AdaptedLayer(shard, name, parent, module, **options)
 
 
-def _within(layer: Any, target: str, tp_group: Any) -> Iterator[tuple[str, str, Any, str, dict[str, Any]]]:
+def _within(layer: DecoderLayer, target: str, tp_group: Any) -> Iterator[tuple[str, str, Any, str, dict[str, Any]]]:
     """(names on this rank, in the whole model, parent, module, where it stands) in one transformer layer."""
     dense = {"tp_group": tp_group}
     if target in ("linear_qkv", "linear_proj", *LATENT):
-        for module in _of_attention(layer.self_attention, target):
-            yield "self_attention.", "self_attention.", layer.self_attention, module, dense
-    elif not hasattr(layer.mlp, "experts"):
-        yield "mlp.", "mlp.", layer.mlp, target, dense
+        attention = layer.attention.self_attention
+        for module in _of_attention(attention, target):
+            yield "self_attention.", "self_attention.", attention, module, dense
+        return
+    mlp = layer.feed_forward.mlp
+    if not hasattr(mlp, "experts"):
+        yield "mlp.", "mlp.", mlp, target, dense
     else:
-        experts = layer.mlp.experts
+        experts = mlp.experts
         for local, expert in enumerate(experts.local_experts):
-            whole = f"mlp.experts.{layer.mlp.local_expert_indices[local]}."
+            whole = f"mlp.experts.{mlp.local_expert_indices[local]}."
             options = {"tp_group": experts.tp_group, "is_expert": True}
             yield f"mlp.experts.local_experts.{local}.", whole, expert, target, options
-        if layer.mlp.shared_experts is not None:
-            yield "mlp.shared_experts.", "mlp.shared_experts.", layer.mlp.shared_experts, target, dense
+        if mlp.shared_experts is not None:
+            yield "mlp.shared_experts.", "mlp.shared_experts.", mlp.shared_experts, target, dense
 
 
 def _of_attention(attention: nn.Module, target: str) -> list[str]:
