@@ -99,8 +99,8 @@ def run(
 
 
 def mean(metrics: list[dict[str, float]], *names: str) -> float:
-    """Of the sum of some metrics, without the first steps, in which caches are cold."""
-    return statistics.mean(sum(values[name] for name in names) for values in metrics[2:])
+    """Of the sum of some metrics over the steps that ``step_s`` counts: without the first, with its cold caches."""
+    return statistics.mean(sum(values[name] for name in names) for values in metrics[1:])
 
 
 def forecast() -> dict[str, float]:

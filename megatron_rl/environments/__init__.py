@@ -3,7 +3,12 @@
 from megatron_rl.environments.agent import AgentEnvironment
 from megatron_rl.environments.chat import Chat
 from megatron_rl.environments.environment import ENVIRONMENTS, Environment, EpisodeError, Step
-from megatron_rl.environments.environment_config import EnvironmentConfig, EnvironmentFactory, build_environment
+from megatron_rl.environments.environment_config import (
+    EnvironmentConfig,
+    EnvironmentFactory,
+    build_environment,
+    first_of,
+)
 from megatron_rl.environments.episode import Lost, Player
 from megatron_rl.environments.reasoning_gym_tasks import ReasoningGymEnvironment
 from megatron_rl.environments.session import Model, Session
@@ -29,4 +34,5 @@ __all__ = [
     "ToolEnvironment",
     "Transcript",
     "build_environment",
+    "first_of",
 ]

@@ -60,13 +60,23 @@ def build_environment(config: EnvironmentConfig) -> EnvironmentFactory:
         ConfigError: an unknown name, a bad option, or user code that is no Environment.
     """
     made = _user_factory(config) if config.name.startswith(USER_CODE) else _registered(config)
+    first_of(made, config)
+    return made
+
+
+def first_of(made: EnvironmentFactory, config: EnvironmentConfig) -> Environment:
+    """What ``made`` makes.
+
+    Raises:
+        ConfigError: it cannot be made, or is no `Environment`.
+    """
     try:
-        first = made()
+        first: Any = made()
     except (TypeError, ValueError) as error:
         raise ConfigError(f"environment {config.name!r} with options {config.options}: {error}") from None
     if not isinstance(first, Environment):
         raise ConfigError(f"environment {config.name!r} gives {first!r:.80}, expected an Environment")
-    return made
+    return first
 
 
 def _registered(config: EnvironmentConfig) -> EnvironmentFactory:

@@ -31,7 +31,7 @@ from megatron_rl.data.preferences import PairLoader
 from megatron_rl.dataflow import Flow
 from megatron_rl.engines.engine_config import LoraConfig
 from megatron_rl.parallel import ParallelContext, ParallelSizes
-from megatron_rl.rewards import check_answers
+from megatron_rl.rewards import EnvironmentReward, check_answers
 from megatron_rl.rollout.base import SamplingParams
 from megatron_rl.run.arguments import (
     TrainArguments,
@@ -50,6 +50,7 @@ from megatron_rl.trainer.refill import filled
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.critic import Critic
+from megatron_rl.workers.episodes import EnvironmentSource, Episodes
 from megatron_rl.workers.job_context import job_context
 from megatron_rl.workers.limits import model_limits
 from megatron_rl.workers.reference import Reference
@@ -275,8 +276,14 @@ class GRPOTrainer(OneCallTrainer):
     """Prompts and a reward: ``GRPOTrainer(model, tokenizer, dataset, reward=fn, n=8, max_tokens=256)``.
 
     Args:
-        reward: a `RewardModel`, or what makes one: a function of one `Sample`, a `Reward`, a mapping of names to these.
-        n, max_tokens, temperature: of sampling.
+        reward: a `RewardModel`, or what makes one: a function of one `Sample`, a `Reward`, a mapping of names to these;
+            None = the environment's own.
+        environment: each sample is an episode of many turns with this, in evaluation, too: as for `Actor.sample`, for
+            example a subclass of `Environment`, or the fields of `EnvironmentConfig` by name. Its rewards are added.
+        n, max_tokens, temperature: of sampling; with an environment ``max_tokens`` is that of a turn.
+
+    Raises:
+        ConfigError: there is neither a reward nor an environment, or the chat template cannot be used with it.
     """
 
     algorithm_type: ClassVar[type[BaseAlgorithm]] = GRPO
@@ -288,7 +295,8 @@ class GRPOTrainer(OneCallTrainer):
         tokenizer: Any,
         dataset: Any,
         *,
-        reward: Any,
+        reward: Any = None,
+        environment: Episodes | EnvironmentSource | None = None,
         n: int = 8,
         max_tokens: int = 128,
         temperature: float = 1.0,
@@ -298,8 +306,17 @@ class GRPOTrainer(OneCallTrainer):
         SamplingParams.parse(self.sampling, where=type(self).__name__)
         require_group(self.algorithm_type, n)
         self.max_tokens = max_tokens
+        if reward is None and environment is None:
+            raise ConfigError(
+                f"{type(self).__name__}: without reward and environment there is nothing to learn from: give reward=, "
+                "for example a function of one Sample, or environment="
+            )
         super().__init__(model, tokenizer, dataset, **options)
-        self.reward = reward if isinstance(reward, RewardModel) else RewardModel(reward)
+        if not (environment is None or isinstance(environment, Episodes)):
+            environment = Episodes(environment, tokenizer)
+        self.environment = environment
+        source = EnvironmentReward() if reward is None else reward
+        self.reward = source if isinstance(source, RewardModel) else RewardModel(source)
         check_answers(self.reward.reward, [*self.dataset, *(self.held_out or ())])
 
     def make_reference(self, actor: Actor) -> LogprobSource | None:
@@ -308,10 +325,10 @@ class GRPOTrainer(OneCallTrainer):
     def make_evaluation(self, worker: Any, algorithm: Any) -> Callable[[], dict[str, float]]:
         assert self.held_out is not None
         sampling = {name: value for name, value in self.sampling.items() if name not in ("n", "temperature")}
-        return Evaluation(worker, list(self.held_out), self.reward.reward, **sampling)
+        return Evaluation(worker, list(self.held_out), self.reward.reward, environment=self.environment, **sampling)
 
     def make_flow(self, actor: Any, algorithm: BaseAlgorithm, loader: Any) -> Flow:
-        sample = actor.sample(**self.sampling)
+        sample = actor.sample(**self.sampling, environment=self.environment)
         return filled(sample, self.reward.score(), algorithm, loader, actor.context) >> algorithm.update()
 
 

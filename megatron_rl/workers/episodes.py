@@ -29,6 +29,7 @@ from megatron_rl.environments import (
     Player,
     Transcript,
     build_environment,
+    first_of,
 )
 from megatron_rl.rollout.base import (
     Ask,
@@ -65,13 +66,14 @@ class Episodes:
         limits: fields of `EnvironmentConfig` that ``source`` does not name itself.
 
     Raises:
-        ConfigError: there is no such environment, or the chat template cannot be used with it.
+        ConfigError: there is no such environment, ``source`` makes something else, or the chat template cannot be used
+            with it.
     """
 
     def __init__(self, source: EnvironmentSource, tokenizer: Any, **limits: Any) -> None:
         self.config, self.factory = environment_of(source, **limits)
         self.chat = Chat(tokenizer, self.config.template, self.config.rewritten_history == "keep")
-        check_chat(self.chat, self.factory())
+        check_chat(self.chat, first_of(self.factory, self.config))
         self._counts: Counter[str] = Counter()
         self.last_lost = ""  # why the last lost episode failed
 

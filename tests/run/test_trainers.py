@@ -39,6 +39,31 @@ def test_grpo_and_ppo_raise_the_reward(result):
         assert result[name]["last"]["rewards/mean"] > result[name]["first"]["rewards/mean"] + 0.1, name
 
 
+def test_episodes_of_many_turns_raise_the_environments_reward(result):
+    found = result["grpo_episodes"]
+    assert found["last"]["rewards/mean"] > found["first"]["rewards/mean"] + 0.1
+    assert found["first"]["rewards/mean"] == pytest.approx(found["first"]["environment/reward_mean"])
+    assert 1 < found["first"]["environment/turns_mean"] <= 2
+    assert 1 <= found["last"]["eval/environment/turns_mean"] <= 2
+
+
+def test_a_reward_and_an_environment_are_added(result):
+    first = result["ppo_episodes"]["first"]
+    assert first["environment/turns_mean"] == 1
+    assert first["environment/reward_mean"] > 0
+    assert first["rewards/mean"] == pytest.approx(1 + first["environment/reward_mean"])
+
+
+def test_a_wrong_environment_is_named_before_any_model_is_loaded(result):
+    errors = result["errors"]
+    assert "GRPOTrainer: without reward and environment there is nothing to learn from" in errors["no_reward"]
+    assert "chat template" in errors["no_template"]
+    assert "expected one of" in errors["instance"]
+    assert "a subclass of Environment" in errors["instance"]
+    assert "gives 3, expected an Environment" in errors["other"]
+    assert "did you mean 'max_turns'?" in errors["key"]
+
+
 def test_an_unknown_option_names_the_nearest(result):
     assert "unknown option 'betta'. Did you mean 'beta'?" in result["errors"]["option"]
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 import megatron_rl  # noqa: F401  (first: the CPU face)
 from megatron_rl import DPOTrainer, GRPOTrainer, KTOTrainer, PPOTrainer, SFTTrainer
+from megatron_rl.environments import Environment, Step
 from megatron_rl.tracking import TrackerGroup, read_metrics
 
 QUIET = TrackerGroup.Config(trackers=("jsonl",))
@@ -27,6 +28,20 @@ def labelled() -> list[dict[str, object]]:
 
 def digits(sample) -> float:
     return sum(c in "02468" for c in sample.response_text) / 5
+
+
+def always_one(sample) -> float:
+    return 1.0
+
+
+class AskedTwice(Environment):
+    """Wants even digits, twice."""
+
+    turns = 0
+
+    def step(self, message) -> Step:
+        self.turns += 1
+        return Step("7+7=", sum(c in "02468" for c in message["content"]) / 10, self.turns == 2)
 
 
 def outcome(trainer, folder: Path, steps: int, rate: float) -> dict[str, object]:
@@ -48,6 +63,12 @@ def main(folder: Path) -> None:
     common = (model, tokenizer)
     sampled = {"n": 4, "max_tokens": 5, "reward": digits}
     sft = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs()]
+    chat = AutoTokenizer.from_pretrained(folder / "model")
+    chat.chat_template = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    short = (model, chat, pairs())
+    turns = {"n": 4, "max_tokens": 5, "environment": AskedTwice}
+    limited = turns | {"environment": {"name": f"python:{__file__}:AskedTwice", "max_turns": 1}}
+    held_out = pairs()[:8]
     results: dict[str, object] = {
         "dpo": outcome(DPOTrainer(*common, pairs(), beta=0.5, max_length=32), folder / "dpo", 12, 3e-3),
         "sft": outcome(SFTTrainer(*common, sft, max_length=32), folder / "sft", 12, 3e-3),
@@ -55,7 +76,14 @@ def main(folder: Path) -> None:
         "grpo": outcome(GRPOTrainer(*common, pairs(), **sampled), folder / "grpo", 12, 1e-2),
         "ppo": outcome(PPOTrainer(*common, pairs(), **sampled), folder / "ppo", 12, 1e-2),
         "ppo_shared": outcome(PPOTrainer(*common, pairs(), shared_critic=True, **sampled), folder / "shared", 12, 1e-2),
+        "grpo_episodes": outcome(GRPOTrainer(*short, eval_dataset=held_out, **turns), folder / "episodes", 12, 1e-2),
+        "ppo_episodes": outcome(PPOTrainer(*short, reward=always_one, **limited), folder / "both", 1, 1e-2),
         "errors": {
+            "no_reward": error_of(lambda: GRPOTrainer(*common, pairs())),
+            "no_template": error_of(lambda: PPOTrainer(*common, pairs(), max_tokens=5, environment=AskedTwice)),
+            "instance": error_of(lambda: GRPOTrainer(*short, max_tokens=5, environment=AskedTwice())),
+            "other": error_of(lambda: GRPOTrainer(*short, max_tokens=5, environment=lambda: 3)),
+            "key": error_of(lambda: GRPOTrainer(*short, max_tokens=5, environment={"name": "tools", "max_turn": 2})),
             "option": error_of(lambda: DPOTrainer(*common, pairs(), betta=0.1)),
             "precomputed": error_of(lambda: DPOTrainer(*common, pairs(), precomputed_reference=True)),
             "kto_batch": error_of(lambda: KTOTrainer(*common, labelled()).train(1, 1, 1e-3, str(folder / "none"))),
