@@ -45,6 +45,7 @@ from megatron_rl.workers.tickets import Tickets
 
 logger = logging.getLogger(__name__)
 
+FRUITLESS_PUSHES = 3  # of weights that servers lose again before they have answered anything; they die of the requests
 RENDEZVOUS_SECONDS = 600.0  # that a collective of one rollout replica may wait for its ranks
 
 
@@ -240,7 +241,7 @@ class Rollouts:
             Abandoned: on every rank of this replica; other replicas do not know of it yet.
             EpisodeError: likewise.
         """
-        missing, answers = list(range(len(prompts))), dict[int, list[Any]]()
+        missing, answers, fruitless = list(range(len(prompts))), dict[int, list[Any]](), 0
         while missing:
             started = time.perf_counter()
             own = self._generate_share(prompts, params, seeds, missing, episodes)
@@ -250,10 +251,14 @@ class Rollouts:
             self._work.append(WorkTime.since(started, "other ranks generate", "waiting"))
             if signal := max(reply.gave_up for reply in replies):
                 raise Abandoned(signal)
-            answers |= {index: group for reply in replies for index, group in reply.answers.items()}
-            missing = [index for index in missing if index not in answers]
+            new = {index: group for reply in replies for index, group in reply.answers.items()}
+            answers |= new
+            missing, fruitless = [index for index in missing if index not in answers], 0 if new else fruitless + 1
             if missing:
-                self._push_again(next(reply.lost for reply in replies if reply.lost))
+                lost = next(reply.lost for reply in replies if reply.lost)
+                if fruitless == FRUITLESS_PUSHES:
+                    raise RuntimeError(f"servers end {fruitless} times over before they have answered anything: {lost}")
+                self._push_again(lost)
         merged = [answers[index] for index in range(len(prompts))]
         if episodes is not None:
             parts = [episodes.samples(prompts[group], found, group) for group, found in enumerate(merged)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 
+import pytest
 import torch
 from rollout.sglang_stand_in import StandIn
 from small_run import write_run
@@ -13,6 +15,31 @@ from megatron_rl.batch import Batch, Prompt
 from megatron_rl.workers import Actor
 
 LIMIT = 1 << 14
+
+
+def test_servers_that_die_of_every_request_end_the_run(tmp_path) -> None:
+    write_run(tmp_path)
+    model, servers = tmp_path / "model", [StandIn(faults=deque(["die"]))]
+    ended = threading.Event()
+
+    def succeed() -> None:
+        while servers[-1].gone.wait(60) and not ended.is_set():
+            servers.append(StandIn(port=servers[0].port, faults=deque(["die"])))
+
+    coming = threading.Thread(target=succeed)
+    coming.start()
+    options = {"urls": [servers[0].url], "recovery_timeout": 60.0, "request_timeout": 30.0}
+    rollout = {"engine": "sglang", "max_staging_bytes": LIMIT, "options": options}
+    actor = Actor(str(model), AutoTokenizer.from_pretrained(model), config={"rollout": rollout})
+    try:
+        with pytest.raises(RuntimeError, match="servers end 3 times over before they have answered anything"):
+            actor.sample(max_tokens=3).run(Batch(prompts=[Prompt([1, 5], index=0)]))
+        assert 3 <= len(servers) <= 4
+    finally:
+        ended.set()
+        actor.close()
+        servers[-1].die()
+        coming.join(60)
 
 
 def test_weights_that_all_servers_lost_are_pushed_again_and_what_is_missing_is_asked_for(tmp_path) -> None:
