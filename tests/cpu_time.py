@@ -1,7 +1,8 @@
 """What a test run cost: CPU time of all processes that tests start, by module, printed before pytest's last line.
 
 Each worker of pytest-xdist measures itself and its children; the process that prints adds them up. Children count when
-they have ended and were waited for; the warm process of `forked.py` counts with each program that it ran.
+they have ended and were waited for; the warm processes of `forked.py` and `integration/warm_sglang.py` count with each
+program or server that they ran.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 
 import forked
 import pytest
+from integration import warm_sglang
 
 SHOWN = 30  # modules; of those that cost at least a second
 
 
 def seconds() -> float:
-    """CPU seconds of this process, of the children that it has waited for, and of its warm process."""
-    return sum(os.times()[:4]) + forked.cpu_seconds()
+    """CPU seconds of this process, of the children that it has waited for, and of its warm processes."""
+    return sum(os.times()[:4]) + forked.cpu_seconds() + warm_sglang.cpu_seconds()
 
 
 class CpuTime:
@@ -41,6 +43,7 @@ class CpuTime:
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         forked.close()
+        warm_sglang.close()
         output = getattr(self.config, "workeroutput", None)
         if output is not None:  # a worker: xdist carries this to the process that prints
             output["cpu_seconds"] = {"total": seconds(), "modules": dict(self.modules)}

@@ -54,7 +54,8 @@ def members_of(engine: SGLangEngine) -> list[Member]:
 
 
 def processes_of(server: SGLangServer | None) -> list[int]:
-    """The server's own processes, its guard excepted, as /proc knows them: children of the guard, and theirs."""
+    """The server's own processes, its guard excepted, as /proc knows them: children of the guard, and theirs; also
+    those of a fork that a child of the guard stands for (`server_stub.py`)."""
     assert server is not None
     assert server._guard is not None
     parents = {}
@@ -62,6 +63,8 @@ def processes_of(server: SGLangServer | None) -> list[int]:
         if entry.name.isdigit():
             with contextlib.suppress(OSError):
                 parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    stubs = Path(server.python).parent / "socket.pids"
+    parents |= {int(stub.read_text()): int(stub.name) for stub in stubs.glob("*")}
     found, wave = [], {server._guard.pid}
     while wave:
         wave = {child for child, parent in parents.items() if parent in wave}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, YARN
-from integration.environment import SHIM, sglang_python
+from integration.environment import SHIM, own_sglang_python
 from matrix.reference import slug
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -50,7 +50,7 @@ def as_on_gpus(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.T
 @pytest.fixture(scope="module")
 def held(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with the models, and what SGLang made of them."""
-    python, folder = sglang_python(), tmp_path_factory.mktemp("shards")
+    python, folder = own_sglang_python(), tmp_path_factory.mktemp("shards")
     torch.manual_seed(0)
     for name, config in SERVED.items():
         model = AutoModelForCausalLM.from_config(served(config), dtype=torch.bfloat16)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from integration.environment import own_sglang_python
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from megatron_rl import RewardModel
@@ -17,7 +17,6 @@ from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
 
 pytestmark = pytest.mark.integration
 
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 CONTEXT = 256
 
 
@@ -45,10 +44,9 @@ def classifier(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def server(classifier: Path) -> Iterator[SGLangServer]:
-    if not (PYTHON.parents[1] / ".ready").exists():
-        pytest.skip("no SGLang: make setup-sglang creates ./.venv-sglang")
+    """Started as users start it; other modules have it forked."""
     config = ServerConfig(
-        python=str(PYTHON), context_length=CONTEXT, max_total_tokens=4096, args={"is-embedding": True}
+        python=own_sglang_python(), context_length=CONTEXT, max_total_tokens=4096, args={"is-embedding": True}
     )
     server = SGLangServer(
         classifier, config, dtype="float32", max_running=8, device="cpu", load_weights=True, name="classify"

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import ROOT
+from integration.environment import sglang_python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_rl import RewardModel
@@ -20,7 +20,6 @@ from megatron_rl.rollout.sglang.server import ServerConfig, SGLangServer
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-PYTHON = ROOT / ".venv-sglang" / "bin" / "python"
 PLAIN_CHAT = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 # The judge is a small storyteller: grades come only where the server holds it to their form.
 GRADE = r"Score: ([0-9]|10)"
@@ -39,15 +38,13 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def server(seeded_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
-    if not (PYTHON.parents[1] / ".ready").exists():
-        pytest.skip("no SGLang: make setup-sglang creates ./.venv-sglang")
-    folder = tmp_path_factory.mktemp("storyteller")
+    python, folder = sglang_python(), tmp_path_factory.mktemp("storyteller")
     AutoModelForCausalLM.from_pretrained(seeded_model).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(seeded_model)
     tokenizer.chat_template = PLAIN_CHAT
     tokenizer.save_pretrained(folder)
     config = ServerConfig(
-        python=str(PYTHON),
+        python=python,
         context_length=512,
         max_total_tokens=4096,
         args={"constrained-json-disable-any-whitespace": True},  # or a small model's JSON is white space without end
