@@ -12,13 +12,16 @@ import pytest
 import torch
 from models.oracle import LLAMA, QWEN3_MOE, random_logical
 from rollout.sglang_stand_in import StandIn
+from transformers import AutoConfig
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import hf_layout, megatron_layout, rollout_layout
+from megatron_rl.models.hf_module import architecture_of_config
 from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.reshard import LocalTransport
 from megatron_rl.reshard.layout import Held, Layout, Recomputed
 from megatron_rl.rollout import SamplingParams, ServersLostError, SGLangEngine
+from megatron_rl.rollout.sglang.model_folder import check_served, delivery_of
 from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS, ServerLayout
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import in_memory
@@ -252,3 +255,18 @@ def test_what_a_server_must_be_started_with_is_read_off_the_layout(tp: int, ep: 
     layout = rollout_layout(QWEN3_MOE, tp, [list(range(tp))], ep)
     assert ServerLayout.of(layout, torch.bfloat16) == ServerLayout(tp, ep, True, "bfloat16")
     assert ServerLayout.of(LAYOUT, torch.float32) == ServerLayout(1, 1, False, "float32")
+
+
+def test_what_sglang_would_compute_otherwise_of_a_model_without_a_family_is_refused() -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 16, "num_key_value_heads": 2}
+    phi = architecture_of_config(AutoConfig.for_model("phi", **sizes))
+    with pytest.raises(ConfigError, match="computes phi without the bias of its output layer"):
+        check_served(phi, 16)
+    windowed = architecture_of_config(AutoConfig.for_model("starcoder2", sliding_window=8, **sizes))
+    check_served(windowed, 8)
+    with pytest.raises(ConfigError, match="starcoder2 has a sliding window of 8 tokens, contexts of 9 are longer"):
+        check_served(windowed, 9)
+    check_served(architecture_of_config(AutoConfig.for_model("olmo2", **sizes)), 1 << 20)
+    assert delivery_of(windowed, None) == "flattened_bucket"
+    assert delivery_of(LLAMA, None) == "direct"

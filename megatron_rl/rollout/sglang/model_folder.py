@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_rl.config import ConfigError
-from megatron_rl.models import Architecture, hf_config_from
+from megatron_rl.models import Architecture, hf_config_from, logical_tensors
 from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.rollout.sglang.server import ServerStartError
 
@@ -95,7 +95,7 @@ def check_served(architecture: Architecture, max_context: int) -> None:
     """
     a = architecture
     if isinstance(a, ModuleArchitecture):
-        _check_window(a, max_context)
+        _check_module(a, max_context)
         return
     if a.mlp_bias and a.experts is None:
         raise ConfigError("SGLang computes Llama without the biases of its feed-forward layers: use engine: local")
@@ -132,8 +132,13 @@ def check_served(architecture: Architecture, max_context: int) -> None:
         )
 
 
-def _check_window(architecture: ModuleArchitecture, max_context: int) -> None:
-    """Nobody compared what SGLang makes of the windows of a model without a family."""
+def _check_module(architecture: ModuleArchitecture, max_context: int) -> None:
+    """Of models without a family: SGLang's classes do not hand the bias of their output layer on to the logits (its Phi
+    has one, and computes without it), and what they make of windows was compared by nobody."""
+    if any(name.endswith("lm_head.bias") for name in logical_tensors(architecture)):
+        raise ConfigError(
+            f"SGLang computes {architecture.family} without the bias of its output layer: use engine: transformers"
+        )
     config = json.loads(architecture.config_json)
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     windowed = set(config.get("layer_types") or ("sliding_attention",)) != {"full_attention"}
