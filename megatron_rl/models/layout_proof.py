@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_rl.reshard.layout import Layout, Shard, Span, matrix_shape
+from megatron_rl.reshard.layout import Layout, Shard, matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts, uncovered
 
 DROPPED, DUPLICATED, MOVED, PADDED = "dropped", "duplicated", "moved", "padded"
@@ -62,8 +62,8 @@ def examine(
         for shard in layout.emit(replica):
             for span in shard.spans:
                 if span.tensor in held:
-                    held[span.tensor].add(_logical(span))
-                    mine.setdefault(span.tensor, []).append(_logical(span))
+                    held[span.tensor].add(span.rectangle)
+                    mine.setdefault(span.tensor, []).append(span.rectangle)
             pieces = tuple(cut(replica, shard))
             if (key := (shard.name, shard.spans, pieces)) not in seen:  # as on another rank
                 seen.add(key)
@@ -75,14 +75,6 @@ def examine(
         yield from _covered(layout.name, tensor, logical[tensor], sorted(found))
 
 
-def _logical(span: Span) -> Rectangle:
-    return Rectangle(span.row_start, span.row_stop, span.col_start, span.col_stop)
-
-
-def _local(span: Span) -> Rectangle:
-    return Rectangle(span.row, span.row + span.num_rows, span.col, span.col + span.num_cols)
-
-
 def rows_text(part: Rectangle) -> str:
     """A rectangle for people: rows, and columns only where they begin behind the first."""
     rows = f"row {part.row_start}" if part.num_rows == 1 else f"rows {part.row_start} to {part.row_stop - 1}"
@@ -92,19 +84,19 @@ def rows_text(part: Rectangle) -> str:
 def _inside(layout: str, shard: Shard, rank: int) -> Iterator[Finding]:
     """Spans that write one place of a shard twice, or go beyond it."""
     rows, cols = shard.matrix_shape
-    places = [_local(span) for span in shard.spans]
+    places = [span.place for span in shard.spans]
     whole = Rectangle(0, rows, 0, cols)
     for span, place in zip(shard.spans, places, strict=True):
         if not whole.contains(place):
-            yield Finding(DROPPED, span.tensor, f"{rows_text(_logical(span))}: outside of {shard.name} on rank {rank}")
+            yield Finding(DROPPED, span.tensor, f"{rows_text(span.rectangle)}: outside of {shard.name} on rank {rank}")
     if sum(place.numel for place in places) <= sum(part.rectangle.numel for part in disjoint_parts(_unique(places))):
         return
     for number, first in enumerate(places):
         for second, span in zip(places[:number], shard.spans[:number], strict=True):
-            if common := _overlap(first, second):
+            if common := first.intersection(second):
                 written = f"{layout}: written over by {shard.spans[number].tensor} in {shard.name} on rank {rank}"
                 down, across = common.row_start - span.row, common.col_start - span.col
-                lost = _moved(common, span.row_start + down, span.col_start + across)
+                lost = common.moved(span.row_start + down, span.col_start + across)
                 yield Finding(DROPPED, span.tensor, f"{rows_text(lost)}: {written}")
 
 
@@ -137,16 +129,18 @@ def _placed(
     for piece in pieces:
         whole = reference[piece.shard]
         for expected in whole.spans:
-            place = _overlap(_local(expected), _moved(piece.held, piece.row, piece.col))
+            place = expected.place.intersection(piece.held.moved(piece.row, piece.col))
             if place is None:
                 continue
-            here = _moved(place, place.row_start - piece.row + piece.held.row_start,
-                          place.col_start - piece.col + piece.held.col_start)  # fmt: skip
-            wanted = _moved(place, expected.row_start + place.row_start - expected.row,
-                            expected.col_start + place.col_start - expected.col)  # fmt: skip
+            here = place.moved(place.row_start - piece.row + piece.held.row_start,
+                               place.col_start - piece.col + piece.held.col_start)  # fmt: skip
+            wanted = place.moved(expected.row_start + place.row_start - expected.row,
+                                 expected.col_start + place.col_start - expected.col)  # fmt: skip
             yield from _differences(layout, shard, here, expected.tensor, wanted, rank)
         padding = piece.held.numel - sum(
-            common.numel for span in whole.spans if (common := _overlap(_local(span), _moved(*piece[1:])))
+            common.numel
+            for span in whole.spans
+            if (common := span.place.intersection(piece.held.moved(piece.row, piece.col)))
         )
         if padding:
             yield from _padding(layout, shard, piece, whole, padding, rank)
@@ -158,15 +152,13 @@ def _differences(
     """Where the elements of ``shard`` at ``here`` are not those of ``tensor`` at ``wanted``."""
     filled = 0
     for span in shard.spans:
-        common = _overlap(_local(span), here)
+        common = span.place.intersection(here)
         if common is None:
             continue
         filled += common.numel
-        found = _moved(
-            common, span.row_start + common.row_start - span.row, span.col_start + common.col_start - span.col
-        )
-        right = _moved(common, wanted.row_start + common.row_start - here.row_start,
-                       wanted.col_start + common.col_start - here.col_start)  # fmt: skip
+        found = common.moved(span.row_start + common.row_start - span.row, span.col_start + common.col_start - span.col)
+        right = common.moved(wanted.row_start + common.row_start - here.row_start,
+                             wanted.col_start + common.col_start - here.col_start)  # fmt: skip
         if span.tensor != tensor or found != right:
             lies = f"lies where {tensor} {rows_text(right)} belongs, in {shard.name} on rank {rank}"
             yield Finding(MOVED, span.tensor, f"{rows_text(found)}: {layout}: {lies}")
@@ -177,7 +169,7 @@ def _differences(
 
 def _padding(layout: str, shard: Shard, piece: Piece, whole: Shard, count: int, rank: int) -> Iterator[Finding]:
     """The part of a shard that is padding in the reference, too; nothing of the model may be there."""
-    inside = sum(c.numel for s in shard.spans if (c := _overlap(_local(s), piece.held)))
+    inside = sum(c.numel for s in shard.spans if (c := s.place.intersection(piece.held)))
     expected = piece.held.numel - count
     where = f"{layout}: {count // max(piece.held.num_cols, 1)} rows of zeros on rank {rank}"
     yield Finding(PADDED, shard.name, where, fault=False)
@@ -187,18 +179,3 @@ def _padding(layout: str, shard: Shard, piece: Piece, whole: Shard, count: int, 
 
 def _unique(rectangles: Iterable[Rectangle]) -> tuple[Rectangle, ...]:
     return tuple(dict.fromkeys(rectangles))
-
-
-def _overlap(a: Rectangle, b: Rectangle) -> Rectangle | None:
-    common = Rectangle(
-        max(a.row_start, b.row_start),
-        min(a.row_stop, b.row_stop),
-        max(a.col_start, b.col_start),
-        min(a.col_stop, b.col_stop),
-    )
-    return common if common.row_start < common.row_stop and common.col_start < common.col_stop else None
-
-
-def _moved(rectangle: Rectangle, row: int, col: int) -> Rectangle:
-    """One of equal size elsewhere."""
-    return Rectangle(row, row + rectangle.num_rows, col, col + rectangle.num_cols)

@@ -31,12 +31,9 @@ LOCAL_HEADER = 30  # bytes of a zip file's header before a member, without name 
 
 
 class _Window(NamedTuple):
-    """The rows of a chunk, below one another: those of the wanted tensor, from ``row`` and ``col`` of it on."""
+    """What a chunk holds of the wanted tensor, whose rows lie below one another in the chunk."""
 
-    row: int
-    rows: int
-    col: int
-    cols: int
+    held: Rectangle
     first: int  # row of the chunk's matrix that is the first of the window
 
 
@@ -70,14 +67,13 @@ class StoredChunks:
         found = 0
         for chunk in self._at(key, place):
             window = _window(chunk, place, shape, key)
-            low, high = max(window.row, wanted.row_start), min(window.row + window.rows, wanted.row_stop)
-            left, right = max(window.col, wanted.col_start), min(window.col + window.cols, wanted.col_stop)
-            if low < high and left < right:
-                across = slice(left - wanted.col_start, right - wanted.col_start)
-                target = result[low - wanted.row_start : high - wanted.row_start, across]
-                first_row, first_col = window.first + low - window.row, left - window.col
-                self._read_into(target, key, chunk, window.cols, first_row, first_col)
-                found += (high - low) * (right - left)
+            if common := wanted.intersection(window.held):
+                row, col = common.row_start - wanted.row_start, common.col_start - wanted.col_start
+                target = result[row : row + common.num_rows, col : col + common.num_cols]
+                first_row = window.first + common.row_start - window.held.row_start
+                first_col = common.col_start - window.held.col_start
+                self._read_into(target, key, chunk, window.held.num_cols, first_row, first_col)
+                found += common.numel
         if found != wanted.numel:
             raise ConfigError(f"{self._folder} holds {found} of the {wanted.numel} elements of {key}{wanted}")
         return result
@@ -128,9 +124,9 @@ def _window(chunk: ChunkStorageMetadata, place: tuple[int, ...], shape: tuple[in
     inner = math.prod(shape[1:-1]) if len(shape) > 2 else 1
     if len(shape) > 2 and (any(offsets[1:]) or sizes[1:] != shape[1:]):
         raise ConfigError(f"{key}, of {list(shape)}, is stored in parts of {list(sizes)}: expected cuts along dim 0")
-    cols = (offsets[-1], sizes[-1]) if len(shape) > 1 else (0, 1)
-    rows = (offsets[0] * inner, sizes[0] * inner) if shape else (0, 1)
-    return _Window(*rows, *cols, index * rows[1])
+    col, cols = (offsets[-1], sizes[-1]) if len(shape) > 1 else (0, 1)
+    row, rows = (offsets[0] * inner, sizes[0] * inner) if shape else (0, 1)
+    return _Window(Rectangle(row, row + rows, col, col + cols), index * rows)
 
 
 class _Part(io.RawIOBase):

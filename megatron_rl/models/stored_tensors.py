@@ -119,8 +119,7 @@ def held_parts(a: Architecture, sizes: ParallelSizes, padded: int) -> dict[str, 
     places: dict[str, list[tuple[str, Rectangle, int, int]]] = {}  # tensor -> shard, what it holds, and where
     for shard in one_rank(full, padded):
         for span in shard.spans:
-            held = Rectangle(span.row_start, span.row_stop, span.col_start, span.col_stop)
-            places.setdefault(span.tensor, []).append((shard.name, held, span.row, span.col))
+            places.setdefault(span.tensor, []).append((shard.name, span.rectangle, span.row, span.col))
     layout = megatron_layout(full, RankGrid(sizes, sizes.smallest_world), padded)
     found: dict[str, dict[Rectangle, int]] = {}
     for replica, ranks in layout.replicas.items():
@@ -128,11 +127,9 @@ def held_parts(a: Architecture, sizes: ParallelSizes, padded: int) -> dict[str, 
             parts: dict[str, list[Rectangle]] = {}
             for span in shard.spans:
                 for name, held, row, col in places[span.tensor]:
-                    low, high = max(span.row_start, held.row_start), min(span.row_stop, held.row_stop)
-                    left, right = max(span.col_start, held.col_start), min(span.col_stop, held.col_stop)
-                    if low < high and left < right:
-                        down, across = row - held.row_start, col - held.col_start
-                        moved = Rectangle(low + down, high + down, left + across, right + across)
+                    if common := span.rectangle.intersection(held):
+                        down, across = common.row_start - held.row_start, common.col_start - held.col_start
+                        moved = common.moved(row + down, col + across)
                         parts.setdefault(name, []).append(moved)
             for name, rectangles in parts.items():
                 for rectangle in joined(rectangles):

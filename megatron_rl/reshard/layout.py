@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from megatron_rl.reshard.rectangle import Rectangle
 from megatron_rl.reshard.wire_format import WireFormat
 
 
@@ -43,6 +44,16 @@ class Span:
     @property
     def numel(self) -> int:
         return self.num_rows * self.num_cols
+
+    @property
+    def rectangle(self) -> Rectangle:
+        """What it holds of the logical tensor."""
+        return Rectangle(self.row_start, self.row_stop, self.col_start, self.col_stop)
+
+    @property
+    def place(self) -> Rectangle:
+        """Where that sits in the shard's matrix."""
+        return Rectangle(self.row, self.row + self.num_rows, self.col, self.col + self.num_cols)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,11 +31,10 @@ class Offsets:
         for shard in shards:
             check_shard(shard, whose)
             for span in shard.spans:
-                rectangle = Rectangle(span.row_start, span.row_stop, span.col_start, span.col_stop)
-                self.numel += rectangle.numel
-                if rectangle.numel:
+                self.numel += span.numel
+                if span.numel:
                     offset = Offset(shard.name, span.row, span.col)
-                    self._places.setdefault(span.tensor, []).append((rectangle, offset))
+                    self._places.setdefault(span.tensor, []).append((span.rectangle, offset))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

@@ -42,6 +42,16 @@ class Rectangle(NamedTuple):
             and other.col_stop <= self.col_stop
         )
 
+    def intersection(self, other: Rectangle) -> Rectangle | None:
+        """The elements of both; None where there are none. `cross` does the same for many at once."""
+        top, bottom = max(self.row_start, other.row_start), min(self.row_stop, other.row_stop)
+        left, right = max(self.col_start, other.col_start), min(self.col_stop, other.col_stop)
+        return Rectangle(top, bottom, left, right) if top < bottom and left < right else None
+
+    def moved(self, row: int, col: int) -> Rectangle:
+        """One of equal size whose upper left corner is ``(row, col)``."""
+        return Rectangle(row, row + self.num_rows, col, col + self.num_cols)
+
     def __str__(self) -> str:
         return f"[{self.row_start}:{self.row_stop}, {self.col_start}:{self.col_stop}]"
 

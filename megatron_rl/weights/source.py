@@ -88,9 +88,8 @@ class LayoutSource:
         for rank in ranks:
             for shard in layout.shards(rank):
                 for span in shard.spans:
-                    rectangle = (span.tensor, span.row_start, span.row_stop, span.col_start, span.col_stop)
-                    if rectangle not in seen:
-                        seen.add(rectangle)
+                    if (span.tensor, span.rectangle) not in seen:
+                        seen.add((span.tensor, span.rectangle))
                         self._locations.setdefault(span.tensor, []).append(SpanLocation(rank, shard, span))
 
     def __contains__(self, tensor: str) -> bool:
@@ -101,8 +100,11 @@ class LayoutSource:
         return self._dtype(first.rank, first.shard)
 
     def read(self, span: Span) -> Tensor:
-        pieces = [(_overlap(span, location.span), location) for location in self._locations[span.tensor]]
-        pieces = [piece for piece in pieces if piece[0].numel > 0]
+        pieces = [
+            (common, location)
+            for location in self._locations[span.tensor]
+            if (common := span.rectangle.intersection(location.span.rectangle))
+        ]
         if sum(common.numel for common, _ in pieces) != span.numel:
             raise ConfigError(f"the weights do not hold all of {span}: the config belongs to another model")
         tensors = [self._part(location, common) for common, location in pieces]
@@ -114,18 +116,12 @@ class LayoutSource:
             result[row : row + common.num_rows, col : col + common.num_cols] = tensor
         return result
 
-    def _part(self, location: SpanLocation, wanted: Span) -> Tensor:
+    def _part(self, location: SpanLocation, wanted: Rectangle) -> Tensor:
         held = location.span
         row, col = held.row + wanted.row_start - held.row_start, held.col + wanted.col_start - held.col_start
-        added, place = self._added(held.tensor), Rectangle(row, row + wanted.num_rows, col, col + wanted.num_cols)
+        added, place = self._added(held.tensor), wanted.moved(row, col)
         values = self._load_part(location.rank, location.shard, place)
         return values - added if added else values
-
-
-def _overlap(a: Span, b: Span) -> Span:
-    rows = max(a.row_start, b.row_start), min(a.row_stop, b.row_stop)
-    cols = max(a.col_start, b.col_start), min(a.col_stop, b.col_stop)
-    return Span(a.tensor, rows[0], max(rows), cols[0], max(cols), 0, 0)
 
 
 def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> LayoutSource:

@@ -21,6 +21,7 @@ from megatron_rl.dataflow import Stage
 from megatron_rl.engines.base import TrainingEngine
 from megatron_rl.ops.span_checksum import span_checksum, tensor_key
 from megatron_rl.reshard.layout import Span, matrix_shape
+from megatron_rl.reshard.rectangle import Rectangle
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.forward_only import forward_only
 from megatron_rl.workers.outputs import logprob_output
@@ -142,13 +143,14 @@ def weights_checksum(engine: TrainingEngine) -> int:
     """Checksum of all logical tensors; each rectangle is counted once, whichever ranks hold it."""
     engine.sync_parameters()
     context, tensors = engine.context, engine.tensors()
-    own: dict[tuple[str, int, int, int, int], int] = {}
+    own: dict[tuple[str, Rectangle], int] = {}
     for shard in engine.layout.shards(context.rank):
         tensor = tensors[shard.name].detach().contiguous()
         _, stride = matrix_shape(tuple(tensor.shape))
         for span in shard.spans:
-            place = (span.tensor, span.row_start, span.row_stop, span.col_start, span.col_stop)
-            own[place] = int(span_checksum([tensor.view(-1)], spans_table(span, stride, tensor.dtype)))
+            own[span.tensor, span.rectangle] = int(
+                span_checksum([tensor.view(-1)], spans_table(span, stride, tensor.dtype))
+            )
     merged = {place: value for part in context.gather_objects(own) for place, value in part.items()}
     return sum(merged.values()) % 2**64
 

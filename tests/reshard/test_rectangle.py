@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from random import Random
 
 import pytest
@@ -54,6 +55,20 @@ def test_cross_finds_every_intersection(seed: int) -> None:
         if elements(a) & elements(b)
     }
     assert found == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_intersection_holds_the_elements_of_both_and_nothing_is_none(seed: int) -> None:
+    rng = Random(seed)
+    for a, b in itertools.product(random_rectangles(rng, 4), random_rectangles(rng, 3)):
+        found = a.intersection(b)
+        assert (elements(found) if found else set()) == elements(a) & elements(b)
+        assert found is None or found.numel
+        assert b.intersection(a) == found
+
+
+def test_a_moved_rectangle_keeps_its_size() -> None:
+    assert Rectangle(2, 5, 1, 3).moved(7, 0) == Rectangle(7, 10, 0, 2)
 
 
 @pytest.mark.parametrize("seed", range(20))
