@@ -105,6 +105,10 @@ class LoraConfig(ConfigRecord):
             )
         return self
 
+    def dropout_after(self, folder: float = 0.0) -> float:
+        """The share of inputs that is zeroed, where the adapters that are started from say ``folder``."""
+        return folder if self.dropout is None else self.dropout
+
 
 class EngineConfig(ConfigRecord):
     """A model on this job's ranks, and what trains it."""

@@ -22,7 +22,7 @@ from megatron_rl.config import ConfigError
 from megatron_rl.devices import current_platform
 from megatron_rl.parallel.agreement import Agreement, Attempt, GroupPeers
 from megatron_rl.parallel.grid import Coordinates, ParallelSizes, RankGrid
-from megatron_rl.parallel.groups import end_groups, gather_objects, own_group, ranks_of
+from megatron_rl.parallel.groups import end_groups, gather_objects, objects_on_first, own_group, ranks_of
 from megatron_rl.parallel.worlds import SplitWorld
 
 T = TypeVar("T")
@@ -250,6 +250,10 @@ class ParallelContext:
     def gather_objects(self, value: T, axis: Literal["world", "model"] = "world") -> list[T]:
         """``value`` of every rank along ``axis``, in rank order, on every rank; through host memory, by pickle."""
         return gather_objects(value, self.host_group if axis == "world" else self.host_model_group)
+
+    def objects_on_rank_0(self, value: T) -> list[T]:
+        """As `gather_objects` on rank 0 of the world; an empty list on the other ranks, which need no memory for it."""
+        return objects_on_first(value, self.host_group)
 
     def __str__(self) -> str:
         at = ", ".join(f"{axis} {getattr(self.coordinates, axis)}" for axis in DENSE_AXES)

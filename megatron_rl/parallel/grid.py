@@ -63,13 +63,13 @@ class ParallelSizes(ConfigRecord):
         if world_size % model:
             raise ConfigError(
                 f"tp={self.tp} * pp={self.pp} * cp={self.cp} = {model} ranks for one replica of the model, but "
-                f"{self._ranks(world_size)}: start a multiple of {model}, or lower one of them"
+                f"{self._started(world_size, model)}, or lower one of them"
             )
         experts = self.etp * self.ep * self.pp
         if world_size % experts:
             raise ConfigError(
                 f"etp={self.etp} * ep={self.ep} * pp={self.pp} = {experts} ranks for one replica of the experts, but "
-                f"{self._ranks(world_size)}: start a multiple of {experts}, or lower one of them"
+                f"{self._started(world_size, experts)}, or lower one of them"
             )
         return world_size // model
 
@@ -78,9 +78,14 @@ class ParallelSizes(ConfigRecord):
         """The fewest ranks that the sizes fit."""
         return math.lcm(self.tp * self.pp * self.cp, self.etp * self.ep * self.pp)
 
-    def _ranks(self, world_size: int) -> str:
-        beside = f", beside {self.rollout_ranks} rollout ranks" if self.rollout_ranks else ""
-        return f"torchrun started {world_size}{beside}"
+    def _started(self, num_training: int, replica: int) -> str:
+        if not self.rollout_ranks:
+            return f"torchrun started {num_training}: start a multiple of {replica}"
+        return (
+            f"parallel.rollout_ranks={self.rollout_ranks} leaves {num_training} of the "
+            f"{num_training + self.rollout_ranks} that torchrun started for training: start a multiple of {replica} "
+            f"and {self.rollout_ranks} more"
+        )
 
     def __str__(self) -> str:
         shown = [(n, getattr(self, n)) for n in ("tp", "pp", "vpp", "cp", "ep", "etp") if getattr(self, n) > 1]

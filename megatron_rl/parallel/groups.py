@@ -70,6 +70,15 @@ def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return values
 
 
+def objects_on_first(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """As `gather_objects` on the first rank of ``group``, the only one that holds them; an empty list on the others."""
+    if group is None or group.size() == 1:
+        return [value]
+    values: list[Any] = [None] * group.size() if group.rank() == 0 else []
+    dist.gather_object(value, values or None, group=group, group_dst=0)
+    return values
+
+
 def own_group(
     partition: Partition, backend: str, timeout: float, known: Iterable[dist.ProcessGroup] = ()
 ) -> dist.ProcessGroup:

@@ -1,7 +1,7 @@
 """Adapters alone as a PEFT folder, which is loaded beside the model that they were trained on.
 
 A layer that Megatron fuses has one A for all its parts: each part gets a copy of it, and its own rows of B. That is the
-same update, exactly. Adapters are small, so the ranks' parts are brought together as they are.
+same update, exactly. Adapters are small, so the rank that writes is sent the parts of all others as they are.
 """
 
 from __future__ import annotations

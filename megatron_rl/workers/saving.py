@@ -72,7 +72,7 @@ def save_adapters(engine: TrainingEngine, folder: Path, base: str, overwrite: bo
         shards = {shard.name: shard for shard in layout.shards(context.rank)}
         for name, adapter in engine.adapters.items():
             own += parts_of(shards[name], adapter, places)
-    parts = [part for parts in context.gather_objects(own) for part in parts]
+    parts = [part for parts in context.objects_on_rank_0(own) for part in parts]
     with context.attempt("saving adapters"):
         if context.rank == 0:
             dropout = next(iter(engine.adapters.values())).dropout

@@ -55,6 +55,7 @@ def check_groups(context: ParallelContext, expected: dict[str, list[list[int]]])
     if "model" in expected:
         assert context.gather_objects((rank, "x"), "model") == [(peer, "x") for peer in replica]
     assert context.gather_objects(rank) == [0, 1, 2, 3]
+    assert context.objects_on_rank_0((rank, "x" * rank)) == ([(r, "x" * r) for r in range(4)] if rank == 0 else [])
 
 
 def check_stages(context: ParallelContext) -> None:

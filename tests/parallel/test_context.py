@@ -33,7 +33,7 @@ def test_one_process_without_torchrun_is_a_whole_replica(monkeypatch) -> None:
         context = ParallelContext.create(ParallelSizes(), timeout=30, seed=3)
         assert str(context) == "rank 0 of 1 at tp 0, cp 0, dp 0, pp 0 in one rank a replica, DP1"
         assert context.is_last_stage
-        assert context.gather_objects("x") == ["x"]
+        assert context.gather_objects("x") == context.objects_on_rank_0("x") == ["x"]
         assert context.host_model_group is context.model_group is context.host_group is dist.group.WORLD
     finally:
         parallel_state.destroy_model_parallel()

@@ -388,9 +388,10 @@ def test_options_are_checked() -> None:
 
 
 def test_waiting_for_a_server_that_is_not_there_is_said_and_ends(caplog) -> None:
-    engine = SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, urls=["http://127.0.0.1:9"])
+    options = {"urls": ["http://127.0.0.1:9"], "recovery_timeout": 4.0}
+    engine = SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, **options)
     with contextlib.closing(engine), pytest.raises(RuntimeError, match=r"did not answer within 4 s: .*127\.0\.0\.1:9"):
-        engine._loop.run(engine._membership.wait_for_servers(4.0))
+        engine.load_shards(SHARDS, 1)
     said = [record for record in caplog.records if "more for servers" in record.message]
     assert len(said) == 1
     assert "127.0.0.1:9" in said[0].message

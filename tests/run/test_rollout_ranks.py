@@ -175,9 +175,9 @@ def test_what_cannot_be_is_refused_before_the_run(tmp_path: Path):
     assert "does not divide parallel.rollout_ranks=1" in mistakes(
         tmp_path, 2, "parallel.rollout_ranks=1", "actor.rollout.tp=2"
     )
-    assert "torchrun started 3, beside 1 rollout ranks" in mistakes(
-        tmp_path, 4, "parallel.rollout_ranks=1", "parallel.tp=2"
-    )
+    refused = mistakes(tmp_path, 4, "parallel.rollout_ranks=1", "parallel.tp=2")
+    assert "parallel.rollout_ranks=1 leaves 3 of the 4 that torchrun started for training" in refused
+    assert "start a multiple of 2 and 1 more" in refused
 
 
 def test_a_failing_reward_ends_both_halves_with_its_own_words(tmp_path: Path):

@@ -121,7 +121,7 @@ def _fresh(module: nn.Module, linear: Mapping[str, nn.Linear], config: LoraConfi
         if name.rpartition(".")[2] in chosen:
             a = first_values(name, config.rank, layer.in_features, seed)
             start = Update(a, torch.zeros(layer.out_features, config.rank))
-            found[name] = LoraAdapter(start, config.alpha / config.rank, config.dropout or 0.0)
+            found[name] = LoraAdapter(start, config.alpha / config.rank, config.dropout_after())
     if not found:
         names = sorted({name.rpartition(".")[2] for name, p in module.named_modules() if isinstance(p, nn.Linear)})
         raise ConfigError(
@@ -134,7 +134,7 @@ def _fresh(module: nn.Module, linear: Mapping[str, nn.Linear], config: LoraConfi
 def _given(linear: Mapping[str, nn.Linear], config: LoraConfig, given: PeftAdapters) -> dict[str, LoraAdapter]:
     """Adapters of a PEFT folder, whose layers are linear layers of the module."""
     found = {}
-    dropout = given.config.dropout if config.dropout is None else config.dropout
+    dropout = config.dropout_after(given.config.dropout)
     for tensor in given.tensors:
         entry, name = given.entry(tensor), given.places[tensor].parameter.removesuffix(".weight")
         if entry is None or name not in linear:

@@ -35,7 +35,7 @@ class SGLangConfig(ConfigRecord):
     attempts: int = Field(default=8, ge=1)
     """Tries of one request, over all servers, before the run ends with an error."""
     recovery_timeout: float = Field(default=900.0, gt=0)
-    """Seconds that requests wait for a server to come back when none serves."""
+    """Seconds that requests wait for a server to come back when none serves, and a push for the first of ``urls``."""
     stream: bool = False
     """Have servers send tokens as they come, so that those of a server that fails are kept and another one goes on
     behind them; for long responses. See docs/sglang.md."""
@@ -51,6 +51,11 @@ class SGLangConfig(ConfigRecord):
         if self.urls and "server" in self.model_fields_set:
             raise ValueError("urls and server exclude each other: attach to running servers, or start some")
         return self
+
+    @property
+    def start_timeout(self) -> float:
+        """Seconds that a push waits for servers that are starting, or for one of those that it is attached to."""
+        return self.recovery_timeout if self.urls else self.server.start_timeout
 
     @property
     def retry_policy(self) -> RetryPolicy:

@@ -179,7 +179,7 @@ class SGLangEngine(RolloutEngine):
         membership = self._membership
         membership.serving = False
         with explained_start(self.architecture):
-            await membership.wait_for_servers(self.config.server.start_timeout)
+            await membership.wait_for_servers(self.config.start_timeout)
         await membership.stop(membership.of(State.READY, State.OUTDATED), self.config.pause)
         if not membership.of(State.OUTDATED):
             raise RuntimeError(f"no server could be paused for a weight update: {membership.describe()}")

@@ -56,8 +56,8 @@ def add_adapters(
     for chunk in chunks:
         _freeze(unwrap(chunk))
     if starting is None:
-        return {layer.shard: _add(layer, _fresh(layer, lora, seed), lora.dropout or 0.0) for layer in layers}
-    dropout = starting.adapters.config.dropout if lora.dropout is None else lora.dropout
+        return {layer.shard: _add(layer, _fresh(layer, lora, seed), lora.dropout_after()) for layer in layers}
+    dropout = lora.dropout_after(starting.adapters.config.dropout)
     by_name = {shard.name: shard for shard in shards}
     return {
         layer.shard: _add(layer, starting.start(layer.name, by_name[layer.shard], layer.transposed), dropout)
