@@ -108,7 +108,7 @@ test-kernels: .venv-triton/.ready  ## Triton kernels: interpreted, and compiled 
 
 test-peers: .venv-peers/.ready  ## our formulas and adapters against TRL's, verl's and PEFT's own
 	.venv-peers/bin/python -m pytest tests/algorithms/test_against_trl.py tests/algorithms/test_against_verl.py \
-	  tests/weights/test_against_peft.py
+	  tests/weights/test_against_peft.py tests/environments/test_reasoning_gym.py tests/environments/test_verifiers.py
 
 # megatron-core 0.19 asks for Python 3.12, but what is tested of it also runs on 3.11, from its unpacked wheel.
 .venv-hybrid/.ready: requirements/hybrid.txt requirements/triton.txt $(READY)

@@ -57,6 +57,7 @@ EXTRAS = {
     "sglang": ["sglang>=0.5.21,<0.6"],
     "agents": AGENTS,
     "reasoning-gym": ["reasoning-gym>=0.1.23"],
+    "verifiers": [*AGENTS, "verifiers>=0.4,<0.5"],
     "dev": [
         *MLFLOW,
         *TENSORBOARD,

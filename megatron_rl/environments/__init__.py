@@ -15,6 +15,7 @@ from megatron_rl.environments.session import Model, Session
 from megatron_rl.environments.tool_environment import ToolEnvironment
 from megatron_rl.environments.tools import Tool
 from megatron_rl.environments.transcript import Transcript
+from megatron_rl.environments.verifiers_tasks import VerifiersEnvironment
 
 __all__ = [
     "ENVIRONMENTS",
@@ -33,6 +34,7 @@ __all__ = [
     "Tool",
     "ToolEnvironment",
     "Transcript",
+    "VerifiersEnvironment",
     "build_environment",
     "first_of",
 ]

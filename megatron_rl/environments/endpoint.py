@@ -1,6 +1,7 @@
 """`Endpoint`: the model as an OpenAI server, for agents that are written elsewhere; one session an episode.
 
-POST {url}/sessions/KEY/v1/chat/completions, or {url}/v1/chat/completions with KEY as the API key. A session is one
+POST {url}/sessions/KEY/v1/chat/completions, or {url}/v1/chat/completions with KEY as the API key or in the header
+X-Session-ID. A session is one
 conversation: each request brings all messages so far, and those that are new are appended to its tokens, which are
 recorded as they were generated. Sampling is that of the run; a request's own temperature and the like are not used.
 API: OpenAI, "Create chat completion".
@@ -60,9 +61,15 @@ class Endpoint:
         self._sessions[key] = session
         return f"{self.url}/sessions/{key}/v1", key
 
+    def add_name(self, key: str, name: str) -> None:
+        """Let ``name`` stand for ``key``, where a client's requests have a number of their own."""
+        self._sessions[name] = self._sessions[key]
+
     def forget(self, key: str) -> None:
-        """End a conversation: further requests are refused."""
-        self._sessions.pop(key, None)
+        """End a conversation: further requests are refused, under all of its names."""
+        session = self._sessions.pop(key, None)
+        for name in [name for name, other in list(self._sessions.items()) if other is session]:
+            self._sessions.pop(name, None)
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -74,11 +81,18 @@ class Endpoint:
             {"object": "list", "data": [{"id": "policy", "object": "model", "owned_by": "megatron_rl"}]}
         )
 
+    def _named(self, request: Any) -> tuple[AgentSession | None, str]:
+        """The conversation that a request belongs to, and the key that says so."""
+        bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+        for key in (request.path_params.get("key", ""), bearer, request.headers.get("x-session-id", "")):
+            if (session := self._sessions.get(key)) is not None:
+                return session, key
+        return None, ""
+
     async def _complete(self, request: Any) -> Any:
         from starlette.responses import JSONResponse, StreamingResponse
 
-        key = request.path_params.get("key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-        session = self._sessions.get(key)
+        session, key = self._named(request)
         if session is None:
             return JSONResponse(_error("this session has ended, or never was: the API key names none"), 404)
         try:
