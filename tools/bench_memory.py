@@ -84,7 +84,7 @@ def peaks_of(way: str, tokens: int) -> dict[str, float]:
     config = Actor.Config(token_budget=tokens, recompute=True, rollout=rollout)
     actor = Actor(chunks, NoText(), context=context, config=config)
     if way == "baseline":
-        actor.rollouts._sync = GatheredSync(actor)  # type: ignore[assignment]
+        actor.rollouts.weights._sync = GatheredSync(actor)  # type: ignore[assignment]
     reward = RewardModel(lambda sample: float(sample.response_ids[0] % 7))
     stages = {
         "rollout": actor.sample(n=SAMPLES, max_tokens=RESPONSE, ignore_eos=True) >> reward.score(),

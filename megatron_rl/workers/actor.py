@@ -100,7 +100,7 @@ class Actor(TrainedWorker):
     def policy_version(self) -> int:
         """Version of the training weights: the number of calls of `optimize` so far, plus other changes that were
         noticed (see `weights_changed`)."""
-        return self.rollouts.trained_version
+        return self.rollouts.weights.trained_version
 
     # Stages
 
@@ -221,12 +221,12 @@ class Actor(TrainedWorker):
         self._weights_stepped()
 
     def _weights_stepped(self) -> None:
-        self.rollouts.trained_version += 1
+        self.rollouts.weights.trained_version += 1
 
     def publish(self, metrics: dict[str, float] | None = None) -> bool:
         """Push the weights to the rollout engine if it does not have the newest ones yet; whether it was so.
         Collective. Where the job has rollout ranks, `Trainer` pushes, and nothing happens here."""
-        outdated = self.context.split is None and self.rollouts.needs_push()
+        outdated = self.context.split is None and self.rollouts.weights.needs_push()
         if outdated:
             self.push(metrics)
         return outdated
@@ -236,7 +236,7 @@ class Actor(TrainedWorker):
         self._follow_weights()
         started = time.perf_counter()
         self.engine.sync_parameters()
-        report = self.rollouts.push()
+        report = self.rollouts.weights.push()
         if metrics is not None:
             metrics["time/weight_sync_s"] = time.perf_counter() - started
             metrics["weight_sync/wire_bytes"] = float(report.transfer.sent_bytes)
@@ -251,7 +251,7 @@ class Actor(TrainedWorker):
     def verify_weights(self) -> WeightCheck:
         """Check that the rollout engines still hold the pushed weights, and that the training weights are still those,
         unless newer ones are known; collective over all ranks."""
-        return self.rollouts.verify_weights()
+        return self.rollouts.weights.verify()
 
     def close(self) -> None:
         """Release the rollout engine."""

@@ -7,5 +7,5 @@ from megatron_rl.workers import Actor
 
 def is_current(actor: Actor) -> bool:
     """False also where something else than `Actor.optimize` has changed this rank's part of the weights."""
-    rollouts = actor.rollouts
-    return rollouts._served_version == rollouts.trained_version and not rollouts._changed()
+    weights = actor.rollouts.weights
+    return weights._served_version == weights.trained_version and not weights._changed()

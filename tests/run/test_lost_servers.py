@@ -55,7 +55,7 @@ def test_weights_that_all_servers_lost_are_pushed_again_and_what_is_missing_is_a
     pushed = dict(server.weights)
     coming.join(60)
     assert [sample.response_ids for sample in batch.samples] == [[3 + i // 2 % 13] * 3 for i in range(60)]
-    assert {sample.policy_version for sample in batch.samples} == {actor.rollouts.trained_version}
+    assert {sample.policy_version for sample in batch.samples} == {actor.rollouts.weights.trained_version}
     assert 20 <= len(server.answered) < 60
     assert len(successor[0].answered) < 60, "what was answered is not asked for again"
     assert successor[0].calls.count("/update_weights_from_tensor") > 3

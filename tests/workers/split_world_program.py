@@ -56,11 +56,11 @@ def check_push(context: ParallelContext, folder: str, tp: int, ep: int = 1) -> N
         assert order == Order(0, 0, push=True)
         side.ready(TargetFacts.of(rollouts.engine))
     else:
-        assert rollouts.needs_push()
+        assert rollouts.weights.needs_push()
         side = TrainingSide(split)
-        side.order(Order(0, rollouts.trained_version, push=True))
-        rollouts.target_facts = side.target
-    report = rollouts.push()
+        side.order(Order(0, rollouts.weights.trained_version, push=True))
+        rollouts.weights.target_facts = side.target
+    report = rollouts.weights.push()
     moved = report.transfer
     if split.on_rollout:
         engine = rollouts.engine

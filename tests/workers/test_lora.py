@@ -287,7 +287,7 @@ def test_pushes_and_exports_change_no_frozen_weight_and_agree(context, tmp_path)
     actor = lora_actor(context)
     before = {name: tensor.clone() for name, tensor in actor.engine.tensors().items()}
     for version in range(3):
-        actor.rollouts.trained_version = version
+        actor.rollouts.weights.trained_version = version
         actor.publish()
         actor.save_pretrained(tmp_path / "hf", overwrite=True)
     after = actor.engine.tensors()

@@ -137,12 +137,12 @@ class HandedOver:
         step = self._step()
         if step == self._ordered and not evaluate:
             return
-        rollouts = self.actor.rollouts
+        weights = self.actor.rollouts.weights
         start = self._start(step) if self._ordered is None else None
-        push = rollouts.needs_push()
+        push = weights.needs_push()
         oldest = self._oldest() if self.actor.context.rank == 0 else 0  # that rank gives the order
-        self._side.order(Order(step, rollouts.trained_version, push, evaluate, start, oldest))
-        rollouts.target_facts, self._ordered = self._side.target, step
+        self._side.order(Order(step, weights.trained_version, push, evaluate, start, oldest))
+        weights.target_facts, self._ordered = self._side.target, step
         if push:
             self.actor.push(metrics)
 

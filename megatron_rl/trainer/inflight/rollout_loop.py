@@ -112,7 +112,7 @@ class RolloutLoop:
         self._side.ready(TargetFacts.of(self.actor.rollouts.engine))
         started = time.perf_counter()
         if order.push:
-            self.actor.rollouts.trained_version = order.version
+            self.actor.rollouts.weights.trained_version = order.version
             self.actor.push()
             self._trace.add(WorkTime.since(started, "push", "engine"))
             self._weights = self._checksums() if self._journal is not None else b""
