@@ -72,8 +72,11 @@ def convert(
     dtype: Annotated[Dtype | None, typer.Option(help="Of the result; by default the source's.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare a checkpoint's files with their digests first.")
+        bool, typer.Option("--verify/--no-verify", help="Compare a checkpoint's files with their digests.")
     ] = True,
+    drop_mtp: Annotated[
+        bool, typer.Option("--drop-mtp", help="Leave out layers that predict several tokens, else refused by name.")
+    ] = False,
     prove: Annotated[
         bool,
         typer.Option(
@@ -100,13 +103,14 @@ def convert(
             raise ConfigError(f"--config {config}: no such file or folder; expected a Hugging Face config.json")
         sizes = ParallelSizes(tp=tp, pp=pp, vpp=vpp, ep=ep, etp=etp)
         if prove:
-            _prove(source, sizes, rollout_tp, rollout_ep, rank)
+            _prove(source, sizes, rollout_tp, rollout_ep, rank, drop_mtp)
         if target is None and to is None and prove:
             return
         if target is None or to is None:
             missing = "a folder to write" if target is None else "--to hf or --to megatron"
             raise ConfigError(f"{missing} is not given: convert SRC DST --to hf|megatron, or convert SRC --prove")
-        _write(source, target, to, sizes, rank, config=config, dtype=dtype, overwrite=overwrite, verify=verify)
+        chosen: dict[str, Any] = {"config": config, "overwrite": overwrite, "verify": verify, "drop_mtp": drop_mtp}
+        _write(source, target, to, sizes, rank, dtype=dtype, **chosen)
 
 
 def _write(
@@ -129,12 +133,12 @@ def _write(
         torch.distributed.destroy_process_group()
 
 
-def _prove(source: str, sizes: ParallelSizes, rollout_tp: int, rollout_ep: int, rank: int) -> None:
+def _prove(source: str, sizes: ParallelSizes, rollout_tp: int, rollout_ep: int, rank: int, drop_mtp: bool) -> None:
     """Print the proof, or what is in its way and end."""
     from megatron_rl.config import ConfigError
     from megatron_rl.weights.proof import prove_folder
 
-    found = prove_folder(source, sizes, rollout_tp, rollout_ep)
+    found = prove_folder(source, sizes, rollout_tp, rollout_ep, drop_mtp)
     if rank == 0:
         typer.echo(str(found))
     if found.faults:

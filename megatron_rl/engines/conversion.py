@@ -37,6 +37,7 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     verify: bool = True,
+    drop_mtp: bool = False,
 ) -> Path:
     """Convert ``source`` into the folder ``target``, which appears complete or not at all. Collective under torchrun.
 
@@ -48,7 +49,8 @@ def convert(
             keys and values, and layers that are all alike) gets the widest of its dtypes.
         max_shard_bytes: largest file of a Hugging Face folder.
         overwrite: replace an existing target.
-        verify: compare a checkpoint's files with their digests first.
+        verify: compare a checkpoint's files with their digests.
+        drop_mtp: leave out layers of multi-token prediction, which otherwise are refused.
 
     Returns:
         The target.
@@ -58,7 +60,7 @@ def convert(
     """
     if to not in ("hf", "megatron"):
         raise ConfigError(f"cannot convert to {to!r}: expected 'hf' or 'megatron'")
-    with open_weights(source, config) as opened:
+    with open_weights(source, config, drop_mtp) as opened:
         writer = HFFolderWriter(target, opened.description, dtype or opened.dtypes, max_shard_bytes, overwrite)
         context = ParallelContext.create(ParallelSizes())
         checkpoint = opened.checkpoint if verify else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.family import describe
+from megatron_rl.models.layers_behind import layers_behind, predicts_tokens
 from megatron_rl.models.layout_proof import MISSING, RESHAPED, UNCLAIMED, Finding, Piece, examine, rows_text
 from megatron_rl.models.layouts import MegatronReplica, logical_tensors, megatron_layout, rollout_layout
 from megatron_rl.models.pipeline import padded_vocab, stage_layers
@@ -61,6 +62,7 @@ def prove(
     sizes: ParallelSizes,
     rollout_tp: int = 1,
     rollout_ep: int = 1,
+    drop_mtp: bool = False,
 ) -> Proof:
     """Examine the way of every row.
 
@@ -68,6 +70,7 @@ def prove(
         stored: name -> shape of each tensor of the files.
         sizes: of Megatron's layout.
         rollout_tp, rollout_ep: of SGLang's.
+        drop_mtp: layers of multi-token prediction are to be left out, and are no fault.
 
     Raises:
         ConfigError: the sizes do not fit the model.
@@ -78,7 +81,7 @@ def prove(
     megatron = megatron_layout(a, RankGrid(sizes, num_ranks), vocab)
     rollout = rollout_layout(a, rollout_tp, [range(rollout_tp)], rollout_ep)
     findings = [
-        *files(a, stored),
+        *files(a, stored, drop_mtp),
         *examine_megatron(a, megatron, sizes, vocab),
         *examine_rollout(a, rollout, rollout_tp, rollout_ep),
     ]
@@ -86,7 +89,7 @@ def prove(
     return Proof(len(logical), elements, (megatron.name, rollout.name), tuple(dict.fromkeys(findings)))
 
 
-def files(a: Architecture, stored: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
+def files(a: Architecture, stored: Mapping[str, tuple[int, ...]], drop_mtp: bool = False) -> Iterator[Finding]:
     """How the tensors of the files differ from those of the model."""
     expected, model = logical_tensors(a), describe(replace(a, tied=False, value_model=False))
     for name, shape in expected.items():
@@ -94,7 +97,13 @@ def files(a: Architecture, stored: Mapping[str, tuple[int, ...]]) -> Iterator[Fi
             yield Finding(MISSING, name, f"{list(shape)}: no file has it")
         elif stored[name] != shape:
             yield Finding(RESHAPED, name, f"{list(stored[name])} in the file, {list(shape)} by config.json")
-    for name in sorted(stored.keys() - expected.keys()):
+    extra = stored.keys() - expected.keys()
+    for prefix, names in layers_behind(extra, a).items():
+        if predicts_tokens(names):
+            extra -= set(names)
+            where = f"({len(names)} tensors): it predicts several tokens (MTP), and is left out only by --drop-mtp"
+            yield Finding(UNCLAIMED, f"{prefix}*", where, not drop_mtp)
+    for name in sorted(extra):
         rows = rows_text(Rectangle(0, matrix_shape(stored[name])[0], 0, 1))
         if name == model.output.hf and a.tied:
             yield Finding(

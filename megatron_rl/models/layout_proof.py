@@ -9,10 +9,13 @@ the work is that of the spans.
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from megatron_rl.reshard.layout import Layout, Shard, matrix_shape
+from megatron_rl.reshard.layout import Layout, Shard, Span, matrix_shape
 from megatron_rl.reshard.rectangle import Rectangle, disjoint_parts, uncovered
 
 DROPPED, DUPLICATED, MOVED, PADDED = "dropped", "duplicated", "moved", "padded"
@@ -55,6 +58,7 @@ def examine(
 ) -> Iterator[Finding]:
     """Everything that ``layout`` does to the tensors ``logical`` (name -> shape)."""
     by_name = {shard.name: shard for shard in reference}
+    whole = functools.cache(lambda name: _ByRow(by_name[name].spans))
     held: dict[str, set[Rectangle]] = {name: set() for name in logical}
     seen: set[Hashable] = set()
     for replica, ranks in layout.replicas.items():
@@ -68,7 +72,7 @@ def examine(
             if (key := (shard.name, shard.spans, pieces)) not in seen:  # as on another rank
                 seen.add(key)
                 yield from _inside(layout.name, shard, ranks[0])
-                yield from _placed(layout.name, shard, by_name, pieces, ranks[0])
+                yield from _placed(layout.name, shard, whole, pieces, ranks[0])
         for tensor, rectangles in mine.items():
             yield from _twice(layout.name, tensor, rectangles, f"on rank {ranks[0]}")
     for tensor, found in held.items():
@@ -79,6 +83,24 @@ def rows_text(part: Rectangle) -> str:
     """A rectangle for people: rows, and columns only where they begin behind the first."""
     rows = f"row {part.row_start}" if part.num_rows == 1 else f"rows {part.row_start} to {part.row_stop - 1}"
     return rows + (f", columns {part.col_start} to {part.col_stop - 1}" if part.num_cols > 1 else "")
+
+
+class _ByRow:
+    """Spans of a shard, of which those that meet some rows are found without a look at all others: a tensor of hundreds
+    of experts has hundreds."""
+
+    def __init__(self, spans: Iterable[Span]) -> None:
+        self._spans = sorted(((span.place, span) for span in spans), key=lambda pair: pair[0])
+        self._starts = [place.row_start for place, _ in self._spans]
+        self._stops = list(itertools.accumulate((place.row_stop for place, _ in self._spans), max))
+
+    def meeting(self, part: Rectangle) -> Iterator[tuple[Rectangle, Span]]:
+        """What spans have in common with ``part``, in the shard that they lie in."""
+        first = bisect.bisect_right(self._stops, part.row_start)
+        last = bisect.bisect_left(self._starts, part.row_stop)
+        for place, span in self._spans[first:last]:
+            if common := place.intersection(part):
+                yield common, span
 
 
 def _inside(layout: str, shard: Shard, rank: int) -> Iterator[Finding]:
@@ -123,38 +145,29 @@ def _covered(layout: str, tensor: str, shape: tuple[int, ...], found: list[Recta
 
 
 def _placed(
-    layout: str, shard: Shard, reference: Mapping[str, Shard], pieces: Iterable[Piece], rank: int
+    layout: str, shard: Shard, reference: Callable[[str], _ByRow], pieces: Iterable[Piece], rank: int
 ) -> Iterator[Finding]:
     """Elements whose address in the layout is not that of the system's cut of the reference."""
+    held = _ByRow(shard.spans)
     for piece in pieces:
-        whole = reference[piece.shard]
-        for expected in whole.spans:
-            place = expected.place.intersection(piece.held.moved(piece.row, piece.col))
-            if place is None:
-                continue
+        filled = 0
+        for place, expected in reference(piece.shard).meeting(piece.held.moved(piece.row, piece.col)):
+            filled += place.numel
             here = place.moved(place.row_start - piece.row + piece.held.row_start,
                                place.col_start - piece.col + piece.held.col_start)  # fmt: skip
             wanted = place.moved(expected.row_start + place.row_start - expected.row,
                                  expected.col_start + place.col_start - expected.col)  # fmt: skip
-            yield from _differences(layout, shard, here, expected.tensor, wanted, rank)
-        padding = piece.held.numel - sum(
-            common.numel
-            for span in whole.spans
-            if (common := span.place.intersection(piece.held.moved(piece.row, piece.col)))
-        )
-        if padding:
-            yield from _padding(layout, shard, piece, whole, padding, rank)
+            yield from _differences(layout, shard, held, here, expected.tensor, wanted, rank)
+        if padding := piece.held.numel - filled:
+            yield from _padding(layout, shard, held, piece, padding, rank)
 
 
 def _differences(
-    layout: str, shard: Shard, here: Rectangle, tensor: str, wanted: Rectangle, rank: int
+    layout: str, shard: Shard, held: _ByRow, here: Rectangle, tensor: str, wanted: Rectangle, rank: int
 ) -> Iterator[Finding]:
     """Where the elements of ``shard`` at ``here`` are not those of ``tensor`` at ``wanted``."""
     filled = 0
-    for span in shard.spans:
-        common = span.place.intersection(here)
-        if common is None:
-            continue
+    for common, span in held.meeting(here):
         filled += common.numel
         found = common.moved(span.row_start + common.row_start - span.row, span.col_start + common.col_start - span.col)
         right = common.moved(wanted.row_start + common.row_start - here.row_start,
@@ -167,9 +180,9 @@ def _differences(
         yield Finding(DROPPED, tensor, f"{number}: {layout}: zeros in {shard.name} on rank {rank}")
 
 
-def _padding(layout: str, shard: Shard, piece: Piece, whole: Shard, count: int, rank: int) -> Iterator[Finding]:
+def _padding(layout: str, shard: Shard, held: _ByRow, piece: Piece, count: int, rank: int) -> Iterator[Finding]:
     """The part of a shard that is padding in the reference, too; nothing of the model may be there."""
-    inside = sum(c.numel for s in shard.spans if (c := s.place.intersection(piece.held)))
+    inside = sum(common.numel for common, _ in held.meeting(piece.held))
     expected = piece.held.numel - count
     where = f"{layout}: {count // max(piece.held.num_cols, 1)} rows of zeros on rank {rank}"
     yield Finding(PADDED, shard.name, where, fault=False)

@@ -22,6 +22,7 @@ from megatron_rl.models.architecture import Architecture
 from megatron_rl.models.components.embedding import SCORE
 from megatron_rl.models.family import NoFamilyError, describe
 from megatron_rl.models.hf_config import architecture_from_hf, read_hf_config
+from megatron_rl.models.layers_behind import layers_behind, predicts_tokens
 from megatron_rl.models.layouts import hf_layout, logical_tensors, transformers_layout
 from megatron_rl.models.module_architecture import ModuleArchitecture
 from megatron_rl.reshard.layout import Layout, Span
@@ -102,11 +103,15 @@ def require_one_label(config: PretrainedConfig, where: str) -> None:
         )
 
 
-def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
+def check_folder(source: SafetensorsFolder, architecture: Architecture, drop_mtp: bool = True) -> None:
     """Compare the headers of a folder's files with the model that it should hold; unused tensors are warned about.
 
+    Args:
+        drop_mtp: layers of multi-token prediction are left out, which a warning says.
+
     Raises:
-        ConfigError: a tensor is missing or has another shape, or a tied model's file has another output layer.
+        ConfigError: a tensor is missing or has another shape, a tied model's file has another output layer, or there
+            are layers behind the last.
     """
     expected = logical_tensors(architecture)
     if isinstance(architecture, ModuleArchitecture):
@@ -125,14 +130,7 @@ def check_folder(source: SafetensorsFolder, architecture: Architecture) -> None:
         check_tied(source, embedding, output, expected[embedding])
     # Two kinds of extra tensors are harmless: the stored output layer of a tied model, and buffers that are recomputed.
     extra = [n for n in source.names() if n not in expected and n != output and "rotary_emb" not in n]
-    behind = [n for n in extra if _is_behind(n, architecture)]
-    _refuse_decoder_layers(source, behind, architecture)
-    if behind:
-        logger.warning(
-            "%s: %d tensors of layers behind the last of %d, which predict several tokens, are neither trained nor "
-            "exported, first %s",
-            *(source.folder, len(behind), architecture.num_layers, sorted(behind)[0]),
-        )
+    behind = _left_out(source, extra, architecture, drop_mtp)
     extra = [n for n in extra if n not in behind]
     if extra:
         logger.warning("%s: %d tensors are not used, first %s", source.folder, len(extra), sorted(extra)[0])
@@ -146,31 +144,27 @@ def add_prefix(source: SafetensorsFolder, architecture: ModuleArchitecture) -> N
     source.rename({stored: name for stored, name in names.items() if stored in source})
 
 
-def _refuse_decoder_layers(source: SafetensorsFolder, behind: list[str], architecture: Architecture) -> None:
-    """Raise ConfigError where layers behind the last are not those of multi-token prediction, which have a projection
-    of two hidden states in one (``eh_proj``)."""
-    layers: dict[str, list[str]] = {}
-    for name in behind:
-        prefix = describe(architecture).layers_prefix
-        layers.setdefault(prefix + name.partition(prefix)[2].partition(".")[0] + ".", []).append(name)
-    for prefix, names in sorted(layers.items()):
-        if not any(name.endswith(".eh_proj.weight") for name in names):
-            first = min(names)
+def _left_out(source: SafetensorsFolder, extra: list[str], architecture: Architecture, drop_mtp: bool) -> list[str]:
+    """The tensors of layers of multi-token prediction. Raises ConfigError where they, or layers of another kind, may
+    not be left out."""
+    layers = layers_behind(extra, architecture)
+    for prefix, names in layers.items():
+        if not predicts_tokens(names):
             raise ConfigError(
-                f"{source.files[first]}: {first} {list(source.shape(first))} is of a layer behind the last, since "
-                f"config.json has num_hidden_layers={architecture.num_layers}: {prefix}* would be cut off; config.json "
-                "and the weights do not belong together"
+                f"{source.files[names[0]]}: {names[0]} {list(source.shape(names[0]))} is of a layer behind the last, "
+                f"since config.json has num_hidden_layers={architecture.num_layers}: {prefix}* would be cut off; "
+                "config.json and the weights do not belong together"
             )
-
-
-def _is_behind(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor belongs to a layer beyond those of the decoder: multi-token prediction. Of a module without a
-    family nobody knows."""
-    if isinstance(architecture, ModuleArchitecture):
-        return False
-    _, prefix, rest = name.partition(describe(architecture).layers_prefix)
-    number = rest.partition(".")[0]
-    return bool(prefix) and number.isdigit() and int(number) >= architecture.num_layers
+        if not drop_mtp:
+            raise ConfigError(
+                f"{source.folder}: {prefix}* ({len(names)} tensors) predicts several tokens (MTP), which no layout "
+                "here holds: --drop-mtp converts the model without it, with num_nextn_predict_layers=0"
+            )
+        logger.warning(
+            "%s: %s*, %d tensors, predicts several tokens: it is neither trained nor exported",
+            *(source.folder, prefix, len(names)),
+        )
+    return [name for names in layers.values() for name in names]
 
 
 def _vocabulary_names(architecture: Architecture) -> tuple[str, str]:

@@ -46,12 +46,13 @@ class OpenedWeights:
 
 
 @contextlib.contextmanager
-def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator[OpenedWeights]:
+def open_weights(path: str | Path, config: str | Path | None = None, drop_mtp: bool = False) -> Iterator[OpenedWeights]:
     """A Hugging Face folder, a model id, a Megatron checkpoint, or a PEFT folder, which is merged into its base.
 
     Args:
         config: for a checkpoint that carries none: the Hugging Face folder (or its config.json) that describes it; for
             a PEFT folder: its base, where that is not the one that it names.
+        drop_mtp: leave out layers of multi-token prediction, which otherwise are refused.
 
     Raises:
         ConfigError: it is none of them, nothing says what model the checkpoint holds, or an adapter does not fit its
@@ -59,7 +60,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
     """
     given = Path(path).expanduser()
     if (given / CONFIG_FILE).is_file() and not (given / "config.json").is_file():
-        with open_weights(config or _base_of(given)) as base:
+        with open_weights(config or _base_of(given), drop_mtp=drop_mtp) as base:
             adapters = PeftAdapters(path, base.description.architecture)
             yield replace(base, tensors=MergedAdapters(base.tensors, adapters))
         return
@@ -73,7 +74,7 @@ def open_weights(path: str | Path, config: str | Path | None = None) -> Iterator
             )
         description = _describe(folder)
         with SafetensorsFolder(folder) as source:
-            check_folder(source, description.architecture)
+            check_folder(source, description.architecture, drop_mtp)
             head = read_value_head(folder, description.architecture.hidden)
             dtypes = dtypes_of(source, logical_tensors(description.architecture))
             yield OpenedWeights(description, source, dtypes, head)

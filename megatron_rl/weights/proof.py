@@ -15,7 +15,9 @@ from megatron_rl.weights.hf_in import resolve_folder
 from megatron_rl.weights.source import SafetensorsFolder
 
 
-def prove_folder(source: str | Path, sizes: ParallelSizes, rollout_tp: int = 1, rollout_ep: int = 1) -> Proof:
+def prove_folder(
+    source: str | Path, sizes: ParallelSizes, rollout_tp: int = 1, rollout_ep: int = 1, drop_mtp: bool = False
+) -> Proof:
     """Reads ``config.json`` and the headers of all safetensors files of the folder, and no weights.
 
     Raises:
@@ -34,5 +36,5 @@ def prove_folder(source: str | Path, sizes: ParallelSizes, rollout_tp: int = 1, 
     notes = (
         Finding(UNCLAIMED, name, "a file that the index does not name, which nothing reads", False) for name in unread
     )
-    found = prove(architecture, stored, sizes, rollout_tp, rollout_ep)
+    found = prove(architecture, stored, sizes, rollout_tp, rollout_ep, drop_mtp)
     return replace(found, findings=(*notes, *found.findings))

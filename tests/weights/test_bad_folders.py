@@ -15,7 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from megatron_rl.config import ConfigError
 from megatron_rl.engines.conversion import convert
 from megatron_rl.models.hf_config import best_architecture, read_hf_config
+from megatron_rl.parallel import ParallelSizes
 from megatron_rl.weights.hf_in import check_folder
+from megatron_rl.weights.proof import prove_folder
 from megatron_rl.weights.source import SafetensorsFolder
 
 
@@ -69,6 +71,28 @@ def test_layers_that_the_config_does_not_count(folder) -> None:
         r"model-0000\d-of-00007\.safetensors: model\.layers\.3\.input_layernorm\.weight \[64\]",
         r"num_hidden_layers=3: model\.layers\.3\.\* would be cut off",
     )
+
+
+def test_layers_that_predict_several_tokens_are_refused_by_name_or_left_out(folder, caplog) -> None:
+    """By `convert` and by the proof alike; training leaves them out."""
+    names = ["model.layers.4.eh_proj.weight", "model.layers.4.enorm.weight"]
+    save_file({name: torch.zeros(64) for name in names}, folder / "mtp.safetensors", {"format": "pt"})
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(names, "mtp.safetensors")
+    path.write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"model\.layers\.4\.\* \(2 tensors\) .*--drop-mtp"):
+        convert(folder, folder.parent / "out", "megatron")
+    faults = prove_folder(folder, ParallelSizes(tp=2)).faults
+    assert [(fault.kind, fault.name) for fault in faults] == [("unclaimed", "model.layers.4.*")]
+    assert prove_folder(folder, ParallelSizes(tp=2), drop_mtp=True).faults == ()
+    caplog.set_level("WARNING")
+    with SafetensorsFolder(folder) as source:
+        check_folder(source, best_architecture(read_hf_config(folder)))
+    assert "model.layers.4.*, 2 tensors, predicts several tokens" in caplog.text
+    convert(folder, folder.parent / "out", "hf", drop_mtp=True)
+    with SafetensorsFolder(folder.parent / "out") as source:
+        assert not set(names) & set(source.names())
 
 
 def test_a_tensor_in_two_files(folder) -> None:
