@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from integration.environment import sglang_python
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from megatron_rl.algorithms import GRPO
 from megatron_rl.batch import Batch, Prompt, Sample
+from megatron_rl.environments import Environment, Step
 from megatron_rl.workers.actor import Actor
 from megatron_rl.workers.reward_model import RewardModel
 
@@ -45,7 +47,10 @@ def write_model(folder: Path) -> str:
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     words = Tokenizer(WordLevel({f"<{i}>": i for i in range(512)}, unk_token="<0>"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"<\d+>"), "isolated")
+    words.decoder = decoders.Fuse()
     special = {"pad_token": "<0>", "bos_token": "<1>", "eos_token": "<2>", "unk_token": "<0>"}
+    special["chat_template"] = "{% for m in messages %}{{ m.content }}<2>{% endfor %}"
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     return str(folder)
 
@@ -87,13 +92,10 @@ def routers_of(actor: Actor, sample: Sample) -> tuple[Tensor, Tensor]:
     return torch.stack([taken.view(-1, EXPERTS)[: num_tokens(sample)] for taken in seen]), batch["old_logprobs"]
 
 
-def test_samples_carry_the_servers_routing_and_it_is_the_trainers(actor: Actor) -> None:
-    batch = Batch(prompts=[Prompt(tokens, index=i) for i, tokens in enumerate(PROMPTS)])
-    flow = actor.sample(n=3, max_tokens=24, ignore_eos=True, temperature=1.0) >> RewardModel(lambda _: 1.0).score()
-    flow(batch)
-    assert len(batch.samples) == 12
+def check_routing(actor: Actor, samples: list[Sample]) -> None:
+    """Every token but the last has the experts that the trainer's own routers choose, ties excepted."""
     equal, total, worst = 0, 0, 0.0
-    for sample in batch.samples:
+    for sample in samples:
         routed = torch.from_numpy(sample.metadata["routed_experts"]).long()
         # The last token generated was not fed to the model.
         assert routed.shape == (num_tokens(sample) - 1, LAYERS, TOP_K)
@@ -105,7 +107,34 @@ def test_samples_carry_the_servers_routing_and_it_is_the_trainers(actor: Actor) 
         same = (theirs == own[:, :-1].transpose(0, 1)).all(-1)
         equal, total = equal + int(same.sum()), total + same.numel()
         difference = logprobs[-len(sample.response_ids) :] - torch.tensor(sample.rollout_logprobs)
-        worst = max(worst, float(difference.abs().max()))
+        worst = max(worst, float(difference[torch.tensor(sample.mask).bool()].abs().max()))
     print(f"{equal} of {total} routings are the trainer's; log-probabilities within {worst:.1e}")
     assert equal >= 0.998 * total
     assert worst < 1e-3
+
+
+def test_samples_carry_the_servers_routing_and_it_is_the_trainers(actor: Actor) -> None:
+    batch = Batch(prompts=[Prompt(tokens, index=i) for i, tokens in enumerate(PROMPTS)])
+    flow = actor.sample(n=3, max_tokens=24, ignore_eos=True, temperature=1.0) >> RewardModel(lambda _: 1.0).score()
+    flow(batch)
+    assert len(batch.samples) == 12
+    check_routing(actor, batch.samples)
+
+
+class ThreeTurns(Environment):
+    turns = 0
+
+    def step(self, message: Any) -> Step:
+        self.turns += 1
+        return Step(f"<{200 + self.turns}><7>", 1.0, self.turns == 3)
+
+
+def test_episodes_keep_the_routing_of_all_their_turns(actor: Actor) -> None:
+    asked = [Prompt(tokens, text="".join(f"<{t}>" for t in tokens), index=i) for i, tokens in enumerate(PROMPTS)]
+    batch = Batch(prompts=asked)
+    stop = tuple(range(256, 512))  # half of the tokens: turns are short
+    sample = actor.sample(n=3, max_tokens=40, stop_token_ids=stop, temperature=1.0, environment=ThreeTurns)
+    (sample >> RewardModel(lambda _: 1.0).score())(batch)
+    assert len(batch.samples) == 12
+    assert sum(sample.metadata["turns"] == 3 for sample in batch.samples) >= 10
+    check_routing(actor, batch.samples)
