@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from environments.playing import play
-from integration.servers import MODEL, members_of, processes_of, wait_for, working
+from integration.servers import MODEL, members_of, processes_of, wait_for
 from rollout.engine_contract import Loaded
 from rollout.rollout_models import reference_logprobs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -195,7 +195,7 @@ def test_a_server_killed_in_mid_episode_costs_no_episode_and_counts_none_twice(l
     busy: list[int] = []
 
     def kill() -> None:
-        busy.append(working(engine.urls[0]))
+        busy.append(victim.load)
         for process in processes_of(victim.server):
             os.kill(process, signal.SIGKILL)
 
