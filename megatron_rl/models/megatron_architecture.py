@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 
@@ -69,6 +70,7 @@ def architecture_from_megatron(
         experts=_experts(config),
         window=window,
         full_layers=full_layers,
+        activation=_activation(config),
     )
     architecture = _with_latents(architecture, config) if latent else architecture
     return in_a_family(architecture) if in_family else architecture
@@ -86,6 +88,15 @@ def _with_latents(architecture: Architecture, config: MLATransformerConfig) -> A
         rope_theta=float(config.rotary_base),
         rope_scaling=scaling_of_latent(config),
     )
+
+
+def _activation(config: TransformerConfig) -> str:
+    """Hugging Face's name of it. Megatron-Core's fused GeGLU has the tanh approximation (fused_bias_geglu.py)."""
+    if config.activation_func is not F.gelu:
+        return "silu"
+    if config.use_te_activation_func:
+        refuse([Refusal("use_te_activation_func", "True with activation_func=gelu", "False")])
+    return "gelu_pytorch_tanh" if config.bias_activation_fusion else "gelu"
 
 
 def _windows(config: TransformerConfig) -> tuple[int | None, tuple[int, ...]]:

@@ -126,6 +126,13 @@ TAKEN: dict[str, str] = {
     "beta_slow": "the same of its YaRN",
     "mscale": "the same of its YaRN; 1.0 where mscale_all_dim is 0",
     "mscale_all_dim": "the same of its YaRN",
+    "yarn_rotary_scaling_factor": "factor of rope_type yarn, with position_embedding_type='yarn'",
+    "yarn_original_max_position_embeddings": "original_max_position_embeddings, likewise",
+    "yarn_beta_fast": "beta_fast, likewise",
+    "yarn_beta_slow": "beta_slow, likewise",
+    "yarn_mscale": "attention_factor, likewise",
+    "yarn_mscale_all_dim": "attention_factor, likewise",
+    "yarn_correction_range_round_to_int": "truncate, likewise",
 }
 
 
@@ -147,7 +154,9 @@ _NO_SIZE = _is(None, 0)
 NEUTRAL: dict[str, Neutral] = {
     "normalization": _is("RMSNorm"),
     "layernorm_zero_centered_gamma": _OFF,
-    "activation_func": Neutral("silu", lambda value: value is F.silu),
+    "activation_func": Neutral(
+        "silu, or gelu without experts: hidden_act, the family: Llama", lambda f: f in (F.silu, F.gelu)
+    ),
     "gated_linear_unit": _is(True),
     "glu_linear_offset": _is(0.0),
     "activation_func_clamp_value": _NONE,

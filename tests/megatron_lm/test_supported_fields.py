@@ -53,6 +53,16 @@ DENSE: dict[str, Any] = {
     "init_method_std": 0.3,
     "moe_token_dispatcher_type": "alltoall",
 }
+YARN = {  # attributes of the configuration, which has no such fields
+    "yarn_rotary_scaling_factor": 8.0,
+    "yarn_original_max_position_embeddings": 16,
+    "yarn_beta_fast": 8.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": None,
+    "yarn_mscale_all_dim": None,
+    "yarn_correction_range_round_to_int": True,
+}
+YARN_WEIGHTS = {"yarn_mscale": 1.0, "yarn_mscale_all_dim": 0.5, "yarn_correction_range_round_to_int": False}
 MOE = DENSE | {"qk_layernorm": True, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24}
 
 
@@ -66,7 +76,8 @@ def context():
 
 def build(context, fields: dict[str, Any], **arguments: Any) -> GPTModel:
     torch.manual_seed(5)
-    config = TransformerConfig(**fields)
+    config = TransformerConfig(**{name: value for name, value in fields.items() if not name.startswith("yarn_")})
+    vars(config).update((name, value) for name, value in fields.items() if name.startswith("yarn_"))
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     given = {"position_embedding_type": "rope", "max_sequence_length": 64} | arguments
     return GPTModel(config, spec, vocab_size=VOCAB, pg_collection=context.collection, **given)
@@ -103,6 +114,9 @@ TAKEN_OVER: dict[str, tuple[dict, dict]] = {
     "seq_len_interpolation_factor": (DENSE, {"seq_len_interpolation_factor": 2.5}),
     "share_embeddings_and_output_weights": (DENSE, {"share_embeddings_and_output_weights": True}),
     "layernorm_epsilon": (DENSE | {"layernorm_epsilon": 0.1}, {}),
+    "position_embedding_type": (DENSE | YARN, {"position_embedding_type": "yarn", "rotary_base": 500000}),
+    "yarn_mscale": (DENSE | YARN | YARN_WEIGHTS, {"position_embedding_type": "yarn"}),
+    "activation_func": (DENSE | {"activation_func": F.gelu}, {}),
     "add_qkv_bias": (DENSE | {"add_qkv_bias": True}, {}),
     "add_bias_linear": (DENSE | {"add_bias_linear": True}, {}),
     "qk_layernorm, kv_channels": (DENSE | {"qk_layernorm": True, "kv_channels": 16}, {}),
@@ -145,6 +159,21 @@ def test_what_is_taken_over_has_the_logits_of_its_export(case, context, tmp_path
     torch.testing.assert_close(exported_logits(model, tokens, tmp_path / "hf"), own, rtol=1e-4, atol=2e-4)
 
 
+def test_fused_geglu_is_exported_as_the_approximation_that_it_is():
+    config = TransformerConfig(**DENSE | {"activation_func": F.gelu, "bias_activation_fusion": True})
+    assert architecture_from_megatron(config, VOCAB, tied=False).activation == "gelu_pytorch_tanh"
+    config.use_te_activation_func = True
+    with pytest.raises(ConfigError, match="use_te_activation_func=True with activation_func=gelu"):
+        architecture_from_megatron(config, VOCAB, tied=False)
+    with pytest.raises(ConfigError, match="activation=gelu"):
+        architecture_from_megatron(TransformerConfig(**MOE | {"activation_func": F.gelu}), VOCAB, tied=False)
+
+
+def test_the_amplitude_of_yarn_without_its_frequencies_is_refused(context):
+    with pytest.raises(ConfigError, match=r"yarn_rotary_scaling_factor=8\.0"):
+        adopt(context, build(context, DENSE | YARN))
+
+
 @pytest.mark.parametrize("name", ["GLM4_MOE", "DEEPSEEK_V3", "MOONLIGHT", "DEEPSEEK_V2"])
 def test_routers_and_latents_of_our_own_layer_spec_are_taken_over_whole(name, context):
     architecture = dataclasses.replace(getattr(oracle, name), vocab=VOCAB)
@@ -183,7 +212,7 @@ def test_frequencies_are_taken_over_as_they_are_or_refused(context):
 
 OTHER: dict[str, Any] = {  # a value that is not neutral, for every field that must be
     "normalization": "LayerNorm",
-    "activation_func": F.gelu,
+    "activation_func": F.relu,
     "gated_linear_unit": False,
     "glu_linear_offset": 1.0,
     "activation_func_clamp_value": 7.0,

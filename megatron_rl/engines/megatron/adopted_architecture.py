@@ -21,7 +21,7 @@ from megatron_rl.engines.megatron.model.latent_attention import LatentAttention
 from megatron_rl.engines.megatron.model.rope import inverse_frequencies
 from megatron_rl.models.architecture import Architecture, Experts
 from megatron_rl.models.components.mla import LATENT_EPS
-from megatron_rl.models.components.position import Scaling
+from megatron_rl.models.components.position import Scaling, yarn_mscale
 from megatron_rl.models.family import in_a_family
 from megatron_rl.models.megatron_architecture import architecture_from_megatron, refuse
 from megatron_rl.models.megatron_fields import Refusal, refused_fields, shown
@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, str] = {
     "fp16_lm_cross_entropy": "free: Megatron's own loss is not used",
     "parallel_output": "free: the output layer is computed here",
     "share_embeddings_and_output_weights": "taken over: tie_word_embeddings",
-    "position_embedding_type": "must be 'rope'",
+    "position_embedding_type": "must be 'rope', or 'yarn': taken over, rope_type yarn, but not beside latent attention",
     "rotary_percent": "taken over: partial_rotary_factor",
     "rotary_base": "taken over: rope_theta",
     "rope_scaling": "taken over: rope_type llama3 with Megatron-Core's bounds",
@@ -108,9 +108,10 @@ def architecture_of_chunk(chunk: nn.Module, vocab: int, experts: Experts | None 
         max_positions=int(chunk.max_sequence_length),  # type: ignore[arg-type]
         in_family=experts is None,  # our own routers say what the configuration cannot
     )
-    plain = replace(plain, rotary_fraction=percent)
+    has_yarn = chunk.position_embedding_type == "yarn"
+    plain = replace(plain, rotary_fraction=1.0 if has_yarn else percent)  # Megatron-Core's YaRN turns whole heads
     plain = replace(plain, experts=experts) if experts else plain
-    scaling = own_scaling(chunk)
+    scaling = yarn_of(chunk) if has_yarn else own_scaling(chunk)
     if plain.mla is not None:
         plain, scaling = _with_halves(plain, chunk), plain.rope_scaling
     if scaling is None:
@@ -155,9 +156,17 @@ def refused_arguments(chunk: nn.Module) -> list[Refusal]:
     kind = chunk.position_embedding_type
     embedding = chunk._modules.get("embedding")
     learned = embedding is not None and embedding.add_position_embedding
-    if kind != "rope" or learned:
+    config: Any = chunk.config
+    if kind not in ("rope", "yarn") or learned:
         given = "learned_absolute" if learned else kind
-        found.append(Refusal("position_embedding_type", shown(given), "'rope'"))
+        found.append(Refusal("position_embedding_type", shown(given), "'rope' or 'yarn'"))
+    if kind == "yarn" and config.multi_latent_attention:
+        found.append(
+            Refusal("position_embedding_type", "'yarn'", "'rope': latent attention has a rope_type of its own")
+        )
+    if kind == "rope" and _yarn_amplitude(config) != 1.0:
+        given = shown(config.yarn_rotary_scaling_factor)
+        found.append(Refusal("yarn_rotary_scaling_factor", given, "none, or position_embedding_type='yarn'"))
     if chunk._modules.get("mtp") is not None:
         found.append(Refusal("mtp_block_spec", "multi-token prediction layers", "None"))
     if embedding is not None and chunk.config.sequence_parallel and not embedding.scatter_to_sequence_parallel:  # type: ignore[union-attr]
@@ -199,6 +208,33 @@ def own_scaling(chunk: nn.Module) -> Scaling | None:
     tables = [getattr(core, "rotary", None) for core in cores]
     found = {table.rotary for table in tables if table is not None}
     return next(iter(found)).scaling if len(found) == 1 else None
+
+
+def yarn_of(chunk: nn.Module) -> Scaling:
+    """The scaling of a `GPTModel` with ``position_embedding_type='yarn'``."""
+    rotary: Any = chunk.rotary_pos_emb
+    scaling: dict[str, object] = {
+        "rope_type": "yarn",
+        "factor": float(rotary.scaling_factor),
+        "original_max_position_embeddings": int(rotary.original_max_position_embeddings),
+        "beta_fast": float(rotary.beta_fast),
+        "beta_slow": float(rotary.beta_slow),
+        "truncate": bool(rotary.correction_range_round_to_int),
+        "attention_factor": _yarn_amplitude(chunk.config),
+    }
+    return tuple(sorted(scaling.items()))
+
+
+def _yarn_amplitude(config: Any) -> float:
+    """What attention multiplies cosines and sines by: wherever the configuration has ``yarn_*``, whatever the type of
+    positions (megatron.core ``_yarn_get_concentration_factor_from_config``)."""
+    factor = getattr(config, "yarn_rotary_scaling_factor", None)
+    if factor is None:
+        return 1.0
+    over, under = (getattr(config, name, None) for name in ("yarn_mscale", "yarn_mscale_all_dim"))
+    return (
+        yarn_mscale(factor) if over is None or under is None else yarn_mscale(factor, over) / yarn_mscale(factor, under)
+    )
 
 
 def frequencies_of(chunk: nn.Module) -> Tensor | None:

@@ -8,8 +8,10 @@ from megatron_rl.models.family import FAMILIES, ModelFamily
 
 @FAMILIES.register("llama")
 class Llama(ModelFamily):
-    """Biases in attention, in the feed-forward layers, or in both, where the config says so."""
+    """Biases in attention, in the feed-forward layers, or in both, and another gate than SiLU, where the config says
+    so. SGLang has SiLU alone."""
 
     bias_key = "attention_bias"
     biased_output = True
     mlp_bias_key = "mlp_bias"
+    activations = ("gelu", "gelu_pytorch_tanh", "silu")
