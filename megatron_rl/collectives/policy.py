@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_rl.config import ConfigRecord
 
@@ -17,7 +17,7 @@ class CollectivesConfig(ConfigRecord):
     deterministic: bool = False
     """Only paths whose sums have one fixed order: the same bits on every path, chunk size and run."""
     links: tuple[str, ...] = ()
-    """Network interfaces to other nodes, the same names on each; () = gloo's choice (GLOO_SOCKET_IFNAME)."""
+    """Network interfaces to other nodes, the same names on each, each once; () = gloo's choice (GLOO_SOCKET_IFNAME)."""
     wire_dtype: Literal["same", "bfloat16"] = "same"
     """What travels between nodes: same = the tensor's dtype; bfloat16 = rounded, sums still in fp32."""
     error_feedback: bool = False
@@ -30,3 +30,9 @@ class CollectivesConfig(ConfigRecord):
     """Take the costs that an earlier run measured on the same nodes; measured again where they are wrong."""
     timeout_seconds: float = Field(default=30.0, gt=0, le=86400)
     """Seconds after which an exchange of a chunk over a link counts as failed; nodes agree within 8 times that."""
+
+    @model_validator(mode="after")
+    def _links_once(self) -> Self:
+        if twice := sorted({link for link in self.links if self.links.count(link) > 1}):
+            raise ValueError(f"links has {', '.join(twice)} more than once: name each interface once")
+        return self

@@ -20,6 +20,7 @@ from pydantic._internal._model_construction import ModelMetaclass  # no public n
 
 from megatron_rl.config.credentials import masked
 
+_UNION_MEMBER = re.compile(r"(literal|tuple|list|dict)\[|(bool|int|float|str)$")  # how pydantic names one in a place
 MAX_SHOWN = 120  # characters of a value in a message
 
 
@@ -129,10 +130,10 @@ def _types(annotation: Any) -> Iterator[Any]:
 
 
 def _explain(record: type[BaseModel], error: ValidationError, where: str) -> str:
-    lines = []
+    lines, wrong = [], dict[str, list[str]]()  # key and value -> what was expected; each kind of a union says its own
     for problem in error.errors(include_url=False):
-        path = [str(part) for part in problem["loc"]]
-        key = ".".join(path) or "(whole record)"
+        path = [str(part) for part in problem["loc"] if not _UNION_MEMBER.match(str(part))]
+        key = ".".join(path)
         if problem["type"] == "extra_forbidden":
             known = known_keys(record)
             hit = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -142,7 +143,9 @@ def _explain(record: type[BaseModel], error: ValidationError, where: str) -> str
         elif problem["type"] == "missing":
             lines.append(f"{key!r} is required but not given")
         else:
-            lines.append(masked(f"{key} = {shown(problem.get('input'))}") + f": {_plainly(problem['msg'])}")
+            given = masked(f"{key} = {shown(problem.get('input'))}: ") if key else ""
+            wrong.setdefault(given, []).append(_plainly(problem["msg"]))
+    lines += [given + ", or ".join(messages) for given, messages in wrong.items()]
     return f"{where}: " + "; ".join(lines)
 
 
@@ -150,7 +153,7 @@ def _plainly(message: str) -> str:
     """Pydantic's message in this project's words, on one line."""
     message = " ".join(message.removeprefix("Value error, ").split())
     message = message.replace("greater than or equal to", "at least").replace("less than or equal to", "at most")
-    message = message.replace("greater than", "more than")
+    message = message.replace("greater than", "more than").replace("Input should be a valid tuple", "expected a list")
     return re.sub(r"^Input should be (?=at |more |less )", "expected ", message)
 
 

@@ -16,6 +16,7 @@ from megatron_rl.engines.build import check_sizes
 from megatron_rl.environments import build_environment
 from megatron_rl.models.hf_config import best_architecture, read_generation, read_hf_config
 from megatron_rl.models.layouts import check_rollout
+from megatron_rl.models.peft_adapters import PeftAdapters
 from megatron_rl.models.tokenizer import align_tokenizer, load_tokenizer
 from megatron_rl.rewards import RewardError, build_reward, check_answers
 from megatron_rl.rollout import ENGINES
@@ -87,10 +88,11 @@ def check_run(config: RunConfig, world_size: int | None = None) -> list[str]:
     attempt.report()
     notes = unused_parts(config, *algorithm)
     if world_size is None:
-        beside = f"{config.parallel.rollout_ranks} rollout ranks and " if config.parallel.rollout_ranks else ""
+        rollout_ranks = config.parallel.rollout_ranks
+        more = f", and {rollout_ranks} more for parallel.rollout_ranks" if rollout_ranks else ""
         notes.append(
-            f"the number of ranks is not known here, and was not checked: it must be {beside}a multiple of "
-            f"{smallest_world(config.parallel)} ({config.parallel}). Check it with WORLD_SIZE=N in front of this "
+            f"the number of ranks is not known here, and was not checked: it must be a multiple of "
+            f"{smallest_world(config.parallel)} ({config.parallel}){more}. Check it with WORLD_SIZE=N in front of this "
             "command, or under torchrun"
         )
     return notes
@@ -107,6 +109,8 @@ def _check_models(attempt: Attempts, config: RunConfig) -> None:
     tokenizer = None
     if sound:
         attempt(_check_weights, folder, config)
+        if config.actor.lora is not None and config.actor.lora.path is not None:
+            attempt(PeftAdapters, config.actor.lora.path, best_architecture(read_hf_config(folder)))
     if sound or config.tokenizer is not None:
         tokenizer = attempt(load_tokenizer, config.tokenizer or folder, config.pad_token)
     if tokenizer is None:

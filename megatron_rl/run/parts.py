@@ -121,6 +121,16 @@ def unused_parts(
         "actor.collectives.links" if collectives.links else "actor.collectives.wire_dtype",
         "it is for actor.collectives.all_reduce=hybrid",
     )
+    note(
+        collectives.error_feedback and collectives.wire_dtype == "same",
+        "actor.collectives.error_feedback",
+        "nothing is rounded with actor.collectives.wire_dtype=same",
+    )
+    note(
+        config.actor.rollout.sleep_while_training and config.parallel.rollout_ranks,
+        "actor.rollout.sleep_while_training",
+        "engines of rollout ranks share their devices with no training",
+    )
     default_epochs = TrainerConfig.model_fields["num_epochs"].default
     note(
         trainer.num_steps is not None and trainer.num_epochs != default_epochs,

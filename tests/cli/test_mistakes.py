@@ -102,6 +102,34 @@ MISTAKES = {
         ["actor.collectives={all_reduce: hybrid, links: [eth99]}"],
         ["collectives.links has eth99, but", "has the interfaces"],
     ),
+    "a link named twice": (
+        ["actor.collectives={all_reduce: hybrid, links: [lo, lo]}"],
+        ["actor.collectives", "links has lo more than once"],
+    ),
+    "a text in place of a list": (["actor.lora={target_modules: linear_fc1}"], ["'linear_fc1': expected a list"]),
+    "a value of no kind that a key may have": (
+        ["environment={name: tools, tool_format: xml}"],
+        ["environment.tool_format = 'xml': Input should be 'hermes', 'llama' or 'mistral', or Input should be 'auto'"],
+    ),
+    "adapters that are not there": (["actor.lora={path: /nowhere/adapters}"], ["/nowhere/adapters"]),
+    "a model in place of adapters": (["actor.lora={path: '${model}'}"], ["adapter_config.json"]),
+    "a server without http": (
+        ["actor.rollout.engine=sglang", "actor.rollout.options={urls: ['localhost:30000']}"],
+        ["options: urls has 'localhost:30000'", "http://host:port"],
+    ),
+    "an option that the delivery does not take": (
+        [
+            "actor.rollout.engine=sglang",
+            "actor.rollout.options={urls: ['http://127.0.0.1:9'], delivery: disk, delivery_options: {bucket: 1}}",
+        ],
+        ["delivery_options has bucket; known here: bucket_bytes, folder, verify"],
+    ),
+    "a lag without rollout ranks": (["rollout_lag=2"], ["rollout_lag=2 needs ranks", "parallel.rollout_ranks"]),
+    "tools that are not there": (
+        ["environment={name: tools, options: {tools: ['python:/nowhere/x.py:f']}}"],
+        ["file '/nowhere/x.py' does not exist"],
+    ),
+    "a trace of all steps": (["trainer.trace=all"], ["trainer.trace = 'all'", "valid integer"]),
     "a log level that is none": (["log_level=LOUD"], ["log_level", "'WARNING'"]),
 }
 
@@ -230,6 +258,7 @@ NOT_USED = {
     "trainer.evaluate_every": ["trainer.evaluate_every=2"],
     "trainer.num_epochs": ["trainer.num_epochs=3"],
     "actor.collectives.links": ["actor.collectives.links=[lo]"],
+    "actor.collectives.error_feedback": ["actor.collectives.error_feedback=true"],
 }
 
 

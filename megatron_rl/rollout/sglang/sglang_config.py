@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,14 @@ from pydantic import Field, model_validator
 from megatron_rl.config import ConfigRecord
 from megatron_rl.rollout.sglang.membership import RetryPolicy
 from megatron_rl.rollout.sglang.server import ServerConfig
+from megatron_rl.rollout.sglang.weight_transfer import TRANSFERS
+
+
+def _options_of(delivery: type) -> set[str]:
+    """What may be said of a way of weights to the servers: the keywords that have a default, of all of its classes."""
+    makers = [vars(kind)["__init__"] for kind in delivery.__mro__ if "__init__" in vars(kind) and kind is not object]
+    parameters = [one for maker in makers for one in inspect.signature(maker).parameters.values()]
+    return {one.name for one in parameters if one.default is not one.empty} - {"device"}  # that the engine gives
 
 
 class SGLangConfig(ConfigRecord):
@@ -50,6 +59,12 @@ class SGLangConfig(ConfigRecord):
     def _check(self) -> Self:
         if self.urls and "server" in self.model_fields_set:
             raise ValueError("urls and server exclude each other: attach to running servers, or start some")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")) or self.urls.count(url) > 1:
+                raise ValueError(f"urls has {url!r}: expected one http://host:port of each server")
+        known = _options_of(TRANSFERS[self.delivery or "direct"]) if self.delivery in (None, *TRANSFERS) else None
+        if known is not None and (unknown := sorted(self.delivery_options.keys() - known)):
+            raise ValueError(f"delivery_options has {', '.join(unknown)}; known here: {', '.join(sorted(known))}")
         return self
 
     @property
