@@ -17,7 +17,7 @@ OUTPUTS, MODEL = Path("outputs") / NAME, Path("outputs") / NAME / "model"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 QUIET = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 LAYOUTS = {"megatron": "parallel.pp=2", "fsdp2": "{}.backend=fsdp2"}
-DPO = ["dpo.max_length=128", "train.max_steps=10", "train.warmup_steps=0", "train.per_device_train_batch_size=2"]
+DPO = [f"train.{k}" for k in ("max_steps=10", "warmup_steps=0", "per_device_train_batch_size=2", "save_at_end=false")]
 STEPS = {"grpo": 5, "dpo": 10}
 KEYS = (("grpo", "rewards/mean"), ("dpo", "loss/preference"), ("dpo", "rewards/accuracies"))
 ROWS = ("greedy text, engine", "greedy text, export", "GRPO: reward", "DPO: loss", "DPO: accuracy", "seconds, of CPU")
@@ -44,7 +44,7 @@ def story(backend: str) -> list[tuple[str, bool]]:
     plain = ["data.chat=false"] if NAME == "gemma3" else []
     run(*TORCHRUN, "-m", "megatron_rl", "train", HERE / "config.yaml", *grpo, layout.format("actor"), *plain)
     dpo = [f"model={folder / 'grpo/hf'}", f"data={hh}", f"train.output_dir={folder / 'dpo'}", *DPO]
-    run(*TORCHRUN, HERE.parent / "dpo_pairs/train.py", *dpo, layout.format("worker"))
+    run(*TORCHRUN, HERE.parent / "dpo_pairs/train.py", *dpo, "dpo.max_length=128", layout.format("worker"))
     lines = {name: [*map(json.loads, (folder / name / "metrics.jsonl").open())] for name in STEPS}
     shown = [(f"{lines[of][0][key]:.3f} -> {lines[of][-1][key]:.3f}", len(lines[of]) == STEPS[of]) for of, key in KEYS]
     texts = [("same" if same[what] else "DIFFERS", same[what]) for what in ("engine", "export")]

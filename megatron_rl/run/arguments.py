@@ -37,6 +37,8 @@ class TrainArguments(ConfigRecord):
     """Steps between evaluations."""
     save_every: int = Field(default=0, ge=0)
     """Steps between checkpoints."""
+    save_at_end: bool = True
+    """A checkpoint after the last step."""
     resume: str = "auto"
     """As in `TrainerConfig`."""
 
@@ -59,6 +61,7 @@ class TrainArguments(ConfigRecord):
             num_epochs=self.num_train_epochs,
             evaluate_every=self.evaluate_every,
             save_every=self.save_every,
+            save_at_end=self.save_at_end,
             resume=self.resume,
         )
 

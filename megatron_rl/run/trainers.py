@@ -129,6 +129,7 @@ class OneCallTrainer:
         warmup_steps: int = 0,
         evaluate_every: int = 0,
         save_every: int = 0,
+        save_at_end: bool = True,
         resume: str = "auto",
         tracking: TrackerGroup.Config | Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
@@ -137,7 +138,7 @@ class OneCallTrainer:
         Args:
             per_device_train_batch_size: records (prompts, pairs, completions) a step on each data-parallel replica.
             max_steps: steps of the run; None = ``num_train_epochs`` over the data.
-            evaluate_every, save_every, resume: as in `TrainerConfig`.
+            evaluate_every, save_every, save_at_end, resume: as in `TrainerConfig`.
 
         Returns:
             The newest metrics.

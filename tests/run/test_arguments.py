@@ -25,6 +25,7 @@ SAME = {
     "warmup_steps": (OptimizerConfig, "warmup_steps"),
     "evaluate_every": (TrainerConfig, "evaluate_every"),
     "save_every": (TrainerConfig, "save_every"),
+    "save_at_end": (TrainerConfig, "save_at_end"),
 }
 WRONG: list[tuple[str, object]] = [
     ("learning_rate", -1),
@@ -48,6 +49,7 @@ WRONG: list[tuple[str, object]] = [
     ("warmup_steps", -5),
     ("evaluate_every", -1),
     ("save_every", "x"),
+    ("save_at_end", "x"),
     ("resume", ""),
     ("tracking", "jsonl"),
     ("tracking", {"trackers": 5}),
