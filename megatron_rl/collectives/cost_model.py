@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 LIBRARY = "library"
@@ -82,8 +82,22 @@ class Choice:
 
 
 def piece_bytes(num_bytes: float, largest: int) -> int:
-    """Bytes of the pieces in which a message goes through node memory."""
+    """Bytes of most pieces in which a message goes through node memory."""
     return min(largest, max(SMALLEST, math.ceil(num_bytes / PIECES)))
+
+
+def piece_spans(count: int, element_bytes: int, largest: int) -> Iterator[tuple[int, int]]:
+    """[start, stop) of the pieces of ``count`` elements: links wait for the first, so it is a quarter of the others.
+
+    Args:
+        largest: bytes of the largest piece.
+    """
+    width = max(1, piece_bytes(count * element_bytes, largest) // element_bytes)
+    step, start = max(width // 4, min(width, SMALLEST // element_bytes), 1), 0
+    while start < count:
+        stop = min(start + step, count)
+        yield start, stop
+        start, step = stop, min(2 * step, width)
 
 
 def choose(costs: Mapping[str, Cost], num_bytes: int, minimum_gain: float) -> Choice:

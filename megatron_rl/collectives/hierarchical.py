@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_rl.collectives.cost_model import piece_bytes
+from megatron_rl.collectives.cost_model import piece_spans
 from megatron_rl.collectives.link import split
 from megatron_rl.collectives.nodes import NodeMap
 from megatron_rl.collectives.pipeline import Kind, Piece, Pipeline, Span
@@ -104,9 +104,7 @@ class HierarchicalPath:
 
     def _ranges(self, count: int, element_bytes: int) -> Iterator[Span]:
         """``count`` elements (or columns) of so many bytes, in pieces."""
-        width = max(1, piece_bytes(count * element_bytes, self.pipeline.piece_bytes) // element_bytes)
-        for start in range(0, count, width):
-            yield start, min(start + width, count)
+        return piece_spans(count, element_bytes, self.pipeline.piece_bytes)
 
     def _rank_blocks(self, width: int) -> list[int]:
         return [len(ranks) * width for ranks in self.nodes.nodes]

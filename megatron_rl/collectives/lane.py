@@ -148,7 +148,14 @@ class Lane:
 
     def _cut(self, exchange: Exchange, pieces: Sequence[Tensor]) -> Iterator[tuple[int, int, Tensor]]:
         """(link, node, its share of the piece) for every other node, the next one first."""
-        for node in (*range(self.node + 1, len(pieces)), *range(self.node)):
+        others = (*range(self.node + 1, len(pieces)), *range(self.node))
+        if len(exchange.shares) == 1:
+            (index,) = exchange.shares
+            for node in others if index in exchange.works else ():
+                if pieces[node].numel():
+                    yield index, node, pieces[node]
+            return
+        for node in others:
             shares = pieces[node].split(split(pieces[node].numel(), list(exchange.shares.values())))
             for index, share in zip(exchange.shares, shares, strict=True):
                 if share.numel() and index in exchange.works:

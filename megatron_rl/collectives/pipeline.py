@@ -136,14 +136,14 @@ class Pipeline:
                 self._memory.say(self._lane.take_failures() if self._lane else 0)
             self.staging.finish()
             self._memory.barrier()  # slots of this turn are written, the result of the last piece is whole
-            if last >= 0:
-                pieces[last].read(self._memory.result(last, kind.dtype))
-            if turn + 1 < len(pieces) and not again:
-                pieces[turn + 1].write(self._memory.slot(self.index, turn + 1, kind.dtype))
-            if self._is_lane and turn < len(pieces):
+            if self._is_lane and turn < len(pieces):  # first of all: links wait for it
                 if not again:
                     self._take_parts(kind, pieces[turn], turn)
                 self._send_parts(kind, pieces, turn)
+            if turn + 1 < len(pieces) and not again:
+                pieces[turn + 1].write(self._memory.slot(self.index, turn + 1, kind.dtype))
+            if last >= 0:
+                pieces[last].read(self._memory.result(last, kind.dtype))
             if self._lane is not None and 0 <= turn - LEAD < len(pieces):
                 self._spread(kind, pieces[turn - LEAD], turn - LEAD)
 
@@ -212,14 +212,17 @@ class Pipeline:
             if not kind.spreads:
                 self.staging.sum(piece.arrived, mine)
                 return
-            exact = torch.float32 if self._feedback.enabled else self._wire(kind)
-            total = self._keep("own", turn % RESULTS, stop - start, exact)
+            wire, total = self._wire(kind), mine
+            if self._feedback.enabled or wire != kind.dtype:
+                exact = torch.float32 if self._feedback.enabled else wire
+                total = self._keep("own", turn % RESULTS, stop - start, exact)
             self.staging.sum(piece.arrived, total)
-            piece.own = self._feedback.rounded((piece.key, "sum"), total, self._wire(kind))
+            piece.own = total if total is mine else self._feedback.rounded((piece.key, "sum"), total, wire)
         assert piece.spreading is not None
         self._lane.send(piece.spreading, [piece.own] * self.nodes.num_nodes)
         piece.wholes[self.node] = piece.own
-        mine.copy_(piece.own)
+        if piece.own is not mine:
+            mine.copy_(piece.own)
 
     def _land(self, kind: Kind, piece: Piece, turn: int) -> None:
         """Wait until all blocks have arrived in the result."""
