@@ -151,7 +151,7 @@ class CheckpointReader:
         if not self._has_adapter(key):
             return self._read(Stored(key, index), shard.shape, part)
         matrix = self._merged(shard).view(shard.matrix_shape)
-        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
+        return matrix[part.slices]
 
     def read(self, shard: Shard) -> Tensor:
         """The tensor of a shard of the one-rank layout, named as the local spec names it; its adapter, if it has one,

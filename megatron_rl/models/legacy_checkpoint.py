@@ -187,7 +187,7 @@ class LegacyCheckpoint:
     def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
         """A rectangle of it, seen as a matrix."""
         matrix = self.load(rank, shard).reshape(shard.matrix_shape)
-        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
+        return matrix[part.slices]
 
     @functools.cache  # noqa: B019  a reader lives as long as one conversion
     def tensors_of(self, rank: int) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class ModuleCheckpoint(CheckpointReader):
     def load_part(self, rank: int, shard: Shard, part: Rectangle) -> Tensor:
         """As there; a module's tensors are read whole."""
         matrix = self._merged(shard).reshape(shard.matrix_shape)
-        return matrix[part.row_start : part.row_stop, part.col_start : part.col_stop]
+        return matrix[part.slices]
 
     def dtype_of(self, rank: int, shard: Shard) -> torch.dtype:
         return self.read(shard).dtype if MODEL + shard.name not in self.tensors else self.dtype

@@ -34,6 +34,11 @@ class Rectangle(NamedTuple):
     def numel(self) -> int:
         return (self.row_stop - self.row_start) * (self.col_stop - self.col_start)
 
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """``matrix[rectangle.slices]`` is this part of a matrix."""
+        return slice(self.row_start, self.row_stop), slice(self.col_start, self.col_stop)
+
     def contains(self, other: Rectangle) -> bool:
         return (
             self.row_start <= other.row_start

@@ -127,7 +127,7 @@ class Attestor:
         dirty = []
         for name, parts in self._padding.items():
             matrix = shards[name].detach().view(matrix_shape(self._held_shapes[name]))
-            if any(matrix[r.row_start : r.row_stop, r.col_start : r.col_stop].count_nonzero() for r in parts):
+            if any(matrix[r.slices].count_nonzero() for r in parts):
                 dirty.append(name)
         return dirty
 

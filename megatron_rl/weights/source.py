@@ -137,7 +137,7 @@ def in_memory(tensors: Mapping[str, Tensor], layout: Layout, rank: int = 0) -> L
 
     def part(rank: int, shard: Shard, place: Rectangle) -> Tensor:
         matrix = tensors[shard.name].detach().reshape(shard.matrix_shape)
-        return matrix[place.row_start : place.row_stop, place.col_start : place.col_stop]
+        return matrix[place.slices]
 
     return LayoutSource(held, (0,), part, lambda rank, shard: tensors[shard.name].dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from random import Random
 
+import numpy as np
 import pytest
 
 from megatron_rl.reshard.rectangle import Rectangle, cross, disjoint_parts, uncovered
@@ -65,6 +66,12 @@ def test_intersection_holds_the_elements_of_both_and_nothing_is_none(seed: int) 
         assert (elements(found) if found else set()) == elements(a) & elements(b)
         assert found is None or found.numel
         assert b.intersection(a) == found
+
+
+def test_slices_cut_the_elements_out_of_a_matrix() -> None:
+    matrix = np.arange(48).reshape(8, 6)
+    part = Rectangle(2, 5, 1, 3)
+    assert set(matrix[part.slices].flat) == {matrix[at] for at in elements(part)}
 
 
 def test_a_moved_rectangle_keeps_its_size() -> None:
