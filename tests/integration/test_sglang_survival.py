@@ -137,6 +137,7 @@ def test_500_requests_over_two_servers_with_one_killed_halfway_are_answered_exac
     engine, counted = loaded.engine, list[int]()
     assert isinstance(engine, SGLangEngine)
     victim, other = members_of(engine)
+    wait_for_both(loaded)
     ledger, urls = Ledger(victim), engine.urls
     for member in members_of(engine):
         member.limit = 250  # all at a time
@@ -173,10 +174,22 @@ def test_500_requests_over_two_servers_with_one_killed_halfway_are_answered_exac
     assert engine.verify_weights() == WeightCheck(2)
 
 
+def wait_for_both(loaded: Loaded) -> None:
+    """Whatever an earlier test left: a push starts what has ended, and a server of ours that starts is waited for."""
+
+    def both_answer() -> bool:
+        loaded.engine.load_shards(loaded.shards, 8)
+        servers = [member.server for member in members_of(loaded.engine)]  # type: ignore[arg-type]
+        return all(server is not None and server.is_ready() for server in servers)
+
+    wait_for(both_answer, 300.0)
+
+
 def test_tokens_that_had_streamed_survive_a_killed_server(
     loaded: Loaded, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert isinstance(loaded.engine, SGLangEngine)
+    wait_for_both(loaded)
     victim = members_of(loaded.engine)[1]
     long, killed, take = set[int](), threading.Event(), PartialOutput.take
 
