@@ -17,11 +17,20 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {  # also those of buffers, and of weights for a server
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 ALIGNMENT = 8  # bytes, of where the tensors begin in a file
 
 
@@ -91,12 +100,15 @@ class SafetensorsWriter:
 
     Args:
         tensors: name -> shape and dtype.
+        durable: wait until it is on disk.
 
     Attributes:
         names: in the order in which they must be written.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], durable: bool = True
+    ) -> None:
         self.names = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, _rank(tensors[name][1]), name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -106,7 +118,7 @@ class SafetensorsWriter:
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % ALIGNMENT)
-        self.path, self._left = path, end
+        self.path, self._left, self._durable = path, end, durable
         self._file = path.open("wb", buffering=0)
         self._write(memoryview(len(text).to_bytes(8, "little") + text))
 
@@ -117,7 +129,8 @@ class SafetensorsWriter:
         with self._file:
             if kind is None:
                 assert self._left == 0, f"{self._left} bytes of {self.path} were not written"
-                os.fsync(self._file.fileno())
+                if self._durable:
+                    os.fsync(self._file.fileno())
 
     def write(self, rows: Tensor) -> None:
         """The next rows of the next tensor, contiguous."""
@@ -135,12 +148,12 @@ def _rank(dtype: torch.dtype) -> int:
     return {torch.bfloat16: 0, torch.float16: 1}.get(dtype, 0)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors``, on any device. safetensors itself makes files that only their owner can read (0600)."""
-    with path.open("wb") as file:
-        mode = os.fstat(file.fileno()).st_mode & 0o777  # what umask and the folder's ACL make of a new file
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    path.chmod(mode)
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], durable: bool = False) -> None:
+    """Write ``tensors``, on any device. safetensors' own writer makes files that only their owner can read (0600)."""
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(path, kinds, durable) as file:
+        for name in file.names:
+            file.write(tensors[name].detach().cpu().contiguous())
 
 
 @contextlib.contextmanager

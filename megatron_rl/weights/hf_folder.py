@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -183,11 +182,9 @@ class HFFolderWriter:
         assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == file.tensors
         path = self.partial / file.name
         try:
-            write_safetensors(path, tensors)
-        except Exception as error:  # safetensors' own errors name neither the file nor, always, the kind of error
+            write_safetensors(path, tensors, durable=True)
+        except OSError as error:
             raise OSError(f"{path} could not be written: {error}") from error
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
 
     def stream(self, file: HFFile, source: TensorSource) -> None:
         """Write one file straight from ``source``, some rows at a time."""
