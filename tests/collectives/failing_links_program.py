@@ -37,7 +37,11 @@ def failing_links(rank: int) -> None:
     nodes = NodeMap(MAPS[0])
     for link, after in ((0, 1), (1, 4)):
         path = HierarchicalPath(
-            store(), rank, nodes, CollectivesConfig(links=("lo", "lo"), chunk_mb=0.02, timeout_seconds=6), CPU
+            store(),
+            rank,
+            nodes,
+            CollectivesConfig(chunk_mb=0.02, timeout_seconds=6).model_copy(update={"links": ("lo", "lo")}),
+            CPU,
         )
         if rank == 3:
             broken_at(path, link, after)
