@@ -63,8 +63,8 @@ def ordered_sum(parts: list[torch.Tensor], nodes: NodeMap, wire: torch.dtype) ->
 
 def every_division(rank: int) -> None:
     for nodes, links in itertools.product(map(NodeMap, MAPS), ((), ("lo", "lo"))):
-        config = CollectivesConfig(chunk_mb=0.01, timeout_seconds=30)
-        config = config.model_copy(update={"links": links})  # unchecked: one interface stands for two
+        # unchecked: one interface stands for two
+        config = CollectivesConfig.model_construct(chunk_mb=0.01, links=links, timeout_seconds=30.0)
         path = HierarchicalPath(store(), rank, nodes, config, CPU)
         if links:
             path.pipeline.shares = {0: 1.0, 1: 2.0}

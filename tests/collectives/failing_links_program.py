@@ -40,7 +40,7 @@ def failing_links(rank: int) -> None:
             store(),
             rank,
             nodes,
-            CollectivesConfig(chunk_mb=0.02, timeout_seconds=6).model_copy(update={"links": ("lo", "lo")}),
+            CollectivesConfig.model_construct(links=("lo", "lo"), chunk_mb=0.02, timeout_seconds=6.0),
             CPU,
         )
         if rank == 3:
