@@ -1,8 +1,10 @@
 """What overlapping sampling with training is worth: one JSON object on the last line.
 
-Each case runs the same task under each law: lag 0 (the halves take turns) and lag 1 (law batch). Keys of a case:
+Each case runs the same task under each law: lag 0 (the halves take turns), lag 1 (law *batch*), and the windowed law at
+lag 1, whose groups stay in flight over steps. Keys of a case:
 ``step_s`` seconds a step, ``bound_s`` what an ideal schedule of the same halves takes, ``ratio_to_bound``, and
-``wait_share`` of training and of the engine; ``lag1_to_lag0`` compares the laws.
+``wait_share`` of training and of the engine; ``lag1_to_lag0`` and ``windowed_to_lag0`` compare the laws. The bound of
+the windowed law is the slower half alone: training, or the answers with every slot busy all the time.
 
 ``long_tail``: an engine with published heavy-tailed latencies and a training step of a published time (`long_tail.py`),
 so that the bound is computed from what was published. ``forecast_s`` is what ``megatron-rl plan --lag`` says beforehand
@@ -31,7 +33,8 @@ from long_tail import CALLS, ENDS, SLOTS, TRAIN_S, ideal, latency
 
 ROOT = Path(__file__).resolve().parents[1]
 ARITHMETIC = ROOT / "examples" / "arithmetic_grpo"
-LAWS = {"lag0": 0, "lag1": 1}
+PROMPTS = 8  # of a step
+LAWS = {"lag0": (0, "batch"), "lag1": (1, "batch"), "windowed": (1, "windowed")}
 
 
 def write_task(folder: Path, steps: int, sglang: str | None) -> Path:
@@ -89,7 +92,9 @@ def run(
 
     out, times = folder / law, folder / f"{law}.times"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    command += ["--worker", str(config), str(times), f"trainer.output_dir={out}", f"rollout_lag={LAWS[law]}"]
+    lag, name = LAWS[law]
+    command += ["--worker", str(config), str(times), f"trainer.output_dir={out}", f"rollout_lag={lag}"]
+    command += [f"rollout_law={name}"]
     paths = [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     subprocess.run(command, env=environment, check=True, timeout=timeout, stdout=sys.stderr)
@@ -109,11 +114,16 @@ def forecast() -> dict[str, float]:
 
     lengths = tuple(latency(seed) for seed in range(5000))
     timing = Timing(
-        prompts_per_step=8, samples_per_prompt=1, slots=SLOTS, token_s=1.0, lengths=lengths, training_s=TRAIN_S,
+        prompts_per_step=PROMPTS, samples_per_prompt=1, slots=SLOTS, token_s=1.0, lengths=lengths, training_s=TRAIN_S,
         push_s=0.0, num_steps=400,
     )  # fmt: skip
-    in_turns, batch = forecast_lag(timing, lag=1).laws[:2]
-    return {"lag0": in_turns.step_s, "lag1": batch.step_s}
+    in_turns, batch, windowed = forecast_lag(timing, lag=1).laws
+    return {"lag0": in_turns.step_s, "lag1": batch.step_s, "windowed": windowed.step_s}
+
+
+def full_slots() -> float:
+    """Seconds of the mean batch of `long_tail` whose slots are never empty."""
+    return PROMPTS * statistics.mean(latency(seed) for seed in range(5000)) / SLOTS
 
 
 def measured_parts(metrics: list[dict[str, float]], steps: int) -> tuple[list[float], float, float]:
@@ -129,13 +139,15 @@ def measure(steps: int, sglang: str | None) -> dict[str, Any]:
     parts: tuple[list[float], float, float] | None = None
     with tempfile.TemporaryDirectory(prefix="bench_async-") as name:
         config = write_task(Path(name), steps, sglang)
-        for law, lag in LAWS.items():
+        for law, (lag, _) in LAWS.items():
             calls, ends, metrics = run(config, Path(name), law, timeout=1200)
             if parts is None:
                 parts = measured_parts(metrics, steps) if sglang else (calls, TRAIN_S, 0.0)
             generation, trained, push = parts
             best = ideal(generation, trained, lag, push)
             step_s, bound_s = ((times[-1] - times[0]) / (steps - 1) for times in (ends, best))
+            if law == "windowed":
+                bound_s = max(trained, statistics.mean(generation) if sglang else full_slots()) + push
             found["step_s"][law], found["bound_s"][law] = round(step_s, 4), round(bound_s, 4)
             found["ratio_to_bound"][law] = round(step_s / bound_s, 4)
             shares = {half: mean(metrics, f"time/{half}_wait_share") for half in ("training", "engine")}
@@ -147,7 +159,8 @@ def measure(steps: int, sglang: str | None) -> dict[str, Any]:
         found["forecast_error"] = {law: round(error, 4) for law, error in errors.items()}
     means = {"generation": statistics.mean(parts[0]), "training": parts[1], "push": parts[2]}
     found["halves_s"] = {name: round(seconds, 4) for name, seconds in means.items()}
-    found["lag1_to_lag0"] = round(found["step_s"]["lag1"] / found["step_s"]["lag0"], 4)
+    for law in ("lag1", "windowed"):
+        found[f"{law}_to_lag0"] = round(found["step_s"][law] / found["step_s"]["lag0"], 4)
     return found
 
 

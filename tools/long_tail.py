@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import heapq
 import random
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from megatron_rl.algorithms import ALGORITHMS, GRPO
@@ -40,6 +42,10 @@ def makespan(seconds: Sequence[float], slots: int) -> float:
 class LongTailEngine(LocalEngine):
     """The local engine, as slow as the law says."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.free = [0.0] * SLOTS  # when each slot is
+
     def generate(self, prompts: Any, params: Any, seeds: Any = None, progress: Any = None) -> Any:
         started = time.perf_counter()
         answers = super().generate(prompts, params, seeds, progress)
@@ -47,6 +53,18 @@ class LongTailEngine(LocalEngine):
         CALLS.append(due)
         time.sleep(max(0.0, started + due - time.perf_counter()))
         return answers
+
+    def submit(self, prompts: Any, params: Any, seeds: Any) -> Any:
+        """Each prompt's answer comes when its time is over; it begins when a slot is free."""
+        futures = []
+        for seed, answer in zip(seeds, super().generate(prompts, params, seeds), strict=True):
+            begins = max(time.perf_counter(), heapq.heappop(self.free))
+            heapq.heappush(self.free, begins + latency(seed))
+            futures.append(Future())
+            timer = threading.Timer(begins + latency(seed) - time.perf_counter(), futures[-1].set_result, (answer,))
+            timer.daemon = True
+            timer.start()
+        return futures
 
 
 @ALGORITHMS.register("paced_grpo")

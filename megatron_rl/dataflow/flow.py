@@ -39,6 +39,7 @@ class Stage:
     part: object = None  # the role or algorithm whose step this is; `Trainer` finds its parts by it
     generates: bool = False  # whether it runs on rollout ranks, where the job has some
     lag: int = 0  # of the stage that samples: steps by which its weights may be older than those that are trained
+    windowed: bool = False  # of the stage that samples: its groups stay in flight over steps, `workers.in_flight`
 
     def execute(self, batch: Batch, agreement: Agreement | None) -> None:
         """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error
@@ -131,6 +132,16 @@ class Flow:
         """Steps by which samples may be older than the weights that are trained on them."""
         return max((stage.lag for stage in self.stages), default=0)
 
+    @property
+    def windowed(self) -> bool:
+        """Whether groups stay in flight over steps; else whole batches are sampled from one version each."""
+        return any(stage.windowed for stage in self.stages)
+
+    @property
+    def batches_ahead(self) -> int:
+        """Batches that rollout ranks hand over before training asks for them."""
+        return 0 if self.windowed else self.lag
+
     def split(self) -> tuple[Flow, Flow]:
         """The stages that rollout ranks run, and those that training ranks run: rollout ranks take the first ones, as
         far as they can (sampling, then rewards that are no model in this job).
@@ -190,6 +201,9 @@ class Flow:
         if self.lag:
             sampled, trained = self.split()
             ahead, now = (" >> ".join(stage.name for stage in part.stages) for part in (sampled, trained))
-            lines.append(f"lag {self.lag}: rollout ranks run {ahead} of step k+{self.lag}")
+            if self.windowed:
+                lines.append(f"windowed, lag {self.lag}: rollout ranks go on with groups of the next steps")
+            else:
+                lines.append(f"lag {self.lag}: rollout ranks run {ahead} of step k+{self.lag}")
             lines.append(f"       while training ranks run {now} of step k")
         return "\n".join(lines)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -236,6 +237,23 @@ class RolloutEngine(ABC):
             RuntimeError: no weights are committed, or an update is under way.
             ServersLostError: on every rank of the engine.
         """
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[Future[list[Completion]]]:
+        """`generate`, group by group: the completions of each prompt, as they come. Engines in other processes return
+        at once and go on over updates of the weights, as ``policy_version_spans`` then say; by default all are there on
+        return. Collective over the engine's ranks; futures on the first one, elsewhere there may be none.
+
+        Raises:
+            ValueError, RuntimeError: as `generate`; what fails later is raised by the futures.
+        """
+        done = []
+        for completions in self.generate(prompts, params, seeds):
+            future: Future[list[Completion]] = Future()
+            future.set_result(completions)
+            done.append(future)
+        return done
 
     def converse(self, conversations: Sequence[Conversation[T]], params: SamplingParams) -> list[T]:
         """Hold conversations at the same time: each is a coroutine that asks for one completion after another. The

@@ -70,7 +70,7 @@ def build_trainer(config: RunConfig) -> Trainer:
     algorithm = algorithm_type(actor, reference, critic, algorithm_config)
     reward_model = RewardModel(reward)
     parts, begin = config.rollout_parts, reward_model.begin if config.rollout_parts > 1 else None
-    sample = actor.sample(lag=config.rollout_lag, parts=parts, then=begin, environment=episodes)
+    sample = actor.sample(lag=config.rollout_lag, law=config.rollout_law, parts=parts, then=begin, environment=episodes)
     flow = filled(sample, reward_model.score(), algorithm, loader, context) >> algorithm.update()
     return Trainer(
         flow,

@@ -1,8 +1,8 @@
 """`forecast_lag`: step time, waiting and staleness of a run with rollout ranks, before there is one.
 
 A discrete-event simulation: engines with slots, answers whose lengths are drawn, a training half, pushes between
-them. Which groups are started, waited for, given up and trained on is decided by the laws of `trainer.inflight.law`, on
-a real `GroupBuffer`; only time is simulated.
+them. Which groups are started, waited for, given up and trained on is decided by the laws of
+`workers.in_flight.law`, on a real `GroupBuffer`; only time is simulated.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import Field
 from megatron_rl.batch import Prompt
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.ranges import Positive, Seed
-from megatron_rl.trainer.inflight.group import Group, Stage
-from megatron_rl.trainer.inflight.group_buffer import GroupBuffer
-from megatron_rl.trainer.inflight.law import BatchLaw, Law, WindowedLaw
+from megatron_rl.workers.in_flight.group import Group, Stage
+from megatron_rl.workers.in_flight.group_buffer import GroupBuffer
+from megatron_rl.workers.in_flight.law import BatchLaw, Law, WindowedLaw
 
 
 class Timing(ConfigRecord):

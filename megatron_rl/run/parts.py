@@ -9,6 +9,7 @@ from megatron_rl.parallel import ParallelSizes, RankGrid
 from megatron_rl.rewards import RewardConfig
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.run.run_config import RunConfig
+from megatron_rl.trainer.refill import REFILLS
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers.actor_config import ActorConfig
 
@@ -17,6 +18,7 @@ def check_parts(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_con
     """Raise ConfigError where the algorithm cannot be run from prompts and rewards, lacks a section that it needs, or
     does not use the value model of the section critic. Custom algorithms may use a critic as they like."""
     check_lag(config)
+    check_law(config, algorithm, algorithm_config)
     name = config.algorithm.get("name", "grpo")
     if issubclass(algorithm, OfflineAlgorithm):
         raise ConfigError(
@@ -68,6 +70,18 @@ def check_lag(config: RunConfig) -> None:
             f"rollout_lag={config.rollout_lag} needs ranks that sample while others train: set parallel.rollout_ranks, "
             "or rollout_lag=0"
         )
+
+
+def check_law(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> None:
+    """Raise ConfigError for a run that the windowed law cannot be obeyed in."""
+    if config.rollout_law != "windowed":
+        return
+    if not config.rollout_lag:
+        raise ConfigError("rollout_law=windowed lets groups stay in flight over steps: set rollout_lag to 1 or more")
+    if config.environment is not None:
+        raise ConfigError("rollout_law=windowed knows no episodes yet: take rollout_law=batch, or no environment")
+    if config.algorithm.get("name", "grpo") in ALGORITHMS and algorithm.without_workers(algorithm_config).drops_samples:
+        raise ConfigError(REFILLS.format(algorithm.name))
 
 
 def uses_reference(config: RunConfig, algorithm: type[BaseAlgorithm], algorithm_config: BaseAlgorithm.Config) -> bool:

@@ -20,6 +20,7 @@ from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers.actor_config import ActorConfig
+from megatron_rl.workers.in_flight.law import LawName
 
 
 class ReferenceConfig(ConfigRecord):
@@ -80,6 +81,9 @@ class RunConfig(ConfigRecord):
     rollout_lag: int = Field(default=0, ge=0)
     """Steps by which the weights that sample may be older than those that are trained: with `parallel.rollout_ranks`,
     these generate the samples of step k + rollout_lag while training ranks take step k. 0 = they take turns."""
+    rollout_law: LawName = "batch"
+    """Which samples a step takes where `rollout_lag` is above 0. batch: those of its own prompts, all from the weights
+    `rollout_lag` steps before. windowed: groups that have finished, none from older weights than that."""
     shuffle: bool = True
     """Shuffle the prompts in each epoch."""
     rewards: tuple[RewardConfig, ...] = ()

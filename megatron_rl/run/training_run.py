@@ -87,7 +87,7 @@ class Trainer(TrainingLoop):
                 self._rollouts = self._rollout_loop(cast(Actor, model), evaluate, params)
                 return
             logger.info("the flow:\n%s", flow)
-            self._handed = self._handed_over(source, cast(Actor, model), flow.lag)
+            self._handed = self._handed_over(source, cast(Actor, model), flow.batches_ahead)
             flow, source = self._handed.receive(sampled) >> trained, self._handed
             evaluate = self._handed.evaluate if evaluate is not None else None
         lock = OutputLock(output_dir, context)

@@ -16,9 +16,12 @@ import torch
 
 from megatron_rl.algorithms import BaseAlgorithm
 from megatron_rl.batch import Batch, Sample
+from megatron_rl.config import ConfigError
 from megatron_rl.dataflow import Flow, Stage
 from megatron_rl.parallel import ParallelContext
 from megatron_rl.trainer.metrics import join_rounds
+
+REFILLS = "{} draws further prompts until a batch is full; that is not in the windowed law yet: take rollout_law=batch"
 
 Group = list[Sample]
 
@@ -35,6 +38,8 @@ def filled(
     """Stages that turn prompts into samples worth training on, with their rewards."""
     if not algorithm.drops_samples:
         return sample >> reward
+    if sample.windowed:
+        raise ConfigError(REFILLS.format(algorithm.name))
     refill = Refill(sample, reward, algorithm, source, context)
     fields: tuple[tuple[str, ...], tuple[str, ...]] = ("prompts",), ("samples", "rewards")
     return Flow((Stage("actor.fill", refill, *fields, place=sample.place, generates=True, lag=sample.lag),))

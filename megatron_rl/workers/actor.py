@@ -7,6 +7,7 @@ flow = actor.sample(n=8) >> reward.score() >> grpo.update()
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.episodes import EnvironmentSource, Episodes, take_rewards
 from megatron_rl.workers.forward_only import forward_only_stage
+from megatron_rl.workers.in_flight.law import LawName
 from megatron_rl.workers.job_context import check_share, role_context
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
@@ -109,6 +111,7 @@ class Actor(TrainedWorker):
         n: int | None = None,
         *,
         lag: int = 0,
+        law: LawName = "batch",
         parts: int = 1,
         then: Callable[[list[Sample]], object] | None = None,
         environment: Episodes | EnvironmentSource | None = None,
@@ -120,6 +123,9 @@ class Actor(TrainedWorker):
             n: samples a prompt; None = ``config.sampling.n``.
             lag: steps by which the weights that sample may be older than those that are trained: rollout ranks
                 (``parallel.rollout_ranks``) generate the samples of step k + lag while training ranks take step k.
+            law: which samples a step takes, see docs/rollouts_in_flight.md. "batch": those of its own prompts, all from
+                the weights ``lag`` steps before. "windowed": groups that have finished, none from weights older than
+                that; engines go on with the others while the step is trained and weights are pushed.
             parts: number of parts in which the prompts are generated, one after the other.
             then: called with the samples of each part, on every rank, before the next part is generated; with
                 `RewardModel.begin` reward services work on one part while the engine generates the next.
@@ -131,38 +137,59 @@ class Actor(TrainedWorker):
         values = self.config.sampling.model_dump() | sampling | ({} if n is None else {"n": n})
         params = SamplingParams.parse(values, "actor.sample")
         episodes = self.episodes(environment)
-        _check_lag(lag, self.context)
+        _check_lag(lag, law, episodes is not None, self.context)
 
-        def run(batch: Batch) -> None:
-            if batch.share is not None:
-                check_share(batch.share, self.context)
-            started = time.perf_counter()
-            if self.publish(batch.metrics):
-                batch.work.append(WorkTime.since(started, "push", "engine"))
-            batch.samples = []
-            size = max(1, -(-len(batch.prompts) // parts))
-            seeds = self.rollouts.seeds.training(batch.prompts)
-            for start in range(0, max(1, len(batch.prompts)), size):
-                part = slice(start, start + size)
-                made = self._generate(batch.prompts[part], params, seeds[part], episodes)
-                for sample in made:
-                    sample.group += start
-                batch.samples += made
-                if then is not None:
-                    then(made)
-            self.rollouts.after_sampling()
-            batch.work += self.rollouts.take_work()
-            batch.temperature = params.temperature or 1.0
-            batch.metrics.update(_sample_metrics(batch.samples))
-            if episodes is not None:
-                take_rewards(batch, episodes)
-
+        work = functools.partial(self._sample, params=params, parts=parts, then=then, episodes=episodes)
+        if law == "windowed":
+            work = functools.partial(self._take_finished, params=params, lag=lag, then=then)
         place, split = f"{self.config.rollout.engine} engine TP{self.config.rollout.tp}", self.context.split
         if split is not None:
             place += f" on {split.num_rollout} rollout ranks"
         writes = ("samples",) if episodes is None else ("samples", "rewards")
-        stage = Stage("actor.sample", run, ("prompts",), writes, place, may_abandon=True, generates=True, lag=lag)
-        return replace(stage, agreement=self.context.agreement)
+        stage = Stage("actor.sample", work, ("prompts",), writes, place, may_abandon=True, generates=True, lag=lag)
+        return replace(stage, windowed=law == "windowed", agreement=self.context.agreement)
+
+    def _sample(
+        self,
+        batch: Batch,
+        params: SamplingParams,
+        parts: int,
+        then: Callable[[list[Sample]], object] | None,
+        episodes: Episodes | None,
+    ) -> None:
+        """Samples of the batch's prompts, in ``parts`` parts."""
+        if batch.share is not None:
+            check_share(batch.share, self.context)
+        started = time.perf_counter()
+        if self.publish(batch.metrics):
+            batch.work.append(WorkTime.since(started, "push", "engine"))
+        batch.samples = []
+        size = max(1, -(-len(batch.prompts) // parts))
+        seeds = self.rollouts.seeds.training(batch.prompts)
+        for start in range(0, max(1, len(batch.prompts)), size):
+            part = slice(start, start + size)
+            made = self._generate(batch.prompts[part], params, seeds[part], episodes)
+            for sample in made:
+                sample.group += start
+            batch.samples += made
+            if then is not None:
+                then(made)
+        self.rollouts.after_sampling()
+        batch.work += self.rollouts.take_work()
+        batch.temperature = params.temperature or 1.0
+        batch.metrics.update(_sample_metrics(batch.samples))
+        if episodes is not None:
+            take_rewards(batch, episodes)
+
+    def _take_finished(
+        self, batch: Batch, params: SamplingParams, lag: int, then: Callable[[list[Sample]], object] | None
+    ) -> None:
+        """Under the windowed law: finished groups in place of the batch's prompts, which are drawn."""
+        self.rollouts.take_finished(batch, params, lag)
+        batch.temperature = params.temperature or 1.0
+        batch.metrics.update(_sample_metrics(batch.samples))
+        if then is not None:
+            then(batch.samples)
 
     def episodes(self, environment: Episodes | EnvironmentSource | None) -> Episodes | None:
         """What `sample` plays with ``environment``."""
@@ -258,7 +285,12 @@ class Actor(TrainedWorker):
         self.rollouts.close()
 
 
-def _check_lag(lag: int, context: ParallelContext) -> None:
+def _check_lag(lag: int, law: LawName, has_episodes: bool, context: ParallelContext) -> None:
+    if law == "windowed" and (lag < 1 or has_episodes):
+        raise ConfigError(
+            "actor.sample(law='windowed') lets groups stay in flight over steps: it needs lag=1 or more, and knows no "
+            "episodes (environment=) yet; law='batch' has both"
+        )
     if lag < 0 or (lag and context.split is None):
         raise ConfigError(
             f"actor.sample(lag={lag}): a lag is 0 or more, and above 0 needs rollout ranks, which sample while others "

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from megatron_rl.batch import Prompt, Sample
+from megatron_rl.batch import Batch, Prompt, Sample
 from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.data import Limits
 from megatron_rl.engines.base import TrainingEngine
@@ -20,6 +21,7 @@ from megatron_rl.rollout.base import RolloutEngine, SamplingParams, ServersLostE
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.workers.actor_config import RolloutConfig
 from megatron_rl.workers.episodes import Episodes
+from megatron_rl.workers.in_flight.groups_in_flight import GroupsInFlight
 from megatron_rl.workers.lazy_engine import LazyEngine
 from megatron_rl.workers.prompt_seeds import PromptSeeds
 from megatron_rl.workers.response_text import ResponseDecoder
@@ -43,6 +45,7 @@ class Rollouts:
     Attributes:
         weights: those that its engine serves.
         seeds: what the samples are drawn with.
+        in_flight: under the windowed law, from the first step on: groups that are drawn and not taken.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Rollouts:
         self.seeds = PromptSeeds(seed, model.context)
         self._engine = LazyEngine(model, tokenizer, eos, config, engine)
         self.weights = ServedWeights(model, self._engine, config)
+        self.in_flight: GroupsInFlight | None = None
         self._work: list[WorkTime] = []  # since `take_work`
 
     @property
@@ -122,6 +126,29 @@ class Rollouts:
             for group, (prompt, completions) in enumerate(zip(prompts, merged, strict=True))
             for completion in completions
         ]
+
+    def take_finished(self, batch: Batch, params: SamplingParams, lag: int) -> None:
+        """Draw the batch's prompts, and put the finished groups of a step in their place (law *windowed*). The first
+        batch of a run has the prompts of ``lag`` more steps, which stay in flight. Collective.
+
+        Raises:
+            Abandoned, PeerError, RuntimeError: as `GroupsInFlight.step`.
+        """
+        seeds = self.seeds.training(batch.prompts)
+        if self.in_flight is None:
+            self.in_flight = GroupsInFlight(
+                self.engine,
+                self.placement,
+                self.model.context,
+                lambda prompt, completions: [self.decode.sample(prompt, completion, 0) for completion in completions],
+                num_groups=len(batch.prompts) // (lag + 1),
+                lag=lag,
+                params=params,
+            )
+        taken, metrics = self.in_flight.step(batch.prompts, seeds)
+        batch.prompts = [group.prompt for group in taken.groups]
+        batch.samples = [replace(sample, group=i) for i, group in enumerate(taken.groups) for sample in group.samples]
+        batch.metrics |= metrics
 
     def _generate_share(
         self,

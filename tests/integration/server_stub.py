@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 # Read when Python and its libraries start, which the warm process has done.
-READ_AT_START = ("PYTHON", "OMP_", "MKL_", "LD_", "MALLOC")
+READ_AT_START = ("PYTHONPATH", "PYTHONHASHSEED", "OMP_", "MKL_", "LD_", "MALLOC")
 
 
 def can_be_forked(arguments: list[str], started_with: dict[str, str]) -> bool:

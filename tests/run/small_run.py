@@ -116,6 +116,15 @@ def flip_a_bit(checkpoint: Path) -> str:
     return path.name
 
 
+class Trained(Callback):
+    """Writes which prompts each step trained on, and the oldest version of each sample's tokens."""
+
+    def on_step_end(self, trainer: TrainingLoop, batch: Batch, metrics: dict[str, float]) -> None:
+        found = [(sample.prompt.index, sample.policy_version_spans[0][0]) for sample in batch.samples]
+        with Path(trainer.output_dir, "trained.jsonl").open("a") as file:
+            file.write(json.dumps({"step": trainer.step, "samples": found}) + "\n")
+
+
 class StopAfterTwo(Callback):
     """Ends the run after its second step."""
 

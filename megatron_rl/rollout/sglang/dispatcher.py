@@ -58,6 +58,16 @@ class Dispatcher:
 
         await self.all_of([answer(request) for request in requests])
 
+    async def answer_alone(self, request: GenerateRequest) -> list[Completion]:
+        """One request's answer, outside `all_of`.
+
+        Raises:
+            RuntimeError, ValueError: as `answer_all`.
+        """
+        results: dict[int, list[Completion]] = {}
+        await self.answer_all([request], results, None)
+        return results[request.index]
+
     async def all_of(self, coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
         """Run coroutines that call `answer`, while servers are watched; the first error cancels the others.
 

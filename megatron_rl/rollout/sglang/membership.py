@@ -164,6 +164,12 @@ class Membership:
                 next_log = clock() + LOG_SECONDS
             await asyncio.sleep(WATCH_SECONDS)
 
+    async def serve(self, members: Sequence[Member]) -> None:
+        """Let ``members``, which hold the version committed last, serve it."""
+        await self.resume(members)
+        self.serving = True
+        await self.notify()
+
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.Task[None]]:
         """While inside, members that are down are brought back, and the health of those with requests is checked. The

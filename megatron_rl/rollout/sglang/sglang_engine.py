@@ -237,19 +237,13 @@ class SGLangEngine(RolloutEngine):
         self._gate.commit(version)
         if self.replica.leads:
             self._membership.versions.append(version)
-            self._loop.run(self._serve([m for m in self._written or () if m.state is State.OUTDATED]))
-
-    async def _serve(self, members: Sequence[Member]) -> None:
-        """Let ``members``, which hold the version committed last, serve it."""
-        await self._membership.resume(members)
-        self._membership.serving = True
-        await self._membership.notify()
+            self._loop.run(self._membership.serve([m for m in self._written or () if m.state is State.OUTDATED]))
 
     def abort_update(self, intact: bool) -> None:
         self._gate.abort(intact)
         self._transfer.drop()
         if intact and self.replica.leads and self._membership.versions and not self._membership.serving:
-            self._loop.run(self._serve(self._membership.unchanged()))
+            self._loop.run(self._membership.serve(self._membership.unchanged()))
 
     def verify_weights(self) -> WeightCheck:
         """The first rank asks the replica's servers; elsewhere, and while the engine sleeps, nothing is known."""
@@ -279,6 +273,14 @@ class SGLangEngine(RolloutEngine):
         with self.replica.calling():
             self._lead(self._dispatcher.answer_all(requests, results, progress), results)
         return [results[index] for index in range(len(prompts))]
+
+    def submit(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
+    ) -> list[concurrent.futures.Future[list[Completion]]]:
+        self._require_ready()
+        self._check(prompts, seeds, params)
+        requests = [self._request(i, prompts[i], params, seed) for i, seed in enumerate(seeds) if self.replica.leads]
+        return [self._loop.submit(self._dispatcher.answer_alone(request)) for request in requests]
 
     def converse(self, conversations: Sequence[Conversation[Any]], params: SamplingParams) -> list[Any]:
         self._require_ready()
@@ -381,7 +383,7 @@ class SGLangEngine(RolloutEngine):
         membership = self._membership
         await membership.each(membership.of(State.OUTDATED), lambda client: client.resume_memory(tags))
         if membership.versions and not self._asleep:
-            await self._serve(membership.unchanged())
+            await membership.serve(membership.unchanged())
 
     def close(self) -> None:
         with self._closing:

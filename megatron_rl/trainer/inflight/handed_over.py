@@ -2,7 +2,7 @@
 
 It stands in three places of the `TrainingLoop`: as the source, as the first stage (``actor.receive`` pushes the newest
 weights and takes the next batch), and as the evaluation. Batch k was sampled with the weights after max(0, k - lag)
-steps.
+steps; under the windowed law a batch is of groups that had finished when it was asked for, and ``lag`` here is 0.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_rl.batch import Batch
 from megatron_rl.dataflow import Flow, Stage
-from megatron_rl.trainer.inflight.group import oldest_version
 from megatron_rl.trainer.inflight.waiting_batches import kept, restored
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.workers import Actor
 from megatron_rl.workers.handover import Events, Handed, Order, Start, Stop, TrainingSide
+from megatron_rl.workers.in_flight.group import oldest_version
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ class HandedOver:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.source.load_state_dict(state)
-        self._state, self._restored = None, dict(state.get("waiting", {}))
+        self._state = {name: value for name, value in state.items() if name != "waiting"}
+        self._restored = dict(state.get("waiting", {}))
         if self._restored:
             self._side.put(restored(self._restored, self.actor.context))
         elif self.lag:
@@ -130,6 +132,7 @@ class HandedOver:
         }
         if ages:
             found |= {"rollout/staleness_mean": sum(ages) / len(ages), "rollout/staleness_max": float(max(ages))}
+            found |= {f"rollout/staleness_{age}": count / len(ages) for age, count in sorted(Counter(ages).items())}
         return found
 
     def _order(self, metrics: dict[str, float], evaluate: bool = False) -> None:

@@ -5,19 +5,24 @@
 Law *batch*: with lag L, batch j is sampled with the weights after max(0, j - L) steps; so the first order, after 0
 steps, is for the batches 0 to L, and each later one for one batch. With the same seeds and L = 0 these are the batches
 of a run without rollout ranks. Finished batches go to the journal: a run that is killed and resumed samples none again.
+
+Law *windowed*: an order is for one batch, of whichever groups have finished; engines go on with others meanwhile, also
+while weights are pushed. A resumed run draws the groups again that were in flight.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from megatron_rl.batch import Batch
-from megatron_rl.batch.record_bytes import to_bytes
+from megatron_rl.batch import Batch, Prompt
+from megatron_rl.batch.record_bytes import from_bytes, to_bytes
 from megatron_rl.batch.work_time import WorkTime
 from megatron_rl.dataflow import Flow
 from megatron_rl.parallel.abandon import Abandoned
@@ -35,6 +40,7 @@ from megatron_rl.workers.handover import Events, Order, RolloutSide, Stop
 logger = logging.getLogger(__name__)
 
 JOURNALLED = 256  # batches that a journal keeps at the least, and at most twice as many, where checkpoints are rare
+IN_FLIGHT = "in_flight"  # in the state of the prompts: those that are drawn and not yet handed over
 NOTICE_SECONDS = 30.0  # that a run which failed waits for training ranks to learn why
 
 
@@ -65,7 +71,8 @@ class RolloutLoop:
     ) -> None:
         self.flow, self.source, self.actor = flow, source, actor
         self._side, self._evaluate, self._interruption = side, evaluate, interruption
-        self.lag, self.total_steps = flow.lag, total_steps
+        self.total_steps = total_steps
+        self._drawn_before: list[Prompt] | None = [] if flow.windowed else None  # for the first batch of a windowed run
         self.next_batch = 0
         self._trace, self._journals, self._description = trace, journals, description
         self._journal: BatchJournal | None = None
@@ -105,6 +112,7 @@ class RolloutLoop:
         if order.start is not None:
             self.next_batch, self.actor.rollouts.seeds.calls = order.start.step, order.start.calls
             self.source.load_state_dict(order.start.source)
+            self._restore(order.start.source.get(IN_FLIGHT))
             self._open_journal()
         if self._journal is not None:
             # In large portions: each rewrites the file.
@@ -120,8 +128,10 @@ class RolloutLoop:
         try:
             if order.evaluate:
                 self._side.evaluated(self._evaluate() if self._evaluate is not None else {})
-            while self.next_batch <= min(order.step + self.lag, self.total_steps - 1):
+            while self.next_batch <= min(order.step + self.flow.batches_ahead, self.total_steps - 1):
                 self._sample()
+                if (groups := self.actor.rollouts.in_flight) is not None:
+                    groups.start()
         except Abandoned as abandoned:
             self._side.gave_up(abandoned.signal)
 
@@ -131,7 +141,7 @@ class RolloutLoop:
         context, split = self.actor.context, self.actor.context.split
         assert split is not None
         with context.attempt("the journal"):
-            if self._description and self.actor.rollouts.engine.targets():
+            if self._description and not self.flow.windowed and self.actor.rollouts.engine.targets():
                 self._journal = BatchJournal(self._journals, split.rank, split.rollout_ranks)
 
     def _checksums(self) -> bytes:
@@ -157,6 +167,27 @@ class RolloutLoop:
         self._side.hand_over(finished.step, batch, metrics, source, calls, signal, journalled, events)
         self.next_batch += 1
 
+    def _restore(self, in_flight: bytes | None) -> None:
+        """The prompts of groups that were in flight when the run's checkpoint was taken."""
+        if in_flight and self._drawn_before is None:
+            logger.warning("the prompts that were in flight in the checkpoint, under the windowed law, are left out")
+        elif in_flight:
+            self._drawn_before = list(from_bytes(in_flight))
+
+    def _next_batch(self) -> Batch:
+        """The first one of a windowed run has the prompts of ``lag`` more steps."""
+        batch = self.source.next_batch()
+        if self._drawn_before is not None and self.actor.rollouts.in_flight is None:
+            own = batch.prompts
+            later = [self.source.next_batch().prompts for _ in range(0 if self._drawn_before else self.flow.lag)]
+            batch.prompts = [*self._drawn_before, *own, *itertools.chain(*later)]
+        return batch
+
+    def _state(self) -> Mapping[str, Any]:
+        """Of the prompts, after the batch that was just sampled."""
+        state, groups = self.source.state_dict(), self.actor.rollouts.in_flight
+        return state if groups is None else {**state, IN_FLIGHT: to_bytes(groups.prompts)}
+
     def _sample(self) -> None:
         origin = self._origin()
         if (finished := self._journalled(origin)) is not None:
@@ -167,7 +198,7 @@ class RolloutLoop:
         waited, self._side.waited_s = self._side.waited_s, 0.0
         started = time.perf_counter()
         self._trace.add(WorkTime("training ranks", started - waited, waited, "waiting"))
-        batch = self.source.next_batch()
+        batch = self._next_batch()
         self.flow(batch)
         took = time.perf_counter() - started
         batch.metrics |= _speed(batch, took, waited, len(self.actor.rollouts.placement.replicas))
@@ -176,7 +207,7 @@ class RolloutLoop:
         reports = self.actor.context.gather_objects((batch.metrics, self._interruption.signal, events))
         metrics = reduce_metrics([found for found, _, _ in reports])
         signal = max(number for _, number, _ in reports)
-        state, calls = self.source.state_dict(), self.actor.rollouts.seeds.calls
+        state, calls = self._state(), self.actor.rollouts.seeds.calls
         finished = FinishedBatch(self.next_batch, origin, batch, metrics, state, calls)
         if self._journal is not None:
             self._journal.add(finished)
@@ -185,10 +216,11 @@ class RolloutLoop:
 
 def _speed(batch: Batch, took: float, waited: float, num_engines: int) -> dict[str, float]:
     tokens = sum(len(sample.response_ids) for sample in batch.samples)
+    idle = batch.metrics.pop("time/engine_idle_s", waited)  # of groups in flight, which take no notice of steps
     return {
         "time/wait_for_weights_s": waited,
-        "time/engine_wait_share": waited / (waited + took),
-        "time/tokens_per_s_per_engine": tokens / took / num_engines,
+        "time/engine_wait_share": idle / (waited + took),
+        "time/tokens_per_s_per_engine": tokens / max(waited + took - idle, 1e-6) / num_engines,
     }
 
 

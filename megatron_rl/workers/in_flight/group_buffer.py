@@ -11,13 +11,12 @@ It does nothing by itself and knows no time: the `Law` decides, and whoever hold
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from megatron_rl.batch import Prompt, Sample
-from megatron_rl.trainer.inflight.group import Group, Stage, oldest_version
-from megatron_rl.trainer.inflight.law import Demand, Law
+from megatron_rl.workers.in_flight.group import Group, Stage, oldest_version
+from megatron_rl.workers.in_flight.law import Demand, Law
 
 
 class Taken(NamedTuple):
@@ -28,18 +27,6 @@ class Taken(NamedTuple):
     num_filtered: int  # groups that the algorithm's filter dropped since the last step
     num_unused: int  # good ones that the step had no place for
     num_redrawn: int  # given up as too old since the last step
-
-    def metrics(self) -> dict[str, float]:
-        """Named ``rollout/...``; the histogram has a metric for each staleness."""
-        counts = Counter(self.staleness)
-        return {
-            "rollout/staleness_mean": sum(self.staleness) / max(1, len(self.staleness)),
-            "rollout/staleness_max": float(max(self.staleness, default=0)),
-            **{f"rollout/staleness/{lag}": float(number) for lag, number in sorted(counts.items())},
-            "rollout/groups_filtered": float(self.num_filtered),
-            "rollout/groups_unused": float(self.num_unused),
-            "rollout/groups_redrawn": float(self.num_redrawn),
-        }
 
 
 class GroupBuffer:
@@ -141,28 +128,3 @@ class GroupBuffer:
 
     def _in_order(self) -> list[Group]:
         return list(self.groups.values())
-
-    # A checkpoint's part
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but samples, which the journal holds."""
-        return {
-            "groups": [(g.ticket, g.prompt, g.batch, g.round, g.draw) for g in self.groups.values()],
-            "num_tickets": self._num_tickets,
-            "num_batches": self._num_batches,
-            "next_step": self._next_step,
-            "num_redrawn": self._num_redrawn,
-            "num_filtered": self._num_filtered,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any], finished: Mapping[int, Group]) -> None:
-        """Restore what `state_dict` returned. Groups that are not among the ``finished`` of a journal, or are there
-        with another draw only, are waiting."""
-        self.groups = {}
-        for ticket, prompt, batch, rounds, draw in state["groups"]:
-            found = finished.get(ticket)
-            same = found is not None and found.draw == draw
-            self.groups[ticket] = found if found and same else Group(ticket, prompt, batch, rounds, draw)
-        self._num_tickets, self._num_batches = state["num_tickets"], state["num_batches"]
-        self._next_step = state["next_step"]
-        self._num_redrawn, self._num_filtered = state["num_redrawn"], state["num_filtered"]

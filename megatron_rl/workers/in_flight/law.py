@@ -18,9 +18,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from megatron_rl.trainer.inflight.group import Group, Stage
+from megatron_rl.workers.in_flight.group import Group, Stage
+
+LawName = Literal["batch", "windowed"]
 
 
 class Demand(NamedTuple):

@@ -1,0 +1,1 @@
+"""Groups of prompts on their way from the loader to training, and the laws that move them."""
