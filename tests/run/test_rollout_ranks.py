@@ -25,7 +25,7 @@ DAPO: dict[str, Any] = {
     "reference": None,
 }
 CASES = {"grpo": {}, "ppo": PPO, "dapo": DAPO}
-OWN = ("rollout/staleness_max", "rollout/staleness_mean", "weight_sync/wire_bytes")  # of runs with rollout ranks
+OWN = ("rollout/staleness_", "weight_sync/wire_bytes")  # of runs with rollout ranks
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_without_lag_the_numbers_are_those_of_a_run_without_rollout_ranks(case: 
     alone, beside = run(case, 1), run(case, 2, "parallel.rollout_ranks=1")
     assert beside.keys() == alone.keys() == {0, 1, 2, 3, 4}
     for step, expected in alone.items():
-        found = {name: value for name, value in beside[step].items() if name not in OWN}
-        assert found == {name: value for name, value in expected.items() if name not in OWN}, step
+        found = {name: value for name, value in beside[step].items() if not name.startswith(OWN)}
+        assert found == {name: value for name, value in expected.items() if not name.startswith(OWN)}, step
         assert beside[step].get("rollout/staleness_max", 0) == 0
 
 
@@ -80,8 +80,8 @@ def test_with_a_lag_staleness_is_exactly_that_and_the_run_reproducible(case: str
         assert without == {name: value for name, value in one[step].items() if name != "weight_sync/wire_bytes"}
         assert one[step]["rollout/staleness_max"] == one[step]["rollout/staleness_mean"] == min(step - 1, lag)
     colocated = run(case, 1, *at_once)
-    assert {k: v for k, v in one[1].items() if k in colocated[1] and k not in OWN and "eval/" not in k} == {
-        k: v for k, v in colocated[1].items() if k not in OWN and "eval/" not in k
+    assert {k: v for k, v in one[1].items() if k in colocated[1] and not k.startswith(OWN) and "eval/" not in k} == {
+        k: v for k, v in colocated[1].items() if not k.startswith(OWN) and "eval/" not in k
     }
     assert one[3]["loss/total"] != colocated[3]["loss/total"]
     assert one[0] == colocated[0], "the evaluation at the start is of the same weights"
