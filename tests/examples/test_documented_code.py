@@ -17,7 +17,7 @@ from forked import run_ranks
 from small_run import digits, write_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_rl import GRPO, Actor, PPOTrainer, RewardModel
+from megatron_rl import GRPO, Actor, GRPOTrainer, PPOTrainer, RewardModel
 from megatron_rl.collectives.simulator import ClusterConfig, simulate
 from megatron_rl.config import load_user_object
 from megatron_rl.models.family import ModelFamily
@@ -102,6 +102,16 @@ def conversations(folder: Path) -> dict[str, Any]:
     return names | {"actor": Actor(str(folder / "my-model"), names["tokenizer"]), "calculate": calculate, "prompts": []}
 
 
+def guesses(folder: Path) -> dict[str, Any]:
+    """What the one-call trainers train, and the first block's environment."""
+    found: dict[str, Any] = {}
+    text = blocks(ROOT / "docs/episodes.md", "python")[0].split("flow = ")[0]
+    (folder / "guess.py").write_text(text)
+    exec(compile(text, "guess", "exec"), found)
+    tokenizer, names = conversations(folder)["tokenizer"], {"GRPOTrainer": GRPOTrainer, "PPOTrainer": PPOTrainer}
+    return names | {"model": "my-model", "tokenizer": tokenizer, "dataset": "prompts.jsonl", "polite": digits} | found
+
+
 def families(folder: Path) -> dict[str, Any]:
     return {"FAMILIES": Registry("model family"), "ModelFamily": ModelFamily}
 
@@ -111,7 +121,8 @@ FRAGMENTS: dict[tuple[str, int], Callable[[Path], dict[str, Any]]] = {
     ("README.md", 0): job,
     ("docs/adding_things.md", 2): families,
     ("docs/episodes.md", 0): conversations,
-    ("docs/episodes.md", 1): conversations,
+    ("docs/episodes.md", 1): guesses,
+    ("docs/episodes.md", 2): conversations,
     ("docs/megatron_lm.md", 0): job,
     ("docs/migration.md", 0): sharded_checkpoint,
     ("docs/rewards.md", 1): job,

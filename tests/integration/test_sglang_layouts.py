@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from megatron_rl.models import rollout_layout
 from megatron_rl.models.hf_config import architecture_from_hf, hf_config_from
-from megatron_rl.rollout.sglang.sglang_engine import EXPERTS_EVERYWHERE
+from megatron_rl.rollout.sglang.model_folder import EXPERTS_EVERYWHERE
 from megatron_rl.weights.fill import empty_tensors, fill
 from megatron_rl.weights.source import SafetensorsFolder
 
