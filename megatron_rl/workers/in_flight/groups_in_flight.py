@@ -81,12 +81,13 @@ class GroupsInFlight:
             self._seeds[group.ticket] = seed
         for group in self._buffer.expire(self._steps):
             self._forget(group)
+        self._exchange(0.0)  # what has finished while the last step was trained
         while (taken := self._buffer.take(self._steps)) is None:
             self.start()
             self._exchange(POLL_SECONDS)
         self._steps += 1
         for group in taken.groups:
-            del self._seeds[group.ticket]
+            del self._seeds[group.ticket], self._replicas[group.ticket]
         depth = Counter(group.stage for group in self._buffer.groups.values())
         idle, self._idle_s = self._idle_s, 0.0
         return taken, {
