@@ -5,54 +5,25 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from rollout.engine_contract import EngineContract, Loaded
-from rollout.rollout_models import Cutter, architecture_of, layout_of, local_engine, random_model
-from rollout.sglang_stand_in import Fault, Generate, StandIn, counting, of_engine
+from rollout.over_stand_ins import ARCHITECTURE, MODEL, SHARDS, SHORT, eventually, last_tokens, loaded_over, two
+from rollout.rollout_models import Cutter, layout_of, local_engine
+from rollout.sglang_stand_in import Fault, StandIn, of_engine
 
 from megatron_rl.config import ConfigError
 from megatron_rl.models import Experts, rollout_layout
 from megatron_rl.rollout import ENGINES, SamplingParams, SGLangEngine, WeightCheck
 from megatron_rl.rollout.sglang.sglang_client import ABORT_SECONDS
 
+__all__ = ["two"]  # a fixture
+
 pytestmark = pytest.mark.timeout(60)
-MODEL = random_model("llama")
-ARCHITECTURE = architecture_of(MODEL.config)
-SHARDS = {"model.norm.weight": torch.ones(32)}
-SHORT = SamplingParams(max_tokens=4)
-
-
-def attached(*servers: StandIn, **options: Any) -> SGLangEngine:
-    """An engine over stand-ins that holds one tensor, not loaded yet."""
-    quick = {"recovery_timeout": 20.0, "request_timeout": 20.0} | options
-    urls = [server.url for server in servers]
-    return SGLangEngine(ARCHITECTURE, layout_of(SHARDS), dtype=torch.float32, urls=urls, **quick)
-
-
-def loaded_over(*servers: StandIn, version: int = 1, **options: Any) -> SGLangEngine:
-    engine = attached(*servers, **options)
-    engine.load_shards(SHARDS, version)
-    return engine
-
-
-def eventually(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20.0
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.fixture
-def two() -> Iterator[list[StandIn]]:
-    servers = [StandIn(), StandIn()]
-    yield servers
-    for server in servers:
-        server.die()
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +41,6 @@ def loaded() -> Iterator[Loaded]:
 
 class TestSGLangEngineKeepsTheContract(EngineContract):
     """See `EngineContract`."""
-
-
-def last_tokens(engine: SGLangEngine, count: int, **params: Any) -> list[int]:
-    """Ask ``count`` prompts whose answers tell which prompt they are to, and return what was asked back."""
-    prompts = [[5, 3 + i % 90] for i in range(count)]
-    answers = engine.generate(prompts, SamplingParams(max_tokens=3, **params))
-    assert all(len(group) == params.get("n", 1) for group in answers)
-    return [group[0].token_ids[0] - 3 for group in answers]
 
 
 def test_every_request_is_answered_once_when_one_of_two_servers_is_killed_halfway(two: list[StandIn]) -> None:
@@ -213,27 +176,6 @@ def test_samples_of_one_prompt_meet_one_server(two: list[StandIn]) -> None:
     assert [len(server.answered) for server in two] == [6, 6]
 
 
-def test_an_update_while_requests_run_pauses_them_and_both_versions_are_reported(two: list[StandIn]) -> None:
-    def until_the_push(server: StandIn) -> Generate:
-        return lambda prompt, params: (eventually(lambda: server.weight_version == "2"), counting(prompt, params))[1]
-
-    with loaded_over(*two, version=1, pause="in_place") as engine:
-        for server in two:
-            server.generate = until_the_push(server)
-        answers: list[Any] = []
-        params = SamplingParams(max_tokens=8)
-        asking = threading.Thread(target=lambda: answers.append(engine.generate([[5, 6]] * 4, params)))
-        asking.start()
-        eventually(lambda: sum(len(server.started_with) for server in two) == 4)
-        engine.load_shards(SHARDS, 2)
-        asking.join(20)
-        engine.generate([[5, 6]] * 4, SHORT)
-    assert all(group[0].policy_version_spans == [(1, 4), (2, 4)] for group in answers[0])
-    assert all(group[0].policy_version == 2 for group in answers[0])
-    assert two[0].cache_keys == {"weights-1", "weights-2"}
-    assert "/flush_cache" not in two[0].calls
-
-
 def asking_forever(engine: SGLangEngine, servers: list[StandIn], failures: list[BaseException]) -> threading.Thread:
     """A thread that waits for 100 answers of 2 samples, which never come, and tells how it ended."""
 
@@ -276,49 +218,6 @@ def test_an_interrupt_aborts_every_sample_that_runs_before_it_goes_on(two: list[
         aborted = {*two[0].aborted, *two[1].aborted}
     assert isinstance(failures[0], KeyboardInterrupt)
     assert len(aborted) == 200
-
-
-def test_an_update_goes_through_pause_session_version_and_continue(two: list[StandIn]) -> None:
-    with loaded_over(two[0]):
-        pass
-    assert two[0].calls == [
-        "/pause_generation",
-        "/flush_cache",
-        "/begin_weight_update",
-        "/update_weights_from_tensor",
-        "/end_weight_update",
-        "/update_weight_version",
-        "/continue_generation",
-    ]
-
-
-def test_a_server_lost_during_an_update_does_not_fail_the_push(two: list[StandIn]) -> None:
-    with loaded_over(*two) as engine:
-        two[0].load = lambda weights: two[0].die()
-        engine.load_shards(SHARDS, 2)
-        assert last_tokens(engine, 10) == list(range(10))
-        assert two[1].weight_version == "2"
-
-
-def test_an_update_given_up_before_anything_was_written_serves_on(two: list[StandIn]) -> None:
-    with loaded_over(*two, version=4) as engine:
-        engine.begin_update()
-        engine.abort_update(intact=True)
-        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 4
-        with pytest.raises(ValueError, match="missing"):
-            engine.load_shards({}, 5)
-        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 4
-
-
-def test_a_half_written_update_refuses_until_a_whole_one(two: list[StandIn]) -> None:
-    with loaded_over(*two, version=4) as engine:
-        engine.begin_update()
-        engine.write_shards(SHARDS)
-        engine.abort_update(intact=False)
-        with pytest.raises(RuntimeError, match="middle of a weight update"):
-            engine.generate([[5, 6]], SHORT)
-        engine.load_shards(SHARDS, 5)
-        assert engine.generate([[5, 6]], SHORT)[0][0].policy_version == 5
 
 
 def test_servers_whose_weights_were_changed_behind_our_back_are_named(two: list[StandIn]) -> None:

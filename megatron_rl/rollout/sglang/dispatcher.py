@@ -59,10 +59,10 @@ class Dispatcher:
         await self.all_of([answer(request) for request in requests])
 
     async def answer_alone(self, request: GenerateRequest) -> list[Completion]:
-        """One request's answer, outside `all_of`.
+        """As `answer_all`, of one request.
 
         Raises:
-            RuntimeError, ValueError: as `answer_all`.
+            RuntimeError, ValueError: likewise.
         """
         results: dict[int, list[Completion]] = {}
         await self.answer_all([request], results, None)

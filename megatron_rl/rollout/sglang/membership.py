@@ -69,6 +69,8 @@ class Membership:
         self._layout, self._runs_loader = layout, runs_loader
         self.versions: list[int] = []  # committed so far; the last one is served
         self.serving = False  # False from `stop` to `serve`
+        self._watching: asyncio.Task[None] | None = None
+        self._inside = 0  # calls of `watched` under way
         self.changed = asyncio.Condition()
 
     @property
@@ -172,14 +174,19 @@ class Membership:
 
     @contextlib.asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.Task[None]]:
-        """While inside, members that are down are brought back, and the health of those with requests is checked. The
-        task ends only with an error."""
-        task = asyncio.create_task(self._watch())
+        """While anyone is inside, members that are down are brought back, and the health of those with requests is
+        checked, by one task for all. It ends only with an error."""
+        if self._watching is None or self._watching.done():
+            self._watching = asyncio.create_task(self._watch())
+        task = self._watching
+        self._inside += 1
         try:
             yield task
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            self._inside -= 1
+            if self._inside == 0:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _watch(self) -> None:
         looked = asyncio.get_running_loop().time()
