@@ -31,6 +31,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+from program_end import exit_code_of
+
 PORT = struct.Struct("i")
 SAME_ERROR_SECONDS = 0.2  # from the first rank that fails to SIGTERM for the others, which may be saying the same
 GRACE_SECONDS = 5.0  # from the first rank that fails to SIGKILL for the others
@@ -224,11 +226,11 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
 
 def execute(program: str, arguments: list[str]) -> int:
     """Run it as ``__main__``, then what Python does at the end of a process; returns the exit code."""
-    code = 0
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [*paths, *BASE_PATH]
     importlib.invalidate_caches()
-    try:
+
+    def run() -> None:
         if program == "-m":
             sys.path.insert(0, os.getcwd())
             sys.argv = arguments.copy()
@@ -237,13 +239,8 @@ def execute(program: str, arguments: list[str]) -> int:
             sys.path.insert(0, str(Path(program).resolve().parent))
             sys.argv = [program, *arguments]
             runpy.run_path(program, run_name="__main__")
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+
+    code = exit_code_of(run)
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons
     atexit._run_exitfuncs()
     sys.stdout.flush()

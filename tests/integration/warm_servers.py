@@ -27,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from program_end import exit_code_of
+
 LIBRARIES = (
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.layers.sampler",
@@ -139,16 +142,7 @@ def be_the_server(request: dict, descriptors: list[int]) -> NoReturn:
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.set_start_method = lambda *_arguments, **_options: None  # SGLang asks for "spawn"
     sys.argv = request["arguments"]
-    code = 0
-    try:
-        runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
-    except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        if isinstance(ended.code, str):
-            print(ended.code, file=sys.stderr)
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
+    code = exit_code_of(lambda: runpy.run_module(MODULE, run_name="__main__", alter_sys=True))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
