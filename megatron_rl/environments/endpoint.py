@@ -1,9 +1,9 @@
 """`Endpoint`: the model as an OpenAI server, for agents that are written elsewhere; one session an episode.
 
 POST {url}/sessions/KEY/v1/chat/completions, or {url}/v1/chat/completions with KEY as the API key or in the header
-X-Session-ID. A session is one
-conversation: each request brings all messages so far, and those that are new are appended to its tokens, which are
-recorded as they were generated. Sampling is that of the run; a request's own temperature and the like are not used.
+X-Session-ID. A session is one conversation: each request brings all messages so far, and those that are new are
+appended to its tokens, which are recorded as they were generated. Sampling is that of the run; a request's own
+temperature and the like are not used.
 API: OpenAI, "Create chat completion".
 """
 

@@ -6,11 +6,12 @@ thread at a time write into a file: it is files that are divided, never one.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+from megatron_rl.devices.cores import usable_cores
 
 BLOCK_BYTES = 4 << 20  # of a tensor that a thread holds while it is copied from file to file
 MAX_THREADS = 4
@@ -26,7 +27,7 @@ def row_blocks(start: int, stop: int, row_bytes: int, block_bytes: int = BLOCK_B
 
 def num_threads(num_files: int, world_size: int) -> int:
     """For a process that writes ``num_files``; where there are several processes, they share the cores already."""
-    return 1 if world_size > 1 else max(1, min(num_files, len(os.sched_getaffinity(0)), MAX_THREADS))
+    return 1 if world_size > 1 else max(1, min(num_files, len(usable_cores()), MAX_THREADS))
 
 
 def in_threads(count: int, work: Callable[[int, threading.Event], T]) -> list[T]:

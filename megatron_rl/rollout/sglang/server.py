@@ -26,6 +26,7 @@ import httpx
 from pydantic import Field
 
 from megatron_rl.config import ConfigError, ConfigRecord
+from megatron_rl.devices.cores import usable_cores
 from megatron_rl.rollout.sglang import guard
 from megatron_rl.rollout.sglang.weight_transfer.bucket_mailbox import RECEIVER
 
@@ -117,7 +118,7 @@ def launch_environment(
         name: value for name, value in own.items() if name not in of_ranks and not name.startswith("TORCHELASTIC_")
     }
     if device == "cpu":
-        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+        cores = usable_cores()
         bound = "|".join(str(cores[rank % len(cores)]) for rank in range(tp))
         environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join([str(CPU_SHIM), str(SERVER_MODULES)])

@@ -67,12 +67,11 @@ class TensorFiles:
         """A part of the tensor ``key`` into the file of a rank; ``blocks`` are its elements in order, contiguous."""
         index = MetadataIndex(key, torch.Size(offsets))
         self._written.chunks[index] = sizes
-        if math.prod(sizes) * dtype.itemsize < JOINED_BYTES:
+        num_bytes = math.prod(sizes) * dtype.itemsize
+        if num_bytes < JOINED_BYTES:
             self._append(rank, index, torch.cat([block.reshape(-1) for block in blocks]).view(sizes))
         else:
-            memory = mmap.mmap(
-                -1, math.prod(sizes) * dtype.itemsize
-            )  # takes none until it is touched, which nothing does
+            memory = mmap.mmap(-1, num_bytes)  # takes none until it is touched, which nothing does
             self._append(rank, index, torch.frombuffer(memory, dtype=dtype).view(sizes), blocks)
 
     def write_state(self, rank: int, key: str) -> None:
