@@ -39,7 +39,7 @@ class Stage:
     part: object = None  # the role or algorithm whose step this is; `Trainer` finds its parts by it
     generates: bool = False  # whether it runs on rollout ranks, where the job has some
     lag: int = 0  # of the stage that samples: steps by which its weights may be older than those that are trained
-    windowed: bool = False  # of the stage that samples: its groups stay in flight over steps, `workers.in_flight`
+    windowed: bool = False  # of the stage that samples: its groups stay in flight over steps, `workers.prompt_groups`
 
     def execute(self, batch: Batch, agreement: Agreement | None) -> None:
         """`check` and `run`. Collective: an error in `check`, or in a `run` that is not collective, becomes an error

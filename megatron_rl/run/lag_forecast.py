@@ -2,7 +2,7 @@
 
 A discrete-event simulation: engines with slots, answers whose lengths are drawn, a training half, pushes between
 them. Which groups are started, waited for, given up and trained on is decided by the laws of
-`workers.in_flight.law`, on a real `GroupBuffer`; only time is simulated.
+`workers.prompt_groups.law`, on a real `GroupBuffer`; only time is simulated.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import Field
 from megatron_rl.batch import Prompt
 from megatron_rl.config import ConfigRecord
 from megatron_rl.config.ranges import Positive, Seed
-from megatron_rl.workers.in_flight.group import Group, Stage
-from megatron_rl.workers.in_flight.group_buffer import GroupBuffer
-from megatron_rl.workers.in_flight.law import BatchLaw, Law, WindowedLaw
+from megatron_rl.workers.prompt_groups.group import Group, Stage
+from megatron_rl.workers.prompt_groups.group_buffer import GroupBuffer
+from megatron_rl.workers.prompt_groups.law import BatchLaw, Law, WindowedLaw
 
 
 class Timing(ConfigRecord):

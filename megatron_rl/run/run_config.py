@@ -20,7 +20,7 @@ from megatron_rl.rewards import RewardConfig
 from megatron_rl.tracking import TrackerGroup
 from megatron_rl.trainer.trainer_config import TrainerConfig
 from megatron_rl.workers.actor_config import ActorConfig
-from megatron_rl.workers.in_flight.law import LawName
+from megatron_rl.workers.prompt_groups.law import LawName
 
 
 class ReferenceConfig(ConfigRecord):

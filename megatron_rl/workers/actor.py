@@ -30,10 +30,10 @@ from megatron_rl.rollout.base import RolloutEngine, SamplingParams, WeightCheck
 from megatron_rl.workers.actor_config import ActorConfig
 from megatron_rl.workers.episodes import EnvironmentSource, Episodes, take_rewards
 from megatron_rl.workers.forward_only import forward_only_stage
-from megatron_rl.workers.in_flight.law import LawName
 from megatron_rl.workers.job_context import check_share, role_context
 from megatron_rl.workers.loss import LossInputs, LossOutput
 from megatron_rl.workers.outputs import Predict, logprob_output, predicted_tokens, value_output
+from megatron_rl.workers.prompt_groups.law import LawName
 from megatron_rl.workers.rollouts import Rollouts
 from megatron_rl.workers.trained_worker import TrainedWorker
 
@@ -175,9 +175,7 @@ class Actor(TrainedWorker):
             if then is not None:
                 then(made)
         self.rollouts.after_sampling()
-        batch.work += self.rollouts.take_work()
-        batch.temperature = params.temperature or 1.0
-        batch.metrics.update(_sample_metrics(batch.samples))
+        self._describe(batch, params)
         if episodes is not None:
             take_rewards(batch, episodes)
 
@@ -186,10 +184,15 @@ class Actor(TrainedWorker):
     ) -> None:
         """Under the windowed law: finished groups in place of the batch's prompts, which are drawn."""
         self.rollouts.take_finished(batch, params, lag)
-        batch.temperature = params.temperature or 1.0
-        batch.metrics.update(_sample_metrics(batch.samples))
+        self._describe(batch, params)
         if then is not None:
             then(batch.samples)
+
+    def _describe(self, batch: Batch, params: SamplingParams) -> None:
+        """What a flow, a trace and metrics know of the samples beside themselves."""
+        batch.work += self.rollouts.take_work()
+        batch.temperature = params.temperature or 1.0
+        batch.metrics.update(_sample_metrics(batch.samples))
 
     def episodes(self, environment: Episodes | EnvironmentSource | None) -> Episodes | None:
         """What `sample` plays with ``environment``."""

@@ -21,8 +21,8 @@ from megatron_rl.rollout.base import RolloutEngine, SamplingParams, ServersLostE
 from megatron_rl.rollout.placement import RolloutPlacement
 from megatron_rl.workers.actor_config import RolloutConfig
 from megatron_rl.workers.episodes import Episodes
-from megatron_rl.workers.in_flight.groups_in_flight import GroupsInFlight
 from megatron_rl.workers.lazy_engine import LazyEngine
+from megatron_rl.workers.prompt_groups.groups_in_flight import GroupsInFlight
 from megatron_rl.workers.prompt_seeds import PromptSeeds
 from megatron_rl.workers.response_text import ResponseDecoder
 from megatron_rl.workers.served_weights import ServedWeights

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.batch import Prompt, Sample
-from megatron_rl.workers.in_flight.group import Group, Stage, group_from_bytes, group_to_bytes
-from megatron_rl.workers.in_flight.group_buffer import GroupBuffer, Taken
-from megatron_rl.workers.in_flight.law import BatchLaw, Law, WindowedLaw
+from megatron_rl.workers.prompt_groups.group import Group, Stage, group_from_bytes, group_to_bytes
+from megatron_rl.workers.prompt_groups.group_buffer import GroupBuffer, Taken
+from megatron_rl.workers.prompt_groups.law import BatchLaw, Law, WindowedLaw
 
 STEPS = 12
 

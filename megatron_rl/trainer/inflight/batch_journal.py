@@ -20,7 +20,7 @@ import torch
 from megatron_rl.batch import Batch
 from megatron_rl.batch.record_bytes import RecordBytesError, from_bytes, to_bytes
 from megatron_rl.trainer.inflight.journal import Journal, JournalError, Record, read_journal
-from megatron_rl.workers.in_flight.group import Group, Stage, group_from_bytes, group_to_bytes, oldest_version
+from megatron_rl.workers.prompt_groups.group import Group, Stage, group_from_bytes, group_to_bytes, oldest_version
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from megatron_rl.trainer.inflight.waiting_batches import kept, restored
 from megatron_rl.trainer.loop import BatchSource
 from megatron_rl.workers import Actor
 from megatron_rl.workers.handover import Events, Handed, Order, Start, Stop, TrainingSide
-from megatron_rl.workers.in_flight.group import oldest_version
+from megatron_rl.workers.prompt_groups.group import oldest_version
 
 logger = logging.getLogger(__name__)
 

@@ -72,7 +72,7 @@ class RolloutLoop:
         self.flow, self.source, self.actor = flow, source, actor
         self._side, self._evaluate, self._interruption = side, evaluate, interruption
         self.total_steps = total_steps
-        self._drawn_before: list[Prompt] | None = [] if flow.windowed else None  # for the first batch of a windowed run
+        self._drawn_before: list[Prompt] = []  # for the first batch of a windowed run
         self.next_batch = 0
         self._trace, self._journals, self._description = trace, journals, description
         self._journal: BatchJournal | None = None
@@ -130,8 +130,9 @@ class RolloutLoop:
                 self._side.evaluated(self._evaluate() if self._evaluate is not None else {})
             while self.next_batch <= min(order.step + self.flow.batches_ahead, self.total_steps - 1):
                 self._sample()
-                if (groups := self.actor.rollouts.in_flight) is not None:
-                    groups.start()
+            groups = self.actor.rollouts.in_flight
+            if groups is not None and self.next_batch < self.total_steps:
+                groups.start()
         except Abandoned as abandoned:
             self._side.gave_up(abandoned.signal)
 
@@ -169,7 +170,7 @@ class RolloutLoop:
 
     def _restore(self, in_flight: bytes | None) -> None:
         """The prompts of groups that were in flight when the run's checkpoint was taken."""
-        if in_flight and self._drawn_before is None:
+        if in_flight and not self.flow.windowed:
             logger.warning("the prompts that were in flight in the checkpoint, under the windowed law, are left out")
         elif in_flight:
             self._drawn_before = list(from_bytes(in_flight))
@@ -177,7 +178,7 @@ class RolloutLoop:
     def _next_batch(self) -> Batch:
         """The first one of a windowed run has the prompts of ``lag`` more steps."""
         batch = self.source.next_batch()
-        if self._drawn_before is not None and self.actor.rollouts.in_flight is None:
+        if self.flow.windowed and self.actor.rollouts.in_flight is None:
             own = batch.prompts
             later = [self.source.next_batch().prompts for _ in range(0 if self._drawn_before else self.flow.lag)]
             batch.prompts = [*self._drawn_before, *own, *itertools.chain(*later)]

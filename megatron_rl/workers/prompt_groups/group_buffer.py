@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megatron_rl.batch import Prompt, Sample
-from megatron_rl.workers.in_flight.group import Group, Stage, oldest_version
-from megatron_rl.workers.in_flight.law import Demand, Law
+from megatron_rl.workers.prompt_groups.group import Group, Stage, oldest_version
+from megatron_rl.workers.prompt_groups.law import Demand, Law
 
 
 class Taken(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from megatron_rl.workers.in_flight.group import Group, Stage
+from megatron_rl.workers.prompt_groups.group import Group, Stage
 
 LawName = Literal["batch", "windowed"]
 

@@ -16,9 +16,9 @@ from megatron_rl.parallel import ParallelContext
 from megatron_rl.parallel.abandon import abandonable
 from megatron_rl.rollout.base import Completion, RolloutEngine, SamplingParams
 from megatron_rl.rollout.placement import RolloutPlacement
-from megatron_rl.workers.in_flight.group import Group, Stage
-from megatron_rl.workers.in_flight.group_buffer import GroupBuffer, Taken
-from megatron_rl.workers.in_flight.law import Demand, WindowedLaw
+from megatron_rl.workers.prompt_groups.group import Group, Stage
+from megatron_rl.workers.prompt_groups.group_buffer import GroupBuffer, Taken
+from megatron_rl.workers.prompt_groups.law import Demand, WindowedLaw
 
 POLL_SECONDS = 0.05
 
